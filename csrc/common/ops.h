@@ -1,0 +1,126 @@
+// One struct an op: its sizes, operands, results and options. The FFI handlers fill them, the CUDA and CPU kernels read
+// them, and nothing else passes between the two: every argument list of the native code is written here and only here.
+//
+// Rows are tokens, flattened over all leading axes; matrices are dense and row-major. A pointer that an op calls optional
+// is null when the operand was not given or the result is not wanted. The mathematics is in jax_router/reference.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_router {
+
+// Above these the reference implementation takes over; Python reads them from the native modules.
+constexpr int kMaxExperts = 4096;
+constexpr int kMaxTopK = 64;
+
+enum class DType : int32_t { kF32, kBF16, kF16 };
+
+// kIdentity, s(x) = x, makes the derivative kernels of the router serve plain top-k too.
+enum class ScoreFn : int32_t { kSqrtSoftplus, kSigmoid, kSoftmax, kIdentity };
+
+enum class GroupScore : int32_t { kTop2Sum, kMax };
+
+// weights = s(chosen logits), divided by their sum + 1e-20 if renormalize, times scale.
+struct Scoring {
+  ScoreFn score_fn;
+  bool renormalize;
+  float scale;
+  // Softmax without renormalisation is the one score that depends on the logits that were not chosen.
+  constexpr bool needs_whole_row() const { return score_fn == ScoreFn::kSoftmax && !renormalize; }
+};
+
+struct Groups {
+  int32_t num_groups;  // 1: no groups
+  int32_t top_groups;
+  GroupScore score;
+};
+
+struct HashRouter {
+  int64_t rows;
+  int64_t vocab_size;
+  int32_t k;
+  const int32_t* token_ids;  // [rows]
+  const int32_t* hash_lut;   // [vocab_size, k]
+  float* weights;            // [rows, k]
+  int32_t* expert_ids;       // [rows, k]
+  float scale;
+};
+
+struct ActivationTopk {
+  int64_t rows;
+  int32_t experts;
+  int32_t k;
+  DType dtype;
+  const void* logits;     // [rows, experts]
+  const float* bias;      // optional; row r starts at bias + r * bias_stride
+  int64_t bias_stride;    // 0: one bias for all rows; experts: one a row
+  const bool* token_mask; // optional, [rows]
+  float* weights;         // [rows, k]
+  int32_t* expert_ids;    // [rows, k]
+  float* chosen_logits;   // optional, [rows, k]: what the derivative needs (0 where the id is -1)
+  Scoring scoring;
+  Groups groups;
+};
+
+struct RouteAt {
+  int64_t rows;
+  int32_t experts;
+  int32_t k;
+  DType dtype;
+  const void* logits;        // [rows, experts]
+  const int32_t* expert_ids; // [rows, k], any values
+  float* weights;            // [rows, k]
+  int32_t* valid_ids;        // [rows, k]: the id, or -1 where it is outside [0, experts)
+  float* chosen_logits;      // optional, [rows, k], 0 where the id is outside
+  Scoring scoring;
+};
+
+// The pullback of weights(logits) at fixed ids: a dense [rows, experts] gradient, written once, zero where not chosen.
+// Equal ids in a row add up. ids outside [0, experts) contribute nothing.
+struct RouteCotangent {
+  int64_t rows;
+  int32_t experts;            // any size: topk_select's row length comes through here too
+  int32_t k;
+  DType dtype;                // of residual (if it is the logits) and of grad_logits
+  const float* grad_weights;  // [rows, k]
+  const void* residual;       // null for kIdentity; else the f32 chosen logits [rows, k], or the logits
+                              // [rows, experts] if scoring.needs_whole_row()
+  const int32_t* expert_ids;  // [rows, k]
+  void* grad_logits;          // [rows, experts], dtype
+  Scoring scoring;
+};
+
+struct TopkSelect {
+  int64_t rows;
+  int64_t length;         // of a row
+  int64_t k;
+  DType dtype;
+  const void* scores;     // [rows, length]
+  const int32_t* lengths; // optional, [rows]
+  void* values;           // [rows, k], dtype
+  int32_t* indices;       // [rows, k]
+  bool sorted;            // best first, else by ascending index
+};
+
+struct ExpertDispatch {
+  int64_t batch;             // independent sorts
+  int64_t tokens;            // of one
+  int32_t k;
+  int32_t experts;
+  const int32_t* expert_ids; // [batch, tokens, k], any values
+  int32_t* token_index;      // [batch, tokens * k]
+  int32_t* slot;             // [batch, tokens, k]
+  int32_t* group_sizes;      // [batch, experts]
+};
+
+struct DenseRouter {
+  DType operand_dtype;       // of x and weight
+  int32_t hidden;
+  const void* x;             // [rows, hidden]
+  const void* weight;        // [experts, hidden]
+  const float* logit_bias;   // optional, [experts]
+  ActivationTopk select;     // all the rest; its logits stay null
+};
+
+}  // namespace jax_router

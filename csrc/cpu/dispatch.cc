@@ -1,0 +1,72 @@
+// Chooses the instruction set once for the process, and splits the rows of an op over threads.
+#include "../common/ops.h"
+#include "kernels.h"
+
+#define JR_ISA baseline
+#include "rows.h"
+#undef JR_ISA
+#ifdef JR_X86
+#define JR_ISA avx2
+#include "rows.h"
+#undef JR_ISA
+#define JR_ISA avx512
+#include "rows.h"
+#undef JR_ISA
+#endif
+
+namespace jax_router::cpu {
+namespace {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+Isa detect() {
+#ifdef JR_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) return avx512 ? Isa::kAvx512 : Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+template <typename Op>
+void run_rows(const Op& op, double nanoseconds_per_row, const ParallelFor& parallel_for) {
+  static const Isa isa = detect();
+  constexpr double kNanosecondsPerChunk = 40e3;  // less work is not worth another thread
+  const auto grain = static_cast<int64_t>(kNanosecondsPerChunk / nanoseconds_per_row);
+  parallel_for(op.rows, grain < 1 ? 1 : grain, [&op](int64_t begin, int64_t end) {
+    switch (isa) {
+#ifdef JR_X86
+      case Isa::kAvx512:
+        return avx512::rows(op, begin, end);
+      case Isa::kAvx2:
+        return avx2::rows(op, begin, end);
+#endif
+      default:
+        return baseline::rows(op, begin, end);
+    }
+  });
+}
+
+}  // namespace
+
+// The costs are rough, of one row on one core: they only choose how much work is worth a thread.
+
+void run(const ActivationTopk& op, const ParallelFor& parallel_for) {
+  run_rows(op, 200.0 + 1.0 * op.experts + 20.0 * op.k, parallel_for);
+}
+
+void run(const RouteAt& op, const ParallelFor& parallel_for) {
+  run_rows(op, 10.0 + 5.0 * op.k + (op.scoring.needs_whole_row() ? 1.0 * op.experts : 0.0), parallel_for);
+}
+
+void run(const RouteCotangent& op, const ParallelFor& parallel_for) {
+  run_rows(op, 10.0 + 10.0 * op.k + (op.scoring.needs_whole_row() ? 1.0 : 0.2) * op.experts, parallel_for);
+}
+
+void run(const TopkSelect& op, const ParallelFor& parallel_for) {
+  run_rows(op, 200.0 + 0.5 * op.length + 10.0 * op.k, parallel_for);
+}
+
+}  // namespace jax_router::cpu

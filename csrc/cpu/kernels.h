@@ -1,0 +1,23 @@
+// The CPU kernels, one an op. Each is called with a ParallelFor that splits rows over XLA's thread pool.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "../common/ops.h"
+
+namespace jax_router::cpu {
+
+// parallel_for(count, grain, body): body(begin, end) over disjoint ranges that cover [0, count), each but the last of at
+// least `grain` items, on any threads; returns when all are done.
+using ParallelFor =
+    std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body)>;
+
+void run(const HashRouter& op, const ParallelFor& parallel_for);
+void run(const ActivationTopk& op, const ParallelFor& parallel_for);
+void run(const RouteAt& op, const ParallelFor& parallel_for);
+void run(const RouteCotangent& op, const ParallelFor& parallel_for);
+void run(const TopkSelect& op, const ParallelFor& parallel_for);
+void run(const ExpertDispatch& op, const ParallelFor& parallel_for);
+
+}  // namespace jax_router::cpu

@@ -1,0 +1,139 @@
+// activation_topk: scores, selection and weights of tokens whose logits lie in device memory.
+//
+// A tile of 16 or 32 lanes owns one token: it reads the row once into registers, 4 logits a lane at a time, and selects
+// there (select.cuh). Rows too long or with too many choices for that are kept in shared memory, one warp a token.
+// Floor: the logits are read once, and k weights and ids are written: rows * (experts * sizeof(logit) + 8 k) bytes.
+#include <algorithm>
+
+#include "kernels.h"
+#include "load.cuh"
+#include "select.cuh"
+#include "select_long.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// One row of logits in device memory, for re-reading the few that matter.
+template <class T>
+struct GlobalRow {
+  const T* row;
+  __device__ __forceinline__ float operator()(int expert) const { return load_one(row + expert); }
+};
+
+__device__ __forceinline__ TokenOutput output_of(const ActivationTopk& op, int64_t token) {
+  const int64_t place = token * op.k;
+  return {op.weights + place, op.expert_ids + place, op.chosen_logits == nullptr ? nullptr : op.chosen_logits + place};
+}
+
+template <class T, KeyMode kMode, int kLanes, int kChunks>
+__global__ void __launch_bounds__(kThreads) select_rows(const ActivationTopk op, const bool quads) {
+  constexpr int kElements = 4 * kChunks;
+  constexpr int kTiles = kThreads / kLanes;
+  __shared__ SelectScratch<kLanes> scratch[kTiles];
+  const int tile = static_cast<int>(threadIdx.x) / kLanes;
+  const int lane = tile_lane<kLanes>();
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTiles + tile;
+  const bool exists = token < op.rows;
+  const bool wanted = exists && (op.token_mask == nullptr || op.token_mask[token]);
+  const T* row = static_cast<const T*>(op.logits) + token * op.experts;
+
+  float logits[kElements];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    float4 quad = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    if (wanted) quad = load_quad_of_row(row, expert_of<kLanes>(lane, 4 * c), op.experts, quads);
+    logits[4 * c + 0] = quad.x;
+    logits[4 * c + 1] = quad.y;
+    logits[4 * c + 2] = quad.z;
+    logits[4 * c + 3] = quad.w;
+  }
+
+  const Selection selection{op.experts, op.k, op.scoring, op.groups};
+  const TokenOutput output = exists ? output_of(op, token) : TokenOutput{};
+  const float* bias = op.bias == nullptr ? nullptr : op.bias + token * op.bias_stride;
+  select_token<kMode, kLanes>(selection, logits, wanted, bias, GlobalRow<T>{row}, output, scratch[tile]);
+}
+
+template <class T>
+__global__ void select_long_rows(const ActivationTopk op, const int scratch_bytes, const bool quads) {
+  extern __shared__ __align__(16) char shared[];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + warp;
+  if (token >= op.rows) return;
+  const T* row = static_cast<const T*>(op.logits) + token * op.experts;
+  const TokenOutput output = output_of(op, token);
+  if (op.token_mask != nullptr && !op.token_mask[token]) {
+    for (int j = static_cast<int>(threadIdx.x & 31); j < op.k; j += 32) store_nothing(output, j);
+    return;
+  }
+  select_long_token(
+      Selection{op.experts, op.k, op.scoring, op.groups}, op.bias != nullptr || op.groups.num_groups > 1,
+      op.bias == nullptr ? nullptr : op.bias + token * op.bias_stride,
+      [&](int e) { return load_quad_of_row(row, e, op.experts, quads); }, [&](int e) { return load_one(row + e); },
+      output, LongScratch(shared + warp * scratch_bytes, op.experts));
+}
+
+template <class T, KeyMode kMode, int kLanes, int kChunks>
+cudaError_t launch_tiles(const ActivationTopk& op, cudaStream_t stream) {
+  constexpr int kTiles = kThreads / kLanes;
+  const int64_t blocks = (op.rows + kTiles - 1) / kTiles;
+  const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
+  select_rows<T, kMode, kLanes, kChunks><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(op, quads);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_long(const ActivationTopk& op, cudaStream_t stream) {
+  constexpr int kSharedBytes = 48 * 1024;  // what a block may have without asking
+  const int bytes = LongScratch::bytes(op.experts, op.groups.num_groups);
+  const int warps = std::min(8, kSharedBytes / bytes);
+  if (warps == 0) return cudaErrorInvalidValue;
+  const int64_t blocks = (op.rows + warps - 1) / warps;
+  const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
+  select_long_rows<T><<<static_cast<unsigned>(blocks), 32 * warps, warps * bytes, stream>>>(op, bytes, quads);
+  return cudaGetLastError();
+}
+
+// Below this many rows a token gets a whole warp: there is room, and its steps are fewer.
+constexpr int64_t kManyRows = 4096;
+
+template <class T, KeyMode kMode>
+cudaError_t launch_mode(const ActivationTopk& op, cudaStream_t stream) {
+  const int quads = (op.experts + 3) / 4;
+  if constexpr (kMode != KeyMode::kGroups) {
+    if (op.rows >= kManyRows && op.k <= kMaxTileTopK<16> && quads <= 16 * 8) {
+      if (quads <= 16 * 1) return launch_tiles<T, kMode, 16, 1>(op, stream);
+      if (quads <= 16 * 2) return launch_tiles<T, kMode, 16, 2>(op, stream);
+      if (quads <= 16 * 3) return launch_tiles<T, kMode, 16, 3>(op, stream);
+      if (quads <= 16 * 4) return launch_tiles<T, kMode, 16, 4>(op, stream);
+      if (quads <= 16 * 6) return launch_tiles<T, kMode, 16, 6>(op, stream);
+      return launch_tiles<T, kMode, 16, 8>(op, stream);
+    }
+  }
+  if (op.k <= kMaxTileTopK<32> && quads <= 32 * 4) {
+    if (quads <= 32 * 1) return launch_tiles<T, kMode, 32, 1>(op, stream);
+    if (quads <= 32 * 2) return launch_tiles<T, kMode, 32, 2>(op, stream);
+    if (quads <= 32 * 3) return launch_tiles<T, kMode, 32, 3>(op, stream);
+    return launch_tiles<T, kMode, 32, 4>(op, stream);
+  }
+  return launch_long<T>(op, stream);
+}
+
+}  // namespace
+
+cudaError_t launch(const ActivationTopk& op, cudaStream_t stream) {
+  if (op.rows == 0 || op.k == 0) return cudaSuccess;
+  return with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (op.groups.num_groups > 1) {
+      if (!tile_can_group(32, op.experts, op.groups.num_groups)) return launch_long<T>(op, stream);
+      return launch_mode<T, KeyMode::kGroups>(op, stream);
+    }
+    if (op.bias != nullptr) return launch_mode<T, KeyMode::kScores>(op, stream);
+    return launch_mode<T, KeyMode::kLogits>(op, stream);
+  });
+}
+
+}  // namespace jax_router::cuda

@@ -1,0 +1,399 @@
+// expert_dispatch: a stable counting sort of expert ids.
+//
+// The choices of one sort (tokens * k ids in flat order) are cut into chunks, one a thread block, and a chunk into
+// tiles. A block ranks every choice of a tile among the earlier choices of the same expert in that tile (warp match,
+// then a scan over the warps' counts), orders the tile by expert in shared memory, and writes it out in runs:
+// token_index to where its expert's run of the whole sort has got to, slot back in flat order. What a block must know
+// of the others, the choices of each expert before its chunk, comes either through distributed shared memory, when one
+// cluster of blocks holds the whole sort (one launch), or from a counting kernel that runs before (two launches; the
+// second ranks its first tile while the first still counts).
+//
+// Ids outside [0, experts) count as one more expert, the last, which has no group and whose slots read -1.
+//
+// Floor: 12 bytes a choice (id in, token_index and slot out).
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace jax_router::cuda {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kRounds = 4;         // choices a thread holds at most
+constexpr int kClusterBlocks = 8;  // the largest size that every device takes
+constexpr int kChunks = 128;       // of all sorts together, if they are long
+// The tables of the warps' counts lie in shared memory beside each other, so many experts leave room for few warps.
+constexpr int kManyThreads = 1024;
+constexpr int kFewThreads = 256;
+constexpr int kExpertsForManyThreads = 1024;
+constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+
+// How one sort is laid over thread blocks.
+struct Layout {
+  uint32_t choices;  // of one sort
+  uint32_t k;
+  uint32_t experts;
+  uint32_t columns;        // of a count table: the experts, the ids outside, the places past the end; made even
+  uint32_t chunks;         // of one sort, a multiple of the cluster size
+  uint32_t chunk_choices;  // choices of one chunk
+  uint32_t rounds;         // choices a thread holds
+  bool one_cluster;        // a sort is one cluster's work, each block's chunk one tile
+  __host__ __device__ uint32_t bins() const { return experts + 1; }
+  __host__ __device__ uint32_t clusters() const { return chunks / kClusterBlocks; }
+};
+
+// Shared memory of a block, one array after the other.
+struct Shared {
+  uint32_t* counts;      // [columns] choices of each bin in this block's chunk (or tile)
+  uint32_t* next_slot;   // [columns] slot of the tile's first choice of each bin
+  uint32_t* tile_start;  // [columns] the same within the tile
+  uint32_t* ordered;     // [threads * rounds] bin << 16 | choice within the tile, ordered by bin
+  uint16_t* ranks;       // [warps][columns]
+};
+
+__host__ __device__ size_t shared_bytes(const Layout& layout, int threads) {
+  return 12 * layout.columns + 4 * threads * kRounds + 2 * (threads / 32) * layout.columns;
+}
+
+__device__ Shared carve_shared(const Layout& layout, int threads) {
+  extern __shared__ uint32_t shared_memory[];
+  Shared shared;
+  shared.counts = shared_memory;
+  shared.next_slot = shared.counts + layout.columns;
+  shared.tile_start = shared.next_slot + layout.columns;
+  shared.ordered = shared.tile_start + layout.columns;
+  shared.ranks = reinterpret_cast<uint16_t*>(shared.ordered + threads * kRounds);
+  return shared;
+}
+
+__device__ void wait_for_earlier_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ void let_later_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Sum of x over the threads before this one; `total` is the sum over all.
+template <int kThreads>
+__device__ uint32_t exclusive_sum(uint32_t x, uint32_t& total) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ uint32_t warp_sums[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t sum = x;
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  uint32_t warp_sum = lane < kWarps ? warp_sums[lane] : 0;
+  const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? warp_sum : 0);
+  total = __reduce_add_sync(kFullWarp, warp_sum);
+  __syncthreads();
+  return before + sum - x;
+}
+
+// A tile in registers: choice `first + lane + 32 * r` of the tile, a run of 32 * rounds for each warp.
+struct TileChoices {
+  uint32_t bin[kRounds];
+  uint32_t rank[kRounds];  // among the tile's choices of the same bin
+};
+
+template <int kThreads>
+__device__ uint32_t place_in_tile(const Layout& layout, int round) {
+  return (threadIdx.x / 32 * layout.rounds + round) * 32 + threadIdx.x % 32;
+}
+
+// Loads and ranks the choices [begin, end) and leaves counts, tile_start and ordered in shared memory.
+template <int kThreads>
+__device__ TileChoices rank_tile(const Layout& layout, const Shared& shared, const int32_t* expert_ids, uint32_t begin,
+                                 uint32_t end) {
+  constexpr int kWarps = kThreads / 32;
+  const uint32_t past_end = layout.bins();
+  TileChoices tile;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const uint32_t choice = begin + place_in_tile<kThreads>(layout, r);
+    tile.bin[r] = past_end;
+    if (r < layout.rounds && choice < end) tile.bin[r] = min(static_cast<uint32_t>(expert_ids[choice]), layout.experts);
+  }
+  uint32_t* rank_words = reinterpret_cast<uint32_t*>(shared.ranks);
+  const uint32_t words = layout.columns / 2;
+  for (uint32_t i = threadIdx.x; i < kWarps * words; i += kThreads) rank_words[i] = 0;
+  __syncthreads();
+
+  uint16_t* warp_counts = shared.ranks + threadIdx.x / 32 * layout.columns;
+  const uint32_t lanes_before = (1u << threadIdx.x % 32) - 1;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (r < layout.rounds) {
+      const uint32_t peers = __match_any_sync(kFullWarp, tile.bin[r]);
+      const uint32_t before = warp_counts[tile.bin[r]];
+      tile.rank[r] = before + __popc(peers & lanes_before);
+      __syncwarp();
+      if ((peers & lanes_before) == 0) warp_counts[tile.bin[r]] = before + __popc(peers);
+      __syncwarp();
+    }
+  }
+  __syncthreads();
+
+  // Counts become the sum over earlier warps, two bins a word.
+  for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
+    uint32_t sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const uint32_t count = rank_words[warp * words + word];
+      rank_words[warp * words + word] = sum;
+      sum += count;
+    }
+    shared.counts[2 * word] = sum & 0xFFFF;
+    shared.counts[2 * word + 1] = sum >> 16;
+  }
+  __syncthreads();
+
+  uint32_t carry = 0;
+  for (uint32_t first = 0; first < layout.columns; first += kThreads) {
+    const uint32_t bin = first + threadIdx.x;
+    uint32_t total;
+    const uint32_t sum = exclusive_sum<kThreads>(bin < layout.columns ? shared.counts[bin] : 0, total);
+    if (bin < layout.columns) shared.tile_start[bin] = carry + sum;
+    carry += total;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (r < layout.rounds) {
+      const uint32_t bin = tile.bin[r];
+      tile.rank[r] += warp_counts[bin];
+      if (bin < past_end) {
+        shared.ordered[shared.tile_start[bin] + tile.rank[r]] = bin << 16 | place_in_tile<kThreads>(layout, r);
+      }
+    }
+  }
+  return tile;
+}
+
+// Writes the tile out. Needs next_slot, and a barrier before and after.
+template <int kThreads>
+__device__ void write_tile(const Layout& layout, const Shared& shared, const TileChoices& tile, uint32_t begin,
+                           uint32_t end, int32_t* token_index, int32_t* slot) {
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (r < layout.rounds) {
+      const uint32_t bin = tile.bin[r];
+      if (bin < layout.bins()) {
+        slot[begin + place_in_tile<kThreads>(layout, r)] =
+            bin < layout.experts ? static_cast<int32_t>(shared.next_slot[bin] + tile.rank[r]) : -1;
+      }
+    }
+  }
+  for (uint32_t place = threadIdx.x; place < end - begin; place += kThreads) {
+    const uint32_t bin = shared.ordered[place] >> 16;
+    const uint32_t choice = begin + (shared.ordered[place] & 0xFFFF);
+    token_index[shared.next_slot[bin] + (place - shared.tile_start[bin])] = choice / layout.k;
+  }
+}
+
+// next_slot of a chunk from counts(bin) = {choices of the bin before the chunk, in the whole sort}.
+template <int kThreads, typename Counts>
+__device__ void find_slots(const Layout& layout, const Shared& shared, Counts counts, int32_t* group_sizes) {
+  uint32_t carry = 0;
+  for (uint32_t first = 0; first < layout.bins(); first += kThreads) {
+    const uint32_t bin = first + threadIdx.x;
+    uint2 count = {0, 0};
+    if (bin < layout.bins()) count = counts(bin);
+    uint32_t total;
+    const uint32_t sum = exclusive_sum<kThreads>(count.y, total);
+    if (bin < layout.bins()) shared.next_slot[bin] = carry + sum + count.x;
+    if (group_sizes != nullptr && bin < layout.experts) group_sizes[bin] = count.y;
+    carry += total;
+  }
+}
+
+// {sum of counts[bin] over earlier blocks of the cluster, over all its blocks}
+__device__ uint2 sum_over_cluster(const cg::cluster_group& cluster, uint32_t* counts, uint32_t bin) {
+  const uint32_t rank = cluster.block_rank(), blocks = cluster.num_blocks();
+  uint2 sum = {0, 0};
+#pragma unroll
+  for (uint32_t block = 0; block < kClusterBlocks; ++block) {
+    const uint32_t count = block < blocks ? cluster.map_shared_rank(counts, block)[bin] : 0;
+    sum.x += block < rank ? count : 0;
+    sum.y += count;
+  }
+  return sum;
+}
+
+// One cluster a sort, one tile a block.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Layout layout, ExpertDispatch op) {
+  const cg::cluster_group cluster = cg::this_cluster();
+  const Shared shared = carve_shared(layout, kThreads);
+  const int64_t sort = blockIdx.x / layout.chunks;
+  const uint32_t chunk = cluster.block_rank();
+  const int64_t offset = sort * layout.choices;
+  const uint32_t begin = min(chunk * layout.chunk_choices, layout.choices);
+  const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
+
+  const TileChoices tile = rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end);
+  cluster.sync();
+  find_slots<kThreads>(
+      layout, shared, [&](uint32_t bin) { return sum_over_cluster(cluster, shared.counts, bin); },
+      chunk == 0 ? op.group_sizes + sort * layout.experts : nullptr);
+  cluster.sync();  // no block may leave while another reads its counts
+  write_tile<kThreads>(layout, shared, tile, begin, end, op.token_index + offset, op.slot + offset);
+}
+
+// Long sorts, first kernel. Workspace: the choices of each bin in earlier chunks of the same cluster [batch, chunks,
+// bins], and in each cluster [batch, clusters, bins].
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    count_chunks(Layout layout, ExpertDispatch op, uint32_t* chunk_counts, uint32_t* cluster_counts) {
+  let_later_kernel_start();
+  const cg::cluster_group cluster = cg::this_cluster();
+  extern __shared__ uint32_t counts[];
+  const int64_t sort = blockIdx.x / layout.chunks;
+  const uint32_t chunk = blockIdx.x % layout.chunks;
+  const uint32_t begin = min(chunk * layout.chunk_choices, layout.choices);
+  const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
+  const int32_t* expert_ids = op.expert_ids + sort * layout.choices;
+
+  for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) counts[bin] = 0;
+  __syncthreads();
+#pragma unroll 4
+  for (uint32_t choice = begin + threadIdx.x; choice < end; choice += kThreads) {
+    atomicAdd(&counts[min(static_cast<uint32_t>(expert_ids[choice]), layout.experts)], 1);
+  }
+  cluster.sync();
+  for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) {
+    const uint2 sum = sum_over_cluster(cluster, counts, bin);
+    chunk_counts[static_cast<int64_t>(blockIdx.x) * layout.bins() + bin] = sum.x;
+    if (cluster.block_rank() == 0) cluster_counts[blockIdx.x / kClusterBlocks * layout.bins() + bin] = sum.y;
+  }
+  cluster.sync();
+}
+
+// Long sorts, second kernel: one block a chunk, tile after tile.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    sort_chunks(Layout layout, ExpertDispatch op, const uint32_t* chunk_counts, const uint32_t* cluster_counts) {
+  const Shared shared = carve_shared(layout, kThreads);
+  const int64_t sort = blockIdx.x / layout.chunks;
+  const uint32_t chunk = blockIdx.x % layout.chunks;
+  const int64_t offset = sort * layout.choices;
+  const uint32_t chunk_begin = min(chunk * layout.chunk_choices, layout.choices);
+  const uint32_t chunk_end = min(chunk_begin + layout.chunk_choices, layout.choices);
+  const uint32_t tile_choices = kThreads * layout.rounds;
+  chunk_counts += static_cast<int64_t>(blockIdx.x) * layout.bins();
+  cluster_counts += sort * layout.clusters() * layout.bins();
+
+  uint32_t begin = chunk_begin;
+  do {
+    const uint32_t end = min(begin + tile_choices, chunk_end);
+    const TileChoices tile = rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end);
+    if (begin == chunk_begin) {
+      wait_for_earlier_kernel();
+      const auto counts = [&](uint32_t bin) {
+        uint2 sum = {chunk_counts[bin], 0};
+#pragma unroll 8
+        for (uint32_t cluster = 0; cluster < layout.clusters(); ++cluster) {
+          const uint32_t count = cluster_counts[cluster * layout.bins() + bin];
+          sum.x += cluster < chunk / kClusterBlocks ? count : 0;
+          sum.y += count;
+        }
+        return sum;
+      };
+      find_slots<kThreads>(layout, shared, counts, chunk == 0 ? op.group_sizes + sort * layout.experts : nullptr);
+    }
+    __syncthreads();
+    write_tile<kThreads>(layout, shared, tile, begin, end, op.token_index + offset, op.slot + offset);
+    begin = end;
+    if (begin < chunk_end) {
+      __syncthreads();
+      for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads)
+        shared.next_slot[bin] += shared.counts[bin];
+      __syncthreads();
+    }
+  } while (begin < chunk_end);
+}
+
+uint32_t divide_up(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
+
+int threads_for(int32_t experts) { return experts <= kExpertsForManyThreads ? kManyThreads : kFewThreads; }
+
+Layout make_layout(const ExpertDispatch& op) {
+  const int threads = threads_for(op.experts);
+  Layout layout;
+  layout.choices = static_cast<uint32_t>(op.tokens * op.k);
+  layout.k = op.k;
+  layout.experts = op.experts;
+  layout.columns = (op.experts + 2 + 1) / 2 * 2;
+  const int64_t cluster_capacity = static_cast<int64_t>(threads) * kRounds * kClusterBlocks;
+  layout.one_cluster = layout.choices <= cluster_capacity;
+  if (layout.one_cluster) {
+    layout.chunks = 1;
+    while (layout.chunks < kClusterBlocks && layout.choices > layout.chunks * threads) layout.chunks *= 2;
+  } else {
+    const int64_t clusters = std::max<int64_t>(kChunks / kClusterBlocks / op.batch, 1);
+    layout.chunks = std::min<int64_t>(clusters, divide_up(layout.choices, kClusterBlocks * threads)) * kClusterBlocks;
+  }
+  layout.chunk_choices = divide_up(divide_up(layout.choices, layout.chunks), 32) * 32;
+  layout.rounds = std::min<uint32_t>(divide_up(layout.chunk_choices, threads), kRounds);
+  return layout;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int cluster,
+                          bool overlap, cudaStream_t stream, Arguments... arguments) {
+  if (shared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = overlap ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <int kThreads>
+cudaError_t launch_with(const Layout& layout, const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
+  const int64_t blocks = op.batch * layout.chunks;
+  const size_t shared = shared_bytes(layout, kThreads);
+  if (layout.one_cluster) {
+    return launch_blocks(sort_in_cluster<kThreads>, blocks, kThreads, shared, layout.chunks, false, stream, layout, op);
+  }
+  uint32_t* chunk_counts = static_cast<uint32_t*>(workspace);
+  uint32_t* cluster_counts = chunk_counts + blocks * layout.bins();
+  const cudaError_t error = launch_blocks(count_chunks<kThreads>, blocks, kThreads, 4 * layout.bins(), kClusterBlocks,
+                                          false, stream, layout, op, chunk_counts, cluster_counts);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(sort_chunks<kThreads>, blocks, kThreads, shared, 1, true, stream, layout, op,
+                       static_cast<const uint32_t*>(chunk_counts), static_cast<const uint32_t*>(cluster_counts));
+}
+
+}  // namespace
+
+size_t workspace_bytes(const ExpertDispatch& op) {
+  if (op.batch == 0) return 0;
+  const Layout layout = make_layout(op);
+  if (layout.one_cluster) return 0;
+  return 4 * static_cast<size_t>(op.batch) * (layout.chunks + layout.clusters()) * layout.bins();
+}
+
+cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
+  if (op.batch == 0) return cudaSuccess;
+  const Layout layout = make_layout(op);
+  return threads_for(op.experts) == kManyThreads ? launch_with<kManyThreads>(layout, op, workspace, stream)
+                                                 : launch_with<kFewThreads>(layout, op, workspace, stream);
+}
+
+}  // namespace jax_router::cuda

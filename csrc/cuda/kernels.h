@@ -1,0 +1,27 @@
+// The CUDA launchers, one an op: raw pointers and a stream in, cudaError_t out. They never synchronise, allocate or read
+// device memory on the host, and choose their launch configuration by shapes and options alone, so that a CUDA graph may
+// hold them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "../common/ops.h"
+
+namespace jax_router::cuda {
+
+cudaError_t launch(const HashRouter& op, cudaStream_t stream);
+cudaError_t launch(const ActivationTopk& op, cudaStream_t stream);
+cudaError_t launch(const RouteAt& op, cudaStream_t stream);
+cudaError_t launch(const RouteCotangent& op, cudaStream_t stream);
+
+// These need scratch memory: as many bytes as workspace_bytes says, aligned to 256, with any content.
+size_t workspace_bytes(const TopkSelect& op);
+cudaError_t launch(const TopkSelect& op, void* workspace, cudaStream_t stream);
+size_t workspace_bytes(const ExpertDispatch& op);
+cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream);
+size_t workspace_bytes(const DenseRouter& op);
+cudaError_t launch(const DenseRouter& op, void* workspace, cudaStream_t stream);
+
+}  // namespace jax_router::cuda

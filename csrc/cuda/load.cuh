@@ -1,0 +1,63 @@
+// Loads of logits, f32, bf16 or f16, as f32.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/ops.h"
+#include "../common/order.h"
+
+namespace jax_router::cuda {
+
+// Calls body(T{}) with the C++ type of dtype.
+template <class Body>
+auto with_type(DType dtype, Body body) {
+  if (dtype == DType::kBF16) return body(__nv_bfloat16{});
+  if (dtype == DType::kF16) return body(__half{});
+  return body(float{});
+}
+
+__device__ __forceinline__ float load_one(const float* p) { return __ldg(p); }
+__device__ __forceinline__ float load_one(const __nv_bfloat16* p) { return __bfloat162float(__ldg(p)); }
+__device__ __forceinline__ float load_one(const __half* p) { return __half2float(__ldg(p)); }
+
+// Four neighbours at once; p must be aligned to all four.
+__device__ __forceinline__ float4 load_quad(const float* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
+
+__device__ __forceinline__ float4 load_quad(const __nv_bfloat16* p) {
+  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+  return make_float4(bits_float(bits.x << 16), bits_float(bits.x & 0xFFFF0000u), bits_float(bits.y << 16),
+                     bits_float(bits.y & 0xFFFF0000u));
+}
+
+__device__ __forceinline__ float4 load_quad(const __half* p) {
+  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&bits.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&bits.y));
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+
+// Elements first .. first + 3 of a row of `length`, -inf where there is none. quads: rows_have_quads.
+template <class T>
+__device__ __forceinline__ float4 load_quad_of_row(const T* row, int first, int length, bool quads) {
+  float4 quad = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+  if (quads) {
+    if (first < length) quad = load_quad(row + first);
+  } else {
+    if (first + 0 < length) quad.x = load_one(row + first + 0);
+    if (first + 1 < length) quad.y = load_one(row + first + 1);
+    if (first + 2 < length) quad.z = load_one(row + first + 2);
+    if (first + 3 < length) quad.w = load_one(row + first + 3);
+  }
+  return quad;
+}
+
+// Whether every row of `length` elements of `bytes` bytes can be read in quads.
+inline bool rows_have_quads(const void* base, int64_t length, size_t bytes) {
+  return length % 4 == 0 && reinterpret_cast<uintptr_t>(base) % (4 * bytes) == 0;
+}
+
+}  // namespace jax_router::cuda

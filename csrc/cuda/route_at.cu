@@ -1,0 +1,86 @@
+// route_at: the weights of given experts.
+//
+// A thread block owns a few tokens, one thread a choice: it loads the id, then the one logit, and the token's threads
+// share their scores through shared memory, to be added up in the order of activation_topk. Softmax without
+// renormalisation needs the whole row: there a warp owns a token.
+// Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
+#include <algorithm>
+
+#include "kernels.h"
+#include "load.cuh"
+#include "select.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct Choice {
+  int expert;  // -1: outside [0, experts)
+  float logit;
+};
+
+template <class T>
+__device__ __forceinline__ Choice load_choice(const RouteAt& op, int64_t token, int j) {
+  const int expert = __ldg(op.expert_ids + token * op.k + j);
+  if (static_cast<uint32_t>(expert) >= static_cast<uint32_t>(op.experts)) return {-1, -INFINITY};
+  return {expert, load_one(static_cast<const T*>(op.logits) + token * op.experts + expert)};
+}
+
+__device__ __forceinline__ void store_choice(const RouteAt& op, int64_t token, int j, Choice choice, float weight) {
+  const int64_t place = token * op.k + j;
+  const bool valid = choice.expert >= 0;
+  op.valid_ids[place] = choice.expert;
+  op.weights[place] = valid ? weight : 0.0f;
+  if (op.chosen_logits != nullptr) op.chosen_logits[place] = valid ? choice.logit : 0.0f;
+}
+
+// blockDim: (k, tokens of the block).
+template <class T>
+__global__ void __launch_bounds__(kThreads) weigh_choices(const RouteAt op) {
+  __shared__ float values[kThreads];
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int j = static_cast<int>(threadIdx.x);
+  // An expert that does not exist has the logit -inf, whose score is 0.
+  Choice choice{-1, -INFINITY};
+  if (token < op.rows) choice = load_choice<T>(op, token, j);
+  const float weight = finish_weight(RowScore{op.scoring.score_fn}, op.scoring, op.k, true, j, choice.logit,
+                                     values + threadIdx.y * blockDim.x, [] { __syncthreads(); });
+  if (token < op.rows) store_choice(op, token, j, choice, weight);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) weigh_by_rows(const RouteAt op, const bool quads) {
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (token >= op.rows) return;
+  const T* row = static_cast<const T*>(op.logits) + token * op.experts;
+  const RowScore score =
+      softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row, e, op.experts, quads); });
+  for (int j = static_cast<int>(threadIdx.x & 31); j < op.k; j += 32) {
+    const Choice choice = load_choice<T>(op, token, j);
+    store_choice(op, token, j, choice, __fmul_rn(score(choice.logit), op.scoring.scale));
+  }
+}
+
+unsigned blocks_for(int64_t rows, int64_t rows_a_block) {
+  return static_cast<unsigned>((rows + rows_a_block - 1) / rows_a_block);
+}
+
+}  // namespace
+
+cudaError_t launch(const RouteAt& op, cudaStream_t stream) {
+  if (op.rows == 0 || op.k == 0) return cudaSuccess;
+  return with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (op.scoring.needs_whole_row()) {
+      const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
+      weigh_by_rows<T><<<blocks_for(op.rows, kThreads / 32), kThreads, 0, stream>>>(op, quads);
+    } else {
+      const dim3 block(op.k, kThreads / op.k);
+      weigh_choices<T><<<blocks_for(op.rows, block.y), block, 0, stream>>>(op);
+    }
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace jax_router::cuda

@@ -1,0 +1,303 @@
+// route_cotangent: the gradient of the weights with respect to the logits, a dense row that is zero but at k places.
+//
+// A warp owns 4 rows (k <= 8) or one (k <= 64). It holds the rows' choices in registers, sets their gradients in a
+// stretch of zeros in shared memory, and copies that out with full-width stores, stretch by stretch: each result is
+// written once. Rows with more choices or more experts than a router's (plain top-k's gradient) are cut into stretches
+// with one thread block each.
+// Floor: rows * experts * sizeof(gradient) + 12 k rows bytes; softmax without renormalisation reads the logits too.
+#include <algorithm>
+
+#include "kernels.h"
+#include "load.cuh"
+#include "select.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kStretch = 1024;  // floats of shared memory a warp
+
+__device__ __forceinline__ void store_one(float* p, float x) { *p = x; }
+__device__ __forceinline__ void store_one(__nv_bfloat16* p, float x) { *p = __float2bfloat16(x); }
+__device__ __forceinline__ void store_one(__half* p, float x) { *p = __float2half(x); }
+
+__device__ __forceinline__ uint32_t pack_two(float a, float b, __nv_bfloat16) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+__device__ __forceinline__ uint32_t pack_two(float a, float b, __half) {
+  const __half2 two = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+// 16 bytes of gradient from as many f32 values in shared memory.
+__device__ __forceinline__ void store_vector(float* p, const float* values) {
+  __stcs(reinterpret_cast<float4*>(p), *reinterpret_cast<const float4*>(values));
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, const float* values) {
+  const float4 a = *reinterpret_cast<const float4*>(values);
+  const float4 b = *reinterpret_cast<const float4*>(values + 4);
+  __stcs(reinterpret_cast<uint4*>(p), make_uint4(pack_two(a.x, a.y, T{}), pack_two(a.z, a.w, T{}),
+                                                 pack_two(b.x, b.y, T{}), pack_two(b.z, b.w, T{})));
+}
+
+// Copies `count` values of shared memory to p, by the `threads` threads whose own numbers are `thread`.
+template <class T>
+__device__ __forceinline__ void store_stretch(T* p, const float* values, int count, int thread, int threads) {
+  constexpr int kWidth = 16 / sizeof(T);
+  if (count % kWidth == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    for (int i = thread * kWidth; i < count; i += threads * kWidth) store_vector(p + i, values + i);
+  } else {
+    for (int i = thread; i < count; i += threads) store_one(p + i, values[i]);
+  }
+}
+
+__device__ __forceinline__ float score_derivative(ScoreFn score_fn, float logit) {
+  if (score_fn == ScoreFn::kSqrtSoftplus) return sqrtsoftplus_derivative(logit);
+  if (score_fn == ScoreFn::kSigmoid) return sigmoid_derivative(logit);
+  return 1.0f;
+}
+
+// The sum of one number a choice over the tile's choices, in their order.
+template <int kLanes, int kHeld>
+__device__ __forceinline__ float sum_over_choices(const float (&values)[kHeld], int k) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    for (int j = 0; j < min(k - h * kLanes, kLanes); ++j) {
+      sum = __fadd_rn(sum, __shfl_sync(kFullWarp, values[h], j, kLanes));
+    }
+  }
+  return sum;
+}
+
+// d(weights . grad) / d(chosen logit), choice j = h * kLanes + lane; 0 where the id is -1.
+template <int kLanes, int kHeld>
+__device__ __forceinline__ void differentiate(const Scoring& scoring, int k, const int (&ids)[kHeld],
+                                              const float (&logits)[kHeld], const float (&grads)[kHeld],
+                                              float (&cotangents)[kHeld]) {
+  float scores[kHeld];
+  float derivatives[kHeld];
+  float divisor = 1.0f;
+  float mean = 0.0f;
+  if (scoring.score_fn == ScoreFn::kSoftmax) {
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) maximum = ids[h] < 0 ? maximum : max_nan(maximum, logits[h]);
+    const float shift = softmax_shift(tile_max_nan<kLanes>(maximum));
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      scores[h] = ids[h] < 0 ? 0.0f : exp_nonpositive(__fadd_rn(logits[h], -shift));
+      derivatives[h] = scores[h];
+    }
+  } else {
+    const RowScore score{scoring.score_fn};
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      scores[h] = ids[h] < 0 || !scoring.renormalize ? 0.0f : score(logits[h]);
+      derivatives[h] = ids[h] < 0 ? 0.0f : score_derivative(scoring.score_fn, logits[h]);
+    }
+  }
+  if (scoring.renormalize) {
+    divisor = __fadd_rn(sum_over_choices<kLanes>(scores, k), kRenormalizeEpsilon);
+    float terms[kHeld];
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      terms[h] = ids[h] < 0 ? 0.0f : __fmul_rn(grads[h], divide(scores[h], divisor));
+    }
+    mean = sum_over_choices<kLanes>(terms, k);
+  }
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    const float slope = divide(__fmul_rn(scoring.scale, __fadd_rn(grads[h], -mean)), divisor);
+    cotangents[h] = ids[h] < 0 ? 0.0f : __fmul_rn(slope, derivatives[h]);
+  }
+}
+
+// Gives the first of several choices of one expert the sum over them, and the others the id -1.
+template <int kLanes, int kHeld>
+__device__ __forceinline__ void merge_equal_ids(int k, int (&ids)[kHeld], float (&values)[kHeld]) {
+  const int lane = tile_lane<kLanes>();
+  float sums[kHeld] = {};
+  bool repeated[kHeld] = {};
+#pragma unroll
+  for (int other = 0; other < kHeld; ++other) {
+    for (int j = 0; j < min(k - other * kLanes, kLanes); ++j) {
+      const int id = __shfl_sync(kFullWarp, ids[other], j, kLanes);
+      const float value = __shfl_sync(kFullWarp, values[other], j, kLanes);
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        if (id != ids[h]) continue;
+        sums[h] = __fadd_rn(sums[h], value);
+        repeated[h] = repeated[h] || other * kLanes + j < h * kLanes + lane;
+      }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    values[h] = sums[h];
+    ids[h] = repeated[h] ? -1 : ids[h];
+  }
+}
+
+// kLanes lanes hold a row's choices, kHeld each.
+template <class T, int kLanes, int kHeld, bool kWholeRow>
+__global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, const bool quads) {
+  constexpr int kRows = 32 / kLanes;
+  constexpr int kRowStretch = kStretch / kRows;
+  static_assert(!kWholeRow || kRows == 1);
+  __shared__ __align__(16) float shared[kWarps][kStretch];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp_lane = static_cast<int>(threadIdx.x) & 31;
+  const int lane = tile_lane<kLanes>();
+  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRows;
+  if (first_row >= op.rows) return;
+  const int rows = static_cast<int>(min(op.rows - first_row, static_cast<int64_t>(kRows)));
+  const int own_row = warp_lane / kLanes;
+
+  int ids[kHeld];
+  float grads[kHeld];
+  float logits[kHeld];
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    const int j = h * kLanes + lane;
+    ids[h] = -1;
+    grads[h] = 0.0f;
+    logits[h] = 0.0f;
+    if (j < op.k && own_row < rows) {
+      const int64_t place = (first_row + own_row) * op.k + j;
+      ids[h] = __ldg(op.expert_ids + place);
+      grads[h] = __ldg(op.grad_weights + place);
+      if (!kWholeRow) logits[h] = __ldg(static_cast<const float*>(op.residual) + place);
+      if (static_cast<uint32_t>(ids[h]) >= static_cast<uint32_t>(op.experts)) ids[h] = -1;
+    }
+  }
+
+  // values: what is added at the chosen experts; for a whole row they are still grad, to be combined when copied out.
+  float values[kHeld];
+  RowScore score{op.scoring.score_fn};
+  float mean = 0.0f;
+  const T* row_logits = nullptr;
+  if constexpr (kWholeRow) {
+    row_logits = static_cast<const T*>(op.residual) + first_row * op.experts;
+    score = softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row_logits, e, op.experts, quads); });
+    float terms[kHeld];
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      values[h] = grads[h];
+      terms[h] = ids[h] < 0 ? 0.0f : __fmul_rn(grads[h], score(load_one(row_logits + ids[h])));
+    }
+    mean = sum_over_choices<kLanes>(terms, op.k);
+  } else {
+    differentiate<kLanes>(op.scoring, op.k, ids, logits, grads, values);
+  }
+  merge_equal_ids<kLanes>(op.k, ids, values);
+
+  float* const zeros = shared[warp];
+  for (int i = 4 * warp_lane; i < kStretch; i += 128) {
+    *reinterpret_cast<float4*>(zeros + i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  __syncwarp();
+  T* const out = static_cast<T*>(op.grad_logits) + first_row * op.experts;
+  for (int begin = 0; begin < op.experts; begin += kRowStretch) {
+    const int length = min(op.experts - begin, kRowStretch);
+    const auto place = [&](int h) { return ids[h] >= begin && ids[h] < begin + length ? ids[h] - begin : -1; };
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if (place(h) >= 0) zeros[own_row * length + place(h)] = values[h];
+    }
+    __syncwarp();
+    if constexpr (kWholeRow) {
+      for (int i = warp_lane; i < length; i += 32) {
+        const float p = __fmul_rn(op.scoring.scale, score(load_one(row_logits + begin + i)));
+        store_one(out + begin + i, __fmul_rn(p, __fadd_rn(zeros[i], -mean)));
+      }
+    } else if (length == op.experts) {
+      store_stretch(out, zeros, rows * length, warp_lane, 32);
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        store_stretch(out + static_cast<int64_t>(r) * op.experts + begin, zeros + r * length, length, warp_lane, 32);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if (place(h) >= 0) zeros[own_row * length + place(h)] = 0.0f;
+    }
+    __syncwarp();
+  }
+}
+
+constexpr int kLongStretch = 4096;
+constexpr int kLongThreads = 256;
+
+// Any number of choices of a row, each with a gradient of its own. blockIdx.x: row * stretches + stretch.
+template <class T>
+__global__ void __launch_bounds__(kLongThreads) pull_back_long(const RouteCotangent op, const int stretches) {
+  __shared__ __align__(16) float sums[kLongStretch];
+  __shared__ int owners[kLongStretch];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t row = blockIdx.x / stretches;
+  const int begin = static_cast<int>(blockIdx.x % stretches) * kLongStretch;
+  const int length = min(op.experts - begin, kLongStretch);
+  for (int i = thread; i < kLongStretch; i += kLongThreads) {
+    sums[i] = 0.0f;
+    owners[i] = kLongThreads;
+  }
+  __syncthreads();
+  for (int first = 0; first < op.k; first += kLongThreads) {
+    const int j = first + thread;
+    const int64_t place = row * op.k + j;
+    const int i = j < op.k ? __ldg(op.expert_ids + place) - begin : -1;
+    bool pending = i >= 0 && i < length;
+    // Equal ids add up in their order: in each round the first of those that are left.
+    while (__syncthreads_or(pending)) {
+      if (pending) atomicMin(owners + i, thread);
+      __syncthreads();
+      const bool first_of_equals = pending && owners[i] == thread;
+      __syncthreads();
+      if (first_of_equals) {
+        const float logit = __ldg(static_cast<const float*>(op.residual) + place);
+        const float slope = __fmul_rn(op.scoring.scale, __ldg(op.grad_weights + place));
+        sums[i] = __fadd_rn(sums[i], __fmul_rn(slope, score_derivative(op.scoring.score_fn, logit)));
+        owners[i] = kLongThreads;
+        pending = false;
+      }
+    }
+  }
+  store_stretch(static_cast<T*>(op.grad_logits) + row * op.experts + begin, sums, length, thread, kLongThreads);
+}
+
+template <class T, int kLanes, int kHeld, bool kWholeRow>
+cudaError_t launch_rows(const RouteCotangent& op, cudaStream_t stream) {
+  const int64_t rows_a_block = kWarps * (32 / kLanes);
+  const auto blocks = static_cast<unsigned>((op.rows + rows_a_block - 1) / rows_a_block);
+  const bool quads = kWholeRow && rows_have_quads(op.residual, op.experts, sizeof(T));
+  pull_back<T, kLanes, kHeld, kWholeRow><<<blocks, kThreads, 0, stream>>>(op, quads);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_type(const RouteCotangent& op, cudaStream_t stream) {
+  const bool alone = !op.scoring.renormalize && op.scoring.score_fn != ScoreFn::kSoftmax;
+  if (op.k > 64 && !alone) return cudaErrorInvalidValue;
+  if (alone && (op.k > 64 || op.experts > kMaxExperts)) {
+    const int stretches = (op.experts + kLongStretch - 1) / kLongStretch;
+    pull_back_long<T><<<static_cast<unsigned>(op.rows * stretches), kLongThreads, 0, stream>>>(op, stretches);
+    return cudaGetLastError();
+  }
+  if (op.scoring.needs_whole_row()) return launch_rows<T, 32, 2, true>(op, stream);
+  if (op.k <= 8) return launch_rows<T, 8, 1, false>(op, stream);
+  return launch_rows<T, 32, 2, false>(op, stream);
+}
+
+}  // namespace
+
+cudaError_t launch(const RouteCotangent& op, cudaStream_t stream) {
+  if (op.rows == 0 || op.experts == 0) return cudaSuccess;
+  return with_type(op.dtype, [&](auto type) { return launch_type<decltype(type)>(op, stream); });
+}
+
+}  // namespace jax_router::cuda

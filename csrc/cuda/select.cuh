@@ -1,0 +1,402 @@
+// From a token's logits to its experts: the selection that every router kernel shares, so that a token gets the same
+// weights and ids, bit for bit, whichever kernel made its logits and whatever else is in its batch.
+//
+// A tile of kLanes neighbouring lanes of a warp (kLanes = 16 or 32) owns one token and holds its logits in registers, in
+// quads: element i of lane l is expert_of<kLanes>(l, i) = (i / 4) * 4 * kLanes + 4 * l + i % 4.
+//
+// The k best are found by a bound and a ranking. Each lane takes the largest of its keys; at least k experts have a key
+// no smaller than the k-th largest of these, and only slightly more than k do. Those few go to shared memory, one lane
+// each, and every lane counts how many of them beat its own. Rows with NaN, or with more such experts than lanes (many
+// equal keys), take k rounds of an exact maximum instead.
+#pragma once
+
+#include <cmath>
+
+#include "../common/ops.h"
+#include "../common/order.h"
+#include "../common/score.h"
+
+namespace jax_router::cuda {
+
+constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
+
+// A tile selects up to this many experts.
+template <int kLanes>
+constexpr int kMaxTileTopK = kLanes / 2;
+
+// What the keys that select are made of.
+enum class KeyMode {
+  kLogits,  // the logits themselves: no bias and no groups
+  kScores,  // score + bias
+  kGroups,  // score + bias, within the best groups; see tile_can_group
+};
+
+// The options of a launch, the same for all tokens.
+struct Selection {
+  int experts;
+  int k;
+  Scoring scoring;
+  Groups groups;
+};
+
+// Where a token's results go, each pointing at the token's own k values. weights == nullptr: nowhere, the tile has no
+// token and only keeps its warp company. chosen_logits is optional.
+struct TokenOutput {
+  float* weights;
+  int32_t* expert_ids;
+  float* chosen_logits;
+};
+
+// What a masked token gets, at position j.
+__device__ __forceinline__ void store_nothing(const TokenOutput& output, int j) {
+  output.weights[j] = 0.0f;
+  output.expert_ids[j] = -1;
+  if (output.chosen_logits != nullptr) output.chosen_logits[j] = 0.0f;
+}
+
+// Shared memory of one tile.
+template <int kLanes>
+struct alignas(16) SelectScratch {
+  uint64_t pairs[kLanes];
+  int candidates[kLanes];
+  float values[kLanes];
+};
+
+template <int kLanes>
+__device__ __forceinline__ int tile_lane() {
+  return static_cast<int>(threadIdx.x) & (kLanes - 1);
+}
+
+template <int kLanes>
+__device__ __forceinline__ int expert_of(int lane, int element) {
+  return (element >> 2) * (4 * kLanes) + 4 * lane + (element & 3);
+}
+
+// The ballot of the lanes of this lane's tile, lane 0 of the tile in bit 0.
+template <int kLanes>
+__device__ __forceinline__ uint32_t tile_ballot(bool predicate) {
+  const uint32_t ballot = __ballot_sync(kFullWarp, predicate);
+  if constexpr (kLanes == 32) return ballot;
+  return (ballot >> (threadIdx.x & 31 & ~(kLanes - 1))) & ((1u << (kLanes & 31)) - 1);
+}
+
+// NaN if either is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+template <int kLanes>
+__device__ __forceinline__ float tile_max_nan(float value) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) value = max_nan(value, __shfl_xor_sync(kFullWarp, value, step));
+  return value;
+}
+
+// A score function with what softmax needs to know of its row.
+struct RowScore {
+  ScoreFn score_fn;
+  float shift = 0.0f;
+  float inverse_sum = 0.0f;
+
+  __device__ __forceinline__ float operator()(float logit) const {
+    if (score_fn == ScoreFn::kSqrtSoftplus) return sqrtsoftplus(logit);
+    if (score_fn == ScoreFn::kSigmoid) return sigmoid(logit);
+    if (score_fn == ScoreFn::kSoftmax) return __fmul_rn(exp_nonpositive(__fadd_rn(logit, -shift)), inverse_sum);
+    return logit;
+  }
+};
+
+// exp(x - shift) of four neighbours, added up.
+__device__ __forceinline__ float sum_of_quad(float4 quad, float shift) {
+  const float low = __fadd_rn(exp_nonpositive(__fadd_rn(quad.x, -shift)), exp_nonpositive(__fadd_rn(quad.y, -shift)));
+  const float high = __fadd_rn(exp_nonpositive(__fadd_rn(quad.z, -shift)), exp_nonpositive(__fadd_rn(quad.w, -shift)));
+  return __fadd_rn(low, high);
+}
+
+template <int kLanes>
+__device__ __forceinline__ RowScore softmax_of_sums(float sum, float shift) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, step));
+  return RowScore{ScoreFn::kSoftmax, shift, sum == 0.0f ? 0.0f : divide(1.0f, sum)};
+}
+
+// Softmax's shift and sum over a whole row whose missing experts are -inf. The order of the additions does not depend on
+// kLanes: over the experts with equal e / 4 mod 32 first, in ascending order, then a tree over these 32 sums.
+template <int kLanes, int kElements>
+__device__ __forceinline__ RowScore softmax_of_tile(const float (&logits)[kElements]) {
+  constexpr int kFold = 32 / kLanes;
+  float maximum = logits[0];
+#pragma unroll
+  for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, logits[i]);
+  const float shift = softmax_shift(tile_max_nan<kLanes>(maximum));
+  float sums[kFold] = {};
+#pragma unroll
+  for (int i = 0; i < kElements; i += 4) {
+    const float4 quad = make_float4(logits[i], logits[i + 1], logits[i + 2], logits[i + 3]);
+    sums[i / 4 % kFold] = __fadd_rn(sums[i / 4 % kFold], sum_of_quad(quad, shift));
+  }
+  return softmax_of_sums<kLanes>(kFold == 1 ? sums[0] : __fadd_rn(sums[0], sums[kFold - 1]), shift);
+}
+
+// The same by a whole warp for a row of any length: quad_at(e) gives the logits e .. e + 3.
+template <class QuadAt>
+__device__ __forceinline__ RowScore softmax_of_row(int experts, QuadAt quad_at) {
+  const int first = 4 * static_cast<int>(threadIdx.x & 31);
+  float maximum = -INFINITY;
+  for (int e = first; e < experts; e += 128) {
+    const float4 quad = quad_at(e);
+    maximum = max_nan(maximum, max_nan(max_nan(quad.x, quad.y), max_nan(quad.z, quad.w)));
+  }
+  const float shift = softmax_shift(tile_max_nan<32>(maximum));
+  float sum = 0.0f;
+  for (int e = first; e < experts; e += 128) sum = __fadd_rn(sum, sum_of_quad(quad_at(e), shift));
+  return softmax_of_sums<32>(sum, shift);
+}
+
+// Softmax over a token's k chosen logits, which are logits[0..k).
+__device__ __forceinline__ float shift_of_chosen(const float* logits, int k) {
+  float maximum = logits[0];
+  for (int j = 1; j < k; ++j) maximum = max_nan(maximum, logits[j]);
+  return softmax_shift(maximum);
+}
+
+// What renormalisation divides by, from a token's k scores: added up from the first (the best) to the last.
+__device__ __forceinline__ float renormalize_divisor(const float* scores, int k) {
+  float sum = scores[0];
+  for (int j = 1; j < k; ++j) sum = __fadd_rn(sum, scores[j]);
+  return __fadd_rn(sum, kRenormalizeEpsilon);
+}
+
+// The weight of the choice at position `rank` of a token's k choices. All threads that work on the token call it
+// together. A thread whose `chosen` is false has no choice; every position must have one. values: shared memory for k
+// floats. sync: makes what these threads wrote there visible to them.
+template <class Sync>
+__device__ __forceinline__ float finish_weight(const RowScore& score, const Scoring& scoring, int k, bool chosen,
+                                               int rank, float logit, float* values, Sync sync) {
+  float s;
+  if (scoring.score_fn == ScoreFn::kSoftmax && scoring.renormalize) {
+    if (chosen) values[rank] = logit;
+    sync();
+    s = exp_nonpositive(__fadd_rn(logit, -shift_of_chosen(values, k)));
+    sync();
+  } else {
+    s = score(logit);
+  }
+  if (scoring.renormalize) {
+    if (chosen) values[rank] = s;
+    sync();
+    s = divide(s, renormalize_divisor(values, k));
+  }
+  return __fmul_rn(s, scoring.scale);
+}
+
+// Whether the tile's lane layout has the groups in whole runs of lanes.
+__host__ __device__ inline bool tile_can_group(int lanes, int experts, int num_groups) {
+  const int size = experts / num_groups;
+  const int quads = size / 4;
+  return size * num_groups == experts && quads * 4 == size && quads > 0 && (quads & (quads - 1)) == 0 && quads <= lanes;
+}
+
+// Makes every expert outside the top_groups best groups ineligible.
+template <int kLanes, int kElements>
+__device__ void keep_best_groups(const Selection& selection, float (&keys)[kElements], uint32_t& eligible) {
+  constexpr int kChunks = kElements / 4;
+  const int lanes_a_group = selection.experts / selection.groups.num_groups / 4;
+  const int lane = tile_lane<kLanes>();
+  uint32_t group_keys[kChunks];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const float* quad = keys + 4 * c;
+    float best = max_nan(max_nan(quad[0], quad[1]), max_nan(quad[2], quad[3]));
+    float second = fmaxf(fminf(fmaxf(quad[0], quad[1]), fmaxf(quad[2], quad[3])),
+                         fmaxf(fminf(quad[0], quad[1]), fminf(quad[2], quad[3])));
+    for (int step = 1; step < lanes_a_group; step *= 2) {
+      const float other_best = __shfl_xor_sync(kFullWarp, best, step);
+      const float other_second = __shfl_xor_sync(kFullWarp, second, step);
+      second = fmaxf(fminf(best, other_best), fmaxf(second, other_second));
+      best = max_nan(best, other_best);
+    }
+    const bool exists = expert_of<kLanes>(lane, 4 * c) < selection.experts;
+    const float score = selection.groups.score == GroupScore::kTop2Sum ? __fadd_rn(best, second) : best;
+    group_keys[c] = exists ? order_key(score) : kNoKey;
+  }
+  int ranks[kChunks] = {};
+#pragma unroll
+  for (int other_chunk = 0; other_chunk < kChunks; ++other_chunk) {
+    for (int other_lane = 0; other_lane < kLanes; other_lane += lanes_a_group) {
+      const uint32_t other = __shfl_sync(kFullWarp, group_keys[other_chunk], other_lane, kLanes);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const bool before = other_chunk < c || (other_chunk == c && other_lane + lanes_a_group <= lane);
+        ranks[c] += other > group_keys[c] || (other == group_keys[c] && before);
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (ranks[c] < selection.groups.top_groups) continue;
+    eligible &= ~(0xFu << (4 * c));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) keys[4 * c + j] = -INFINITY;
+  }
+}
+
+// The k-th largest of one value a lane, by a bitonic sort.
+template <int kLanes>
+__device__ __forceinline__ float kth_largest(float value, int k) {
+  const int lane = tile_lane<kLanes>();
+#pragma unroll
+  for (int size = 2; size <= kLanes; size *= 2) {
+#pragma unroll
+    for (int step = size / 2; step > 0; step /= 2) {
+      const float other = __shfl_xor_sync(kFullWarp, value, step);
+      const bool keep_larger = ((lane & step) == 0) == ((lane & size) == 0 || size == kLanes);
+      value = keep_larger ? fmaxf(value, other) : fminf(value, other);
+    }
+  }
+  return __shfl_sync(kFullWarp, value, k - 1, kLanes);
+}
+
+// The exact k best of the eligible keys, best first, into candidates.
+template <int kLanes, int kElements>
+__device__ __forceinline__ void select_by_rounds(const float (&keys)[kElements], uint32_t eligible, int k, int* candidates) {
+  const int lane = tile_lane<kLanes>();
+  for (int round = 0; round < k; ++round) {
+    uint64_t best = 0;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const uint64_t pair = order_pair(order_key(keys[i]), static_cast<uint32_t>(expert_of<kLanes>(lane, i)));
+      if ((eligible >> i & 1) != 0 && pair > best) best = pair;
+    }
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      const uint64_t other = __shfl_xor_sync(kFullWarp, best, step);
+      best = other > best ? other : best;
+    }
+    const int expert = static_cast<int>(pair_index(best));
+    if (lane == 0) candidates[round] = expert;
+    const int quad = expert >> 2;
+    if (best != 0 && (quad & (kLanes - 1)) == lane) eligible &= ~(1u << (quad / kLanes * 4 + (expert & 3)));
+  }
+}
+
+// Selects one token's experts and writes its k weights and ids. All 32 lanes of the warp call it together.
+//   logits    in the layout above; -inf where the expert does not exist, and everywhere if the token is not wanted
+//   wanted    false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
+//   bias      the token's own row of [experts] floats, or null; not used for kLogits
+//   logit_at  logit_at(expert) gives any of the token's logits once more, to any lane of the tile
+template <KeyMode kMode, int kLanes, int kElements, class LogitAt>
+__device__ __forceinline__ void select_token(const Selection& selection, const float (&logits)[kElements], bool wanted,
+                                             const float* bias, LogitAt logit_at, const TokenOutput& output,
+                                             SelectScratch<kLanes>& scratch) {
+  static_assert(kElements % 4 == 0 && kElements <= 32 && (kLanes == 16 || kLanes == 32));
+  const int lane = tile_lane<kLanes>();
+  const int k = selection.k;
+  const Scoring& scoring = selection.scoring;
+
+  uint32_t eligible = 0;
+#pragma unroll
+  for (int c = 0; c < kElements / 4; ++c) {
+    const int existing = min(max(selection.experts - expert_of<kLanes>(lane, 4 * c), 0), 4);
+    eligible |= ((1u << existing) - 1) << (4 * c);
+  }
+  if (!wanted) eligible = 0;
+
+  RowScore score{scoring.score_fn};
+  if (scoring.score_fn == ScoreFn::kSoftmax && (kMode != KeyMode::kLogits || !scoring.renormalize)) {
+    score = softmax_of_tile<kLanes>(logits);
+  }
+
+  float keys[kElements];
+  if constexpr (kMode == KeyMode::kLogits) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) keys[i] = logits[i];
+  } else {
+    auto score_all = [&](auto score_of) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const int expert = expert_of<kLanes>(lane, i);
+        const bool exists = (eligible >> i & 1) != 0;
+        const float offset = bias != nullptr && exists ? __ldg(bias + expert) : 0.0f;
+        const float key = bias != nullptr ? __fadd_rn(score_of(logits[i]), offset) : score_of(logits[i]);
+        keys[i] = exists ? key : -INFINITY;
+      }
+    };
+    if (scoring.score_fn == ScoreFn::kSqrtSoftplus) {
+      score_all([](float x) { return sqrtsoftplus(x); });
+    } else if (scoring.score_fn == ScoreFn::kSigmoid) {
+      score_all([](float x) { return sigmoid(x); });
+    } else {
+      score_all(score);
+    }
+    if constexpr (kMode == KeyMode::kGroups) keep_best_groups<kLanes>(selection, keys, eligible);
+  }
+
+  float maximum = keys[0];
+#pragma unroll
+  for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, keys[i]);
+  int count = 0;
+  bool exact_needed = __any_sync(kFullWarp, maximum != maximum);
+  if (!exact_needed) {
+    const float bound = kth_largest<kLanes>(maximum, k);
+    uint32_t above = 0;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) above |= keys[i] >= bound ? 1u << i : 0u;
+    above &= eligible;
+    while (true) {
+      const uint32_t ballot = tile_ballot<kLanes>(above != 0);
+      if (!__any_sync(kFullWarp, above != 0)) break;
+      const int position = count + __popc(ballot & ((1u << lane) - 1));
+      if (above != 0 && position < kLanes) scratch.candidates[position] = expert_of<kLanes>(lane, __ffs(above) - 1);
+      above &= above - 1;
+      count += __popc(ballot);
+    }
+    exact_needed = __any_sync(kFullWarp, count > kLanes);
+  }
+  if (exact_needed) {
+    __syncwarp();
+    select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
+    count = wanted ? k : 0;
+  }
+  __syncwarp();
+
+  const bool candidate = lane < count;
+  int expert = 0;
+  float logit = 0.0f;
+  uint64_t pair = 0;
+  if (candidate) {
+    expert = scratch.candidates[lane];
+    logit = logit_at(expert);
+    float key = logit;
+    if constexpr (kMode != KeyMode::kLogits) {
+      key = score(logit);
+      if (bias != nullptr) key = __fadd_rn(key, __ldg(bias + expert));
+    }
+    pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
+  }
+  scratch.pairs[lane] = pair;
+  __syncwarp();
+  int rank = 0;
+  const int most = kLanes == 32 ? count : max(count, __shfl_xor_sync(kFullWarp, count, kLanes & 31));
+  for (int i = 0; i < most; i += 2) {
+    const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(scratch.pairs + i);
+    rank += others.x > pair;
+    rank += others.y > pair;
+  }
+
+  const bool chosen = candidate && rank < k;
+  const float weight = 
+      finish_weight(score, scoring, k, chosen, rank, logit, scratch.values, [] { __syncwarp(); });
+  if (chosen) {
+    output.weights[rank] = weight;
+    output.expert_ids[rank] = expert;
+    if (output.chosen_logits != nullptr) output.chosen_logits[rank] = logit;
+  } else if (!wanted && output.weights != nullptr && lane < k) {
+    store_nothing(output, lane);
+  }
+  __syncwarp();
+}
+
+}  // namespace jax_router::cuda

@@ -1,0 +1,219 @@
+// The selection of select.cuh for rows and counts that do not fit its registers: a warp owns a token and keeps the keys
+// of its whole row in shared memory. Same arithmetic, same order, same results.
+#pragma once
+
+#include <algorithm>
+
+#include "load.cuh"
+#include "select.cuh"
+
+namespace jax_router::cuda {
+
+constexpr int kLongCandidates = 256;
+
+__host__ __device__ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The shared memory of one warp.
+struct LongScratch {
+  uint64_t* pairs;       // [kLongCandidates]
+  int* candidates;       // [kLongCandidates]
+  int* expert_ids;       // [kMaxTopK]
+  float* logits;         // [kMaxTopK]
+  float* values;         // [kMaxTopK]
+  uint32_t* keys;        // [experts, to a multiple of 128]
+  uint32_t* group_keys;  // [num_groups, to a multiple of 128], if there are groups
+
+  static __host__ __device__ int bytes(int experts, int num_groups) {
+    const int words = 3 * kLongCandidates + 3 * kMaxTopK + round_up(experts, 128);
+    return 4 * (words + (num_groups > 1 ? round_up(num_groups, 128) : 0));
+  }
+
+  __device__ __forceinline__ LongScratch(char* memory, int experts)
+      : pairs(reinterpret_cast<uint64_t*>(memory)),
+        candidates(reinterpret_cast<int*>(pairs + kLongCandidates)),
+        expert_ids(candidates + kLongCandidates),
+        logits(reinterpret_cast<float*>(expert_ids + kMaxTopK)),
+        values(logits + kMaxTopK),
+        keys(reinterpret_cast<uint32_t*>(values + kMaxTopK)),
+        group_keys(keys + round_up(experts, 128)) {}
+};
+
+// The largest key that at least k of the counted keys reach; count(key): how many of the lane's own keys do.
+template <class Count>
+__device__ __forceinline__ uint32_t kth_key(int k, Count count) {
+  uint32_t key = 0;
+  for (int bit = 31; bit >= 0; --bit) {
+    const uint32_t higher = key | 1u << bit;
+    if (static_cast<int>(__reduce_add_sync(kFullWarp, count(higher))) >= k) key = higher;
+  }
+  return key;
+}
+
+// The k best of keys[0 .. n): all above `key`, and the first `equals` of those equal to it.
+struct Cut {
+  uint32_t key;
+  int equals;
+};
+
+__device__ __forceinline__ Cut exact_cut(const uint32_t* keys, int n, int k) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const auto count = [&](uint32_t key) {
+    int number = 0;
+    for (int i = lane; i < n; i += 32) number += keys[i] >= key;
+    return number;
+  };
+  const uint32_t key = kth_key(k, count);
+  const int above = key == 0xFFFFFFFFu ? 0 : static_cast<int>(__reduce_add_sync(kFullWarp, count(key + 1)));
+  return {key, k - above};
+}
+
+// visit(i, taken) for every i < n, rounded up to 32, by whole warps in ascending order.
+template <class Visit>
+__device__ __forceinline__ void for_each_cut(const uint32_t* keys, int n, Cut cut, Visit visit) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  for (int begin = 0; begin < n; begin += 32) {
+    const int i = begin + lane;
+    const uint32_t key = i < n ? keys[i] : kNoKey;
+    const bool equal = key == cut.key && key != kNoKey;
+    const uint32_t equals = __ballot_sync(kFullWarp, equal);
+    visit(i, key > cut.key || (equal && __popc(equals & ((1u << lane) - 1)) < cut.equals));
+    cut.equals = max(cut.equals - __popc(equals), 0);
+  }
+}
+
+// Takes the keys of all experts outside the best groups away.
+__device__ __forceinline__ void keep_best_groups(const Selection& selection, const LongScratch& scratch) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const int size = selection.experts / selection.groups.num_groups;
+  for (int group = 0; group < selection.groups.num_groups; ++group) {
+    // Where the best key is a NaN, best + second is one too, whatever the second is.
+    uint32_t best = kNoKey;
+    uint32_t second = kNoKey;
+    for (int i = lane; i < size; i += 32) {
+      const uint32_t key = scratch.keys[group * size + i];
+      second = max(second, min(best, key));
+      best = max(best, key);
+    }
+    for (int step = 16; step > 0; step /= 2) {
+      const uint32_t other_best = __shfl_xor_sync(kFullWarp, best, step);
+      const uint32_t other_second = __shfl_xor_sync(kFullWarp, second, step);
+      second = max(min(best, other_best), max(second, other_second));
+      best = max(best, other_best);
+    }
+    const bool sum = selection.groups.score == GroupScore::kTop2Sum;
+    const float score = sum ? __fadd_rn(float_of_key(best), float_of_key(second)) : float_of_key(best);
+    if (lane == 0) scratch.group_keys[group] = order_key(score);
+  }
+  __syncwarp();
+  const int groups = selection.groups.num_groups;
+  const Cut cut = exact_cut(scratch.group_keys, groups, selection.groups.top_groups);
+  for_each_cut(scratch.group_keys, groups, cut, [&](int group, bool taken) {
+    if (group < groups) scratch.group_keys[group] = taken;
+  });
+  __syncwarp();
+  for (int e = lane; e < selection.experts; e += 32) {
+    if (scratch.group_keys[e / size] == 0) scratch.keys[e] = kNoKey;
+  }
+  __syncwarp();
+}
+
+// The experts that may be among the k best, at least k and at most kLongCandidates, into scratch.candidates.
+__device__ __forceinline__ int collect_candidates(int experts, int k, const LongScratch& scratch) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const auto collect = [&](Cut cut) {
+    int count = 0;
+    for_each_cut(scratch.keys, experts, cut, [&](int expert, bool taken) {
+      const uint32_t ballot = __ballot_sync(kFullWarp, taken);
+      const int position = count + __popc(ballot & ((1u << lane) - 1));
+      if (taken && position < kLongCandidates) scratch.candidates[position] = expert;
+      count += __popc(ballot);
+    });
+    return count;
+  };
+  // The k-th largest of 128 maxima bounds the k-th largest key from below, closely if k is well below 128.
+  uint32_t maxima[4] = {kNoKey, kNoKey, kNoKey, kNoKey};
+  for (int e = 4 * lane; e < experts; e += 128) {
+    const uint4 quad = *reinterpret_cast<const uint4*>(scratch.keys + e);
+    maxima[0] = max(maxima[0], quad.x);
+    maxima[1] = max(maxima[1], quad.y);
+    maxima[2] = max(maxima[2], quad.z);
+    maxima[3] = max(maxima[3], quad.w);
+  }
+  const uint32_t bound = kth_key(k, [&](uint32_t key) {
+    return (maxima[0] >= key) + (maxima[1] >= key) + (maxima[2] >= key) + (maxima[3] >= key);
+  });
+  const int count = collect({bound, experts});
+  if (count <= kLongCandidates) return count;
+  __syncwarp();
+  return collect(exact_cut(scratch.keys, experts, k));
+}
+
+// Selects one token's experts and writes its weights and ids; quad_at(e) gives the logits e .. e + 3 of the row, -inf
+// for those that do not exist, logit_at(e) one logit. bias may be null.
+template <class QuadAt, class LogitAt>
+__device__ __forceinline__ void select_long_token(const Selection& selection, bool biased_keys, const float* bias,
+                                                  QuadAt quad_at, LogitAt logit_at, const TokenOutput& output,
+                                                  const LongScratch& scratch) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const int k = selection.k;
+  const Scoring& scoring = selection.scoring;
+  RowScore score{scoring.score_fn};
+  if (scoring.score_fn == ScoreFn::kSoftmax && (biased_keys || !scoring.renormalize)) {
+    score = softmax_of_row(selection.experts, quad_at);
+  }
+
+  for (int e = 4 * lane; e < round_up(selection.experts, 128); e += 128) {
+    const float4 quad = quad_at(e);
+    const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
+    uint32_t keys[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool exists = e + i < selection.experts;
+      float key = biased_keys ? score(logits[i]) : logits[i];
+      if (bias != nullptr && exists) key = __fadd_rn(key, __ldg(bias + e + i));
+      keys[i] = exists ? order_key(key) : kNoKey;
+    }
+    *reinterpret_cast<uint4*>(scratch.keys + e) = make_uint4(keys[0], keys[1], keys[2], keys[3]);
+  }
+  __syncwarp();
+  if (selection.groups.num_groups > 1) keep_best_groups(selection, scratch);
+
+  const int count = collect_candidates(selection.experts, k, scratch);
+  __syncwarp();
+  for (int i = lane; i < round_up(count, 2); i += 32) {
+    const int expert = i < count ? scratch.candidates[i] : 0;
+    scratch.pairs[i] = i < count ? order_pair(scratch.keys[expert], static_cast<uint32_t>(expert)) : 0;
+  }
+  __syncwarp();
+  for (int i = lane; i < count; i += 32) {
+    const uint64_t pair = scratch.pairs[i];
+    int rank = 0;
+    for (int other = 0; other < count; other += 2) {
+      const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(scratch.pairs + other);
+      rank += others.x > pair;
+      rank += others.y > pair;
+    }
+    if (rank >= k) continue;
+    const int expert = static_cast<int>(pair_index(pair));
+    scratch.expert_ids[rank] = expert;
+    scratch.logits[rank] = logit_at(expert);
+  }
+  __syncwarp();
+
+  const bool over_chosen = scoring.score_fn == ScoreFn::kSoftmax && scoring.renormalize;
+  const float shift = over_chosen ? shift_of_chosen(scratch.logits, k) : 0.0f;
+  for (int j = lane; j < k; j += 32) {
+    const float logit = scratch.logits[j];
+    scratch.values[j] = over_chosen ? exp_nonpositive(__fadd_rn(logit, -shift)) : score(logit);
+  }
+  __syncwarp();
+  const float divisor = scoring.renormalize ? renormalize_divisor(scratch.values, k) : 1.0f;
+  for (int j = lane; j < k; j += 32) {
+    const float s = scratch.values[j];
+    output.weights[j] = __fmul_rn(scoring.renormalize ? divide(s, divisor) : s, scoring.scale);
+    output.expert_ids[j] = scratch.expert_ids[j];
+    if (output.chosen_logits != nullptr) output.chosen_logits[j] = scratch.logits[j];
+  }
+}
+
+}  // namespace jax_router::cuda

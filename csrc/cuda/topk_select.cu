@@ -1,0 +1,412 @@
+// topk_select: the k largest of each row, exactly and deterministically, for any distribution.
+//
+// A row belongs to one thread block, or to a cluster of blocks that deal its 512-byte pieces out among themselves. A
+// block reads its part of the row once, a batch at a time into registers, and appends to a buffer in shared memory only
+// what can still be among the k best: pairs (key, index) no smaller than a bound. The bound comes from a sample of the
+// first batch, and rises to the k-th best pair seen whenever the buffer is full. The first block of a cluster then
+// takes the other blocks' candidates over distributed shared memory, selects exactly k of them, puts them in order and
+// writes them.
+//
+// A bound from the buffer is certain, one from a sample is not: if fewer than k candidates were found, or the k-th of
+// them is below some block's sampled bound, the row is read again with a certain bound. Random rows never need that.
+//
+// Nothing but the row is read from device memory, and nothing but the result is written.
+// Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels.h"
+#include "load.cuh"
+#include "topk_select.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kVectors = 4;  // of 16 bytes that a thread holds at a time
+constexpr int kMaxClusterBlocks = 16;
+
+// How the rows are laid over the device.
+struct Plan {
+  int threads;
+  int blocks;         // a row; more than one form a cluster
+  uint32_t capacity;  // of a block's candidate buffer: at least k + 4 * threads
+};
+
+__device__ __forceinline__ float element_of(uint4 vector, int e, float) {
+  return bits_float(e == 0 ? vector.x : e == 1 ? vector.y : e == 2 ? vector.z : vector.w);
+}
+
+__device__ __forceinline__ uint32_t half_bits(uint4 vector, int e) {
+  const uint32_t word = e < 2 ? vector.x : e < 4 ? vector.y : e < 6 ? vector.z : vector.w;
+  return e % 2 == 0 ? word & 0xFFFF : word >> 16;
+}
+
+__device__ __forceinline__ float element_of(uint4 vector, int e, __nv_bfloat16) {
+  return bits_float(half_bits(vector, e) << 16);
+}
+
+__device__ __forceinline__ float element_of(uint4 vector, int e, __half) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(half_bits(vector, e))));
+}
+
+__device__ __forceinline__ void set_value(float* value, float x) { *value = x; }
+__device__ __forceinline__ void set_value(__nv_bfloat16* value, float x) { *value = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void set_value(__half* value, float x) { *value = __float2half_rn(x); }
+
+// The value that has this key; not for NaN.
+__device__ __forceinline__ float key_value(uint32_t key) {
+  return bits_float(key >> 31 != 0 ? key ^ 0x80000000u : ~key);
+}
+
+// One batch of a block's part of a row: kVectors vectors a thread. A vector is 16 aligned bytes; the first and the last
+// of a row may lie partly outside it.
+template <typename T>
+struct Batch {
+  static constexpr int kElements = 16 / sizeof(T);  // of a vector
+  static constexpr uint32_t kAll = (1u << kElements) - 1;
+  static_assert(kVectors * kElements <= 32);
+
+  uint4 vectors[kVectors];
+  uint32_t valid;  // bit v * kElements + e: element e of vector v is there
+  int64_t first;   // index in the row of vector 0's first element
+  int64_t stride;  // from one vector to the next
+
+  __device__ __forceinline__ uint32_t index(int bit) const {
+    return static_cast<uint32_t>(first + bit / kElements * stride + bit % kElements);
+  }
+  __device__ __forceinline__ uint32_t key(int bit) const {
+    return order_key(element_of(vectors[bit / kElements], bit % kElements, T{}));
+  }
+
+  __device__ __forceinline__ void load(const T* row, uint32_t length) {
+    valid = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t start = first + v * stride;
+      vectors[v] = make_uint4(0, 0, 0, 0);
+      if (start >= 0 && start + kElements <= length) {
+        vectors[v] = __ldg(reinterpret_cast<const uint4*>(row + start));
+        valid |= kAll << v * kElements;
+      } else if (start + kElements > 0 && start < length) {
+        load_part(row, length, v, start);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_part(const T* row, uint32_t length, int v, int64_t start) {
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      if (start + e >= 0 && start + e < length) {
+        valid |= 1u << (v * kElements + e);
+        if constexpr (sizeof(T) == 4) {
+          words[e] = __float_as_uint(row[start + e]);
+        } else {
+          const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[start + e];
+          words[e / 2] |= bits << 16 * (e % 2);
+        }
+      }
+    }
+    vectors[v] = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+
+  // The elements that make pairs no smaller than the bound.
+  __device__ __forceinline__ uint32_t candidates(uint64_t bound) const {
+    const uint32_t bound_key = pair_key(bound);
+    uint32_t above = 0, equal = 0;
+#pragma unroll
+    for (int bit = 0; bit < kVectors * kElements; ++bit) {
+      const uint32_t k = key(bit);
+      above |= k > bound_key ? 1u << bit : 0;
+      equal |= k == bound_key ? 1u << bit : 0;
+    }
+    equal &= valid;
+    above &= valid;
+    while (equal != 0) {
+      const int bit = __ffs(equal) - 1;
+      equal &= equal - 1;
+      if (index(bit) <= pair_index(bound)) above |= 1u << bit;
+    }
+    return above;
+  }
+};
+
+// What the blocks of a cluster tell each other.
+struct Exchange {
+  uint32_t count;    // candidates of this block
+  uint64_t sampled;  // the bound that it took from a sample, or 0
+  uint64_t bound;    // for reading the row again
+  bool done;
+};
+
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_rows(TopkSelect op, Plan plan) {
+  using Select = BlockSelect<kThreads>;
+  constexpr int kWarps = kThreads / 32;
+  constexpr int kElements = Batch<T>::kElements;
+  constexpr uint32_t kStep = 4 * kThreads;  // appended at a time when the buffer is nearly full
+
+  extern __shared__ uint64_t dynamic_shared[];
+  __shared__ typename Select::Scratch scratch;
+  __shared__ uint32_t counters[3];
+  __shared__ uint32_t kept;
+  __shared__ Exchange exchange, others[kMaxClusterBlocks];
+  const Select select{scratch};
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const cg::cluster_group cluster = cg::this_cluster();
+  const uint32_t block = plan.blocks > 1 ? cluster.block_rank() : 0;
+
+  const int64_t row_index = blockIdx.x / plan.blocks;
+  const T* row = static_cast<const T*>(op.scores) + row_index * op.length;
+  uint32_t length = static_cast<uint32_t>(op.length);
+  if (op.lengths != nullptr) length = min(max(op.lengths[row_index], 0), static_cast<int32_t>(op.length));
+  const uint32_t k = min(static_cast<uint32_t>(op.k), length);
+
+  uint64_t* pairs = dynamic_shared;
+  uint64_t* spare = pairs + plan.capacity;
+  uint32_t* fine = reinterpret_cast<uint32_t*>(spare + op.k);
+
+  select.init();
+  if (thread == 0) counters[0] = 0;
+  int turn = 0;
+  __syncthreads();
+
+  // Adds the batch's elements in `mask` to the buffer, `count` pairs long, and returns how many all threads had. What
+  // does not fit is dropped. The counters rotate: one is cleared while nobody uses it, a barrier before it is needed.
+  const auto append = [&](const Batch<T>& batch, uint32_t mask, uint32_t count) -> uint32_t {
+    uint32_t* counter = &counters[turn];
+    turn = turn == 2 ? 0 : turn + 1;
+    if (thread == 0) counters[turn] = 0;
+    const uint32_t own = __popc(mask);
+    uint32_t sum = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(Select::kFullWarp, sum, step);
+      if (lane >= step) sum += other;
+    }
+    const uint32_t total = __shfl_sync(Select::kFullWarp, sum, 31);
+    if (total != 0) {
+      uint32_t place = 0;
+      if (lane == 0) place = atomicAdd(counter, total);
+      place = count + __shfl_sync(Select::kFullWarp, place, 0) + sum - own;
+#pragma unroll
+      for (int bit = 0; bit < kVectors * kElements; ++bit) {
+        if ((mask >> bit & 1) != 0) {
+          if (place < plan.capacity) pairs[place] = order_pair(batch.key(bit), batch.index(bit));
+          ++place;
+        }
+      }
+    }
+    __syncthreads();
+    return *counter;
+  };
+
+  // Keeps the k best of the buffer and returns the k-th.
+  const auto prune = [&](uint32_t count) -> uint64_t {
+    if (thread == 0) kept = 0;
+    const uint64_t bound = select.kth_largest(pairs, count, k, length, 0).pair;
+    for (uint32_t i = thread; i < count; i += kThreads) {
+      if (pairs[i] >= bound) spare[atomicAdd(&kept, 1)] = pairs[i];
+    }
+    __syncthreads();
+    for (uint32_t i = thread; i < k; i += kThreads) pairs[i] = spare[i];
+    __syncthreads();
+    return bound;
+  };
+
+  // Pieces of 32 vectors, one a warp. A batch takes every `batches`-th piece of the row, so that the first is a sample.
+  const uint32_t head = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
+  const uint32_t pieces = (length + head + 32 * kElements - 1) / (32 * kElements);
+  const uint32_t pieces_a_batch = kWarps * kVectors * plan.blocks;
+  const uint32_t batches = (pieces + pieces_a_batch - 1) / pieces_a_batch;
+
+  uint32_t count = 0;
+  typename Select::Kth kth = {0, 0};
+  uint64_t bound = 1;
+  bool sample = length > plan.capacity;
+  while (k != 0) {
+    count = 0;
+    uint64_t sampled = 0;
+    for (uint32_t b = 0; b < batches; ++b) {
+      Batch<T> batch;
+      const int64_t piece = static_cast<int64_t>(warp * plan.blocks + block) * batches + b;
+      batch.first = (piece * 32 + lane) * kElements - head;
+      batch.stride = static_cast<int64_t>(kWarps) * plan.blocks * batches * 32 * kElements;
+      batch.load(row, length);
+
+      if (sample) {
+        // One element of each of a few vectors. The rank leaves five standard deviations for chance.
+        const float share = static_cast<float>(k) / static_cast<float>(length);
+        const int each = share * kThreads >= 32 ? 1 : share * kThreads >= 16 ? 2 : kVectors;
+        uint32_t mask = 0;
+        for (int v = 0; v < each; ++v) mask |= 1u << (v * kElements + lane % kElements);
+        const uint32_t size = append(batch, mask & batch.valid, 0);
+        const float expected = share * static_cast<float>(size);
+        const uint32_t rank = static_cast<uint32_t>(expected + 5 * sqrtf(expected)) + 2;
+        if (rank < size) bound = sampled = select.kth_largest(pairs, size, rank, length, rank / 8).pair;
+        sample = false;
+      }
+
+      // The whole batch at once, or, where that does not fit, a step at a time.
+      uint32_t candidates = batch.candidates(bound);
+      int step = -1;
+      while (true) {
+        const uint32_t mask = step < 0 ? candidates : candidates & 0xFu << 4 * step;
+        const uint32_t added = append(batch, mask, count);
+        if (count + added > plan.capacity) {
+          step = 0;
+        } else {
+          count += added;
+          if (step < 0 || ++step == kVectors * kElements / 4) break;
+        }
+        if (count + kStep > plan.capacity) {
+          bound = prune(count);
+          count = k;
+          candidates = batch.candidates(bound);
+        }
+      }
+    }
+
+    if (plan.blocks > 1) {
+      if (thread == 0) {
+        exchange.count = count;
+        exchange.sampled = sampled;
+      }
+      cluster.sync();
+      if (block == 0) {
+        if (thread < plan.blocks) others[thread] = *cluster.map_shared_rank(&exchange, thread);
+        __syncthreads();
+        uint32_t total = 0;
+        for (int other = 1; other < plan.blocks; ++other) {
+          total += others[other].count;
+          sampled = max(sampled, others[other].sampled);
+        }
+        // As many pairs as fit at a time: pair number `first` of the other blocks and those after it.
+        for (uint32_t first = 0; first < total;) {
+          if (count == plan.capacity) {
+            prune(count);
+            count = k;
+          }
+          const uint32_t size = min(total - first, plan.capacity - count);
+          const int warps_a_block = kWarps / plan.blocks;
+          uint32_t start = 0;
+          for (int other = 1; other < plan.blocks; ++other) {
+            if (warp / warps_a_block == other) {
+              const uint64_t* remote = cluster.map_shared_rank(pairs, other);
+              for (uint32_t i = warp % warps_a_block * 32 + lane; i < others[other].count; i += warps_a_block * 32) {
+                const uint32_t place = start + i - first;
+                if (place < size) pairs[count + place] = remote[i];
+              }
+            }
+            start += others[other].count;
+          }
+          __syncthreads();
+          count += size;
+          first += size;
+        }
+      }
+    }
+
+    if (block == 0) {
+      if (count >= k) kth = select.kth_largest(pairs, count, k, length, 0);
+      exchange.done = count >= k && kth.pair >= sampled;
+      exchange.bound = count >= k ? kth.pair : 1;
+    }
+    if (plan.blocks > 1) {
+      if (block == 0 && thread != 0 && thread < plan.blocks) {
+        Exchange* remote = cluster.map_shared_rank(&exchange, thread);
+        remote->done = count >= k && kth.pair >= sampled;
+        remote->bound = count >= k ? kth.pair : 1;
+      }
+      cluster.sync();
+    } else {
+      __syncthreads();
+    }
+    if (exchange.done) break;
+    bound = exchange.bound;
+  }
+  if (block != 0) return;
+
+  if (k != 0) {
+    if (op.sorted) {
+      select.template order<true>(pairs, count, kth.pair, kth.best, k, length, spare, fine);
+    } else {
+      select.template order<false>(pairs, count, kth.pair, kth.best, k, length, spare, fine);
+    }
+  }
+  T* values = static_cast<T*>(op.values) + row_index * op.k;
+  int32_t* indices = op.indices + row_index * op.k;
+  for (uint32_t i = thread; i < op.k; i += kThreads) {
+    if (i < k) {
+      const uint32_t key = pair_key(pairs[i]), index = pair_index(pairs[i]);
+      if (key == 0xFFFFFFFFu) {
+        values[i] = row[index];  // a NaN with its own bits
+      } else {
+        set_value(values + i, key_value(key));
+      }
+      indices[i] = static_cast<int32_t>(index);
+    } else {
+      set_value(values + i, -INFINITY);
+      indices[i] = -1;
+    }
+  }
+}
+
+size_t shared_bytes(const TopkSelect& op, const Plan& plan) {
+  const size_t fine = op.sorted ? (op.k + 1) / 2 * 2 * sizeof(uint32_t) : 0;
+  return (plan.capacity + op.k) * sizeof(uint64_t) + fine;
+}
+
+Plan make_plan(const TopkSelect& op) {
+  Plan plan{1024, 1, 0};
+  if (op.rows > 132) plan.threads = op.length <= 4096 ? 256 : 512;
+  while (plan.blocks < kMaxClusterBlocks && op.rows * plan.blocks * 2 <= 132 && op.length / plan.blocks >= 8192) {
+    plan.blocks *= 2;
+  }
+  plan.capacity = static_cast<uint32_t>(op.k + std::max<int64_t>(4 * plan.threads, std::min<int64_t>(2 * op.k, 4096)));
+  return plan;
+}
+
+template <typename T, int kThreads>
+cudaError_t launch_rows(const TopkSelect& op, const Plan& plan, cudaStream_t stream) {
+  const size_t shared = shared_bytes(op, plan);
+  const auto kernel = select_rows<T, kThreads>;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(op.rows * plan.blocks);
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = plan.blocks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, op, plan);
+}
+
+}  // namespace
+
+size_t workspace_bytes(const TopkSelect&) { return 0; }
+
+cudaError_t launch(const TopkSelect& op, void*, cudaStream_t stream) {
+  if (op.rows == 0 || op.k == 0) return cudaSuccess;
+  const Plan plan = make_plan(op);
+  return with_type(op.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (plan.threads == 256) return launch_rows<T, 256>(op, plan, stream);
+    if (plan.threads == 512) return launch_rows<T, 512>(op, plan, stream);
+    return launch_rows<T, 1024>(op, plan, stream);
+  });
+}
+
+}  // namespace jax_router::cuda

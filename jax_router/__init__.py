@@ -1,0 +1,32 @@
+"""A mixture-of-experts router, native to JAX: CUDA and CPU kernels behind ops that jit, differentiate, batch and shard."""
+
+from . import reference
+from ._activation_topk import activation_topk
+from ._dense_router import dense_router
+from ._expert_dispatch import expert_dispatch
+from ._ffi import custom_call_targets
+from ._hash_router import hash_router
+from ._route_at import route_at
+from ._topk_select import topk_select
+from ._types import Dispatch, Routing
+from ._version import __version__
+from .router import HashTable, Router, RouterConfig, SelectionBias, random_hash_table
+
+__all__ = [
+    "Dispatch",
+    "HashTable",
+    "Router",
+    "RouterConfig",
+    "Routing",
+    "SelectionBias",
+    "__version__",
+    "activation_topk",
+    "custom_call_targets",
+    "dense_router",
+    "expert_dispatch",
+    "hash_router",
+    "random_hash_table",
+    "reference",
+    "route_at",
+    "topk_select",
+]

@@ -1,0 +1,80 @@
+"""Sorting tokens by expert."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from . import _check, reference
+from ._limits import unsupported_selection
+from ._primitive import Op, Operand, Result
+from ._types import Dispatch, Implementation
+
+
+def expert_dispatch(expert_ids: Array, num_experts: int, *, implementation: Implementation = "auto") -> Dispatch:
+    """A stable counting sort of all choices by expert, so that `x[token_index]` with `group_sizes` feeds
+    `jax.lax.ragged_dot`.
+
+    The slots of one expert lie together, in token order. Choices whose id is outside `[0, num_experts)` come last, belong
+    to no group, and have slot -1. To combine: `y[slot]` are a token's results, where `slot >= 0`.
+
+    Args:
+        expert_ids: integers `[..., k]`, of N tokens in any number of leading axes; any values.
+        num_experts: the number of experts.
+        implementation: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `Dispatch(token_index, slot, group_sizes)`: int32 `[N * k]`, `[..., k]` and `[num_experts]`.
+
+    Raises:
+        TypeError: a wrong dtype, or num_experts is no int.
+        ValueError: a wrong shape or number.
+        NotImplementedError: `implementation="native"` where no kernel can run.
+    """
+    expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
+    num_experts = _check.static_int("num_experts", num_experts, 1, None)
+    if expert_ids.shape[-1] < 1:
+        raise ValueError(f"expert_ids must have at least one choice a token, got shape {expert_ids.shape}")
+    expert_ids = _check.as_int32_ids(expert_ids, num_experts)
+    if _check.implementation(implementation) == "reference":
+        return reference.expert_dispatch(expert_ids, num_experts)
+    tokens = expert_ids.reshape(prod(expert_ids.shape[:-1]), expert_ids.shape[-1])
+    token_index, slot, group_sizes = _EXPERT_DISPATCH(
+        {"expert_ids": tokens}, num_experts=num_experts, implementation=implementation
+    )
+    return Dispatch(token_index, slot.reshape(expert_ids.shape), group_sizes)
+
+
+def _reference(expert_ids: Array, *, num_experts: int) -> Dispatch:
+    """Batch axes are independent sorts here, where the public function takes all leading axes for tokens."""
+    sort = partial(reference.expert_dispatch, num_experts=num_experts)
+    for _ in range(expert_ids.ndim - 2):
+        sort = jax.vmap(sort)
+    return sort(expert_ids)
+
+
+def _results(avals: dict[str, Any], *, num_experts: int) -> list[Result]:
+    tokens, k = avals["expert_ids"].shape[-2:]
+    return [
+        Result((tokens * k,), jnp.int32),
+        Result((tokens, k), jnp.int32),
+        Result((num_experts,), jnp.int32),
+    ]
+
+
+def _unsupported(platform: str, avals: dict[str, Any], *, num_experts: int) -> str | None:
+    return unsupported_selection(platform, num_experts, 1)
+
+
+_EXPERT_DISPATCH = Op(
+    name="expert_dispatch",
+    operands={"expert_ids": Operand(2)},
+    results=_results,
+    reference=_reference,
+    unsupported=_unsupported,
+)

@@ -1,0 +1,245 @@
+"""One helper that makes a JAX primitive of an op: evaluation, lowering, batching and sharding, said once for all ops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain, count
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from . import _ffi
+
+
+class Operand(NamedTuple):
+    """An operand of an op.
+
+    Attributes:
+        core_rank: the number of trailing axes that belong to one problem; the axes before them are batch axes.
+        batched: whether it has the batch axes: "always", "never" (all rows share it) or "either".
+        optional: whether it may be None. The kernels then get an attribute `has_<name>`.
+    """
+
+    core_rank: int
+    batched: Literal["always", "never", "either"] = "always"
+    optional: bool = False
+
+
+class Result(NamedTuple):
+    """A result of an op: the axes behind the batch axes, and the dtype."""
+
+    core_shape: tuple[int, ...]
+    dtype: Any
+
+
+def everything_supported(platform: str, avals: Mapping[str, Any], **params: Any) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An op and its primitive.
+
+    Attributes:
+        name: of the primitive and of the custom-call targets.
+        operands: by name, in order; the first always has the batch axes.
+        results: from the operands' avals (a dict by name) and the parameters to the results, in order.
+        reference: the mathematics, on operands by keyword and parameters, for any number of batch axes.
+        unsupported: from a platform, the operands' avals and the parameters to the reason why the native kernels cannot
+            compute this case, or None.
+    """
+
+    name: str
+    operands: Mapping[str, Operand]
+    results: Callable[..., Sequence[Result]]
+    reference: Callable[..., Sequence[Array]]
+    unsupported: Callable[..., str | None] = everything_supported
+    primitive: Primitive = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        primitive = Primitive(f"jax_router.{self.name}")
+        primitive.multiple_results = True
+        primitive.def_impl(partial(xla.apply_primitive, primitive))
+        primitive.def_abstract_eval(self._abstract_eval)
+        batching.primitive_batchers[primitive] = self._batch
+        mlir.register_lowering(primitive, self._lower_reference)
+        for platform in _ffi.platforms_of(self.name):
+            mlir.register_lowering(primitive, partial(self._lower_native, platform), platform=platform)
+        object.__setattr__(self, "primitive", primitive)
+
+    def __call__(self, operands: Mapping[str, Any], *, implementation: str = "auto", **params: Any) -> list[Array]:
+        """Binds the primitive to operands by name. `implementation` is "auto" or "native"."""
+        given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
+        values = _vary_over_the_same_axes(list(given.values()))
+        return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
+
+    def def_jvp(self, rule: Callable[..., Any]) -> None:
+        """`rule(primals, tangents, **params)`, both by operand name, returns the results and their tangents."""
+
+        def jvp(primals, tangents, *, names, **params):
+            return rule(dict(zip(names, primals)), dict(zip(names, tangents)), **params)
+
+        ad.primitive_jvps[self.primitive] = jvp
+
+    def def_transpose(self, linear_operand: str, rule: Callable[..., Array]) -> None:
+        """`rule(cotangent, operands, **params)`: the cotangent of the operand in which the op (of one result) is linear."""
+
+        def transpose(cotangents, *values, names, **params):
+            (cotangent,) = cotangents
+            if isinstance(cotangent, ad.Zero):
+                return [None] * len(values)
+            result = rule(cotangent, dict(zip(names, values)), **params)
+            return [result if name == linear_operand else None for name in names]
+
+        ad.primitive_transposes[self.primitive] = transpose
+
+    def _batch_ndim(self, names: Sequence[str], operands: Sequence[Any]) -> int:
+        return operands[0].ndim - self.operands[names[0]].core_rank
+
+    def _has_batch_axes(self, name: str, ndim: int, batch_ndim: int) -> bool:
+        operand = self.operands[name]
+        return operand.batched != "never" and ndim == operand.core_rank + batch_ndim
+
+    def _abstract_eval(self, *avals, names, implementation, **params):
+        batch_ndim = self._batch_ndim(names, avals)
+        first = avals[0]
+        spec: list[Any] = [None] * batch_ndim
+        for name, aval in zip(names, avals):
+            if self._has_batch_axes(name, aval.ndim, batch_ndim):
+                spec = [mine or its for mine, its in zip(spec, aval.sharding.spec)]
+        # Updates of an operand's aval, not new ones: it carries the mesh and the manual axes that it varies over.
+        return [
+            first.update(
+                shape=(*first.shape[:batch_ndim], *result.core_shape),
+                dtype=np.dtype(result.dtype),
+                weak_type=False,
+                sharding=first.sharding.update(spec=(*spec, *[None] * len(result.core_shape))),
+            )
+            for result in self.results(dict(zip(names, avals)), **params)
+        ]
+
+    def _run_reference(self, *values, names, implementation, **params):
+        return list(self.reference(**dict(zip(names, values)), **params))
+
+    def _lower_reference(self, ctx, *values, names, implementation, **params):
+        if implementation == "native":
+            platforms = " and ".join(ctx.platforms or ctx.module_context.platforms)
+            raise NotImplementedError(
+                f"{self.name}(implementation='native'): no native kernel for {platforms}. {_ffi.how_to_get_kernels()}"
+            )
+        run = partial(self._run_reference, names=names, implementation=implementation, **params)
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+
+    def _lower_native(self, platform, ctx, *values, names, implementation, **params):
+        reason = self.unsupported(platform, dict(zip(names, ctx.avals_in)), **params)
+        if reason is not None and implementation == "native":
+            raise NotImplementedError(f"{self.name}(implementation='native') on {platform}: {reason}")
+        if reason is not None:
+            return self._lower_reference(ctx, *values, names=names, implementation=implementation, **params)
+        present = {f"has_{name}": name in names for name, operand in self.operands.items() if operand.optional}
+        lower = jax.ffi.ffi_lowering(_ffi.target_name(self.name), extra_attributes=self._sharding_attributes(ctx, names))
+        return lower(ctx, *values, **_attributes({**params, **present}))
+
+    def _sharding_attributes(self, ctx, names: Sequence[str]) -> dict[str, Any] | None:
+        """What keeps XLA from gathering sharded batch axes: every batch axis is a factor of its own that passes through,
+        every other axis must be whole on each device."""
+        avals = [*ctx.avals_in, *ctx.avals_out]
+        if not all(isinstance(size, int) for aval in avals for size in aval.shape):
+            return None  # symbolic shapes: exported programs are partitioned when they are compiled
+        batch_ndim = self._batch_ndim(names, ctx.avals_in)
+        letters = chain("ijklmnopqrstuvwxyz", (f"z_{number}" for number in count(1)))  # as Shardy names its factors
+        sizes: dict[str, int] = {}
+        batch = [next(letters) for _ in range(batch_ndim)]
+        whole: list[str] = []
+
+        def factors(aval, batched: bool) -> str:
+            row = list(batch) if batched else []
+            row += [next(letters) for _ in range(aval.ndim - len(row))]
+            whole.extend(row[batch_ndim:] if batched else row)
+            sizes.update(zip(row, aval.shape))
+            return "[" + ", ".join(row) + "]"
+
+        operands = ", ".join(
+            factors(aval, self._has_batch_axes(name, aval.ndim, batch_ndim)) for name, aval in zip(names, ctx.avals_in)
+        )
+        results = ", ".join(factors(aval, True) for aval in ctx.avals_out)
+        table = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+        replicated = f" need_replication={{{', '.join(whole)}}}" if whole else ""
+        rule = f"#sdy.op_sharding_rule<({operands})->({results}) {{{table}}}{replicated}, custom>"
+        return {
+            "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": str(batch_ndim)}),
+            "sdy.sharding_rule": mlir.ir.Attribute.parse(rule),
+        }
+
+    def _batch(self, values, dims, *, names, **params):
+        if any(dim is not None and self.operands[name].batched == "never" for name, dim in zip(names, dims)):
+            run = partial(self._run_reference, names=names, **params)
+            results = jax.vmap(run, in_axes=tuple(dims))(*values)
+        else:
+            size = next(value.shape[dim] for value, dim in zip(values, dims) if dim is not None)
+            first_shape = _without_axis(values[0].shape, dims[0])
+            batch_shape = first_shape[: len(first_shape) - self.operands[names[0]].core_rank]
+            batched = [
+                _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
+                for name, value, dim in zip(names, values, dims)
+            ]
+            results = self.primitive.bind(*batched, names=names, **params)
+        return results, [0] * len(results)
+
+
+def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+
+
+def _add_batch_axis(operand: Operand, value: Array, dim: int | None, size: int, batch_shape: tuple[int, ...]) -> Array:
+    """The operand with a new leading batch axis, unless all rows, old and new, share it."""
+    shape = _without_axis(value.shape, dim)
+    has_batch_axes = len(shape) == operand.core_rank + len(batch_shape) and operand.batched != "never"
+    if dim is None and operand.batched != "always" and len(shape) == operand.core_rank:
+        return value
+    if dim is not None:
+        value = jnp.moveaxis(value, dim, 0)
+        if not has_batch_axes:
+            value = value.reshape(size, *[1] * len(batch_shape), *shape)
+    return jnp.broadcast_to(value, (size, *batch_shape, *shape[len(shape) - operand.core_rank :]))
+
+
+def _attributes(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as typed FFI attributes. JAX caches attributes by Python equality, so every number gets its type here.
+    Parameters of other types concern Python alone, or show in the results as a dtype does."""
+    attributes: dict[str, Any] = {}
+    for name, value in params.items():
+        if dataclasses.is_dataclass(value):
+            attributes.update(_attributes(dataclasses.asdict(value)))
+        elif isinstance(value, (bool, np.bool_)):
+            attributes[name] = np.bool_(value)
+        elif isinstance(value, (int, np.integer)):
+            attributes[name] = np.int64(value)
+        elif isinstance(value, (float, np.floating)):
+            attributes[name] = np.float32(value)
+        elif isinstance(value, str):
+            attributes[name] = value
+    return attributes
+
+
+def _vary_over_the_same_axes(values: list[Array]) -> list[Array]:
+    """Under shard_map every operand must vary over the manual axes that any of them varies over."""
+    varying = [_varying_axes(value) for value in values]
+    everywhere = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(value, tuple(everywhere - axes), to="varying") if everywhere - axes else value
+        for value, axes in zip(values, varying)
+    ]
+
+
+def _varying_axes(value: Array) -> frozenset[str]:
+    aval = jax.typeof(value)
+    manual_axes = getattr(aval, "manual_axis_type", None)  # jax >= 0.11; before, aval.vma
+    return frozenset(aval.vma if manual_axes is None else manual_axes.varying)

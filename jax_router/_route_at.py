@@ -1,0 +1,100 @@
+"""Weights at given experts: router replay, and the scored hash layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from . import _check, reference
+from ._derivative import selecting_jvp
+from ._limits import unsupported_selection
+from ._primitive import Op, Operand, Result
+from ._types import Implementation, Routing, ScoreFn, Scoring
+
+
+def route_at(
+    logits: Array,
+    expert_ids: Array,
+    *,
+    score_fn: ScoreFn = "sqrtsoftplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    implementation: Implementation = "auto",
+) -> Routing:
+    """The weights of given experts.
+
+    With `s = score_fn(logits)` (see `activation_topk`), `weights = s[expert_ids]`, divided by `sum + 1e-20` over the row
+    if `renormalize`, times `scale`. An id outside `[0, E)` gets weight 0 and does not enter the sum; it is returned as -1.
+
+    This is how routing is replayed, and how the hash layers of DeepSeek-V4 weigh their experts:
+    `route_at(logits, hash_lut[token_ids], scale=...)`. Only the chosen logits are read, unless softmax without
+    renormalisation asks for the whole row.
+
+    Args:
+        logits: f32, bf16 or f16 `[..., E]`.
+        expert_ids: integers `[..., k]`, with the leading axes of `logits`; any values.
+        score_fn: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
+        renormalize: whether the weights of a token are divided by their sum.
+        scale: a Python number that all weights are multiplied by.
+        implementation: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `Routing(weights, expert_ids)`: f32 `[..., k]` and int32 `[..., k]`.
+
+    Differentiable in `logits`.
+
+    Raises:
+        TypeError: an operand has a wrong dtype, or an option a wrong type.
+        ValueError: a wrong shape or option.
+        NotImplementedError: `implementation="native"` where no kernel can run.
+    """
+    logits = _check.float_array("logits", logits)
+    expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
+    _check.same_shape("expert_ids", expert_ids, (*logits.shape[:-1], expert_ids.shape[-1]))
+    options = _check.scoring(score_fn, renormalize, scale)
+    if _check.implementation(implementation) == "reference":
+        return reference.route_at(logits, expert_ids, **options)
+    expert_ids = _check.as_int32_ids(expert_ids, logits.shape[-1])
+    operands = {"logits": logits, "expert_ids": expert_ids}
+    weights, expert_ids = _ROUTE_AT(
+        operands, scoring=Scoring(**options), return_chosen=False, implementation=implementation
+    )
+    return Routing(weights, expert_ids)
+
+
+def _reference(logits: Array, expert_ids: Array, *, scoring: Scoring, return_chosen: bool) -> list[Array]:
+    weights, expert_ids = reference.route_at(
+        logits, expert_ids, score_fn=scoring.score_fn, renormalize=scoring.renormalize, scale=scoring.scale
+    )
+    return [weights, expert_ids, *([chosen_logits(logits, expert_ids)] if return_chosen else [])]
+
+
+def chosen_logits(logits: Array, expert_ids: Array) -> Array:
+    """f32 `[..., k]`, 0 where the id is -1."""
+    chosen = jnp.take_along_axis(logits, jnp.maximum(expert_ids, 0), axis=-1).astype(jnp.float32)
+    return jnp.where(expert_ids >= 0, chosen, 0.0)
+
+
+def _results(avals: dict[str, Any], *, return_chosen: bool, **_: Any) -> list[Result]:
+    k = avals["expert_ids"].shape[-1:]
+    return [Result(k, jnp.float32), Result(k, jnp.int32), *([Result(k, jnp.float32)] if return_chosen else [])]
+
+
+def _unsupported(platform: str, avals: dict[str, Any], **_: Any) -> str | None:
+    return unsupported_selection(platform, avals["logits"].shape[-1], avals["expert_ids"].shape[-1])
+
+
+_ROUTE_AT = Op(
+    name="route_at",
+    operands={"logits": Operand(1), "expert_ids": Operand(1)},
+    results=_results,
+    reference=_reference,
+    unsupported=_unsupported,
+)
+
+
+@_ROUTE_AT.def_jvp
+def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
+    return selecting_jvp(_ROUTE_AT, primals, tangents, params["scoring"], **params)

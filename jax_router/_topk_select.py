@@ -1,0 +1,95 @@
+"""Exact, deterministic top-k over the last axis."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.interpreters import ad
+
+from . import _check, _ffi, reference
+from ._derivative import IDENTITY, weights_tangent
+from ._primitive import Op, Operand, Result
+from ._types import Implementation
+
+
+def topk_select(
+    scores: Array,
+    k: int,
+    *,
+    lengths: Array | None = None,
+    sorted: bool = True,
+    implementation: Implementation = "auto",
+) -> tuple[Array, Array]:
+    """The `k` largest entries of each row, exactly as `jax.lax.top_k` orders them, and their indices.
+
+    Equal entries go to the lower index, +0 is above -0, and every NaN counts as the positive NaN, above +inf. The same
+    input gives the same output, bit for bit. `topk_select(x, k)` may stand wherever `jax.lax.top_k(x, k)` stands.
+
+    Args:
+        scores: f32, bf16 or f16 `[..., L]`.
+        k: how many, from 1 to L.
+        lengths: integers `[...]`. Only the first `lengths` entries of a row count (clamped to `[0, L]`). Results past them
+            hold index -1 and value -inf.
+        sorted: best first; or else the same set in ascending order of the index.
+        implementation: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `(values, indices)`: `[..., k]` in the dtype of `scores`, and int32 `[..., k]`.
+
+    Differentiable in `scores`, through the values.
+
+    Raises:
+        TypeError: an operand has a wrong dtype, or an option a wrong type.
+        ValueError: a wrong shape or option.
+        NotImplementedError: `implementation="native"` where no kernel can run.
+    """
+    scores = _check.float_array("scores", scores)
+    length = scores.shape[-1]
+    k = _check.static_int("k", k, 1, length, " (the last axis of scores)")
+    sorted = _check.static_bool("sorted", sorted)
+    if lengths is not None:
+        lengths = _check.int_array("lengths", lengths)
+        _check.same_shape("lengths", lengths, scores.shape[:-1])
+        if lengths.dtype != jnp.int32:
+            bound = min(length, jnp.iinfo(lengths.dtype).max)
+            lengths = jnp.clip(lengths, 0, bound).astype(jnp.int32)
+    if _check.implementation(implementation) == "reference":
+        return reference.topk_select(scores, k, lengths=lengths, sorted=sorted)
+    operands = {"scores": scores, "lengths": lengths}
+    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=implementation)
+    return values, indices
+
+
+def _results(avals: dict[str, Any], *, k: int, **_: Any) -> list[Result]:
+    return [Result((k,), avals["scores"].dtype), Result((k,), jnp.int32)]
+
+
+def _unsupported(platform: str, avals: dict[str, Any], *, k: int, **_: Any) -> str | None:
+    module = _ffi.load(platform)
+    assert isinstance(module, ModuleType), module
+    limit = getattr(module, "max_select_k", None)
+    return f"at most k = {limit}, got {k}" if limit is not None and k > limit else None
+
+
+_TOPK_SELECT = Op(
+    name="topk_select",
+    operands={"scores": Operand(1), "lengths": Operand(0, optional=True)},
+    results=_results,
+    reference=reference.topk_select,
+    unsupported=_unsupported,
+)
+
+
+@_TOPK_SELECT.def_jvp
+def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
+    values, indices = _TOPK_SELECT(primals, **params)
+    scores_dot = tangents["scores"]
+    if isinstance(scores_dot, ad.Zero):
+        values_dot: Any = ad.Zero(jax.typeof(values).to_tangent_aval())
+    else:
+        values_dot = weights_tangent(scores_dot, None, indices, IDENTITY).astype(values.dtype)
+    return [values, indices], [values_dot, ad.Zero(jax.typeof(indices).to_tangent_aval())]

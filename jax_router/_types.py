@@ -1,0 +1,69 @@
+"""The result types and options that the ops, the reference and the Router share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from jax import Array
+
+ScoreFn = Literal["sqrtsoftplus", "sigmoid", "softmax"]
+GroupScore = Literal["top2_sum", "max"]
+Implementation = Literal["auto", "native", "reference"]
+
+
+class Routing(NamedTuple):
+    """Which experts compute each token, and with what weights.
+
+    Attributes:
+        weights: f32 `[..., k]`.
+        expert_ids: int32 `[..., k]`, best first; -1 where a token has no expert (masked, padding, invalid id).
+    """
+
+    weights: Array
+    expert_ids: Array
+
+
+class Dispatch(NamedTuple):
+    """Tokens sorted by expert.
+
+    Attributes:
+        token_index: int32 `[N * k]`, the source token of each slot; the slots of one expert lie together, in token order.
+        slot: int32 `[..., k]`, where each choice went; -1 where its expert id was outside `[0, num_experts)`.
+        group_sizes: int32 `[num_experts]`, the number of slots of each expert.
+    """
+
+    token_index: Array
+    slot: Array
+    group_sizes: Array
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How chosen logits become weights: `s = score_fn(logits)`, divided by their sum if `renormalize`, times `scale`.
+
+    `score_fn="identity"` exists for the derivative of plain top-k alone.
+    """
+
+    score_fn: str = "sqrtsoftplus"
+    renormalize: bool = True
+    scale: float = 1.0
+
+    @property
+    def needs_whole_row(self) -> bool:
+        """Softmax without renormalisation is the one score that depends on the logits that were not chosen."""
+        return self.score_fn == "softmax" and not self.renormalize
+
+
+@dataclass(frozen=True)
+class Selection(Scoring):
+    """A Scoring and which experts it is applied to: the `top_k` best, among the `top_groups` best groups."""
+
+    top_k: int = 1
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "top2_sum"
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.score_fn, self.renormalize, self.scale)

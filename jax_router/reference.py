@@ -1,0 +1,222 @@
+"""Every op in plain jax.numpy: the specification, the oracle of the tests, and what runs where there is no kernel.
+
+The functions take what the public ones take (without `implementation`) and return the same; arguments are validated
+by the public functions alone. All arithmetic is f32 after the load.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ._types import Dispatch, GroupScore, Routing, ScoreFn
+
+_RENORMALIZE_EPSILON = 1e-20
+
+
+def sqrtsoftplus(x: Array) -> Array:
+    """`sqrt(max(x, 0) + log1p(exp(-|x|)))`, accurate for every x, and so is its derivative.
+
+    With `h = exp(-|x| / 2)` and `u = h**2`, the score of a negative x is `h * sqrt(log1p(u) / u)`: it does not vanish
+    before `exp(x / 2)` itself underflows. `log1p(u) / u` is `1 - u / 2` to f32 where u is small.
+    """
+    return _sqrtsoftplus(x)
+
+
+@jax.custom_jvp
+def _sqrtsoftplus(x: Array) -> Array:
+    h, u, radicand = _sqrtsoftplus_parts(x)
+    return jnp.where(x < 0, h * jnp.sqrt(radicand), jnp.sqrt(radicand))
+
+
+@_sqrtsoftplus.defjvp
+def _sqrtsoftplus_jvp(primals, tangents):
+    # sigmoid(x) / (2 * score), with the factor h that both have for a negative x cancelled.
+    (x,), (x_dot,) = primals, tangents
+    h, u, radicand = _sqrtsoftplus_parts(x)
+    derivative = jnp.where(x < 0, h, 1.0) / (2 * (1 + u) * jnp.sqrt(radicand))
+    return _sqrtsoftplus(x), derivative * x_dot
+
+
+def _sqrtsoftplus_parts(x: Array) -> tuple[Array, Array, Array]:
+    h = jnp.exp(-0.5 * jnp.abs(x))
+    u = h * h
+    log1p_over_u = jnp.where(u < 1e-4, 1 - 0.5 * u, jnp.log1p(u) / jnp.where(u < 1e-4, 1.0, u))
+    return h, u, jnp.where(x < 0, log1p_over_u, jnp.maximum(x, 0) + u * log1p_over_u)
+
+
+def sigmoid(x: Array) -> Array:
+    """`1 / (1 + exp(-x))`."""
+    return jax.nn.sigmoid(x)
+
+
+def softmax(x: Array) -> Array:
+    """`exp(x) / sum(exp(x))` over the last axis; 0 for a row of -inf alone, NaN for a row with +inf."""
+    lowest = jnp.finfo(jnp.float32).min
+    numerator = jnp.exp(x - lax.stop_gradient(jnp.maximum(jnp.max(x, axis=-1, keepdims=True), lowest)))
+    total = jnp.sum(numerator, axis=-1, keepdims=True)
+    return numerator / jnp.where(total == 0, 1.0, total)
+
+
+_SCORE_FNS = {"sqrtsoftplus": sqrtsoftplus, "sigmoid": sigmoid, "softmax": softmax, "identity": lambda x: x}
+
+
+def hash_router(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:
+    """See `jax_router.hash_router`."""
+    vocab_size, k = hash_lut.shape
+    valid = ((token_ids >= 0) & (token_ids < vocab_size))[..., None]
+    expert_ids = jnp.where(valid, hash_lut[jnp.where(valid[..., 0], token_ids, 0)], -1)
+    weights = jnp.where(valid, jnp.float32(scale) / jnp.float32(k), jnp.float32(0))
+    return Routing(jnp.broadcast_to(weights, expert_ids.shape), expert_ids.astype(jnp.int32))
+
+
+def activation_topk(
+    logits: Array,
+    bias: Array | None = None,
+    *,
+    top_k: int,
+    score_fn: ScoreFn = "sqrtsoftplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: GroupScore = "top2_sum",
+    token_mask: Array | None = None,
+) -> Routing:
+    """See `jax_router.activation_topk`."""
+    keys = logits = logits.astype(jnp.float32)
+    if bias is not None or num_groups > 1:
+        keys = _SCORE_FNS[score_fn](logits)
+    if bias is not None:
+        keys = keys + bias
+    keys = lax.stop_gradient(keys)
+    if num_groups > 1:
+        _, expert_ids = lax.top_k(_eligible_order_keys(keys, num_groups, top_groups, group_score), top_k)
+    else:
+        _, expert_ids = topk_select(keys, top_k)
+    if token_mask is not None:
+        expert_ids = jnp.where(token_mask[..., None], expert_ids, -1)
+    return route_at(logits, expert_ids, score_fn=score_fn, renormalize=renormalize, scale=scale)
+
+
+def _eligible_order_keys(keys: Array, num_groups: int, top_groups: int, group_score: str) -> Array:
+    """int32 keys in the order of `keys`, and below all of those for an expert outside the `top_groups` best groups."""
+    grouped = keys.reshape(*keys.shape[:-1], num_groups, -1)
+    best, _ = topk_select(grouped, 2 if group_score == "top2_sum" else 1)
+    _, groups = topk_select(best.sum(axis=-1), top_groups)
+    eligible = (groups[..., None, :] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]).any(axis=-1)
+    bits = lax.bitcast_convert_type(jnp.where(jnp.isnan(grouped), jnp.nan, grouped), jnp.int32)
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return jnp.where(eligible[..., None], order, jnp.iinfo(jnp.int32).min).reshape(keys.shape)
+
+
+def route_at(
+    logits: Array,
+    expert_ids: Array,
+    *,
+    score_fn: ScoreFn = "sqrtsoftplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """See `jax_router.route_at`."""
+    num_experts = logits.shape[-1]
+    valid = (expert_ids >= 0) & (expert_ids < num_experts)
+    expert_ids = jnp.where(valid, expert_ids, -1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
+    if score_fn == "softmax" and not renormalize:
+        # A row without a valid id (masked, or padding) may hold anything, also for the gradient.
+        logits = softmax(jnp.where(valid.any(axis=-1, keepdims=True), logits, 0.0))
+    chosen = jnp.take_along_axis(logits, jnp.where(valid, expert_ids, 0), axis=-1)
+    weights = weights_of_chosen(chosen, valid, score_fn=score_fn, renormalize=renormalize, scale=scale)
+    return Routing(weights, expert_ids)
+
+
+def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize: bool, scale: float) -> Array:
+    """The weights from the chosen logits `[..., k]` alone (for softmax without renormalize: from their scores).
+
+    An entry that is not valid has weight 0 and does not enter the sum.
+    """
+    if score_fn == "softmax":
+        scores = softmax(jnp.where(valid, chosen, -jnp.inf)) if renormalize else jnp.where(valid, chosen, 0.0)
+        return scores * jnp.float32(scale)
+    scores = jnp.where(valid, _SCORE_FNS[score_fn](jnp.where(valid, chosen, 0.0)), 0.0)
+    if renormalize:
+        scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + jnp.float32(_RENORMALIZE_EPSILON))
+    return scores * jnp.float32(scale)
+
+
+def topk_select(
+    scores: Array, k: int, *, lengths: Array | None = None, sorted: bool = True
+) -> tuple[Array, Array]:
+    """See `jax_router.topk_select`."""
+    length = scores.shape[-1]
+    scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)  # a NaN with the sign bit would sort below -inf
+    ordered = lax.stop_gradient(scores)
+    if lengths is not None:
+        lengths = jnp.clip(lengths, 0, length).astype(jnp.int32)[..., None]
+        ordered = jnp.where(jnp.arange(length, dtype=jnp.int32) < lengths, ordered, -jnp.inf)
+    _, indices = lax.top_k(ordered, k)
+    if lengths is not None:
+        # What lies past the end ties with -inf inside the row and comes after it, having the higher indices.
+        indices = jnp.where(jnp.arange(k, dtype=jnp.int32) < lengths, indices, length)
+    if not sorted:
+        indices = jnp.sort(indices, axis=-1)
+    past_end = indices == length
+    values = jnp.take_along_axis(scores, jnp.where(past_end, 0, indices), axis=-1)
+    return jnp.where(past_end, -jnp.inf, values), jnp.where(past_end, -1, indices)
+
+
+def dense_router(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    top_k: int,
+    logit_bias: Array | None = None,
+    precision: lax.PrecisionLike = None,
+    score_fn: ScoreFn = "sqrtsoftplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: GroupScore = "top2_sum",
+    token_mask: Array | None = None,
+) -> Routing:
+    """See `jax_router.dense_router`."""
+    return activation_topk(
+        router_logits(x, weight, logit_bias, precision=precision),
+        bias,
+        top_k=top_k,
+        score_fn=score_fn,
+        renormalize=renormalize,
+        scale=scale,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+        token_mask=token_mask,
+    )
+
+
+def router_logits(
+    x: Array, weight: Array, logit_bias: Array | None = None, *, precision: lax.PrecisionLike = None
+) -> Array:
+    """`x @ weight.T + logit_bias` in f32. f32 operands are multiplied to f32 accuracy unless `precision` asks for less."""
+    if precision is None and x.dtype == jnp.float32:
+        precision = lax.Precision.HIGHEST
+    logits = lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    return logits if logit_bias is None else logits + logit_bias
+
+
+def expert_dispatch(expert_ids: Array, num_experts: int) -> Dispatch:
+    """See `jax_router.expert_dispatch`."""
+    flat = expert_ids.reshape(-1)
+    group = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.int32)
+    choices = jnp.arange(flat.size, dtype=jnp.int32)
+    order = jnp.argsort(group, stable=True).astype(jnp.int32)
+    slot = jnp.zeros_like(choices).at[order].set(choices, unique_indices=True)
+    slot = jnp.where(group == num_experts, -1, slot)
+    group_sizes = jnp.zeros(num_experts, jnp.int32).at[group].add(1, mode="drop")
+    return Dispatch(order // jnp.int32(expert_ids.shape[-1]), slot.reshape(expert_ids.shape), group_sizes)
