@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
@@ -100,19 +102,19 @@ class Op:
 
         ad.primitive_transposes[self.primitive] = transpose
 
-    def _batch_ndim(self, names: Sequence[str], operands: Sequence[Any]) -> int:
+    def batch_ndim(self, names: Sequence[str], operands: Sequence[Any]) -> int:
         return operands[0].ndim - self.operands[names[0]].core_rank
 
-    def _has_batch_axes(self, name: str, ndim: int, batch_ndim: int) -> bool:
+    def has_batch_axes(self, name: str, ndim: int, batch_ndim: int) -> bool:
         operand = self.operands[name]
         return operand.batched != "never" and ndim == operand.core_rank + batch_ndim
 
     def _abstract_eval(self, *avals, names, implementation, **params):
-        batch_ndim = self._batch_ndim(names, avals)
+        batch_ndim = self.batch_ndim(names, avals)
         first = avals[0]
         spec: list[Any] = [None] * batch_ndim
         for name, aval in zip(names, avals):
-            if self._has_batch_axes(name, aval.ndim, batch_ndim):
+            if self.has_batch_axes(name, aval.ndim, batch_ndim):
                 spec = [mine or its for mine, its in zip(spec, aval.sharding.spec)]
         # Updates of an operand's aval, not new ones: it carries the mesh and the manual axes that it varies over.
         return [
@@ -143,40 +145,15 @@ class Op:
             raise NotImplementedError(f"{self.name}(implementation='native') on {platform}: {reason}")
         if reason is not None:
             return self._lower_reference(ctx, *values, names=names, implementation=implementation, **params)
+        call = _Call(self, names, ctx.avals_in, ctx.avals_out)
         present = {f"has_{name}": name in names for name, operand in self.operands.items() if operand.optional}
-        lower = jax.ffi.ffi_lowering(_ffi.target_name(self.name), extra_attributes=self._sharding_attributes(ctx, names))
-        return lower(ctx, *values, **_attributes({**params, **present}))
-
-    def _sharding_attributes(self, ctx, names: Sequence[str]) -> dict[str, Any] | None:
-        """What keeps XLA from gathering sharded batch axes: every batch axis is a factor of its own that passes through,
-        every other axis must be whole on each device."""
-        avals = [*ctx.avals_in, *ctx.avals_out]
-        if not all(isinstance(size, int) for aval in avals for size in aval.shape):
-            return None  # symbolic shapes: exported programs are partitioned when they are compiled
-        batch_ndim = self._batch_ndim(names, ctx.avals_in)
-        letters = chain("ijklmnopqrstuvwxyz", (f"z_{number}" for number in count(1)))  # as Shardy names its factors
-        sizes: dict[str, int] = {}
-        batch = [next(letters) for _ in range(batch_ndim)]
-        whole: list[str] = []
-
-        def factors(aval, batched: bool) -> str:
-            row = list(batch) if batched else []
-            row += [next(letters) for _ in range(aval.ndim - len(row))]
-            whole.extend(row[batch_ndim:] if batched else row)
-            sizes.update(zip(row, aval.shape))
-            return "[" + ", ".join(row) + "]"
-
-        operands = ", ".join(
-            factors(aval, self._has_batch_axes(name, aval.ndim, batch_ndim)) for name, aval in zip(names, ctx.avals_in)
+        lower = jax.ffi.ffi_lowering(_ffi.target_name(self.name), extra_attributes=call.sharding_attributes())
+        results = lower(
+            ctx.replace(avals_in=call.avals_in, avals_out=call.avals_out),
+            *map(_reshape, values, call.avals_in),
+            **_attributes({**params, **present}),
         )
-        results = ", ".join(factors(aval, True) for aval in ctx.avals_out)
-        table = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
-        replicated = f" need_replication={{{', '.join(whole)}}}" if whole else ""
-        rule = f"#sdy.op_sharding_rule<({operands})->({results}) {{{table}}}{replicated}, custom>"
-        return {
-            "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": str(batch_ndim)}),
-            "sdy.sharding_rule": mlir.ir.Attribute.parse(rule),
-        }
+        return list(map(_reshape, results, ctx.avals_out))
 
     def _batch(self, values, dims, *, names, **params):
         if any(dim is not None and self.operands[name].batched == "never" for name, dim in zip(names, dims)):
@@ -192,6 +169,61 @@ class Op:
             ]
             results = self.primitive.bind(*batched, names=names, **params)
         return results, [0] * len(results)
+
+
+class _Call:
+    """An op as a custom call whose batch axes XLA can shard without gathering them.
+
+    XLA's partitioner takes the first `num_batch_dims` axes of every operand for batch axes, except that an operand of a
+    lower rank is whole on every device; and it takes the sharding from operands that have further axes. So shared operands
+    are passed flat, rows get a leading axis of size 1 where they have but one batch axis, and an operand without core
+    axes gets one of size 1. None of this moves data: the buffers are the same.
+    """
+
+    def __init__(self, op: Op, names: Sequence[str], avals_in: Sequence[Any], avals_out: Sequence[Any]):
+        self.batch_ndim = op.batch_ndim(names, avals_in)
+        self.shared = [not op.has_batch_axes(name, aval.ndim, self.batch_ndim) for name, aval in zip(names, avals_in)]
+        padding = (1,) if self.batch_ndim == 1 and any(self.shared) else ()
+        self.is_static = all(isinstance(size, int) for aval in (*avals_in, *avals_out) for size in aval.shape)
+        # Programs with symbolic shapes, as jax.export makes them, are partitioned when they are compiled, if at all.
+        self.is_sharded = self.is_static and self.batch_ndim > 0
+        self.avals_in, self.avals_out = list(avals_in), list(avals_out)
+        if self.is_sharded:
+            self.batch_ndim += len(padding)
+            for index, (name, aval, shared) in enumerate(zip(names, avals_in, self.shared)):
+                core = () if op.operands[name].core_rank else (1,)
+                shape = (prod(aval.shape),) if shared else (*padding, *aval.shape, *core)
+                self.avals_in[index] = jax.core.ShapedArray(shape, aval.dtype)
+            self.avals_out = [jax.core.ShapedArray((*padding, *aval.shape), aval.dtype) for aval in avals_out]
+
+    def sharding_attributes(self) -> dict[str, Any] | None:
+        """Every batch axis is a factor of its own that passes through; every other axis is whole on each device."""
+        if not self.is_sharded:
+            return None
+        letters = chain("ijklmnopqrstuvwxyz", (f"z_{number}" for number in count(1)))  # as Shardy names its factors
+        batch = [next(letters) for _ in range(self.batch_ndim)]
+        sizes: dict[str, int] = {}
+
+        def factors(aval, shared: bool) -> str:
+            axes = [] if shared else list(batch)
+            axes += [next(letters) for _ in range(aval.ndim - len(axes))]
+            sizes.update(zip(axes, aval.shape))
+            return f"[{', '.join(axes)}]"
+
+        operands = ", ".join(map(factors, self.avals_in, self.shared))
+        results = ", ".join(factors(aval, False) for aval in self.avals_out)
+        table = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+        whole = ", ".join(letter for letter in sizes if letter not in batch)
+        rule = f"<({operands})->({results}) {{{table}}} need_replication={{{whole}}}, custom>"
+        return {
+            "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": str(self.batch_ndim)}),
+            "sdy.sharding_rule": mlir.ir.Attribute.parse(f"#sdy.op_sharding_rule{rule}"),
+        }
+
+
+def _reshape(value: Any, aval: Any) -> Any:
+    result_type = mlir.ir.RankedTensorType.get(aval.shape, value.type.element_type)
+    return value if value.type == result_type else stablehlo.reshape(result_type, value)
 
 
 def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

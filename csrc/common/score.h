@@ -19,11 +19,29 @@ namespace jax_router {
 // Added to the sum that renormalisation divides by.
 constexpr float kRenormalizeEpsilon = 1e-20f;
 
-// exp(x) for x <= 0; NaN stays NaN.
-JR_HOST_DEVICE float exp_nonpositive(float x) {
+JR_HOST_DEVICE float multiply_add(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
-  return expf(x);
+  return __fmaf_rn(a, b, c);
 #else
+  return a * b + c;
+#endif
+}
+
+// exp(x * kFactor) for x * kFactor <= 0, kFactor a power of two; NaN stays NaN.
+template <int kFactorReciprocal = 1>
+JR_HOST_DEVICE float exp_nonpositive(float x) {
+  constexpr float kFactor = 1.0f / kFactorReciprocal;
+#ifdef __CUDA_ARCH__
+  // 2^n * 2^r with n = floor(x * log2(e)), as the compiler's expf, which would multiply by the factor first.
+  const float saturated = __saturatef(__fmaf_rn(x, kFactor * 0.00572498050540685654f, 0.5f));
+  const float shifted = __fmaf_rd(saturated, 252.0f, 12582913.0f);
+  const float n = __fadd_rn(shifted, -12583039.0f);
+  const float r = __fmaf_rn(x, kFactor * 1.925963033500011079e-08f, __fmaf_rn(x, kFactor * 1.44269502162933349609f, -n));
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(r));
+  return __fmul_rn(power, bits_float(float_bits(shifted) << 23));
+#else
+  x *= kFactor;
   // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, with a degree 6 minimax polynomial (relative error 2e-9) for exp(r). 2^n is
   // applied in two factors because n goes below the exponent of the smallest normal number.
   const float clamped = x < -104.0f ? -104.0f : x;

@@ -25,27 +25,39 @@ void scores_of_row(ScoreFn score_fn, const Softmax& softmax, const T* logits, in
   }
 }
 
+// The float that has this order key.
+float float_of_key(uint32_t key) { return bits_float(key ^ (key >> 31 != 0 ? 0x80000000u : 0xFFFFFFFFu)); }
+
 // The sum of a group's two best keys, or its best.
-float score_of_group(const float* keys, int64_t n, GroupScore score) {
-  uint32_t best = kNoKey, second = kNoKey;
-  for (int64_t e = 0; e < n; ++e) {
-    const uint32_t key = order_key(keys[e]);
-    const uint32_t worse = key < best ? key : best;
-    second = worse > second ? worse : second;
-    best = key > best ? key : best;
+float score_of_group(const uint32_t* keys, int64_t n, GroupScore score) {
+  constexpr int64_t kLanes = 8;
+  uint32_t best[kLanes] = {}, second[kLanes] = {};
+  const auto add = [&](uint32_t key, int64_t lane) {
+    const uint32_t worse = key < best[lane] ? key : best[lane];
+    second[lane] = worse > second[lane] ? worse : second[lane];
+    best[lane] = key > best[lane] ? key : best[lane];
+  };
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) add(keys[i + j], j);
   }
-  if (score == GroupScore::kMax || n < 2) return float_of_key(best);
-  return float_of_key(best) + float_of_key(second);
+  for (int64_t i = whole; i < n; ++i) add(keys[i], 0);
+  for (int64_t j = 1; j < kLanes; ++j) {
+    add(best[j], 0);
+    add(second[j], 0);
+  }
+  if (score == GroupScore::kMax || n < 2) return float_of_key(best[0]);
+  return float_of_key(best[0]) + float_of_key(second[0]);
 }
 
 // Gives the experts outside the best groups the worst key.
-void exclude_groups(const Groups& groups, const float* scores, int64_t experts, TopK& select, uint32_t* keys) {
+void exclude_groups(const Groups& groups, int64_t experts, TopK& select, uint32_t* keys) {
   alignas(64) uint32_t group_keys[kChunk];
   int32_t best[kMaxExperts];
   float group_scores[kMaxExperts];
   const int64_t size = experts / groups.num_groups;
   for (int64_t g = 0; g < groups.num_groups; ++g) {
-    group_scores[g] = score_of_group(scores + g * size, size, groups.score);
+    group_scores[g] = score_of_group(keys + g * size, size, groups.score);
   }
   load_keys(group_scores, groups.num_groups, group_keys);
   select.reset(groups.top_groups);
@@ -97,7 +109,7 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
             for (int64_t e = 0; e < op.experts; ++e) scores[e] += bias[e];
           }
           load_keys(scores, op.experts, keys);
-          if (grouped) exclude_groups(op.groups, scores, op.experts, select, keys);
+          if (grouped) exclude_groups(op.groups, op.experts, select, keys);
         } else {
           load_keys(row, op.experts, keys);
         }

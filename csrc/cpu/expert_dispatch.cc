@@ -19,16 +19,17 @@ uint32_t bucket_of(int32_t expert_id, int32_t experts) {
 }  // namespace
 
 void run(const ExpertDispatch& op, const ParallelFor& parallel_for) {
-  const int64_t choices = op.tokens * op.k;
-  const int64_t buckets = static_cast<int64_t>(op.experts) + 1;
+  const int32_t k = op.k, experts = op.experts;
+  const int64_t choices = op.tokens * k;
+  const int64_t buckets = int64_t{experts} + 1;
   // Whole tokens, and enough of them that the counts cost little beside the ids.
-  const int64_t tokens_per_chunk = 1 + std::max(kChoicesPerChunk, 4 * buckets) / std::max(op.k, 1);
+  const int64_t tokens_per_chunk = 1 + std::max(kChoicesPerChunk, 4 * buckets) / std::max(k, 1);
   const int64_t chunks = std::max<int64_t>(1, (op.tokens + tokens_per_chunk - 1) / tokens_per_chunk);
   std::vector<int32_t> positions(op.batch * chunks * buckets);
 
   // Calls visit(sort, first token, last token, the chunk's counts) for each chunk of each sort.
   const auto for_chunks = [&](const auto& visit) {
-    const int64_t grain = 1 + kChoicesPerChunk / (1 + std::min(choices, tokens_per_chunk * op.k));
+    const int64_t grain = 1 + kChoicesPerChunk / (1 + std::min(choices, tokens_per_chunk * k));
     parallel_for(op.batch * chunks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first_token = i % chunks * tokens_per_chunk;
@@ -38,10 +39,10 @@ void run(const ExpertDispatch& op, const ParallelFor& parallel_for) {
     });
   };
 
-  for_chunks([&](int64_t sort, int64_t first_token, int64_t last_token, int32_t* counts) {
+  for_chunks([choices, k, experts, &op](int64_t sort, int64_t first_token, int64_t last_token, int32_t* counts) {
     const int32_t* expert_ids = op.expert_ids + sort * choices;
-    for (int64_t choice = first_token * op.k; choice < last_token * op.k; ++choice) {
-      ++counts[bucket_of(expert_ids[choice], op.experts)];
+    for (int64_t choice = first_token * k; choice < last_token * k; ++choice) {
+      ++counts[bucket_of(expert_ids[choice], experts)];
     }
   });
 
@@ -55,20 +56,20 @@ void run(const ExpertDispatch& op, const ParallelFor& parallel_for) {
         counts[chunk * buckets + bucket] = position;
         position += count;
       }
-      if (bucket < op.experts) op.group_sizes[sort * op.experts + bucket] = position - group_begin;
+      if (bucket < experts) op.group_sizes[sort * experts + bucket] = position - group_begin;
     }
   }
 
-  for_chunks([&](int64_t sort, int64_t first_token, int64_t last_token, int32_t* next) {
+  for_chunks([choices, k, experts, &op](int64_t sort, int64_t first_token, int64_t last_token, int32_t* next) {
     const int32_t* expert_ids = op.expert_ids + sort * choices;
     int32_t* token_index = op.token_index + sort * choices;
     int32_t* slot = op.slot + sort * choices;
     for (int64_t token = first_token; token < last_token; ++token) {
-      for (int64_t choice = token * op.k; choice < (token + 1) * op.k; ++choice) {
-        const uint32_t bucket = bucket_of(expert_ids[choice], op.experts);
+      for (int64_t choice = token * k; choice < (token + 1) * k; ++choice) {
+        const uint32_t bucket = bucket_of(expert_ids[choice], experts);
         const int32_t position = next[bucket]++;
         token_index[position] = static_cast<int32_t>(token);
-        slot[choice] = bucket < static_cast<uint32_t>(op.experts) ? position : -1;
+        slot[choice] = bucket < static_cast<uint32_t>(experts) ? position : -1;
       }
     }
   });

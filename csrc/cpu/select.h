@@ -45,8 +45,13 @@ class TopK {
 
   // The next n <= kChunk keys of the row, padded to a multiple of 64 with kNoKey; the first has index `first`.
   void push(const uint32_t* keys, int64_t n, int64_t first) {
-    if (first == 0 && k_ <= kLanes / 2) threshold_ = bound(keys, n);
-    keep(keys, nullptr, n, first, threshold_);
+    const int64_t reached = count_at_least(keys, n, threshold_);
+    if (reached == 0) return;
+    if (reached > 2 * k_) {
+      const uint32_t better = bound(keys, n);
+      threshold_ = better > threshold_ ? better : threshold_;
+    }
+    keep(keys, n, threshold_, [=](int64_t i) { return static_cast<uint32_t>(first + i); });
     if (count_ > full_) cut();
   }
 
@@ -63,26 +68,72 @@ class TopK {
   }
 
  private:
-  static constexpr int64_t kLanes = 32;
   static constexpr int64_t kRankLimit = 64;
 
-  // A lower bound of the k-th best key, from the best key of each of kLanes strided lanes: the k best of those are k
+  // A lower bound of the k-th best key, from the best key of each of many strided lanes: the k best of those are k
   // different entries, so the k-th best of all is at least as good as the worst of them.
   uint32_t bound(const uint32_t* keys, int64_t n) const {
-    uint32_t best[kLanes] = {};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      for (int64_t j = 0; j < kLanes; ++j) best[j] = keys[i + j] > best[j] ? keys[i + j] : best[j];
+    constexpr int64_t kFewLanes = 32;
+    uint32_t best[kChunk];
+    if (2 * k_ > kFewLanes) {
+      int64_t lanes = 2 * kFewLanes;
+      while (lanes < 2 * k_) lanes *= 2;
+      best_of_lanes(keys, n, lanes, best);
+      return kth_best(best, lanes, k_).threshold;
     }
-    uint32_t at_least[kLanes] = {};
-    for (int64_t i = 0; i < kLanes; ++i) {
-      for (int64_t j = 0; j < kLanes; ++j) at_least[j] += best[i] >= best[j];
+    best_of_lanes(keys, n, kFewLanes, best);
+    uint32_t at_least[kFewLanes] = {};
+    for (int64_t i = 0; i < kFewLanes; ++i) {
+      for (int64_t j = 0; j < kFewLanes; ++j) at_least[j] += best[i] >= best[j];
     }
     uint32_t result = kWorstKey;
-    for (int64_t j = 0; j < kLanes; ++j) {
+    for (int64_t j = 0; j < kFewLanes; ++j) {
       const uint32_t candidate = at_least[j] >= k_ ? best[j] : kWorstKey;
       result = candidate > result ? candidate : result;
     }
     return result;
+  }
+
+  static void best_of_lanes(const uint32_t* keys, int64_t n, int64_t lanes, uint32_t* best) {
+    for (int64_t j = 0; j < lanes; ++j) best[j] = kNoKey;
+    for (int64_t i = 0; i < n; i += lanes) {
+      const int64_t here = n - i < lanes ? n - i : lanes;
+      for (int64_t j = 0; j < here; ++j) best[j] = keys[i + j] > best[j] ? keys[i + j] : best[j];
+    }
+  }
+
+  // A threshold that the k best keys reach, and how many do: k, or, if it is the k-th best key itself, those equal too.
+  struct KthBest {
+    uint32_t threshold;
+    int64_t reached;
+  };
+
+  // Found bit by bit from the top, until exactly k keys reach the prefix found so far.
+  static KthBest kth_best(const uint32_t* keys, int64_t n, int64_t k) {
+    uint32_t all = 0xFFFFFFFFu, any = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      all &= keys[i];
+      any |= keys[i];
+    }
+    uint32_t bit = 0x80000000u;
+    while (bit != 0 && !((all ^ any) & bit)) bit >>= 1;
+    KthBest found = {bit == 0 ? all : all & ~(2 * bit - 1), n};
+    for (; bit != 0 && found.reached != k; bit >>= 1) {
+      const int64_t reached = count_at_least(keys, n, found.threshold | bit);
+      if (reached >= k) found = {found.threshold | bit, reached};
+    }
+    return found;
+  }
+
+  static int64_t count_at_least(const uint32_t* keys, int64_t n, uint32_t threshold) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n;) {
+      const int64_t end = n - i < kChunk ? n : i + kChunk;
+      uint32_t part = 0;
+      for (; i < end; ++i) part += keys[i] >= threshold;
+      count += part;
+    }
+    return count;
   }
 
   // Bit j tells whether keys[j] >= threshold.
@@ -98,66 +149,46 @@ class TopK {
     return mask;
   }
 
-  // Appends the entries of a chunk, or of the buffer itself, whose key reaches the threshold. `indices` is null for a
-  // chunk, whose indices count up from `first`.
-  void keep(const uint32_t* keys, const uint32_t* indices, int64_t n, int64_t first, uint32_t threshold) {
+  // Appends the entries of a chunk, or of the buffer itself, whose key reaches the threshold.
+  template <typename Index>
+  void keep(const uint32_t* keys, int64_t n, uint32_t threshold, const Index& index) {
     uint32_t* const kept_keys = keys_;
     uint32_t* const kept_indices = indices_;
     int64_t count = count_;
     for (int64_t i = 0; i < n; i += 64) {
       uint64_t mask = survivors(keys + i, threshold);
       if (n - i < 64) mask &= (uint64_t{1} << (n - i)) - 1;
-      for (; mask != 0; mask &= mask - 1) {
+      if (mask == ~uint64_t{0}) {
+        for (int64_t j = i; j < i + 64; ++j, ++count) {
+          kept_keys[count] = keys[j];
+          kept_indices[count] = index(j);
+        }
+        continue;
+      }
+      for (; mask != 0; mask &= mask - 1, ++count) {
         const int64_t j = i + __builtin_ctzll(mask);
         kept_keys[count] = keys[j];
-        kept_indices[count] = indices == nullptr ? static_cast<uint32_t>(first + j) : indices[j];
-        ++count;
+        kept_indices[count] = index(j);
       }
     }
     count_ = count;
   }
 
-  // Cuts the buffer to its k best and raises the threshold. The k-th best key is found bit by bit from the top, until
-  // exactly k keys reach the prefix found so far.
+  // Cuts the buffer to its k best and raises the threshold.
   void cut() {
     const uint32_t* keys = keys_;
+    const uint32_t* indices = indices_;
     const int64_t n = count_;
-    uint32_t all = 0xFFFFFFFFu, any = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      all &= keys[i];
-      any |= keys[i];
-    }
-    uint32_t bit = 0x80000000u;
-    while (bit != 0 && !((all ^ any) & bit)) bit >>= 1;
-    uint32_t prefix = bit == 0 ? all : all & ~(2 * bit - 1);
-    int64_t reached = n;
-    for (; bit != 0 && reached != k_; bit >>= 1) {
-      const int64_t count = count_at_least(keys, n, prefix | bit);
-      if (count >= k_) {
-        prefix |= bit;
-        reached = count;
-      }
-    }
+    const KthBest found = kth_best(keys, n, k_);
     // Of the keys equal to the k-th best, those with the highest indices go.
     int64_t end_of_equals = n;
-    for (int64_t excess = reached - k_; excess > 0;) excess -= keys[--end_of_equals] == prefix;
+    for (int64_t excess = found.reached - k_; excess > 0;) excess -= keys[--end_of_equals] == found.threshold;
     count_ = 0;
-    keep(keys, indices_, end_of_equals, 0, prefix);
-    threshold_ = prefix;
-    if (end_of_equals < n) {
-      if (prefix != 0xFFFFFFFFu) keep(keys + end_of_equals, indices_ + end_of_equals, n - end_of_equals, 0, ++threshold_);
-    }
-  }
-
-  static int64_t count_at_least(const uint32_t* keys, int64_t n, uint32_t threshold) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n;) {
-      const int64_t end = n - i < kChunk ? n : i + kChunk;
-      uint32_t part = 0;
-      for (; i < end; ++i) part += keys[i] >= threshold;
-      count += part;
-    }
-    return count;
+    keep(keys, end_of_equals, found.threshold, [=](int64_t i) { return indices[i]; });
+    threshold_ = found.threshold;
+    if (end_of_equals == n || found.threshold == 0xFFFFFFFFu) return;
+    ++threshold_;
+    keep(keys + end_of_equals, n - end_of_equals, threshold_, [=](int64_t i) { return indices[end_of_equals + i]; });
   }
 
   // For a short buffer: an entry's place is the number of better keys, plus that of equal keys before it.

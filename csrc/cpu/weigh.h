@@ -16,36 +16,39 @@ struct Softmax {
   float of(float x) const { return sum == 0.0f ? 0.0f : exp_nonpositive(x - shift) / sum; }
 };
 
-// The float that has this order key.
-inline float float_of_key(uint32_t key) { return bits_float(key ^ (key >> 31 != 0 ? 0x80000000u : 0xFFFFFFFFu)); }
-
+// Of a row with a NaN the sum is NaN, whatever the shift.
 template <typename T>
 inline Softmax softmax_of_row(const T* logits, int64_t n) {
-  uint32_t best = kNoKey;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t key = order_key(to_f32(logits[i]));
-    best = key > best ? key : best;
-  }
-  const float shift = softmax_shift(float_of_key(best));
   constexpr int64_t kLanes = 32;
+  const int64_t whole = n - n % kLanes;
+  float best[kLanes];
+  for (float& x : best) x = bits_float(0xFF800000u);
+  const auto max = [](float x, float y) { return x > y ? x : y; };
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) best[j] = max(to_f32(logits[i + j]), best[j]);
+  }
+  for (int64_t i = whole; i < n; ++i) best[i - whole] = max(to_f32(logits[i]), best[i - whole]);
+  float maximum = best[0];
+  for (const float x : best) maximum = max(x, maximum);
+  const float shift = softmax_shift(maximum);
   float sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int64_t i = 0; i < whole; i += kLanes) {
     for (int64_t j = 0; j < kLanes; ++j) sums[j] += exp_nonpositive(to_f32(logits[i + j]) - shift);
   }
-  for (int64_t j = 0; i < n; ++i, ++j) sums[j] += exp_nonpositive(to_f32(logits[i]) - shift);
+  for (int64_t i = whole; i < n; ++i) sums[i - whole] += exp_nonpositive(to_f32(logits[i]) - shift);
   float sum = 0.0f;
   for (const float part : sums) sum += part;
   return {shift, sum};
 }
 
-// body(std::integral_constant-like tag of the score function), for the score functions of one logit.
+// The score functions of one logit as types.
 template <ScoreFn kScoreFn>
 struct ScoreTag {
   static float score(float x) { return pointwise_score<kScoreFn>(x); }
   static float derivative(float x) { return pointwise_derivative<kScoreFn>(x); }
 };
 
+// body(a ScoreTag)
 template <typename Body>
 inline void with_score_fn(ScoreFn score_fn, const Body& body) {
   switch (score_fn) {

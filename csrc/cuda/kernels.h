@@ -16,9 +16,11 @@ cudaError_t launch(const ActivationTopk& op, cudaStream_t stream);
 cudaError_t launch(const RouteAt& op, cudaStream_t stream);
 cudaError_t launch(const RouteCotangent& op, cudaStream_t stream);
 
+// The candidates of a row live in shared memory: above this k the reference implementation takes over.
+constexpr int kMaxSelectK = 8192;
+cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
+
 // These need scratch memory: as many bytes as workspace_bytes says, aligned to 256, with any content.
-size_t workspace_bytes(const TopkSelect& op);
-cudaError_t launch(const TopkSelect& op, void* workspace, cudaStream_t stream);
 size_t workspace_bytes(const ExpertDispatch& op);
 cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream);
 size_t workspace_bytes(const DenseRouter& op);

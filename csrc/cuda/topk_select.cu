@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../common/score.h"
 #include "kernels.h"
 #include "load.cuh"
 #include "topk_select.cuh"
@@ -27,7 +28,7 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kVectors = 4;  // of 16 bytes that a thread holds at a time
+constexpr int kKeys = 16;  // that a thread holds at a time
 constexpr int kMaxClusterBlocks = 16;
 
 // How the rows are laid over the device.
@@ -37,21 +38,20 @@ struct Plan {
   uint32_t capacity;  // of a block's candidate buffer: at least k + 4 * threads
 };
 
-__device__ __forceinline__ float element_of(uint4 vector, int e, float) {
-  return bits_float(e == 0 ? vector.x : e == 1 ? vector.y : e == 2 ? vector.z : vector.w);
+__device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
+  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
 
-__device__ __forceinline__ uint32_t half_bits(uint4 vector, int e) {
-  const uint32_t word = e < 2 ? vector.x : e < 4 ? vector.y : e < 6 ? vector.z : vector.w;
-  return e % 2 == 0 ? word & 0xFFFF : word >> 16;
-}
+__device__ __forceinline__ float element_of(uint4 vector, int e, float) { return bits_float(word_of(vector, e)); }
 
 __device__ __forceinline__ float element_of(uint4 vector, int e, __nv_bfloat16) {
-  return bits_float(half_bits(vector, e) << 16);
+  const uint32_t word = word_of(vector, e / 2);
+  return bits_float(e % 2 == 0 ? word << 16 : word & 0xFFFF0000u);
 }
 
 __device__ __forceinline__ float element_of(uint4 vector, int e, __half) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(half_bits(vector, e))));
+  const uint32_t word = word_of(vector, e / 2);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(e % 2 == 0 ? word & 0xFFFF : word >> 16)));
 }
 
 __device__ __forceinline__ void set_value(float* value, float x) { *value = x; }
@@ -63,76 +63,85 @@ __device__ __forceinline__ float key_value(uint32_t key) {
   return bits_float(key >> 31 != 0 ? key ^ 0x80000000u : ~key);
 }
 
-// One batch of a block's part of a row: kVectors vectors a thread. A vector is 16 aligned bytes; the first and the last
-// of a row may lie partly outside it.
+// No element has a key this small.
+constexpr uint64_t kLowestBound = uint64_t{1} << 32;
+
+// One batch of a block's part of a row: kKeys elements a thread, in vectors of 16 aligned bytes.
 template <typename T>
 struct Batch {
   static constexpr int kElements = 16 / sizeof(T);  // of a vector
-  static constexpr uint32_t kAll = (1u << kElements) - 1;
-  static_assert(kVectors * kElements <= 32);
+  static constexpr int kVectors = kKeys / kElements;
 
-  uint4 vectors[kVectors];
-  uint32_t valid;  // bit v * kElements + e: element e of vector v is there
-  int64_t first;   // index in the row of vector 0's first element
-  int64_t stride;  // from one vector to the next
+  uint32_t keys[kKeys];  // kNoKey outside the row
+  uint32_t first;        // index in the row of the first vector
+  uint32_t stride;       // from one vector to the next
 
-  __device__ __forceinline__ uint32_t index(int bit) const {
-    return static_cast<uint32_t>(first + bit / kElements * stride + bit % kElements);
+  // The index of key i. Indices are cheap to compute but many: the empty instruction keeps the compiler from computing
+  // them long before their use.
+  struct Indices {
+    uint32_t first, stride;
+    __device__ __forceinline__ uint32_t operator()(int i) const {
+      return first + i / kElements * stride + i % kElements;
+    }
+  };
+  __device__ __forceinline__ Indices indices() const {
+    Indices indices{first, stride};
+    asm volatile("" : "+r"(indices.first), "+r"(indices.stride));
+    return indices;
   }
-  __device__ __forceinline__ uint32_t key(int bit) const {
-    return order_key(element_of(vectors[bit / kElements], bit % kElements, T{}));
-  }
 
-  __device__ __forceinline__ void load(const T* row, uint32_t length) {
-    valid = 0;
+  // Whole vectors below `end`.
+  __device__ __forceinline__ void load(const T* row, uint32_t end) {
+    uint4 vectors[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t start = first + v * stride;
+      const uint32_t start = first + v * stride;
       vectors[v] = make_uint4(0, 0, 0, 0);
-      if (start >= 0 && start + kElements <= length) {
-        vectors[v] = __ldg(reinterpret_cast<const uint4*>(row + start));
-        valid |= kAll << v * kElements;
-      } else if (start + kElements > 0 && start < length) {
-        load_part(row, length, v, start);
-      }
+      if (start < end) vectors[v] = __ldg(reinterpret_cast<const uint4*>(row + start));
     }
-  }
-
-  __device__ __forceinline__ void load_part(const T* row, uint32_t length, int v, int64_t start) {
-    uint32_t words[4] = {};
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      if (start + e >= 0 && start + e < length) {
-        valid |= 1u << (v * kElements + e);
-        if constexpr (sizeof(T) == 4) {
-          words[e] = __float_as_uint(row[start + e]);
-        } else {
-          const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[start + e];
-          words[e / 2] |= bits << 16 * (e % 2);
-        }
-      }
+    for (int i = 0; i < kKeys; ++i) {
+      const uint32_t key = order_key(element_of(vectors[i / kElements], i % kElements, T{}));
+      keys[i] = first + i / kElements * stride < end ? key : kNoKey;
     }
-    vectors[v] = make_uint4(words[0], words[1], words[2], words[3]);
   }
 
-  // The elements that make pairs no smaller than the bound.
+  // The element `first` alone, if `inside`.
+  __device__ __forceinline__ void load_one_element(const T* row, bool inside) {
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) keys[i] = kNoKey;
+    if (inside) keys[0] = order_key(load_one(row + first));
+  }
+
+  // Bit i: key i makes a pair no smaller than the bound.
   __device__ __forceinline__ uint32_t candidates(uint64_t bound) const {
     const uint32_t bound_key = pair_key(bound);
-    uint32_t above = 0, equal = 0;
+    uint32_t mask = 0;
+    bool ties = false;
 #pragma unroll
-    for (int bit = 0; bit < kVectors * kElements; ++bit) {
-      const uint32_t k = key(bit);
-      above |= k > bound_key ? 1u << bit : 0;
-      equal |= k == bound_key ? 1u << bit : 0;
+    for (int i = 0; i < kKeys; ++i) {
+      mask |= keys[i] > bound_key ? 1u << i : 0;
+      ties = ties || keys[i] == bound_key;
     }
-    equal &= valid;
-    above &= valid;
-    while (equal != 0) {
-      const int bit = __ffs(equal) - 1;
-      equal &= equal - 1;
-      if (index(bit) <= pair_index(bound)) above |= 1u << bit;
+    if (ties) {
+      const Indices index = indices();
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        mask |= keys[i] == bound_key && index(i) <= pair_index(bound) ? 1u << i : 0;
+      }
     }
-    return above;
+    return mask;
+  }
+
+  // One element of each of the first `vectors` vectors, where they are in the row.
+  __device__ __forceinline__ uint32_t sample(int vectors) const {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const bool chosen = i / kElements < vectors && i % kElements == threadIdx.x % kElements;
+      mask |= chosen && keys[i] != kNoKey ? 1u << i : 0;
+    }
+    return mask;
   }
 };
 
@@ -194,10 +203,11 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_rows(TopkSel
       uint32_t place = 0;
       if (lane == 0) place = atomicAdd(counter, total);
       place = count + __shfl_sync(Select::kFullWarp, place, 0) + sum - own;
+      const auto index = batch.indices();
 #pragma unroll
-      for (int bit = 0; bit < kVectors * kElements; ++bit) {
+      for (int bit = 0; bit < kKeys; ++bit) {
         if ((mask >> bit & 1) != 0) {
-          if (place < plan.capacity) pairs[place] = order_pair(batch.key(bit), batch.index(bit));
+          if (place < plan.capacity) pairs[place] = order_pair(batch.keys[bit], index(bit));
           ++place;
         }
       }
@@ -219,56 +229,63 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_rows(TopkSel
     return bound;
   };
 
-  // Pieces of 32 vectors, one a warp. A batch takes every `batches`-th piece of the row, so that the first is a sample.
-  const uint32_t head = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
-  const uint32_t pieces = (length + head + 32 * kElements - 1) / (32 * kElements);
-  const uint32_t pieces_a_batch = kWarps * kVectors * plan.blocks;
+  // The row's whole vectors are [head, end). Pieces of 32 vectors go to one warp each. A batch takes every `batches`-th
+  // piece of the row, so that the first batch is a sample. What lies outside whole vectors is a last, short batch.
+  const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
+  const uint32_t head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
+  const uint32_t end = length - (length - head) % kElements;
+  const uint32_t pieces = (end - head + 32 * kElements - 1) / (32 * kElements);
+  const uint32_t pieces_a_batch = kWarps * Batch<T>::kVectors * plan.blocks;
   const uint32_t batches = (pieces + pieces_a_batch - 1) / pieces_a_batch;
+  const uint32_t edges = head + length - end;
 
   uint32_t count = 0;
   typename Select::Kth kth = {0, 0};
-  uint64_t bound = 1;
+  uint64_t bound = kLowestBound;
   bool sample = length > plan.capacity;
+  const float share = __fdividef(static_cast<float>(k), static_cast<float>(length));
+  const int sample_vectors = share * kThreads >= 32 ? 1 : share * kThreads >= 16 ? 2 : Batch<T>::kVectors;
   while (k != 0) {
     count = 0;
     uint64_t sampled = 0;
-    for (uint32_t b = 0; b < batches; ++b) {
+    for (uint32_t b = 0; b < batches + (edges != 0); ++b) {
       Batch<T> batch;
-      const int64_t piece = static_cast<int64_t>(warp * plan.blocks + block) * batches + b;
-      batch.first = (piece * 32 + lane) * kElements - head;
-      batch.stride = static_cast<int64_t>(kWarps) * plan.blocks * batches * 32 * kElements;
-      batch.load(row, length);
-
-      if (sample) {
-        // One element of each of a few vectors. The rank leaves five standard deviations for chance.
-        const float share = static_cast<float>(k) / static_cast<float>(length);
-        const int each = share * kThreads >= 32 ? 1 : share * kThreads >= 16 ? 2 : kVectors;
-        uint32_t mask = 0;
-        for (int v = 0; v < each; ++v) mask |= 1u << (v * kElements + lane % kElements);
-        const uint32_t size = append(batch, mask & batch.valid, 0);
-        const float expected = share * static_cast<float>(size);
-        const uint32_t rank = static_cast<uint32_t>(expected + 5 * sqrtf(expected)) + 2;
-        if (rank < size) bound = sampled = select.kth_largest(pairs, size, rank, length, rank / 8).pair;
-        sample = false;
+      if (b < batches) {
+        const uint32_t piece = (warp * plan.blocks + block) * batches + b;
+        batch.first = head + (piece * 32 + lane) * kElements;
+        batch.stride = kWarps * plan.blocks * batches * 32 * kElements;
+        batch.load(row, end);
+      } else {
+        batch.first = thread < head ? thread : end + thread - head;
+        batch.load_one_element(row, block == 0 && thread < edges);
       }
 
       // The whole batch at once, or, where that does not fit, a step at a time.
-      uint32_t candidates = batch.candidates(bound);
-      int step = -1;
+      constexpr int kSample = -2, kWhole = -1;
+      int step = sample ? kSample : kWhole;
+      uint32_t candidates = step == kSample ? batch.sample(sample_vectors) : batch.candidates(bound);
       while (true) {
         const uint32_t mask = step < 0 ? candidates : candidates & 0xFu << 4 * step;
         const uint32_t added = append(batch, mask, count);
-        if (count + added > plan.capacity) {
-          step = 0;
+        if (step == kSample) {
+          // The rank leaves five standard deviations for chance.
+          const float expected = share * static_cast<float>(added);
+          const uint32_t rank = static_cast<uint32_t>(expected + 5 * fast_sqrt(expected)) + 2;
+          if (rank < added) bound = sampled = select.kth_largest(pairs, added, rank, length, rank / 8).pair;
+          sample = false;
+          step = kWhole;
         } else {
-          count += added;
-          if (step < 0 || ++step == kVectors * kElements / 4) break;
-        }
-        if (count + kStep > plan.capacity) {
+          if (count + added > plan.capacity) {
+            step = 0;
+          } else {
+            count += added;
+            if (step == kWhole || ++step == kKeys / 4) break;
+          }
+          if (count + kStep <= plan.capacity) continue;
           bound = prune(count);
           count = k;
-          candidates = batch.candidates(bound);
         }
+        candidates = batch.candidates(bound);
       }
     }
 
@@ -315,13 +332,13 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_rows(TopkSel
     if (block == 0) {
       if (count >= k) kth = select.kth_largest(pairs, count, k, length, 0);
       exchange.done = count >= k && kth.pair >= sampled;
-      exchange.bound = count >= k ? kth.pair : 1;
+      exchange.bound = count >= k ? kth.pair : kLowestBound;
     }
     if (plan.blocks > 1) {
       if (block == 0 && thread != 0 && thread < plan.blocks) {
         Exchange* remote = cluster.map_shared_rank(&exchange, thread);
         remote->done = count >= k && kth.pair >= sampled;
-        remote->bound = count >= k ? kth.pair : 1;
+        remote->bound = count >= k ? kth.pair : kLowestBound;
       }
       cluster.sync();
     } else {
@@ -396,9 +413,7 @@ cudaError_t launch_rows(const TopkSelect& op, const Plan& plan, cudaStream_t str
 
 }  // namespace
 
-size_t workspace_bytes(const TopkSelect&) { return 0; }
-
-cudaError_t launch(const TopkSelect& op, void*, cudaStream_t stream) {
+cudaError_t launch(const TopkSelect& op, cudaStream_t stream) {
   if (op.rows == 0 || op.k == 0) return cudaSuccess;
   const Plan plan = make_plan(op);
   return with_type(op.dtype, [&](auto zero) {

@@ -21,7 +21,7 @@ struct BlockSelect {
 
   // Shared memory of fixed size.
   struct Scratch {
-    uint32_t bins[kBins];
+    alignas(16) uint32_t bins[kBins];
     uint32_t warp_sums[kWarps];
     uint32_t key_max, key_min;
     struct {
@@ -81,7 +81,8 @@ struct BlockSelect {
   __device__ static int shift_for(uint64_t span, int bits) { return max(64 - __clzll(span) - bits, 0); }
 
   // The k-th largest of pairs[0..count), 1 <= k <= count, for indices < length. All threads get it.
-  __device__ Kth kth_largest(const uint64_t* pairs, uint32_t count, uint32_t k, uint32_t length, uint32_t slack) const {
+  __device__ __noinline__ Kth kth_largest(const uint64_t* pairs, uint32_t count, uint32_t k, uint32_t length,
+                                          uint32_t slack) const {
     uint64_t best = ~uint64_t{0}, worst = 0, overall_best = 0;
     while (true) {
       uint32_t key_max = 0, key_min = 0xFFFFFFFFu;

@@ -52,4 +52,7 @@ struct Cuda {
 }  // namespace
 }  // namespace jax_router
 
-NB_MODULE(_cuda, module) { jax_router::define_module<jax_router::Cuda>(module); }
+NB_MODULE(_cuda, module) {
+  jax_router::define_module<jax_router::Cuda>(module);
+  module.attr("max_select_k") = jax_router::cuda::kMaxSelectK;
+}

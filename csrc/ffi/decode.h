@@ -1,5 +1,6 @@
 // From XLA FFI call frames to the structs of common/ops.h, the same for CPU and CUDA. Attribute names are the parameter
 // names of the Python primitives; an operand that was not given is absent from the call, and its has_* attribute is false.
+// Leading axes are rows, however many there are; operands that all rows share may come flattened.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,20 @@
 namespace jax_router {
 
 namespace ffi = xla::ffi;
+
+// The size of axis `axis` counted from the last one, which is 0; 1 where there is no such axis.
+inline int64_t axis_from_end(const ffi::AnyBuffer& buffer, size_t axis) {
+  const auto dims = buffer.dimensions();
+  return axis < dims.size() ? dims[dims.size() - 1 - axis] : 1;
+}
+
+// The product of all axes but the last `core_rank`.
+inline int64_t leading_count(const ffi::AnyBuffer& buffer, size_t core_rank) {
+  const auto dims = buffer.dimensions();
+  int64_t count = 1;
+  for (size_t i = 0; i + core_rank < dims.size(); ++i) count *= dims[i];
+  return count;
+}
 
 // Reads operands and results in their order and attributes by name, and keeps the first error.
 class CallReader {
@@ -70,6 +85,11 @@ class CallReader {
     return buffer.has_error() ? DType::kF32 : dtype((*buffer)->element_type());
   }
 
+  int64_t result_axis_from_end(size_t axis) {
+    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets_.get<ffi::AnyBuffer>(next_result_);
+    return buffer.has_error() ? 0 : axis_from_end(**buffer, axis);
+  }
+
   void expect_count(const ffi::AnyBuffer& buffer, int64_t count) {
     const auto got = static_cast<int64_t>(buffer.element_count());
     if (got != count) {
@@ -107,20 +127,6 @@ class CallReader {
   ffi::Error error_ = ffi::Error::Success();
 };
 
-// The size of axis `axis` counted from the last one, which is 0; 1 where there is no such axis.
-inline int64_t axis_from_end(const ffi::AnyBuffer& buffer, size_t axis) {
-  const auto dims = buffer.dimensions();
-  return axis < dims.size() ? dims[dims.size() - 1 - axis] : 1;
-}
-
-// The product of all axes but the last `core_rank`.
-inline int64_t leading_count(const ffi::AnyBuffer& buffer, size_t core_rank) {
-  const auto dims = buffer.dimensions();
-  int64_t count = 1;
-  for (size_t i = 0; i + core_rank < dims.size(); ++i) count *= dims[i];
-  return count;
-}
-
 inline Scoring read_scoring(CallReader& call) {
   Scoring scoring{ScoreFn::kIdentity, call.attr<bool>("renormalize"), call.attr<float>("scale")};
   const auto name = call.attr<std::string_view>("score_fn");
@@ -147,8 +153,8 @@ inline void read(CallReader& call, HashRouter& op) {
   const ffi::AnyBuffer token_ids = call.operand();
   const ffi::AnyBuffer hash_lut = call.operand();
   op.rows = leading_count(token_ids, 0);
-  op.vocab_size = axis_from_end(hash_lut, 1);
-  op.k = static_cast<int32_t>(axis_from_end(hash_lut, 0));
+  op.k = static_cast<int32_t>(call.result_axis_from_end(0));
+  op.vocab_size = op.k == 0 ? 0 : static_cast<int64_t>(hash_lut.element_count()) / op.k;
   op.token_ids = static_cast<const int32_t*>(token_ids.untyped_data());
   op.hash_lut = static_cast<const int32_t*>(hash_lut.untyped_data());
   op.scale = call.attr<float>("scale");
@@ -193,7 +199,7 @@ inline void read(CallReader& call, DenseRouter& op) {
   op.x = x.untyped_data();
   op.weight = weight.untyped_data();
   op.select.rows = leading_count(x, 1);
-  op.select.experts = static_cast<int32_t>(axis_from_end(weight, 1));
+  op.select.experts = op.hidden == 0 ? 0 : static_cast<int32_t>(weight.element_count() / op.hidden);
   op.select.dtype = DType::kF32;
   op.select.logits = nullptr;
   op.logit_bias = call.attr<bool>("has_logit_bias") ? call.operand<float>(op.select.experts) : nullptr;
