@@ -1,4 +1,4 @@
-"""A mixture-of-experts router, native to JAX: CUDA and CPU kernels behind ops that jit, differentiate, batch and shard."""
+"""A mixture-of-experts router, native to JAX: CUDA and CPU kernels under jit, grad, vmap and sharding."""
 
 from . import reference
 from ._activation_topk import activation_topk

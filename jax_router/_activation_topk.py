@@ -36,10 +36,10 @@ def activation_topk(
        `sqrtsoftplus(x) = sqrt(log(1 + exp(x)))` (DeepSeek-V4), `sigmoid(x) = 1 / (1 + exp(-x))` (DeepSeek-V3, Kimi-K2,
        GLM), or `softmax` over the experts (Mixtral, Qwen; with `renormalize` it is the softmax over the chosen).
     2. The selection key is `s + bias` where a bias is given; without bias and groups it is the logit itself.
-    3. If `num_groups > 1`, the experts lie in `num_groups` equal runs, and only those of the `top_groups` best groups stay
-       eligible. A group's score is the sum of its two best keys (`"top2_sum"`, DeepSeek-V3) or its best (`"max"`).
-    4. The ids of the `top_k` best keys, in exactly the order of `jax.lax.top_k`: equal keys to the lower id, +0 above -0,
-       NaN above everything. The ids are always distinct numbers in `[0, E)`.
+    3. If `num_groups > 1`, the experts lie in `num_groups` equal runs, and only those of the `top_groups` best groups
+       stay eligible. A group's score is the sum of its two best keys (`"top2_sum"`, DeepSeek-V3) or its best (`"max"`).
+    4. The ids of the `top_k` best keys, in exactly the order of `jax.lax.top_k`: equal keys to the lower id, +0 above
+       -0, NaN above everything. The ids are always distinct numbers in `[0, E)`.
     5. `weights = s[ids]`, never with the bias in it, divided by `sum + 1e-20` if `renormalize`, times `scale`.
 
     Args:
@@ -56,8 +56,8 @@ def activation_topk(
         implementation: `"auto"`, `"native"` or `"reference"`.
 
     Returns:
-        `Routing(weights, expert_ids)`: f32 `[..., top_k]` and int32 `[..., top_k]`. A chosen NaN logit has a NaN weight and,
-        with `renormalize`, so has its whole row; other rows do not change.
+        `Routing(weights, expert_ids)`: f32 `[..., top_k]` and int32 `[..., top_k]`. A chosen NaN logit has a NaN weight
+        and, with `renormalize`, so has its whole row; other rows do not change.
 
     Differentiable in `logits`, through the weights.
 
@@ -86,9 +86,7 @@ def activation_topk(
 
 def select(operands: dict[str, Any], selection: Selection, implementation: str) -> Routing:
     """activation_topk on checked operands and options."""
-    return Routing(
-        *_ACTIVATION_TOPK(operands, selection=selection, return_chosen=False, implementation=implementation)
-    )
+    return Routing(*_ACTIVATION_TOPK(operands, selection=selection, return_chosen=False, implementation=implementation))
 
 
 def selection_operands(logits_shape: tuple[int, ...], bias: Any, token_mask: Any, **options: Any):

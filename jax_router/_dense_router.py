@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,10 +12,10 @@ import numpy as np
 from jax import Array, lax
 from jax.interpreters import ad
 
-from . import _check, _ffi, reference
+from . import _check, reference
 from ._activation_topk import select, selection_operands
 from ._derivative import IDENTITY, weights_tangent
-from ._limits import unsupported_selection
+from ._limits import native_limits, unsupported_selection
 from ._primitive import Op, Operand, Result
 from ._route_at import chosen_logits
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
@@ -50,7 +49,13 @@ def dense_router(
         top_k: the number of experts a token.
         logit_bias: f32 `[E]`, part of the logits (gpt-oss has one).
         precision: of the product, as in `jax.lax.dot_general`. None multiplies f32 operands to f32 accuracy.
-        score_fn, renormalize, scale, num_groups, top_groups, group_score, token_mask: see `activation_topk`.
+        score_fn: see `activation_topk`, as for all options down to `token_mask`.
+        renormalize: whether the weights of a token are divided by their sum.
+        scale: a Python number that all weights are multiplied by.
+        num_groups: the number of groups of experts.
+        top_groups: how many groups stay eligible.
+        group_score: `"top2_sum"` or `"max"`.
+        token_mask: bool `[...]`; where False the ids are -1 and the weights 0.
         implementation: `"auto"`, `"native"` or `"reference"`. Natively, cases that the fused kernels do not take are a
             product by XLA and the `activation_topk` kernel.
 
@@ -85,11 +90,16 @@ def dense_router(
         *_DENSE_ROUTER(
             operands,
             selection=selection,
-            precision=lax.canonicalize_precision(precision) if hasattr(lax, "canonicalize_precision") else precision,
+            precision=_hashable_precision(precision),
             selection_implementation=implementation,
             return_chosen=False,
         )
     )
+
+
+def _hashable_precision(precision: Any) -> Any:
+    """A pair of precisions may come as a list; the parameters of a primitive are hashable."""
+    return tuple(precision) if isinstance(precision, list) else precision
 
 
 def product_operands(x: Any, weight: Any, logit_bias: Any) -> dict[str, Any]:
@@ -130,16 +140,13 @@ def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool
     return [Result(k, jnp.float32), Result(k, jnp.int32), *([Result(k, jnp.float32)] if return_chosen else [])]
 
 
-def _unsupported(
-    platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any
-) -> str | None:
-    module = _ffi.load(platform)
-    assert isinstance(module, ModuleType), module
+def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any) -> str | None:
     if precision is not None:
         return "the fused kernels have one precision"
     tokens = prod(avals["x"].shape[:-1])
     num_experts, hidden = avals["weight"].shape
-    if not module.fuses_dense_router(tokens, num_experts, hidden, str(avals["x"].dtype)):
+    itemsize = avals["x"].dtype.itemsize
+    if not native_limits(platform).fuses_dense_router(tokens, num_experts, hidden, selection.top_k, itemsize):
         return f"no fused kernel for {tokens} tokens, {num_experts} experts, hidden size {hidden}"
     return unsupported_selection(platform, num_experts, selection.top_k)
 

@@ -33,8 +33,11 @@ def weights_tangent(tangent: Array, residual: Array | None, expert_ids: Array, s
 
 
 def selecting_jvp(op: Op, primals: dict[str, Any], tangents: dict[str, Any], how: Scoring, /, **params: Any):
-    """The derivative rule of an op that routes by its operand `logits` and returns weights, ids and, if asked to by
-    `return_chosen`, the chosen logits. Nothing flows through the selection or to any other operand."""
+    """The derivative rule of an op that routes by its operand `logits`.
+
+    Its results are weights, ids and, with `return_chosen`, the chosen logits. Nothing flows through the selection or to
+    any other operand.
+    """
     whole_row = how.needs_whole_row
     wanted = params.pop("return_chosen")
     weights, expert_ids, *chosen = op(primals, return_chosen=wanted or not whole_row, **params)
@@ -54,10 +57,9 @@ def _zero(primal: Array) -> ad.Zero:
 
 
 def _weights(residual: Array, expert_ids: Array, scoring: Scoring) -> Array:
-    options = {"score_fn": scoring.score_fn, "renormalize": scoring.renormalize, "scale": scoring.scale}
     if scoring.needs_whole_row:
-        return reference.route_at(residual, expert_ids, **options).weights
-    return reference.weights_of_chosen(residual, expert_ids >= 0, **options)
+        return reference.route_at(residual, expert_ids, **scoring.options).weights
+    return reference.weights_of_chosen(residual, expert_ids >= 0, **scoring.options)
 
 
 def _tangent_reference(tangent: Array, expert_ids: Array, residual: Array | None = None, *, scoring: Scoring):

@@ -17,11 +17,11 @@ from ._types import Dispatch, Implementation
 
 
 def expert_dispatch(expert_ids: Array, num_experts: int, *, implementation: Implementation = "auto") -> Dispatch:
-    """A stable counting sort of all choices by expert, so that `x[token_index]` with `group_sizes` feeds
-    `jax.lax.ragged_dot`.
+    """Sorts all choices by expert, stably.
 
-    The slots of one expert lie together, in token order. Choices whose id is outside `[0, num_experts)` come last, belong
-    to no group, and have slot -1. To combine: `y[slot]` are a token's results, where `slot >= 0`.
+    The slots of one expert lie together, in token order, so that `x[token_index]` with `group_sizes` feeds
+    `jax.lax.ragged_dot`. Choices whose id is outside `[0, num_experts)` come last, belong to no group, and have slot
+    -1. To combine: `y[slot]` are a token's results, where `slot >= 0`.
 
     Args:
         expert_ids: integers `[..., k]`, of N tokens in any number of leading axes; any values.

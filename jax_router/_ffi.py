@@ -52,8 +52,8 @@ def how_to_get_kernels() -> str:
     have = [name for name in _MODULES if not isinstance(load(name), ImportError)]
     advice = "" if not missing else f" Not loaded: {'; '.join(missing)}."
     return (
-        f"Kernels are loaded for: {', '.join(have) or 'no platform'}.{advice} Use implementation='auto' to fall back to "
-        "the reference; to build the CUDA kernels, reinstall jax-router with nvcc on the PATH (python -m jax_router info)."
+        f"Kernels are loaded for: {', '.join(have) or 'no platform'}.{advice} implementation='auto' falls back to the "
+        "reference; to get the CUDA kernels, install jax-router again with nvcc on the PATH."
     )
 
 

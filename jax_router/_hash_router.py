@@ -20,8 +20,8 @@ def hash_router(
 ) -> Routing:
     """Looks the experts of each token up: `expert_ids = hash_lut[token_ids]`, `weights = scale / k`.
 
-    A token id outside `[0, V)` (padding, say) gets ids -1 and weights 0. Entries of the table pass through unchanged; one
-    outside `[0, E)` is handled by `route_at` and `expert_dispatch`. For weights by score, as the hash layers of
+    A token id outside `[0, V)` (padding, say) gets ids -1 and weights 0. Entries of the table pass through unchanged;
+    one outside `[0, E)` is handled by `route_at` and `expert_dispatch`. For weights by score, as the hash layers of
     DeepSeek-V4 have them, use `route_at(logits, hash_lut[token_ids])`. Hash layers: arXiv:2106.04426.
 
     Args:

@@ -1,4 +1,4 @@
-"""One helper that makes a JAX primitive of an op: evaluation, lowering, batching and sharding, said once for all ops."""
+"""One helper that makes a JAX primitive of an op: evaluation, lowering, batching and sharding, once for all ops."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ class Op:
         ad.primitive_jvps[self.primitive] = jvp
 
     def def_transpose(self, linear_operand: str, rule: Callable[..., Array]) -> None:
-        """`rule(cotangent, operands, **params)`: the cotangent of the operand in which the op (of one result) is linear."""
+        """`rule(cotangent, operands, **params)` returns the cotangent of the operand in which the op is linear.
+
+        The op has one result.
+        """
 
         def transpose(cotangents, *values, names, **params):
             (cotangent,) = cotangents
@@ -174,10 +177,10 @@ class Op:
 class _Call:
     """An op as a custom call whose batch axes XLA can shard without gathering them.
 
-    XLA's partitioner takes the first `num_batch_dims` axes of every operand for batch axes, except that an operand of a
-    lower rank is whole on every device; and it takes the sharding from operands that have further axes. So shared operands
-    are passed flat, rows get a leading axis of size 1 where they have but one batch axis, and an operand without core
-    axes gets one of size 1. None of this moves data: the buffers are the same.
+    XLA's partitioner takes the first `num_batch_dims` axes of every operand for batch axes, except that an operand of
+    a lower rank is whole on every device; and it takes the sharding from operands that have further axes. So shared
+    operands are passed flat, rows get a leading axis of size 1 where they have but one batch axis, and an operand
+    without core axes gets one of size 1. None of this moves data: the buffers are the same.
     """
 
     def __init__(self, op: Op, names: Sequence[str], avals_in: Sequence[Any], avals_out: Sequence[Any]):
@@ -244,11 +247,14 @@ def _add_batch_axis(operand: Operand, value: Array, dim: int | None, size: int, 
 
 
 def _attributes(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as typed FFI attributes. JAX caches attributes by Python equality, so every number gets its type here.
-    Parameters of other types concern Python alone, or show in the results as a dtype does."""
+    """Parameters as typed FFI attributes.
+
+    JAX caches attributes by Python equality, so every number gets its type here. Parameters of other types concern
+    Python alone, or show in the results as a dtype does.
+    """
     attributes: dict[str, Any] = {}
     for name, value in params.items():
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             attributes.update(_attributes(dataclasses.asdict(value)))
         elif isinstance(value, (bool, np.bool_)):
             attributes[name] = np.bool_(value)

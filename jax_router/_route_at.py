@@ -25,8 +25,9 @@ def route_at(
 ) -> Routing:
     """The weights of given experts.
 
-    With `s = score_fn(logits)` (see `activation_topk`), `weights = s[expert_ids]`, divided by `sum + 1e-20` over the row
-    if `renormalize`, times `scale`. An id outside `[0, E)` gets weight 0 and does not enter the sum; it is returned as -1.
+    With `s = score_fn(logits)` (see `activation_topk`), `weights = s[expert_ids]`, divided by `sum + 1e-20` over the
+    row if `renormalize`, times `scale`. An id outside `[0, E)` gets weight 0, does not enter the sum and is returned as
+    -1.
 
     This is how routing is replayed, and how the hash layers of DeepSeek-V4 weigh their experts:
     `route_at(logits, hash_lut[token_ids], scale=...)`. Only the chosen logits are read, unless softmax without
@@ -65,9 +66,7 @@ def route_at(
 
 
 def _reference(logits: Array, expert_ids: Array, *, scoring: Scoring, return_chosen: bool) -> list[Array]:
-    weights, expert_ids = reference.route_at(
-        logits, expert_ids, score_fn=scoring.score_fn, renormalize=scoring.renormalize, scale=scoring.scale
-    )
+    weights, expert_ids = reference.route_at(logits, expert_ids, **scoring.options)
     return [weights, expert_ids, *([chosen_logits(logits, expert_ids)] if return_chosen else [])]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad
 
-from . import _check, _ffi, reference
+from . import _check, reference
 from ._derivative import IDENTITY, weights_tangent
+from ._limits import native_limits
 from ._primitive import Op, Operand, Result
 from ._types import Implementation
 
@@ -32,8 +32,8 @@ def topk_select(
     Args:
         scores: f32, bf16 or f16 `[..., L]`.
         k: how many, from 1 to L.
-        lengths: integers `[...]`. Only the first `lengths` entries of a row count (clamped to `[0, L]`). Results past them
-            hold index -1 and value -inf.
+        lengths: integers `[...]`. Only the first `lengths` entries of a row count (clamped to `[0, L]`). Results past
+            them hold index -1 and value -inf.
         sorted: best first; or else the same set in ascending order of the index.
         implementation: `"auto"`, `"native"` or `"reference"`.
 
@@ -69,10 +69,8 @@ def _results(avals: dict[str, Any], *, k: int, **_: Any) -> list[Result]:
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, k: int, **_: Any) -> str | None:
-    module = _ffi.load(platform)
-    assert isinstance(module, ModuleType), module
-    limit = getattr(module, "max_select_k", None)
-    return f"at most k = {limit}, got {k}" if limit is not None and k > limit else None
+    limit = native_limits(platform).max_select_k
+    return f"at most k = {limit}, got {k}" if k > limit else None
 
 
 _TOPK_SELECT = Op(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax import Array
 
@@ -28,7 +28,7 @@ class Dispatch(NamedTuple):
     """Tokens sorted by expert.
 
     Attributes:
-        token_index: int32 `[N * k]`, the source token of each slot; the slots of one expert lie together, in token order.
+        token_index: int32 `[N * k]`, the source token of each slot; an expert's slots lie together, in token order.
         slot: int32 `[..., k]`, where each choice went; -1 where its expert id was outside `[0, num_experts)`.
         group_sizes: int32 `[num_experts]`, the number of slots of each expert.
     """
@@ -50,6 +50,11 @@ class Scoring:
     scale: float = 1.0
 
     @property
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments."""
+        return {"score_fn": self.score_fn, "renormalize": self.renormalize, "scale": self.scale}
+
+    @property
     def needs_whole_row(self) -> bool:
         """Softmax without renormalisation is the one score that depends on the logits that were not chosen."""
         return self.score_fn == "softmax" and not self.renormalize
@@ -66,4 +71,4 @@ class Selection(Scoring):
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.score_fn, self.renormalize, self.scale)
+        return Scoring(**self.options)

@@ -26,7 +26,7 @@ def sqrtsoftplus(x: Array) -> Array:
 
 @jax.custom_jvp
 def _sqrtsoftplus(x: Array) -> Array:
-    h, u, radicand = _sqrtsoftplus_parts(x)
+    h, _, radicand = _sqrtsoftplus_parts(x)
     return jnp.where(x < 0, h * jnp.sqrt(radicand), jnp.sqrt(radicand))
 
 
@@ -146,9 +146,7 @@ def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize
     return scores * jnp.float32(scale)
 
 
-def topk_select(
-    scores: Array, k: int, *, lengths: Array | None = None, sorted: bool = True
-) -> tuple[Array, Array]:
+def topk_select(scores: Array, k: int, *, lengths: Array | None = None, sorted: bool = True) -> tuple[Array, Array]:
     """See `jax_router.topk_select`."""
     length = scores.shape[-1]
     scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)  # a NaN with the sign bit would sort below -inf
@@ -201,7 +199,7 @@ def dense_router(
 def router_logits(
     x: Array, weight: Array, logit_bias: Array | None = None, *, precision: lax.PrecisionLike = None
 ) -> Array:
-    """`x @ weight.T + logit_bias` in f32. f32 operands are multiplied to f32 accuracy unless `precision` asks for less."""
+    """`x @ weight.T + logit_bias` in f32; of f32 operands to f32 accuracy unless `precision` asks for less."""
     if precision is None and x.dtype == jnp.float32:
         precision = lax.Precision.HIGHEST
     logits = lax.dot_general(

@@ -17,16 +17,18 @@ from ._dense_router import dense_router
 from ._hash_router import hash_router
 from ._route_at import route_at
 from ._topk_select import topk_select
-from ._types import GroupScore, Routing, ScoreFn
+from ._types import GroupScore, ScoreFn
 
 Initializer = Callable[..., Array]
 
+_LECUN_NORMAL = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
-class SelectionBias(nnx.Variable):
+
+class SelectionBias(nnx.Variable[Array]):
     """The bias that steers the selection. No Param: gradients do not train it, a balancing rule does."""
 
 
-class HashTable(nnx.Variable):
+class HashTable(nnx.Variable[Array]):
     """The experts of each token id. No Param: integers have no gradient."""
 
 
@@ -102,8 +104,8 @@ def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> A
 class Router(nnx.Module):
     """Which experts compute each token.
 
-    A dense router scores hidden states, `dense_router(x, weight, bias)`. A hash router looks token ids up in a table, and
-    weighs the experts uniformly or by the scores of the hidden state (DeepSeek-V4's first layers).
+    A dense router scores hidden states, `dense_router(x, weight, bias)`. A hash router looks token ids up in a table,
+    and weighs the experts uniformly or by the scores of the hidden state (DeepSeek-V4's first layers).
 
     Attributes:
         weight: Param `[E, D]` in `param_dtype`, unless the router is hash with uniform weights.
@@ -132,7 +134,7 @@ class Router(nnx.Module):
         config: RouterConfig,
         *,
         rngs: nnx.Rngs,
-        weight_init: Initializer = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2),
+        weight_init: Initializer = _LECUN_NORMAL,
         hash_lut_init: Callable[[Array, tuple[int, int], int], Array] = random_hash_table,
     ):
         self.config = config

@@ -1,8 +1,9 @@
 // One struct an op: its sizes, operands, results and options. The FFI handlers fill them, the CUDA and CPU kernels read
 // them, and nothing else passes between the two: every argument list of the native code is written here and only here.
 //
-// Rows are tokens, flattened over all leading axes; matrices are dense and row-major. A pointer that an op calls optional
-// is null when the operand was not given or the result is not wanted. The mathematics is in jax_router/reference.py.
+// Rows are tokens, flattened over all leading axes; matrices are dense and row-major. A pointer that an op calls
+// optional is null when the operand was not given or the result is not wanted. The mathematics is in
+// jax_router/reference.py.
 #pragma once
 
 #include <cstddef>
@@ -52,13 +53,13 @@ struct ActivationTopk {
   int32_t experts;
   int32_t k;
   DType dtype;
-  const void* logits;     // [rows, experts]
-  const float* bias;      // optional; row r starts at bias + r * bias_stride
-  int64_t bias_stride;    // 0: one bias for all rows; experts: one a row
-  const bool* token_mask; // optional, [rows]
-  float* weights;         // [rows, k]
-  int32_t* expert_ids;    // [rows, k]
-  float* chosen_logits;   // optional, [rows, k]: what the derivative needs (0 where the id is -1)
+  const void* logits;      // [rows, experts]
+  const float* bias;       // optional; row r starts at bias + r * bias_stride
+  int64_t bias_stride;     // 0: one bias for all rows; experts: one a row
+  const bool* token_mask;  // optional, [rows]
+  float* weights;          // [rows, k]
+  int32_t* expert_ids;     // [rows, k]
+  float* chosen_logits;    // optional, [rows, k]: what the derivative needs (0 where the id is -1)
   Scoring scoring;
   Groups groups;
 };
@@ -68,11 +69,11 @@ struct RouteAt {
   int32_t experts;
   int32_t k;
   DType dtype;
-  const void* logits;        // [rows, experts]
-  const int32_t* expert_ids; // [rows, k], any values
-  float* weights;            // [rows, k]
-  int32_t* valid_ids;        // [rows, k]: the id, or -1 where it is outside [0, experts)
-  float* chosen_logits;      // optional, [rows, k], 0 where the id is outside
+  const void* logits;         // [rows, experts]
+  const int32_t* expert_ids;  // [rows, k], any values
+  float* weights;             // [rows, k]
+  int32_t* valid_ids;         // [rows, k]: the id, or -1 where it is outside [0, experts)
+  float* chosen_logits;       // optional, [rows, k], 0 where the id is outside
   Scoring scoring;
 };
 
@@ -80,7 +81,7 @@ struct RouteAt {
 // Equal ids in a row add up. ids outside [0, experts) contribute nothing.
 struct RouteCotangent {
   int64_t rows;
-  int32_t experts;            // any size: topk_select's row length comes through here too
+  int32_t experts;  // any size: topk_select's row length comes through here too
   int32_t k;
   DType dtype;                // of residual (if it is the logits) and of grad_logits
   const float* grad_weights;  // [rows, k]
@@ -93,34 +94,34 @@ struct RouteCotangent {
 
 struct TopkSelect {
   int64_t rows;
-  int64_t length;         // of a row
+  int64_t length;  // of a row
   int64_t k;
   DType dtype;
-  const void* scores;     // [rows, length]
-  const int32_t* lengths; // optional, [rows]
-  void* values;           // [rows, k], dtype
-  int32_t* indices;       // [rows, k]
-  bool sorted;            // best first, else by ascending index
+  const void* scores;      // [rows, length]
+  const int32_t* lengths;  // optional, [rows]
+  void* values;            // [rows, k], dtype
+  int32_t* indices;        // [rows, k]
+  bool sorted;             // best first, else by ascending index
 };
 
 struct ExpertDispatch {
-  int64_t batch;             // independent sorts
-  int64_t tokens;            // of one
+  int64_t batch;   // independent sorts
+  int64_t tokens;  // of one
   int32_t k;
   int32_t experts;
-  const int32_t* expert_ids; // [batch, tokens, k], any values
-  int32_t* token_index;      // [batch, tokens * k]
-  int32_t* slot;             // [batch, tokens, k]
-  int32_t* group_sizes;      // [batch, experts]
+  const int32_t* expert_ids;  // [batch, tokens, k], any values
+  int32_t* token_index;       // [batch, tokens * k]
+  int32_t* slot;              // [batch, tokens, k]
+  int32_t* group_sizes;       // [batch, experts]
 };
 
 struct DenseRouter {
-  DType operand_dtype;       // of x and weight
+  DType operand_dtype;  // of x and weight
   int32_t hidden;
-  const void* x;             // [rows, hidden]
-  const void* weight;        // [experts, hidden]
-  const float* logit_bias;   // optional, [experts]
-  ActivationTopk select;     // all the rest; its logits stay null
+  const void* x;            // [rows, hidden]
+  const void* weight;       // [experts, hidden]
+  const float* logit_bias;  // optional, [experts]
+  ActivationTopk select;    // all the rest; its logits stay null
 };
 
 }  // namespace jax_router

@@ -27,23 +27,21 @@ JR_HOST_DEVICE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// exp(x * kFactor) for x * kFactor <= 0, kFactor a power of two; NaN stays NaN.
-template <int kFactorReciprocal = 1>
-JR_HOST_DEVICE float exp_nonpositive(float x) {
-  constexpr float kFactor = 1.0f / kFactorReciprocal;
+// exp(factor * x) for a product <= 0 and a factor that is a power of two; NaN stays NaN.
+JR_HOST_DEVICE float exp_nonpositive(float x, float factor = 1.0f) {
 #ifdef __CUDA_ARCH__
-  // 2^n * 2^r with n = floor(x * log2(e)), as the compiler's expf, which would multiply by the factor first.
-  const float saturated = __saturatef(__fmaf_rn(x, kFactor * 0.00572498050540685654f, 0.5f));
+  // 2^n * 2^r with n = floor(x * log2(e)), as in the compiler's expf, but the factor costs nothing.
+  const float saturated = __saturatef(__fmaf_rn(x, factor * 0.005724980030208826f, 0.5f));
   const float shifted = __fmaf_rd(saturated, 252.0f, 12582913.0f);
   const float n = __fadd_rn(shifted, -12583039.0f);
-  const float r = __fmaf_rn(x, kFactor * 1.925963033500011079e-08f, __fmaf_rn(x, kFactor * 1.44269502162933349609f, -n));
+  const float r = __fmaf_rn(x, factor * 1.9259630e-08f, __fmaf_rn(x, factor * 1.44269502f, -n));
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(r));
   return __fmul_rn(power, bits_float(float_bits(shifted) << 23));
 #else
-  x *= kFactor;
-  // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, with a degree 6 minimax polynomial (relative error 2e-9) for exp(r). 2^n is
-  // applied in two factors because n goes below the exponent of the smallest normal number.
+  x *= factor;
+  // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, with a degree 6 minimax polynomial (relative error 2e-9) for exp(r). 2^n
+  // is applied in two factors because n goes below the exponent of the smallest normal number.
   const float clamped = x < -104.0f ? -104.0f : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float shifted = clamped * 1.44269504f + kRound;
@@ -66,10 +64,11 @@ JR_HOST_DEVICE float exp_nonpositive(float x) {
 #endif
 }
 
+// For x >= 2^-126.
 JR_HOST_DEVICE float fast_sqrt(float x) {
 #ifdef __CUDA_ARCH__
   float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
   return std::sqrt(x);
@@ -87,42 +86,53 @@ JR_HOST_DEVICE float divide(float a, float b) {
 // log1p(u) / u for u in [0, 1]: degree 9 minimax polynomial, relative error 5e-9.
 JR_HOST_DEVICE float log1p_over_u(float u) {
   float p = -0.0032440118957310915f;
-  p = p * u + 0.019851399585604668f;
-  p = p * u - 0.05695941299200058f;
-  p = p * u + 0.10603641718626022f;
-  p = p * u - 0.1530558466911316f;
-  p = p * u + 0.19675935804843903f;
-  p = p * u - 0.24954132735729218f;
-  p = p * u + 0.3332996368408203f;
-  p = p * u - 0.4999990165233612f;
-  return p * u + 1.0f;
+  p = multiply_add(p, u, 0.019851399585604668f);
+  p = multiply_add(p, u, -0.05695941299200058f);
+  p = multiply_add(p, u, 0.10603641718626022f);
+  p = multiply_add(p, u, -0.1530558466911316f);
+  p = multiply_add(p, u, 0.19675935804843903f);
+  p = multiply_add(p, u, -0.24954132735729218f);
+  p = multiply_add(p, u, 0.3332996368408203f);
+  p = multiply_add(p, u, -0.4999990165233612f);
+  return multiply_add(p, u, 1.0f);
 }
 
 JR_HOST_DEVICE float sqrtsoftplus(float x) {
-  const float h = exp_nonpositive(-0.5f * fabsf(x));
+  const float h = exp_nonpositive(fabsf(x), -0.5f);
   const float u = h * h;
   const float p = log1p_over_u(u);
-  const float root = fast_sqrt(x < 0.0f ? p : x + u * p);
+  const float root = fast_sqrt(x < 0.0f ? p : multiply_add(u, p, x));
   return x < 0.0f ? h * root : root;
 }
 
 // sigmoid(x) / (2 sqrtsoftplus(x)), without the quotient of two underflowing numbers.
 JR_HOST_DEVICE float sqrtsoftplus_derivative(float x) {
-  const float h = exp_nonpositive(-0.5f * fabsf(x));
+  const float h = exp_nonpositive(fabsf(x), -0.5f);
   const float u = h * h;
   const float p = log1p_over_u(u);
-  const float numerator = x < 0.0f ? h : 1.0f;
-  const float root = fast_sqrt(x < 0.0f ? p : x + u * p);
-  return divide(numerator, 2.0f * (1.0f + u) * root);
+  const float root = fast_sqrt(x < 0.0f ? p : multiply_add(u, p, x));
+  return divide(x < 0.0f ? h : 1.0f, 2.0f * (1.0f + u) * root);
+}
+
+// a / b for b in [1, 2], within an ulp.
+JR_HOST_DEVICE float divide_by_1_to_2(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
+  const float quotient = __fmul_rn(a, reciprocal);
+  return __fmaf_rn(__fmaf_rn(-b, quotient, a), reciprocal, quotient);
+#else
+  return a / b;
+#endif
 }
 
 JR_HOST_DEVICE float sigmoid(float x) {
-  const float e = exp_nonpositive(-fabsf(x));
-  return divide(x < 0.0f ? e : 1.0f, 1.0f + e);
+  const float e = exp_nonpositive(fabsf(x), -1.0f);
+  return divide_by_1_to_2(x < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
 JR_HOST_DEVICE float sigmoid_derivative(float x) {
-  const float e = exp_nonpositive(-fabsf(x));
+  const float e = exp_nonpositive(fabsf(x), -1.0f);
   return divide(e, (1.0f + e) * (1.0f + e));
 }
 

@@ -23,7 +23,8 @@ static_assert(kWorstKey > kNoKey, "a chunk is padded with kNoKey");
 template <typename T>
 inline void load_keys(const T* scores, int64_t n, uint32_t* keys) {
   for (int64_t i = 0; i < n; ++i) keys[i] = order_key(to_f32(scores[i]));
-  for (int64_t i = n; i % 64 != 0; ++i) keys[i] = kNoKey;
+  const int64_t padded = (n + 63) & ~int64_t{63};
+  for (int64_t i = n; i < padded; ++i) keys[i] = kNoKey;
 }
 
 class TopK {
@@ -45,6 +46,13 @@ class TopK {
 
   // The next n <= kChunk keys of the row, padded to a multiple of 64 with kNoKey; the first has index `first`.
   void push(const uint32_t* keys, int64_t n, int64_t first) {
+    if (n <= kFewLanes) {
+      for (int64_t i = 0; i < n; ++i, ++count_) {
+        keys_[count_] = keys[i];
+        indices_[count_] = static_cast<uint32_t>(first + i);
+      }
+      return;
+    }
     const int64_t reached = count_at_least(keys, n, threshold_);
     if (reached == 0) return;
     if (reached > 2 * k_) {
@@ -69,11 +77,11 @@ class TopK {
 
  private:
   static constexpr int64_t kRankLimit = 64;
+  static constexpr int64_t kFewLanes = 32;
 
   // A lower bound of the k-th best key, from the best key of each of many strided lanes: the k best of those are k
   // different entries, so the k-th best of all is at least as good as the worst of them.
   uint32_t bound(const uint32_t* keys, int64_t n) const {
-    constexpr int64_t kFewLanes = 32;
     uint32_t best[kChunk];
     if (2 * k_ > kFewLanes) {
       int64_t lanes = 2 * kFewLanes;

@@ -22,12 +22,8 @@ struct GlobalRow {
   __device__ __forceinline__ float operator()(int expert) const { return load_one(row + expert); }
 };
 
-__device__ __forceinline__ TokenOutput output_of(const ActivationTopk& op, int64_t token) {
-  const int64_t place = token * op.k;
-  return {op.weights + place, op.expert_ids + place, op.chosen_logits == nullptr ? nullptr : op.chosen_logits + place};
-}
-
-template <class T, KeyMode kMode, int kLanes, int kChunks>
+// kChunks: quads a lane, of which the first kFullChunks are within the row.
+template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kThreads) select_rows(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
   constexpr int kTiles = kThreads / kLanes;
@@ -40,20 +36,16 @@ __global__ void __launch_bounds__(kThreads) select_rows(const ActivationTopk op,
   const T* row = static_cast<const T*>(op.logits) + token * op.experts;
 
   float logits[kElements];
+  if (wanted) {
+    load_tile<kLanes, kFullChunks>(row, op.experts, quads, logits);
+  } else {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    float4 quad = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-    if (wanted) quad = load_quad_of_row(row, expert_of<kLanes>(lane, 4 * c), op.experts, quads);
-    logits[4 * c + 0] = quad.x;
-    logits[4 * c + 1] = quad.y;
-    logits[4 * c + 2] = quad.z;
-    logits[4 * c + 3] = quad.w;
+    for (int i = 0; i < kElements; ++i) logits[i] = -INFINITY;
   }
-
-  const Selection selection{op.experts, op.k, op.scoring, op.groups};
-  const TokenOutput output = exists ? output_of(op, token) : TokenOutput{};
-  const float* bias = op.bias == nullptr ? nullptr : op.bias + token * op.bias_stride;
-  select_token<kMode, kLanes>(selection, logits, wanted, bias, GlobalRow<T>{row}, output, scratch[tile]);
+  const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, exists ? token * op.k : -1};
+  const float* bias = op.bias == nullptr ? nullptr : op.bias + (exists ? token * op.bias_stride : 0);
+  select_token<kMode, kLanes, kFullChunks>(Selection{op.experts, op.k, op.scoring, op.groups}, logits, wanted, bias,
+                                           GlobalRow<T>{row}, output, scratch[tile]);
 }
 
 template <class T>
@@ -63,24 +55,24 @@ __global__ void select_long_rows(const ActivationTopk op, const int scratch_byte
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + warp;
   if (token >= op.rows) return;
   const T* row = static_cast<const T*>(op.logits) + token * op.experts;
-  const TokenOutput output = output_of(op, token);
+  const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, token * op.k};
   if (op.token_mask != nullptr && !op.token_mask[token]) {
-    for (int j = static_cast<int>(threadIdx.x & 31); j < op.k; j += 32) store_nothing(output, j);
+    for (int j = static_cast<int>(threadIdx.x & 31); j < op.k; j += 32) output.store(j, 0.0f, -1, 0.0f);
     return;
   }
-  select_long_token(
-      Selection{op.experts, op.k, op.scoring, op.groups}, op.bias != nullptr || op.groups.num_groups > 1,
-      op.bias == nullptr ? nullptr : op.bias + token * op.bias_stride,
-      [&](int e) { return load_quad_of_row(row, e, op.experts, quads); }, [&](int e) { return load_one(row + e); },
-      output, LongScratch(shared + warp * scratch_bytes, op.experts));
+  const bool scored = op.bias != nullptr || op.groups.num_groups > 1;
+  const float* bias = op.bias == nullptr ? nullptr : op.bias + token * op.bias_stride;
+  select_long_token(Selection{op.experts, op.k, op.scoring, op.groups}, scored, row, quads, bias, output,
+                    LongScratch(shared + warp * scratch_bytes, op.experts));
 }
 
-template <class T, KeyMode kMode, int kLanes, int kChunks>
+template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
 cudaError_t launch_tiles(const ActivationTopk& op, cudaStream_t stream) {
   constexpr int kTiles = kThreads / kLanes;
   const int64_t blocks = (op.rows + kTiles - 1) / kTiles;
   const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
-  select_rows<T, kMode, kLanes, kChunks><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(op, quads);
+  select_rows<T, kMode, kLanes, kChunks, kFullChunks>
+      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(op, quads);
   return cudaGetLastError();
 }
 
@@ -102,21 +94,21 @@ constexpr int64_t kManyRows = 4096;
 template <class T, KeyMode kMode>
 cudaError_t launch_mode(const ActivationTopk& op, cudaStream_t stream) {
   const int quads = (op.experts + 3) / 4;
-  if constexpr (kMode != KeyMode::kGroups) {
-    if (op.rows >= kManyRows && op.k <= kMaxTileTopK<16> && quads <= 16 * 8) {
-      if (quads <= 16 * 1) return launch_tiles<T, kMode, 16, 1>(op, stream);
-      if (quads <= 16 * 2) return launch_tiles<T, kMode, 16, 2>(op, stream);
-      if (quads <= 16 * 3) return launch_tiles<T, kMode, 16, 3>(op, stream);
-      if (quads <= 16 * 4) return launch_tiles<T, kMode, 16, 4>(op, stream);
-      if (quads <= 16 * 6) return launch_tiles<T, kMode, 16, 6>(op, stream);
-      return launch_tiles<T, kMode, 16, 8>(op, stream);
-    }
+  if (op.rows >= kManyRows && op.k <= kMaxTileTopK<16> && quads <= 16 * 8 &&
+      (kMode != KeyMode::kGroups || tile_can_group(16, op.experts, op.groups.num_groups))) {
+    if (quads <= 16 * 1) return launch_tiles<T, kMode, 16, 1, 0>(op, stream);
+    if (quads <= 16 * 2) return launch_tiles<T, kMode, 16, 2, 1>(op, stream);
+    if (quads <= 16 * 3) return launch_tiles<T, kMode, 16, 3, 2>(op, stream);
+    if (quads <= 16 * 4) return launch_tiles<T, kMode, 16, 4, 3>(op, stream);
+    if (quads <= 16 * 6) return launch_tiles<T, kMode, 16, 6, 4>(op, stream);
+    return launch_tiles<T, kMode, 16, 8, 6>(op, stream);
   }
-  if (op.k <= kMaxTileTopK<32> && quads <= 32 * 4) {
-    if (quads <= 32 * 1) return launch_tiles<T, kMode, 32, 1>(op, stream);
-    if (quads <= 32 * 2) return launch_tiles<T, kMode, 32, 2>(op, stream);
-    if (quads <= 32 * 3) return launch_tiles<T, kMode, 32, 3>(op, stream);
-    return launch_tiles<T, kMode, 32, 4>(op, stream);
+  if (op.k <= kMaxTileTopK<32> && quads <= 32 * 8) {
+    if (quads <= 32 * 1) return launch_tiles<T, kMode, 32, 1, 0>(op, stream);
+    if (quads <= 32 * 2) return launch_tiles<T, kMode, 32, 2, 1>(op, stream);
+    if (quads <= 32 * 3) return launch_tiles<T, kMode, 32, 3, 2>(op, stream);
+    if (quads <= 32 * 4) return launch_tiles<T, kMode, 32, 4, 3>(op, stream);
+    return launch_tiles<T, kMode, 32, 8, 4>(op, stream);
   }
   return launch_long<T>(op, stream);
 }

@@ -1,13 +1,11 @@
 // dense_router for few tokens: one kernel multiplies all tokens by the weight and selects each token's experts.
 //
-// A thread block owns kExpertTiles * 16 experts x one of the slices of the hidden axis, for all tokens. Each warp takes
-// one part of the slice, a leaf, and asks for its operands at once, through its own ring of shared memory: a lane copies
-// exactly the 16-byte pieces that it will feed to the tensor cores, so nobody waits for anybody else. A lane's piece
-// holds neighbouring hidden elements; the instruction wants others, but any order of the inner axis gives the same sum as
-// long as both operands use it.
-//
-// The sums of a block's leaves go to the workspace as packets, and the last blocks of the grid also select, a token each.
-// Sums are taken in the order of one binary tree over the leaves, whatever the number of tokens.
+// A thread block owns kExperts experts x one of kSplits slices of the hidden axis, for all tokens. It asks for all its
+// rows of the weight and of x at once (bulk copies to shared memory); its warps take turns along the slice, 64 bytes of
+// every row at a time. A lane reads 16 bytes of a row, neighbouring hidden elements; the tensor core instruction wants
+// others, but any order of the inner axis gives the same sum as long as both operands use it. The sums of the slices go
+// to the workspace as packets, and the last blocks of the grid also select, a token each. Sums are added up in the same
+// order whatever the number of tokens.
 //
 // The hand-over: a packet is two partial logits and a tag, written and read as one 16-byte word, so that a reader who sees
 // the tag has the logits: no fence, no counter, nothing to initialise. The reader removes the tag. No tag is left when the
@@ -15,56 +13,118 @@
 // probability of 2^-64). The readers are the blocks that start last, and publish before they wait, so they never keep a
 // writer from running.
 //
-// Floor: the weight is read once: experts * hidden elements; the tokens come from the L2, once a tile of experts.
+// Floor: the weight is read once, experts * hidden elements; the tokens come from the L2, once for kExperts experts.
+#include <algorithm>
+
 #include "../common/order.h"
+#include "block_select.cuh"
 #include "dense_router.cuh"
 #include "load.cuh"
-#include "select.cuh"
 
 namespace jax_router::cuda {
 namespace {
 
-constexpr int kMaxDecodeExperts = 1024;
-constexpr int kLeaves = 64;   // parts of the hidden axis
-constexpr int kStages = 4;    // pieces of a leaf that are on their way at once
-constexpr uint64_t kTag = 0x9E3779B97F4A7C15;
+constexpr int kSplits = 8;
+constexpr int kStepBytes = 64;       // of every row, for one warp: 16 bytes for each 4 lanes
+constexpr int kMaxStepsAtOnce = 32;  // of a slice; longer slices take several passes
 
 // Two neighbouring experts' partial logits of one token.
 struct alignas(16) Packet {
   float logits[2];
   uint64_t tag;
 };
+constexpr uint64_t kTag = 0x9E3779B97F4A7C15;
 
-__device__ __forceinline__ void publish(Packet* packet, float first, float second) {
-  const uint64_t logits = static_cast<uint64_t>(float_bits(second)) << 32 | float_bits(first);
+__device__ __forceinline__ void publish(Packet* packet, float2 sum) {
+  const uint64_t logits = static_cast<uint64_t>(float_bits(sum.y)) << 32 | float_bits(sum.x);
   asm volatile("{\n.reg .b128 packet;\nmov.b128 packet, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], packet;\n}" ::"l"(packet),
                "l"(logits), "l"(kTag)
                : "memory");
 }
 
-__device__ __forceinline__ bool receive(const Packet* packet, float& first, float& second) {
+__device__ __forceinline__ bool receive(const Packet* packet, float2& sum) {
   uint64_t logits, tag;
   asm volatile("{\n.reg .b128 packet;\nld.relaxed.gpu.global.b128 packet, [%2];\nmov.b128 {%0, %1}, packet;\n}"
                : "=l"(logits), "=l"(tag)
                : "l"(packet)
                : "memory");
-  first = bits_float(static_cast<uint32_t>(logits));
-  second = bits_float(static_cast<uint32_t>(logits >> 32));
+  sum.x = bits_float(static_cast<uint32_t>(logits));
+  sum.y = bits_float(static_cast<uint32_t>(logits >> 32));
   return tag == kTag;
 }
 
-// Copies 16 bytes to shared memory in the background, or writes zeros there.
-__device__ __forceinline__ void copy_piece(void* shared, const void* global, bool exists) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(exists ? 16 : 0)
-               : "memory");
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-__device__ __forceinline__ void commit_pieces() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wait_pieces() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
+
+// Rows of global memory on their way to shared memory. start() is called by all threads, and again once all of them have
+// used what wait() promised.
+class RowCopies {
+ public:
+  __device__ __forceinline__ void init(uint64_t* barrier) {
+    barrier_ = barrier;
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
+                       shared_address(barrier))
+                   : "memory");
+    }
+    __syncthreads();
+#endif
+  }
+
+  // Row i of the first operand goes to place + i * stride, those of the second follow at second_place.
+  __device__ __forceinline__ void start(char* place, int stride, int bytes, const char* first, int first_rows, char* second_place,
+                                        const char* second, int second_rows, int64_t pitch) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x >= 32) return;
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier_)),
+                   "r"(bytes * (first_rows + second_rows))
+                   : "memory");
+    }
+    __syncwarp();
+    for (int i = static_cast<int>(threadIdx.x); i < first_rows + second_rows; i += 32) {
+      const bool is_first = i < first_rows;
+      const char* from = is_first ? first + i * pitch : second + (i - first_rows) * pitch;
+      char* to = is_first ? place + i * stride : second_place + (i - first_rows) * stride;
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       shared_address(to)),
+                   "l"(from), "r"(bytes), "r"(shared_address(barrier_))
+                   : "memory");
+    }
+#else
+    const int pieces = bytes / 16;
+    for (int i = static_cast<int>(threadIdx.x); i < (first_rows + second_rows) * pieces; i += kBlockThreads) {
+      const int row = i / pieces;
+      const int offset = i % pieces * 16;
+      const bool is_first = row < first_rows;
+      const char* from = is_first ? first + row * pitch : second + (row - first_rows) * pitch;
+      char* to = is_first ? place + row * stride : second_place + (row - first_rows) * stride;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + offset)), "l"(from + offset)
+                   : "memory");
+    }
+#endif
+  }
+
+  __device__ __forceinline__ void wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra wait;\n}" ::"r"(
+            shared_address(barrier_)),
+        "r"(parity_)
+        : "memory");
+    parity_ ^= 1;
+#else
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+#endif
+  }
+
+ private:
+  uint64_t* barrier_;
+  uint32_t parity_ = 0;
+};
 
 __device__ __forceinline__ void multiply_16x8x16(__nv_bfloat16, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                                  uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -80,19 +140,20 @@ __device__ __forceinline__ void multiply_16x8x16(__half, float (&d)[4], uint32_t
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// A warp's sums, kExpertTiles * 16 experts by kTokenTiles * 8 tokens. Its operands are pieces of 16 bytes, piece i of lane
-// l at pieces[32 * i + l]: of row l / 4 of each 8 experts, then of each 8 tokens, the (l % 4)th 16 bytes.
+// A warp's sums, kExpertTiles * 16 experts by kTokenTiles * 8 tokens, as the tensor cores lay them out.
 template <class T, int kTokenTiles, int kExpertTiles>
 struct WarpSums {
   float sums[kExpertTiles][kTokenTiles][4] = {};
 
-  __device__ __forceinline__ void add(const uint4* pieces, int lane) {
+  // weight_at(row) and x_at(token): the 64 bytes of the step, of which lane l takes the (l % 4)th 16; zero outside.
+  template <class WeightAt, class XAt>
+  __device__ __forceinline__ void add(int lane, WeightAt weight_at, XAt x_at) {
     uint4 a[2 * kExpertTiles];
 #pragma unroll
-    for (int m = 0; m < 2 * kExpertTiles; ++m) a[m] = pieces[32 * m + lane];
+    for (int m = 0; m < 2 * kExpertTiles; ++m) a[m] = weight_at(8 * m + lane / 4);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
-      const uint4 b = pieces[32 * (2 * kExpertTiles + n) + lane];
+      const uint4 b = x_at(8 * n + lane / 4);
 #pragma unroll
       for (int m = 0; m < kExpertTiles; ++m) {
         const uint4& low = a[2 * m];
@@ -115,20 +176,26 @@ struct WarpSums {
   }
 };
 
-// f32 in plain multiply-adds: a lane takes its own pieces of the weight, and every token's piece at the same columns.
+// f32 in plain multiply-adds: four lanes share an expert's row, each with every token at its own columns.
 template <int kTokenTiles, int kExpertTiles>
 struct WarpSums<float, kTokenTiles, kExpertTiles> {
   float sums[2 * kExpertTiles][8 * kTokenTiles] = {};
 
-  __device__ __forceinline__ void add(const uint4* pieces, int lane) {
-    const float4* values = reinterpret_cast<const float4*>(pieces);
+  template <class WeightAt, class XAt>
+  __device__ __forceinline__ void add(int lane, WeightAt weight_at, XAt x_at) {
+    uint4 a[2 * kExpertTiles];
+#pragma unroll
+    for (int m = 0; m < 2 * kExpertTiles; ++m) a[m] = weight_at(8 * m + lane / 4);
 #pragma unroll
     for (int n = 0; n < 8 * kTokenTiles; ++n) {
-      const float4 x = values[32 * (2 * kExpertTiles + n / 8) + n % 8 * 4 + lane % 4];
+      const uint4 b = x_at(n);
 #pragma unroll
       for (int m = 0; m < 2 * kExpertTiles; ++m) {
-        const float4 w = values[32 * m + lane];
-        sums[m][n] = fmaf(w.w, x.w, fmaf(w.z, x.z, fmaf(w.y, x.y, fmaf(w.x, x.x, sums[m][n]))));
+        float& sum = sums[m][n];
+        sum = fmaf(bits_float(a[m].x), bits_float(b.x), sum);
+        sum = fmaf(bits_float(a[m].y), bits_float(b.y), sum);
+        sum = fmaf(bits_float(a[m].z), bits_float(b.z), sum);
+        sum = fmaf(bits_float(a[m].w), bits_float(b.w), sum);
       }
     }
   }
@@ -146,174 +213,168 @@ struct WarpSums<float, kTokenTiles, kExpertTiles> {
   }
 };
 
-template <int kCount>
-__device__ __forceinline__ float tree_sum(const float* values) {
-  if constexpr (kCount == 1) {
-    return values[0];
-  } else {
-    return tree_sum<kCount / 2>(values) + tree_sum<kCount / 2>(values + kCount / 2);
-  }
-}
-
-// The choice of one token whose logits lie in shared memory, by one warp.
-template <KeyMode kMode, int kChunks>
-__device__ __noinline__ void choose(const ActivationTopk& op, int token, const float* logits,
-                                    SelectScratch<32>& scratch) {
-  const bool wanted = op.token_mask == nullptr || op.token_mask[token];
-  const int lane = tile_lane<32>();
-  float own[4 * kChunks];
-#pragma unroll
-  for (int i = 0; i < 4 * kChunks; ++i) {
-    const int expert = expert_of<32>(lane, i);
-    own[i] = wanted && expert < op.experts ? logits[expert] : -INFINITY;
-  }
-  const int64_t place = static_cast<int64_t>(token) * op.k;
-  const TokenOutput output{op.weights + place, op.expert_ids + place,
-                           op.chosen_logits == nullptr ? nullptr : op.chosen_logits + place};
-  const float* bias = op.bias == nullptr ? nullptr : op.bias + token * op.bias_stride;
-  const Selection selection{op.experts, op.k, op.scoring, op.groups};
-  select_token<kMode, 32>(selection, own, wanted, bias, [logits](int expert) { return logits[expert]; }, output,
-                          scratch);
-}
-
-template <KeyMode kMode>
-__device__ __forceinline__ void choose(const ActivationTopk& op, int token, const float* logits,
-                                       SelectScratch<32>& scratch) {
-  if (op.experts <= 256) return choose<kMode, 2>(op, token, logits, scratch);
-  if (op.experts <= 384) return choose<kMode, 3>(op, token, logits, scratch);
-  if (op.experts <= 512) return choose<kMode, 4>(op, token, logits, scratch);
-  return choose<kMode, 8>(op, token, logits, scratch);
-}
-
-template <class T, int kTokenTiles, int kExpertTiles, int kWarps>
-struct DecodeTile {
-  static constexpr int kTokens = 8 * kTokenTiles;
-  static constexpr int kExperts = 16 * kExpertTiles;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kSplits = kLeaves / kWarps;
-  static constexpr int kPieces = 2 * kExpertTiles + kTokenTiles;  // of 16 bytes a lane, for 64 bytes of each row
-  static constexpr int kStride = kExperts + 4;                    // of the sums in shared memory: no bank conflicts
-  struct Warp {
-    union {
-      uint4 ring[kStages][kPieces * 32];
-      float sums[kTokens * kStride];
-    };
-  };
+// The sizes that follow from the shapes: the same for all blocks.
+struct DecodePlan {
+  int row_steps;     // of kStepBytes in a row
+  int pass_steps;    // at most this many of a slice at once
+  int stride;        // of rows in shared memory, an odd multiple of 64 bytes: no bank conflicts
+  int shared_bytes;
 };
 
-template <class T, int kTokenTiles, int kExpertTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps) multiply_and_select(const __grid_constant__ DenseRouter op, Packet* packets) {
-  using Tile = DecodeTile<T, kTokenTiles, kExpertTiles, kWarps>;
-  constexpr int kPieceElements = 16 / sizeof(T);
-  extern __shared__ uint4 raw[];
-  auto* warps = reinterpret_cast<typename Tile::Warp*>(raw);
+template <int kTokens, int kExperts>
+DecodePlan make_plan(int row_bytes) {
+  DecodePlan plan;
+  plan.row_steps = (row_bytes + kStepBytes - 1) / kStepBytes;
+  plan.pass_steps = std::min((plan.row_steps + kSplits - 1) / kSplits, kMaxStepsAtOnce);
+  plan.stride = (plan.pass_steps + plan.pass_steps % 2 + 1) * kStepBytes;
+  const int sums_bytes = kBlockWarps * kTokens * (kExperts + 4) * static_cast<int>(sizeof(float));
+  plan.shared_bytes = std::max((kTokens + kExperts) * plan.stride, sums_bytes);
+  return plan;
+}
+
+template <class T, int kTokenTiles, int kExpertTiles>
+__global__ void __launch_bounds__(kBlockThreads)
+    multiply_and_select(const __grid_constant__ DenseRouter op, const DecodePlan plan, Packet* packets) {
+  constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int kExperts = 16 * kExpertTiles;
+  extern __shared__ __align__(128) char shared[];
+  __shared__ uint64_t barrier;
+  __shared__ BlockSelect chooser;
+  __shared__ float logit_bias[kMaxBlockExperts];
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
   const int lane = thread % 32;
   const int rows = static_cast<int>(op.select.rows);
   const int experts = op.select.experts;
   const int pairs = (experts + 1) / 2;
-  const int first_expert = static_cast<int>(blockIdx.x) * Tile::kExperts;
+  const int first_expert = static_cast<int>(blockIdx.x) * kExperts;
   const int split = static_cast<int>(blockIdx.y);
-  const int first_token = static_cast<int>(blockIdx.z) * Tile::kTokens;
+  const int first_token = static_cast<int>(blockIdx.z) * kTokens;
 
-  const int steps = (op.hidden + 4 * kPieceElements - 1) / (4 * kPieceElements);
-  const int leaf = split * kWarps + warp;
-  const int first_step = static_cast<int>(static_cast<int64_t>(leaf) * steps / kLeaves);
-  const int last_step = static_cast<int>(static_cast<int64_t>(leaf + 1) * steps / kLeaves);
-  auto fetch = [&](int step) {
-    if (step < last_step) {
-      const int column = (step * 4 + lane % 4) * kPieceElements;
-      uint4* stage = warps[warp].ring[(step - first_step) % kStages] + lane;
-      auto fetch_row = [&](int piece, const void* matrix, int row, int end) {
-        const bool exists = column < op.hidden && row < end;
-        const int64_t offset = exists ? static_cast<int64_t>(row) * op.hidden + column : 0;
-        copy_piece(stage + 32 * piece, static_cast<const T*>(matrix) + offset, exists);
-      };
-#pragma unroll
-      for (int m = 0; m < 2 * kExpertTiles; ++m) fetch_row(m, op.weight, first_expert + 8 * m + lane / 4, experts);
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n)
-        fetch_row(2 * kExpertTiles + n, op.x, first_token + 8 * n + lane / 4, rows);
-    }
-    commit_pieces();
+  // The product of this block's slice.
+  const int64_t pitch = static_cast<int64_t>(op.hidden) * sizeof(T);
+  const char* weight = static_cast<const char*>(op.weight) + first_expert * pitch;
+  const char* x = static_cast<const char*>(op.x) + first_token * pitch;
+  char* weight_place = shared;
+  char* x_place = shared + kExperts * plan.stride;
+  const int last_step = (split + 1) * plan.row_steps / kSplits;
+  int step = split * plan.row_steps / kSplits;
+  RowCopies copies;
+  copies.init(&barrier);
+  const auto start = [&] {
+    const int64_t offset = static_cast<int64_t>(step) * kStepBytes;
+    const int64_t end = min(static_cast<int64_t>(min(step + plan.pass_steps, last_step)) * kStepBytes, pitch);
+    const int bytes = static_cast<int>(end - offset);
+    copies.start(weight_place, plan.stride, bytes, weight + offset, min(experts - first_expert, kExperts), x_place,
+                 x + offset, min(rows - first_token, kTokens), pitch);
+    return bytes;
   };
-  for (int i = 0; i < kStages; ++i) fetch(first_step + i);
-  WarpSums<T, kTokenTiles, kExpertTiles> sums;
-  for (int step = first_step; step < last_step; ++step) {
-    wait_pieces<kStages - 1>();
-    __syncwarp();
-    sums.add(warps[warp].ring[(step - first_step) % kStages], lane);
-    __syncwarp();
-    fetch(step + kStages);
-  }
-  __syncwarp();
-  sums.store(warps[warp].sums, Tile::kStride, lane);
-  __syncthreads();
 
-  for (int i = thread; i < Tile::kTokens * Tile::kExperts / 2; i += Tile::kThreads) {
-    const int token = first_token + i / (Tile::kExperts / 2);
-    const int column = i % (Tile::kExperts / 2) * 2;
-    if (token >= rows || first_expert + column >= experts) continue;
-    float first[kWarps], second[kWarps];
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 sum = *reinterpret_cast<const float2*>(
-          warps[w].sums + (token - first_token) * Tile::kStride + column);
-      first[w] = sum.x;
-      second[w] = sum.y;
-    }
-    publish(packets + (static_cast<int64_t>(split) * rows + token) * pairs + (first_expert + column) / 2,
-            tree_sum<kWarps>(first), tree_sum<kWarps>(second));
-  }
-
-  __shared__ float logits[kMaxDecodeExperts];
-  __shared__ SelectScratch<32> scratch;
+  // Meanwhile, what the selection will want.
   const int blocks = static_cast<int>(gridDim.x * gridDim.y * gridDim.z);
   const int block = static_cast<int>(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+  const auto load_biases = [&](int token) {
+    for (int e = thread; e < experts; e += kBlockThreads) {
+      if (op.select.bias != nullptr) chooser.bias[e] = __ldg(op.select.bias + token * op.select.bias_stride + e);
+      logit_bias[e] = op.logit_bias == nullptr ? 0.0f : __ldg(op.logit_bias + e);
+    }
+  };
+  const Selection selection{experts, op.select.k, op.select.scoring, op.select.groups};
+  TokenOutput output{op.select.weights, op.select.expert_ids, op.select.chosen_logits, -1};
+
+  WarpSums<T, kTokenTiles, kExpertTiles> sums;
+  for (bool first_pass = true; step < last_step; first_pass = false) {
+    const int bytes = start();
+    if (first_pass && blocks - 1 - block < rows) {
+      load_biases(blocks - 1 - block);
+#ifdef REHEARSE
+      chooser.select(selection, op.select.bias != nullptr, true, output);
+#endif
+    }
+    copies.wait();
+    for (int begin = warp * kStepBytes; begin < bytes; begin += kBlockWarps * kStepBytes) {
+      const int offset = begin + lane % 4 * 16;
+      const auto piece = [&](const char* place, int row) {
+        return offset < bytes ? *reinterpret_cast<const uint4*>(place + row * plan.stride + offset) : uint4{};
+      };
+      sums.add(lane, [&](int row) { return piece(weight_place, row); }, [&](int row) { return piece(x_place, row); });
+    }
+    step += plan.pass_steps;
+    __syncthreads();
+  }
+
+  auto* warp_sums = reinterpret_cast<float(*)[kTokens][kExperts + 4]>(shared);
+  sums.store(warp_sums[warp][0], kExperts + 4, lane);
+  __syncthreads();
+  for (int i = thread; i < kTokens * kExperts / 2; i += kBlockThreads) {
+    const int token = i / (kExperts / 2);
+    const int pair = i % (kExperts / 2);
+    if (first_token + token >= rows || first_expert + 2 * pair >= experts) continue;
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) {
+      const float2 part = *reinterpret_cast<const float2*>(&warp_sums[w][token][2 * pair]);
+      sum.x += part.x;
+      sum.y += part.y;
+    }
+    publish(packets + (static_cast<int64_t>(split) * rows + first_token + token) * pairs + first_expert / 2 + pair, sum);
+  }
+
   for (int token = blocks - 1 - block; token < rows; token += blocks) {
-    for (int pair = thread; pair < pairs; pair += Tile::kThreads) {
-      Packet* packet = packets + static_cast<int64_t>(token) * pairs + pair;
-      const int64_t stride = static_cast<int64_t>(rows) * pairs;
-      const bool has_second = 2 * pair + 1 < experts;
-      const float first_bias = op.logit_bias == nullptr ? 0.0f : op.logit_bias[2 * pair];
-      const float second_bias = op.logit_bias == nullptr || !has_second ? 0.0f : op.logit_bias[2 * pair + 1];
-      float first[Tile::kSplits], second[Tile::kSplits];
+    if (token >= blocks) load_biases(token);
+    // Expert e's two neighbouring threads receive half of the pair's packets each, and swap.
+#pragma unroll 1
+    for (int begin = 0; begin < experts; begin += 2 * kBlockThreads) {
+      float2 parts[2][kSplits / 2];
       bool complete;
       do {
         complete = true;
 #pragma unroll
-        for (int s = 0; s < Tile::kSplits; ++s) complete &= receive(packet + s * stride, first[s], second[s]);
+        for (int j = 0; j < 2; ++j) {
+          const int e = begin + j * kBlockThreads + thread;
+#pragma unroll
+          for (int s = 0; s < kSplits / 2; ++s) {
+            const int64_t row = static_cast<int64_t>(e % 2 * (kSplits / 2) + s) * rows + token;
+            if (e / 2 < pairs) complete &= receive(packets + row * pairs + e / 2, parts[j][s]);
+          }
+        }
       } while (!complete);
 #pragma unroll
-      for (int s = 0; s < Tile::kSplits; ++s) packet[s * stride].tag = 0;
-      logits[2 * pair] = tree_sum<Tile::kSplits>(first) + first_bias;
-      if (has_second) logits[2 * pair + 1] = tree_sum<Tile::kSplits>(second) + second_bias;
-    }
-    __syncthreads();
-    if (warp == 0) {
-      if (op.select.groups.num_groups > 1) {
-        choose<KeyMode::kGroups>(op.select, token, logits, scratch);
-      } else if (op.select.bias != nullptr) {
-        choose<KeyMode::kScores>(op.select, token, logits, scratch);
-      } else {
-        choose<KeyMode::kLogits>(op.select, token, logits, scratch);
+      for (int j = 0; j < 2; ++j) {
+        const int e = begin + j * kBlockThreads + thread;
+        float2 sum = parts[j][0];
+#pragma unroll
+        for (int s = 1; s < kSplits / 2; ++s) {
+          sum.x += parts[j][s].x;
+          sum.y += parts[j][s].y;
+        }
+        const float other = __shfl_xor_sync(kFullWarp, e % 2 == 0 ? sum.y : sum.x, 1);
+        if (e < experts) chooser.logits[e] = (e % 2 == 0 ? sum.x + other : other + sum.y) + logit_bias[e];
+#pragma unroll
+        for (int s = 0; s < kSplits / 2; ++s) {
+          const int64_t row = static_cast<int64_t>(e % 2 * (kSplits / 2) + s) * rows + token;
+          if (e / 2 < pairs) packets[row * pairs + e / 2].tag = 0;
+        }
       }
     }
+    output.place = static_cast<int64_t>(token) * op.select.k;
+    const bool wanted = op.select.token_mask == nullptr || op.select.token_mask[token];
+    chooser.select(selection, op.select.bias != nullptr, wanted, output);
     __syncthreads();
   }
 }
 
-template <class T, int kTokenTiles, int kExpertTiles, int kWarps>
+template <class T, int kTokenTiles, int kExpertTiles>
 cudaError_t launch_tile(const DenseRouter& op, Packet* packets, cudaStream_t stream) {
-  using Tile = DecodeTile<T, kTokenTiles, kExpertTiles, kWarps>;
-  constexpr int kSharedBytes = kWarps * sizeof(typename Tile::Warp);
-  const auto kernel = multiply_and_select<T, kTokenTiles, kExpertTiles, kWarps>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int kExperts = 16 * kExpertTiles;
+  const DecodePlan plan = make_plan<kTokens, kExperts>(op.hidden * static_cast<int>(sizeof(T)));
+  const auto kernel = multiply_and_select<T, kTokenTiles, kExpertTiles>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid((op.select.experts + Tile::kExperts - 1) / Tile::kExperts, Tile::kSplits,
-                  static_cast<unsigned>((op.select.rows + Tile::kTokens - 1) / Tile::kTokens));
-  kernel<<<grid, Tile::kThreads, kSharedBytes, stream>>>(op, packets);
+  const dim3 grid((op.select.experts + kExperts - 1) / kExperts, kSplits,
+                  static_cast<unsigned>((op.select.rows + kTokens - 1) / kTokens));
+  kernel<<<grid, kBlockThreads, plan.shared_bytes, stream>>>(op, plan, packets);
   return cudaGetLastError();
 }
 
@@ -321,28 +382,26 @@ cudaError_t launch_tile(const DenseRouter& op, Packet* packets, cudaStream_t str
 
 bool decode_supports(const DenseRouter& op) {
   const ActivationTopk& select = op.select;
-  return select.rows <= kDecodeRows && op.hidden % 8 == 0 && select.experts <= kMaxDecodeExperts &&
-         select.k <= kMaxTileTopK<32> &&
-         (select.groups.num_groups == 1 || tile_can_group(32, select.experts, select.groups.num_groups));
+  return select.rows <= kDecodeRows && op.hidden % 8 == 0 && select.experts <= kMaxBlockExperts &&
+         select.k <= kMaxBlockTopK && select.groups.num_groups <= kMaxBlockGroups;
 }
 
 size_t decode_workspace_bytes(const DenseRouter& op) {
-  constexpr int kMostSplits = 8;
-  return kMostSplits * static_cast<size_t>(op.select.rows) * ((op.select.experts + 1) / 2) * sizeof(Packet);
+  return kSplits * static_cast<size_t>(op.select.rows) * ((op.select.experts + 1) / 2) * sizeof(Packet);
 }
 
 cudaError_t launch_decode(const DenseRouter& op, void* workspace, cudaStream_t stream) {
   auto* packets = static_cast<Packet*>(workspace);
-  const int rows = static_cast<int>(op.select.rows);
+  const int64_t rows = op.select.rows;
   return with_type(op.operand_dtype, [&](auto type) {
     using T = decltype(type);
-    if (rows <= 8) return launch_tile<T, 1, 1, 16>(op, packets, stream);
-    if (rows <= 16) return launch_tile<T, 2, 1, 16>(op, packets, stream);
+    if (rows <= 8) return launch_tile<T, 1, 1>(op, packets, stream);
+    if (rows <= 16) return launch_tile<T, 2, 1>(op, packets, stream);
     if constexpr (sizeof(T) == 4) {
-      return launch_tile<T, 4, 1, 8>(op, packets, stream);
+      return launch_tile<T, 4, 1>(op, packets, stream);
     } else {
-      if (rows <= 32) return launch_tile<T, 4, 2, 8>(op, packets, stream);
-      return launch_tile<T, 8, 2, 8>(op, packets, stream);
+      if (rows <= 32) return launch_tile<T, 4, 2>(op, packets, stream);
+      return launch_tile<T, 8, 2>(op, packets, stream);
     }
   });
 }

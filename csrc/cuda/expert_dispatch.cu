@@ -34,14 +34,17 @@ constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // How one sort is laid over thread blocks.
 struct Layout {
-  uint32_t choices;  // of one sort
-  uint32_t k;
+  uint32_t choices;                    // of one sort
+  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
   uint32_t experts;
   uint32_t columns;        // of a count table: the experts, the ids outside, the places past the end; made even
   uint32_t chunks;         // of one sort, a multiple of the cluster size
   uint32_t chunk_choices;  // choices of one chunk
   uint32_t rounds;         // choices a thread holds
   bool one_cluster;        // a sort is one cluster's work, each block's chunk one tile
+  __device__ uint32_t token_of(uint32_t choice) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
+  }
   __host__ __device__ uint32_t bins() const { return experts + 1; }
   __host__ __device__ uint32_t clusters() const { return chunks / kClusterBlocks; }
 };
@@ -104,10 +107,11 @@ __device__ uint32_t place_in_tile(const Layout& layout, int round) {
   return (threadIdx.x / 32 * layout.rounds + round) * 32 + threadIdx.x % 32;
 }
 
-// Loads and ranks the choices [begin, end) and leaves counts, tile_start and ordered in shared memory.
-template <int kThreads>
+// Loads and ranks the choices [begin, end) and leaves counts, tile_start and ordered in shared memory. Calls counted()
+// as soon as this thread has done its part of counts.
+template <int kThreads, typename Counted>
 __device__ TileChoices rank_tile(const Layout& layout, const Shared& shared, const int32_t* expert_ids, uint32_t begin,
-                                 uint32_t end) {
+                                 uint32_t end, Counted counted) {
   constexpr int kWarps = kThreads / 32;
   const uint32_t past_end = layout.bins();
   TileChoices tile;
@@ -120,54 +124,68 @@ __device__ TileChoices rank_tile(const Layout& layout, const Shared& shared, con
   uint32_t* rank_words = reinterpret_cast<uint32_t*>(shared.ranks);
   const uint32_t words = layout.columns / 2;
   for (uint32_t i = threadIdx.x; i < kWarps * words; i += kThreads) rank_words[i] = 0;
+  for (uint32_t i = threadIdx.x; i < layout.columns; i += kThreads) shared.counts[i] = 0;
   __syncthreads();
 
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (tile.bin[r] < past_end) atomicAdd(&shared.counts[tile.bin[r]], 1);
+  }
+  counted();
   uint16_t* warp_counts = shared.ranks + threadIdx.x / 32 * layout.columns;
   const uint32_t lanes_before = (1u << threadIdx.x % 32) - 1;
+  uint32_t peers[kRounds];  // the lanes with the same bin
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) peers[r] = kFullWarp;
+  for (uint32_t bit = 1; bit <= past_end; bit *= 2) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      if (r < layout.rounds) {
+        const bool set = (tile.bin[r] & bit) != 0;
+        const uint32_t ballot = __ballot_sync(kFullWarp, set);
+        peers[r] &= set ? ballot : ~ballot;
+      }
+    }
+  }
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     if (r < layout.rounds) {
-      const uint32_t peers = __match_any_sync(kFullWarp, tile.bin[r]);
       const uint32_t before = warp_counts[tile.bin[r]];
-      tile.rank[r] = before + __popc(peers & lanes_before);
+      tile.rank[r] = before + __popc(peers[r] & lanes_before);
       __syncwarp();
-      if ((peers & lanes_before) == 0) warp_counts[tile.bin[r]] = before + __popc(peers);
+      if ((peers[r] & lanes_before) == 0) warp_counts[tile.bin[r]] = before + __popc(peers[r]);
       __syncwarp();
     }
   }
   __syncthreads();
 
-  // Counts become the sum over earlier warps, two bins a word.
+  // A warp's counts become the sums over earlier warps, two bins a word.
   for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
+    uint32_t counts[kWarps];
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) counts[warp] = rank_words[warp * words + word];
     uint32_t sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      const uint32_t count = rank_words[warp * words + word];
       rank_words[warp * words + word] = sum;
-      sum += count;
+      sum += counts[warp];
     }
-    shared.counts[2 * word] = sum & 0xFFFF;
-    shared.counts[2 * word + 1] = sum >> 16;
   }
-  __syncthreads();
-
   uint32_t carry = 0;
-  for (uint32_t first = 0; first < layout.columns; first += kThreads) {
+  for (uint32_t first = 0; first < layout.bins(); first += kThreads) {
     const uint32_t bin = first + threadIdx.x;
     uint32_t total;
-    const uint32_t sum = exclusive_sum<kThreads>(bin < layout.columns ? shared.counts[bin] : 0, total);
-    if (bin < layout.columns) shared.tile_start[bin] = carry + sum;
+    const uint32_t sum = exclusive_sum<kThreads>(bin < layout.bins() ? shared.counts[bin] : 0, total);
+    if (bin < layout.bins()) shared.tile_start[bin] = carry + sum;
     carry += total;
   }
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    if (r < layout.rounds) {
-      const uint32_t bin = tile.bin[r];
+    const uint32_t bin = tile.bin[r];
+    if (bin < past_end) {
       tile.rank[r] += warp_counts[bin];
-      if (bin < past_end) {
-        shared.ordered[shared.tile_start[bin] + tile.rank[r]] = bin << 16 | place_in_tile<kThreads>(layout, r);
-      }
+      shared.ordered[shared.tile_start[bin] + tile.rank[r]] = bin << 16 | place_in_tile<kThreads>(layout, r);
     }
   }
   return tile;
@@ -187,10 +205,14 @@ __device__ void write_tile(const Layout& layout, const Shared& shared, const Til
       }
     }
   }
-  for (uint32_t place = threadIdx.x; place < end - begin; place += kThreads) {
-    const uint32_t bin = shared.ordered[place] >> 16;
-    const uint32_t choice = begin + (shared.ordered[place] & 0xFFFF);
-    token_index[shared.next_slot[bin] + (place - shared.tile_start[bin])] = choice / layout.k;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const uint32_t place = r * kThreads + threadIdx.x;
+    if (place < end - begin) {
+      const uint32_t bin = shared.ordered[place] >> 16;
+      const uint32_t choice = begin + (shared.ordered[place] & 0xFFFF);
+      token_index[shared.next_slot[bin] + (place - shared.tile_start[bin])] = layout.token_of(choice);
+    }
   }
 }
 
@@ -210,18 +232,32 @@ __device__ void find_slots(const Layout& layout, const Shared& shared, Counts co
   }
 }
 
-// {sum of counts[bin] over earlier blocks of the cluster, over all its blocks}
-__device__ uint2 sum_over_cluster(const cg::cluster_group& cluster, uint32_t* counts, uint32_t bin) {
-  const uint32_t rank = cluster.block_rank(), blocks = cluster.num_blocks();
+// {sum of load(i) over i < mine, over i < size}. All loads are under way before the first is needed.
+template <int kMaxSize, typename Load>
+__device__ uint2 sum_before_and_all(uint32_t mine, uint32_t size, Load load) {
+  uint32_t counts[kMaxSize];
+#pragma unroll
+  for (uint32_t i = 0; i < kMaxSize; ++i) counts[i] = load(min(i, size - 1));
   uint2 sum = {0, 0};
 #pragma unroll
-  for (uint32_t block = 0; block < kClusterBlocks; ++block) {
-    const uint32_t count = block < blocks ? cluster.map_shared_rank(counts, block)[bin] : 0;
-    sum.x += block < rank ? count : 0;
-    sum.y += count;
+  for (uint32_t i = 0; i < kMaxSize; ++i) {
+    sum.x += i < mine ? counts[i] : 0;
+    sum.y += i < size ? counts[i] : 0;
   }
   return sum;
 }
+
+__device__ uint2 sum_over_cluster(const cg::cluster_group& cluster, uint32_t* counts, uint32_t bin) {
+  return sum_before_and_all<kClusterBlocks>(cluster.block_rank(), cluster.num_blocks(), [&](uint32_t block) {
+    return cluster.map_shared_rank(counts, block)[bin];
+  });
+}
+
+// A cluster's barrier in two parts. The first makes shared memory visible to the cluster, the second is only about
+// time.
+__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // One cluster a sort, one tile a block.
 template <int kThreads>
@@ -234,13 +270,16 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Lay
   const uint32_t begin = min(chunk * layout.chunk_choices, layout.choices);
   const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
 
-  const TileChoices tile = rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end);
-  cluster.sync();
+  const TileChoices tile =
+      rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
+  cluster_wait();
   find_slots<kThreads>(
       layout, shared, [&](uint32_t bin) { return sum_over_cluster(cluster, shared.counts, bin); },
       chunk == 0 ? op.group_sizes + sort * layout.experts : nullptr);
-  cluster.sync();  // no block may leave while another reads its counts
+  __syncthreads();
+  cluster_arrive_relaxed();
   write_tile<kThreads>(layout, shared, tile, begin, end, op.token_index + offset, op.slot + offset);
+  cluster_wait();  // no block may leave while another reads its counts
 }
 
 // Long sorts, first kernel. Workspace: the choices of each bin in earlier chunks of the same cluster [batch, chunks,
@@ -259,17 +298,27 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
 
   for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) counts[bin] = 0;
   __syncthreads();
-#pragma unroll 4
-  for (uint32_t choice = begin + threadIdx.x; choice < end; choice += kThreads) {
-    atomicAdd(&counts[min(static_cast<uint32_t>(expert_ids[choice]), layout.experts)], 1);
+  for (uint32_t first = begin + threadIdx.x; first < end; first += kRounds * kThreads) {
+    uint32_t bin[kRounds];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const uint32_t choice = first + r * kThreads;
+      bin[r] = choice < end ? min(static_cast<uint32_t>(expert_ids[choice]), layout.experts) : layout.bins();
+    }
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      if (bin[r] < layout.bins()) atomicAdd(&counts[bin[r]], 1);
+    }
   }
-  cluster.sync();
+  cluster_arrive();
+  cluster_wait();
   for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) {
     const uint2 sum = sum_over_cluster(cluster, counts, bin);
     chunk_counts[static_cast<int64_t>(blockIdx.x) * layout.bins() + bin] = sum.x;
     if (cluster.block_rank() == 0) cluster_counts[blockIdx.x / kClusterBlocks * layout.bins() + bin] = sum.y;
   }
-  cluster.sync();
+  cluster_arrive_relaxed();
+  cluster_wait();
 }
 
 // Long sorts, second kernel: one block a chunk, tile after tile.
@@ -289,17 +338,15 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   uint32_t begin = chunk_begin;
   do {
     const uint32_t end = min(begin + tile_choices, chunk_end);
-    const TileChoices tile = rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end);
+    const TileChoices tile = rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end, [] {});
     if (begin == chunk_begin) {
       wait_for_earlier_kernel();
       const auto counts = [&](uint32_t bin) {
-        uint2 sum = {chunk_counts[bin], 0};
-#pragma unroll 8
-        for (uint32_t cluster = 0; cluster < layout.clusters(); ++cluster) {
-          const uint32_t count = cluster_counts[cluster * layout.bins() + bin];
-          sum.x += cluster < chunk / kClusterBlocks ? count : 0;
-          sum.y += count;
-        }
+        const uint32_t before_in_cluster = chunk_counts[bin];
+        uint2 sum = sum_before_and_all<kChunks / kClusterBlocks>(
+            chunk / kClusterBlocks, layout.clusters(),
+            [&](uint32_t cluster) { return cluster_counts[cluster * layout.bins() + bin]; });
+        sum.x += before_in_cluster;
         return sum;
       };
       find_slots<kThreads>(layout, shared, counts, chunk == 0 ? op.group_sizes + sort * layout.experts : nullptr);
@@ -324,7 +371,10 @@ Layout make_layout(const ExpertDispatch& op) {
   const int threads = threads_for(op.experts);
   Layout layout;
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  layout.k = op.k;
+  // Exact for choice < 2^31, which slots are.
+  layout.token_shift = 31;
+  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
+  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
   layout.experts = op.experts;
   layout.columns = (op.experts + 2 + 1) / 2 * 2;
   const int64_t cluster_capacity = static_cast<int64_t>(threads) * kRounds * kClusterBlocks;
@@ -344,9 +394,13 @@ Layout make_layout(const ExpertDispatch& op) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int cluster,
                           bool overlap, cudaStream_t stream, Arguments... arguments) {
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  if (cluster > 8) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2] = {};

@@ -72,7 +72,10 @@ __global__ void __launch_bounds__(kThreads) look_up(const HashRouter op, const i
 template <int kWidth>
 cudaError_t launch_width(const HashRouter& op, cudaStream_t stream) {
   const int columns = op.k / kWidth;
-  const dim3 block(std::min(columns, kThreads), std::max(1, kThreads / columns));
+  // A multiple of 16 tokens at a time keeps what a warp stores aligned to sectors.
+  const int tokens_at_a_time = kThreads / columns;
+  const dim3 block(std::min(columns, kThreads),
+                   tokens_at_a_time >= 16 ? tokens_at_a_time / 16 * 16 : std::max(1, tokens_at_a_time));
   const int64_t tokens = static_cast<int64_t>(block.y) * kTokens;
   const dim3 grid(static_cast<unsigned>((op.rows + tokens - 1) / tokens), (columns + kThreads - 1) / kThreads);
   look_up<kWidth><<<grid, block, 0, stream>>>(op, columns, op.scale / static_cast<float>(op.k));

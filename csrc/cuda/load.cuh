@@ -55,8 +55,35 @@ __device__ __forceinline__ float4 load_quad_of_row(const T* row, int first, int 
   return quad;
 }
 
+// A row of `length` elements into the registers of a tile of kLanes lanes, in the layout of select.cuh; -inf where there
+// is no element. kFullChunks: the first so many of the kElements / 4 quads are within any row that comes here.
+template <int kLanes, int kFullChunks, int kElements, class T>
+__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements]) {
+  const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
+  row += first;
+  asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
+  const int left = length - first;
+  if (quads) {
+#pragma unroll
+    for (int c = 0; c < kElements / 4; ++c) {
+      float4 quad = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+      if (c < kFullChunks || 4 * kLanes * c < left) quad = load_quad(row + 4 * kLanes * c);
+      elements[4 * c + 0] = quad.x;
+      elements[4 * c + 1] = quad.y;
+      elements[4 * c + 2] = quad.z;
+      elements[4 * c + 3] = quad.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int offset = i / 4 * 4 * kLanes + i % 4;
+      elements[i] = offset < left ? load_one(row + offset) : -INFINITY;
+    }
+  }
+}
+
 // Whether every row of `length` elements of `bytes` bytes can be read in quads.
-inline bool rows_have_quads(const void* base, int64_t length, size_t bytes) {
+__host__ __device__ inline bool rows_have_quads(const void* base, int64_t length, size_t bytes) {
   return length % 4 == 0 && reinterpret_cast<uintptr_t>(base) % (4 * bytes) == 0;
 }
 

@@ -1,6 +1,6 @@
 // route_at: the weights of given experts.
 //
-// A thread block owns a few tokens, one thread a choice: it loads the id, then the one logit, and the token's threads
+// A thread block owns a few tokens, one thread a choice of each: it loads the id, then the one logit, and the token's threads
 // share their scores through shared memory, to be added up in the order of activation_topk. Softmax without
 // renormalisation needs the whole row: there a warp owns a token.
 // Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
@@ -14,39 +14,51 @@ namespace jax_router::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kTokens = 2;  // of one thread
 
-struct Choice {
-  int expert;  // -1: outside [0, experts)
-  float logit;
-};
-
-template <class T>
-__device__ __forceinline__ Choice load_choice(const RouteAt& op, int64_t token, int j) {
+// The id, or -1 where the expert does not exist.
+__device__ __forceinline__ int load_expert(const RouteAt& op, int64_t token, int j) {
+  if (token >= op.rows) return -1;
   const int expert = __ldg(op.expert_ids + token * op.k + j);
-  if (static_cast<uint32_t>(expert) >= static_cast<uint32_t>(op.experts)) return {-1, -INFINITY};
-  return {expert, load_one(static_cast<const T*>(op.logits) + token * op.experts + expert)};
+  return static_cast<uint32_t>(expert) < static_cast<uint32_t>(op.experts) ? expert : -1;
 }
 
-__device__ __forceinline__ void store_choice(const RouteAt& op, int64_t token, int j, Choice choice, float weight) {
+// -inf, whose score is 0, where the expert does not exist.
+template <class T>
+__device__ __forceinline__ float load_logit(const RouteAt& op, int64_t token, int expert) {
+  return expert < 0 ? -INFINITY : load_one(static_cast<const T*>(op.logits) + token * op.experts + expert);
+}
+
+__device__ __forceinline__ void store_choice(const RouteAt& op, int64_t token, int j, int expert, float logit,
+                                             float weight) {
   const int64_t place = token * op.k + j;
-  const bool valid = choice.expert >= 0;
-  op.valid_ids[place] = choice.expert;
-  op.weights[place] = valid ? weight : 0.0f;
-  if (op.chosen_logits != nullptr) op.chosen_logits[place] = valid ? choice.logit : 0.0f;
+  op.valid_ids[place] = expert;
+  op.weights[place] = expert < 0 ? 0.0f : weight;
+  if (op.chosen_logits != nullptr) op.chosen_logits[place] = expert < 0 ? 0.0f : logit;
 }
 
-// blockDim: (k, tokens of the block).
+// blockDim: (k, tokens at a time).
 template <class T>
 __global__ void __launch_bounds__(kThreads) weigh_choices(const RouteAt op) {
-  __shared__ float values[kThreads];
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  __shared__ __align__(16) float shared[kTokens][4 * kThreads];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kTokens + threadIdx.y;
   const int j = static_cast<int>(threadIdx.x);
-  // An expert that does not exist has the logit -inf, whose score is 0.
-  Choice choice{-1, -INFINITY};
-  if (token < op.rows) choice = load_choice<T>(op, token, j);
-  const float weight = finish_weight(RowScore{op.scoring.score_fn}, op.scoring, op.k, true, j, choice.logit,
-                                     values + threadIdx.y * blockDim.x, [] { __syncthreads(); });
-  if (token < op.rows) store_choice(op, token, j, choice, weight);
+  int experts[kTokens];
+  float logits[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) experts[i] = load_expert(op, first + i * blockDim.y, j);
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) logits[i] = load_logit<T>(op, first + i * blockDim.y, experts[i]);
+  const int padded = (op.k + 3) / 4 * 4;
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    float* values = shared[i] + static_cast<int>(threadIdx.y) * padded;
+    for (int p = op.k + j; p < padded; p += op.k) values[p] = 0.0f;
+    const float weight = finish_weight(RowScore{op.scoring.score_fn}, op.scoring, op.k, true, j, logits[i],
+                                       values, [] { __syncthreads(); });
+    const int64_t token = first + i * blockDim.y;
+    if (token < op.rows) store_choice(op, token, j, experts[i], logits[i], weight);
+  }
 }
 
 template <class T>
@@ -57,8 +69,9 @@ __global__ void __launch_bounds__(kThreads) weigh_by_rows(const RouteAt op, cons
   const RowScore score =
       softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row, e, op.experts, quads); });
   for (int j = static_cast<int>(threadIdx.x & 31); j < op.k; j += 32) {
-    const Choice choice = load_choice<T>(op, token, j);
-    store_choice(op, token, j, choice, __fmul_rn(score(choice.logit), op.scoring.scale));
+    const int expert = load_expert(op, token, j);
+    const float logit = load_logit<T>(op, token, expert);
+    store_choice(op, token, j, expert, logit, __fmul_rn(score(logit), op.scoring.scale));
   }
 }
 
@@ -77,7 +90,7 @@ cudaError_t launch(const RouteAt& op, cudaStream_t stream) {
       weigh_by_rows<T><<<blocks_for(op.rows, kThreads / 32), kThreads, 0, stream>>>(op, quads);
     } else {
       const dim3 block(op.k, kThreads / op.k);
-      weigh_choices<T><<<blocks_for(op.rows, block.y), block, 0, stream>>>(op);
+      weigh_choices<T><<<blocks_for(op.rows, block.y * kTokens), block, 0, stream>>>(op);
     }
     return cudaGetLastError();
   });

@@ -15,6 +15,7 @@
 #include "../common/ops.h"
 #include "../common/order.h"
 #include "../common/score.h"
+#include "load.cuh"
 
 namespace jax_router::cuda {
 
@@ -39,20 +40,20 @@ struct Selection {
   Groups groups;
 };
 
-// Where a token's results go, each pointing at the token's own k values. weights == nullptr: nowhere, the tile has no
-// token and only keeps its warp company. chosen_logits is optional.
+// Where a token's results go: its k values start at `place` of each array. place < 0: nowhere, the tile has no token and
+// only keeps its warp company. chosen_logits is optional.
 struct TokenOutput {
   float* weights;
   int32_t* expert_ids;
   float* chosen_logits;
-};
+  int64_t place = 0;
 
-// What a masked token gets, at position j.
-__device__ __forceinline__ void store_nothing(const TokenOutput& output, int j) {
-  output.weights[j] = 0.0f;
-  output.expert_ids[j] = -1;
-  if (output.chosen_logits != nullptr) output.chosen_logits[j] = 0.0f;
-}
+  __device__ __forceinline__ void store(int j, float weight, int expert, float logit) const {
+    weights[place + j] = weight;
+    expert_ids[place + j] = expert;
+    if (chosen_logits != nullptr) chosen_logits[place + j] = logit;
+  }
+};
 
 // Shared memory of one tile.
 template <int kLanes>
@@ -70,14 +71,6 @@ __device__ __forceinline__ int tile_lane() {
 template <int kLanes>
 __device__ __forceinline__ int expert_of(int lane, int element) {
   return (element >> 2) * (4 * kLanes) + 4 * lane + (element & 3);
-}
-
-// The ballot of the lanes of this lane's tile, lane 0 of the tile in bit 0.
-template <int kLanes>
-__device__ __forceinline__ uint32_t tile_ballot(bool predicate) {
-  const uint32_t ballot = __ballot_sync(kFullWarp, predicate);
-  if constexpr (kLanes == 32) return ballot;
-  return (ballot >> (threadIdx.x & 31 & ~(kLanes - 1))) & ((1u << (kLanes & 31)) - 1);
 }
 
 // NaN if either is.
@@ -145,12 +138,14 @@ template <class QuadAt>
 __device__ __forceinline__ RowScore softmax_of_row(int experts, QuadAt quad_at) {
   const int first = 4 * static_cast<int>(threadIdx.x & 31);
   float maximum = -INFINITY;
+#pragma unroll 4
   for (int e = first; e < experts; e += 128) {
     const float4 quad = quad_at(e);
     maximum = max_nan(maximum, max_nan(max_nan(quad.x, quad.y), max_nan(quad.z, quad.w)));
   }
   const float shift = softmax_shift(tile_max_nan<32>(maximum));
   float sum = 0.0f;
+#pragma unroll 4
   for (int e = first; e < experts; e += 128) sum = __fadd_rn(sum, sum_of_quad(quad_at(e), shift));
   return softmax_of_sums<32>(sum, shift);
 }
@@ -158,20 +153,29 @@ __device__ __forceinline__ RowScore softmax_of_row(int experts, QuadAt quad_at) 
 // Softmax over a token's k chosen logits, which are logits[0..k).
 __device__ __forceinline__ float shift_of_chosen(const float* logits, int k) {
   float maximum = logits[0];
+#pragma unroll 1
   for (int j = 1; j < k; ++j) maximum = max_nan(maximum, logits[j]);
   return softmax_shift(maximum);
 }
 
-// What renormalisation divides by, from a token's k scores: added up from the first (the best) to the last.
+// What renormalisation divides by, from a token's k scores: added up from the first (the best) to the last. The scores
+// are aligned to 16 bytes, and 0 from k to the next multiple of 4.
 __device__ __forceinline__ float renormalize_divisor(const float* scores, int k) {
-  float sum = scores[0];
-  for (int j = 1; j < k; ++j) sum = __fadd_rn(sum, scores[j]);
+  float sum = 0.0f;
+  const auto add_quad = [&](int j) {
+    const float4 quad = *reinterpret_cast<const float4*>(scores + j);
+    sum = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(sum, quad.x), quad.y), quad.z), quad.w);
+  };
+  add_quad(0);
+  if (k > 4) add_quad(4);
+#pragma unroll 1
+  for (int j = 8; j < k; j += 4) add_quad(j);
   return __fadd_rn(sum, kRenormalizeEpsilon);
 }
 
 // The weight of the choice at position `rank` of a token's k choices. All threads that work on the token call it
-// together. A thread whose `chosen` is false has no choice; every position must have one. values: shared memory for k
-// floats. sync: makes what these threads wrote there visible to them.
+// together. A thread whose `chosen` is false has no choice; every position must have one. values: shared memory, aligned
+// to 16 bytes, 0 from k to the next multiple of 4. sync: makes what these threads wrote there visible to them.
 template <class Sync>
 __device__ __forceinline__ float finish_weight(const RowScore& score, const Scoring& scoring, int k, bool chosen,
                                                int rank, float logit, float* values, Sync sync) {
@@ -192,20 +196,40 @@ __device__ __forceinline__ float finish_weight(const RowScore& score, const Scor
   return __fmul_rn(s, scoring.scale);
 }
 
-// Whether the tile's lane layout has the groups in whole runs of lanes.
+// How many of the tile's pairs, of which `count` are not 0, are larger than this one.
+template <int kLanes>
+__device__ __forceinline__ int rank_of(uint64_t pair, const uint64_t (&pairs)[kLanes], int count) {
+  int rank = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < kLanes; begin += 8) {
+    if (!__any_sync(kFullWarp, begin < count)) break;
+#pragma unroll
+    for (int i = begin; i < begin + 8; i += 2) {
+      const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + i);
+      asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(rank) : "l"(others.x), "l"(pair));
+      asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(rank) : "l"(others.y), "l"(pair));
+    }
+  }
+  return rank;
+}
+
+// Whether the groups are whole runs of a tile's lanes, and no more than its lanes.
 __host__ __device__ inline bool tile_can_group(int lanes, int experts, int num_groups) {
-  const int size = experts / num_groups;
-  const int quads = size / 4;
-  return size * num_groups == experts && quads * 4 == size && quads > 0 && (quads & (quads - 1)) == 0 && quads <= lanes;
+  const int quads = experts / num_groups / 4;
+  const bool whole = quads * 4 * num_groups == experts && quads > 0 && (quads & (quads - 1)) == 0;
+  return whole && quads <= lanes && num_groups <= lanes;
 }
 
 // Makes every expert outside the top_groups best groups ineligible.
 template <int kLanes, int kElements>
-__device__ void keep_best_groups(const Selection& selection, float (&keys)[kElements], uint32_t& eligible) {
+__device__ __forceinline__ void keep_best_groups(const Selection& selection, float (&keys)[kElements],
+                                                 uint32_t& eligible, SelectScratch<kLanes>& scratch) {
   constexpr int kChunks = kElements / 4;
   const int lanes_a_group = selection.experts / selection.groups.num_groups / 4;
+  const int group_shift = __ffs(lanes_a_group) - 1;
   const int lane = tile_lane<kLanes>();
-  uint32_t group_keys[kChunks];
+  scratch.pairs[lane] = 0;
+  __syncwarp();
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const float* quad = keys + 4 * c;
@@ -218,45 +242,49 @@ __device__ void keep_best_groups(const Selection& selection, float (&keys)[kElem
       second = fmaxf(fminf(best, other_best), fmaxf(second, other_second));
       best = max_nan(best, other_best);
     }
-    const bool exists = expert_of<kLanes>(lane, 4 * c) < selection.experts;
+    const int group = (c * kLanes + lane) >> group_shift;
     const float score = selection.groups.score == GroupScore::kTop2Sum ? __fadd_rn(best, second) : best;
-    group_keys[c] = exists ? order_key(score) : kNoKey;
-  }
-  int ranks[kChunks] = {};
-#pragma unroll
-  for (int other_chunk = 0; other_chunk < kChunks; ++other_chunk) {
-    for (int other_lane = 0; other_lane < kLanes; other_lane += lanes_a_group) {
-      const uint32_t other = __shfl_sync(kFullWarp, group_keys[other_chunk], other_lane, kLanes);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const bool before = other_chunk < c || (other_chunk == c && other_lane + lanes_a_group <= lane);
-        ranks[c] += other > group_keys[c] || (other == group_keys[c] && before);
-      }
+    if ((lane & (lanes_a_group - 1)) == 0 && group < selection.groups.num_groups) {
+      scratch.pairs[group] = order_pair(order_key(score), static_cast<uint32_t>(group));
     }
   }
+  __syncwarp();
+  const uint64_t pair = scratch.pairs[lane];
+  const int rank = rank_of(pair, scratch.pairs, selection.groups.num_groups);
+  uint32_t kept = __ballot_sync(kFullWarp, pair != 0 && rank < selection.groups.top_groups);
+  if constexpr (kLanes < 32) kept >>= threadIdx.x & 16;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    if (ranks[c] < selection.groups.top_groups) continue;
+    if ((kept >> ((c * kLanes + lane) >> group_shift) & 1) != 0) continue;
     eligible &= ~(0xFu << (4 * c));
 #pragma unroll
     for (int j = 0; j < 4; ++j) keys[4 * c + j] = -INFINITY;
   }
 }
 
-// The k-th largest of one value a lane, by a bitonic sort.
-template <int kLanes>
-__device__ __forceinline__ float kth_largest(float value, int k) {
-  const int lane = tile_lane<kLanes>();
+// Sorts one value a lane within each kRun neighbouring lanes, the largest first, with a bitonic network.
+template <int kRun>
+__device__ __forceinline__ float sort_descending(float value) {
 #pragma unroll
-  for (int size = 2; size <= kLanes; size *= 2) {
+  for (int size = 2; size <= kRun; size *= 2) {
 #pragma unroll
     for (int step = size / 2; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(kFullWarp, value, step);
-      const bool keep_larger = ((lane & step) == 0) == ((lane & size) == 0 || size == kLanes);
-      value = keep_larger ? fmaxf(value, other) : fminf(value, other);
+      // The first step of a merge compares with the mirror image, so that all runs can be in descending order.
+      const float other = __shfl_xor_sync(kFullWarp, value, step == size / 2 ? size - 1 : step);
+      value = (threadIdx.x & step) == 0 ? fmaxf(value, other) : fminf(value, other);
     }
   }
-  return __shfl_sync(kFullWarp, value, k - 1, kLanes);
+  return value;
+}
+
+// A bound that at least k of the tile's keys reach, but not many more: the k-th largest of 16 or 32 maxima of them.
+template <int kLanes>
+__device__ __forceinline__ float bound_of_best(float lane_maximum, int k) {
+  if (kLanes == 32 && k > kMaxTileTopK<16>) {
+    return __shfl_sync(kFullWarp, sort_descending<32>(lane_maximum), k - 1);
+  }
+  if constexpr (kLanes == 32) lane_maximum = fmaxf(lane_maximum, __shfl_xor_sync(kFullWarp, lane_maximum, 16));
+  return __shfl_sync(kFullWarp, sort_descending<16>(lane_maximum), k - 1, 16);
 }
 
 // The exact k best of the eligible keys, best first, into candidates.
@@ -282,12 +310,81 @@ __device__ __forceinline__ void select_by_rounds(const float (&keys)[kElements],
   }
 }
 
+// Which of the tile's elements are experts: bit i for element i. The first kFullChunks quads are known to be.
+template <int kLanes, int kFullChunks, int kElements>
+__device__ __forceinline__ uint32_t existing_elements(int experts) {
+  uint32_t existing = kFullChunks == 8 ? 0xFFFFFFFFu : (1u << (4 * kFullChunks % 32)) - 1;
+#pragma unroll
+  for (int c = kFullChunks; c < kElements / 4; ++c) {
+    const int of_quad = min(max(experts - expert_of<kLanes>(tile_lane<kLanes>(), 4 * c), 0), 4);
+    existing |= ((1u << of_quad) - 1) << (4 * c);
+  }
+  return existing;
+}
+
+// The keys of all the tile's elements, score + bias, -inf where they are not eligible.
+template <int kLanes, int kFullChunks, int kElements>
+__device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
+                                           uint32_t eligible, const float* bias, float (&keys)[kElements]) {
+  if (bias != nullptr) load_tile<kLanes, kFullChunks>(bias, experts, rows_have_quads(bias, experts, 4), keys);
+  const auto score_all = [&](auto score_of) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float s = score_of(logits[i]);
+      keys[i] = bias != nullptr ? __fadd_rn(s, keys[i]) : s;
+      if (i / 4 >= kFullChunks && (eligible >> i & 1) == 0) keys[i] = -INFINITY;
+    }
+  };
+  if (score.score_fn == ScoreFn::kSqrtSoftplus) {
+    score_all([](float x) { return sqrtsoftplus(x); });
+  } else if (score.score_fn == ScoreFn::kSigmoid) {
+    score_all([](float x) { return sigmoid(x); });
+  } else {
+    score_all(score);
+  }
+}
+
+// Lists the experts of the tile's eligible keys that reach a bound, and counts them. False, for the whole warp, where they
+// are too many.
+template <int kLanes, int kElements>
+__device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], uint32_t eligible, float bound,
+                                                int* candidates, int& count) {
+  const int lane = tile_lane<kLanes>();
+  uint32_t reaching = 0;
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p or.b32 %0, %0, %3; }"
+        : "+r"(reaching)
+        : "f"(keys[i]), "f"(bound), "r"(1u << i));
+  }
+  reaching &= eligible;
+  // Where the lane's own start in the list: the sum of the counts of the lanes before it, bit by bit of these counts.
+  const int own = __popc(reaching);
+  const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
+  const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
+  int position = 0;
+  count = 0;
+#pragma unroll
+  for (int bit = 1; bit <= 4; bit *= 2) {
+    const uint32_t lanes = __ballot_sync(kFullWarp, (own & bit) != 0);
+    position += bit * __popc(lanes & before);
+    count += bit * __popc(lanes & tile);
+  }
+  if (__any_sync(kFullWarp, count > kLanes || own >= 8)) return false;
+  while (reaching != 0) {
+    candidates[position++] = expert_of<kLanes>(lane, __ffs(reaching) - 1);
+    reaching &= reaching - 1;
+  }
+  return true;
+}
+
 // Selects one token's experts and writes its k weights and ids. All 32 lanes of the warp call it together.
-//   logits    in the layout above; -inf where the expert does not exist, and everywhere if the token is not wanted
-//   wanted    false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
-//   bias      the token's own row of [experts] floats, or null; not used for kLogits
-//   logit_at  logit_at(expert) gives any of the token's logits once more, to any lane of the tile
-template <KeyMode kMode, int kLanes, int kElements, class LogitAt>
+//   kFullChunks  the tile's first so many quads are known to lie within the token's experts
+//   logits       in the layout above; -inf where the expert does not exist, and everywhere if the token is not wanted
+//   wanted       false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
+//   bias         the token's own row of [experts] floats, or null; not used for kLogits
+//   logit_at     logit_at(expert) gives any of the token's logits once more, to any lane of the tile
+template <KeyMode kMode, int kLanes, int kFullChunks = 0, int kElements, class LogitAt>
 __device__ __forceinline__ void select_token(const Selection& selection, const float (&logits)[kElements], bool wanted,
                                              const float* bias, LogitAt logit_at, const TokenOutput& output,
                                              SelectScratch<kLanes>& scratch) {
@@ -295,71 +392,31 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   const int lane = tile_lane<kLanes>();
   const int k = selection.k;
   const Scoring& scoring = selection.scoring;
-
-  uint32_t eligible = 0;
-#pragma unroll
-  for (int c = 0; c < kElements / 4; ++c) {
-    const int existing = min(max(selection.experts - expert_of<kLanes>(lane, 4 * c), 0), 4);
-    eligible |= ((1u << existing) - 1) << (4 * c);
-  }
-  if (!wanted) eligible = 0;
+  uint32_t eligible = wanted ? existing_elements<kLanes, kFullChunks, kElements>(selection.experts) : 0;
 
   RowScore score{scoring.score_fn};
   if (scoring.score_fn == ScoreFn::kSoftmax && (kMode != KeyMode::kLogits || !scoring.renormalize)) {
     score = softmax_of_tile<kLanes>(logits);
   }
-
   float keys[kElements];
   if constexpr (kMode == KeyMode::kLogits) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) keys[i] = logits[i];
   } else {
-    auto score_all = [&](auto score_of) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const int expert = expert_of<kLanes>(lane, i);
-        const bool exists = (eligible >> i & 1) != 0;
-        const float offset = bias != nullptr && exists ? __ldg(bias + expert) : 0.0f;
-        const float key = bias != nullptr ? __fadd_rn(score_of(logits[i]), offset) : score_of(logits[i]);
-        keys[i] = exists ? key : -INFINITY;
-      }
-    };
-    if (scoring.score_fn == ScoreFn::kSqrtSoftplus) {
-      score_all([](float x) { return sqrtsoftplus(x); });
-    } else if (scoring.score_fn == ScoreFn::kSigmoid) {
-      score_all([](float x) { return sigmoid(x); });
-    } else {
-      score_all(score);
-    }
-    if constexpr (kMode == KeyMode::kGroups) keep_best_groups<kLanes>(selection, keys, eligible);
+    score_keys<kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+    if constexpr (kMode == KeyMode::kGroups) keep_best_groups(selection, keys, eligible, scratch);
   }
 
   float maximum = keys[0];
 #pragma unroll
   for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, keys[i]);
   int count = 0;
-  bool exact_needed = __any_sync(kFullWarp, maximum != maximum);
-  if (!exact_needed) {
-    const float bound = kth_largest<kLanes>(maximum, k);
-    uint32_t above = 0;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) above |= keys[i] >= bound ? 1u << i : 0u;
-    above &= eligible;
-    while (true) {
-      const uint32_t ballot = tile_ballot<kLanes>(above != 0);
-      if (!__any_sync(kFullWarp, above != 0)) break;
-      const int position = count + __popc(ballot & ((1u << lane) - 1));
-      if (above != 0 && position < kLanes) scratch.candidates[position] = expert_of<kLanes>(lane, __ffs(above) - 1);
-      above &= above - 1;
-      count += __popc(ballot);
-    }
-    exact_needed = __any_sync(kFullWarp, count > kLanes);
-  }
-  if (exact_needed) {
-    __syncwarp();
+  if (__any_sync(kFullWarp, maximum != maximum) ||
+      !list_candidates<kLanes>(keys, eligible, bound_of_best<kLanes>(maximum, k), scratch.candidates, count)) {
     select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
     count = wanted ? k : 0;
   }
+  scratch.values[lane] = 0.0f;
   __syncwarp();
 
   const bool candidate = lane < count;
@@ -378,23 +435,15 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   }
   scratch.pairs[lane] = pair;
   __syncwarp();
-  int rank = 0;
-  const int most = kLanes == 32 ? count : max(count, __shfl_xor_sync(kFullWarp, count, kLanes & 31));
-  for (int i = 0; i < most; i += 2) {
-    const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(scratch.pairs + i);
-    rank += others.x > pair;
-    rank += others.y > pair;
-  }
+  const int rank = rank_of(pair, scratch.pairs, count);
 
   const bool chosen = candidate && rank < k;
-  const float weight = 
+  const float weight =
       finish_weight(score, scoring, k, chosen, rank, logit, scratch.values, [] { __syncwarp(); });
   if (chosen) {
-    output.weights[rank] = weight;
-    output.expert_ids[rank] = expert;
-    if (output.chosen_logits != nullptr) output.chosen_logits[rank] = logit;
-  } else if (!wanted && output.weights != nullptr && lane < k) {
-    store_nothing(output, lane);
+    output.store(rank, weight, expert, logit);
+  } else if (!wanted && output.place >= 0 && lane < k) {
+    output.store(lane, 0.0f, -1, 0.0f);
   }
   __syncwarp();
 }

@@ -2,8 +2,6 @@
 // of its whole row in shared memory. Same arithmetic, same order, same results.
 #pragma once
 
-#include <algorithm>
-
 #include "load.cuh"
 #include "select.cuh"
 
@@ -38,11 +36,13 @@ struct LongScratch {
         group_keys(keys + round_up(experts, 128)) {}
 };
 
-// The largest key that at least k of the counted keys reach; count(key): how many of the lane's own keys do.
+// The largest key, of those with no bit below `lowest_bit`, that at least k of the counted keys reach; count(key): how
+// many of the lane's own keys do.
 template <class Count>
-__device__ __forceinline__ uint32_t kth_key(int k, Count count) {
+__device__ __forceinline__ uint32_t kth_key(int k, int lowest_bit, Count count) {
   uint32_t key = 0;
-  for (int bit = 31; bit >= 0; --bit) {
+#pragma unroll 1
+  for (int bit = 31; bit >= lowest_bit; --bit) {
     const uint32_t higher = key | 1u << bit;
     if (static_cast<int>(__reduce_add_sync(kFullWarp, count(higher))) >= k) key = higher;
   }
@@ -62,7 +62,7 @@ __device__ __forceinline__ Cut exact_cut(const uint32_t* keys, int n, int k) {
     for (int i = lane; i < n; i += 32) number += keys[i] >= key;
     return number;
   };
-  const uint32_t key = kth_key(k, count);
+  const uint32_t key = kth_key(k, 0, count);
   const int above = key == 0xFFFFFFFFu ? 0 : static_cast<int>(__reduce_add_sync(kFullWarp, count(key + 1)));
   return {key, k - above};
 }
@@ -120,60 +120,81 @@ __device__ __forceinline__ void keep_best_groups(const Selection& selection, con
 // The experts that may be among the k best, at least k and at most kLongCandidates, into scratch.candidates.
 __device__ __forceinline__ int collect_candidates(int experts, int k, const LongScratch& scratch) {
   const int lane = static_cast<int>(threadIdx.x & 31);
-  const auto collect = [&](Cut cut) {
-    int count = 0;
-    for_each_cut(scratch.keys, experts, cut, [&](int expert, bool taken) {
-      const uint32_t ballot = __ballot_sync(kFullWarp, taken);
-      const int position = count + __popc(ballot & ((1u << lane) - 1));
-      if (taken && position < kLongCandidates) scratch.candidates[position] = expert;
-      count += __popc(ballot);
-    });
-    return count;
+  int count = 0;
+  const auto collect = [&](int expert, bool taken) {
+    const uint32_t ballot = __ballot_sync(kFullWarp, taken);
+    const int position = count + __popc(ballot & ((1u << lane) - 1));
+    if (taken && position < kLongCandidates) scratch.candidates[position] = expert;
+    count += __popc(ballot);
   };
   // The k-th largest of 128 maxima bounds the k-th largest key from below, closely if k is well below 128.
-  uint32_t maxima[4] = {kNoKey, kNoKey, kNoKey, kNoKey};
-  for (int e = 4 * lane; e < experts; e += 128) {
+  uint4 maxima = make_uint4(kNoKey, kNoKey, kNoKey, kNoKey);
+  const int padded = round_up(experts, 128);
+#pragma unroll 4
+  for (int e = 4 * lane; e < padded; e += 128) {
     const uint4 quad = *reinterpret_cast<const uint4*>(scratch.keys + e);
-    maxima[0] = max(maxima[0], quad.x);
-    maxima[1] = max(maxima[1], quad.y);
-    maxima[2] = max(maxima[2], quad.z);
-    maxima[3] = max(maxima[3], quad.w);
+    maxima = make_uint4(max(maxima.x, quad.x), max(maxima.y, quad.y), max(maxima.z, quad.z), max(maxima.w, quad.w));
   }
-  const uint32_t bound = kth_key(k, [&](uint32_t key) {
-    return (maxima[0] >= key) + (maxima[1] >= key) + (maxima[2] >= key) + (maxima[3] >= key);
-  });
-  const int count = collect({bound, experts});
+  constexpr int kIgnoredBits = 12;
+  const uint32_t bound = max(1u, kth_key(k, kIgnoredBits, [&](uint32_t key) {
+                               return (maxima.x >= key) + (maxima.y >= key) + (maxima.z >= key) + (maxima.w >= key);
+                             }));
+#pragma unroll 2
+  for (int e = 4 * lane; e < padded; e += 128) {
+    const uint4 quad = *reinterpret_cast<const uint4*>(scratch.keys + e);
+    const bool any = max(max(quad.x, quad.y), max(quad.z, quad.w)) >= bound;
+    if (!__any_sync(kFullWarp, any)) continue;
+    collect(e + 0, quad.x >= bound);
+    collect(e + 1, quad.y >= bound);
+    collect(e + 2, quad.z >= bound);
+    collect(e + 3, quad.w >= bound);
+  }
   if (count <= kLongCandidates) return count;
   __syncwarp();
-  return collect(exact_cut(scratch.keys, experts, k));
+  count = 0;
+  for_each_cut(scratch.keys, experts, exact_cut(scratch.keys, experts, k), collect);
+  return count;
 }
 
-// Selects one token's experts and writes its weights and ids; quad_at(e) gives the logits e .. e + 3 of the row, -inf
-// for those that do not exist, logit_at(e) one logit. bias may be null.
-template <class QuadAt, class LogitAt>
-__device__ __forceinline__ void select_long_token(const Selection& selection, bool biased_keys, const float* bias,
-                                                  QuadAt quad_at, LogitAt logit_at, const TokenOutput& output,
+// Selects one token's experts and writes its weights and ids. scored: keys are score + bias, not logits; bias may be
+// null. quads: rows_have_quads of the logits.
+template <class T>
+__device__ __forceinline__ void select_long_token(const Selection& selection, bool scored, const T* row, bool quads,
+                                                  const float* bias, const TokenOutput& output,
                                                   const LongScratch& scratch) {
   const int lane = static_cast<int>(threadIdx.x & 31);
   const int k = selection.k;
   const Scoring& scoring = selection.scoring;
   RowScore score{scoring.score_fn};
-  if (scoring.score_fn == ScoreFn::kSoftmax && (biased_keys || !scoring.renormalize)) {
-    score = softmax_of_row(selection.experts, quad_at);
+  if (scoring.score_fn == ScoreFn::kSoftmax && (scored || !scoring.renormalize)) {
+    score =
+        softmax_of_row(selection.experts, [&](int e) { return load_quad_of_row(row, e, selection.experts, quads); });
   }
 
-  for (int e = 4 * lane; e < round_up(selection.experts, 128); e += 128) {
-    const float4 quad = quad_at(e);
-    const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
-    uint32_t keys[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool exists = e + i < selection.experts;
-      float key = biased_keys ? score(logits[i]) : logits[i];
-      if (bias != nullptr && exists) key = __fadd_rn(key, __ldg(bias + e + i));
-      keys[i] = exists ? order_key(key) : kNoKey;
+  constexpr int kElements = 16;
+#pragma unroll 1
+  for (int begin = 0; begin < selection.experts; begin += 32 * kElements) {
+    const int experts = min(selection.experts - begin, 32 * kElements);
+    float logits[kElements];
+    float keys[kElements];
+    load_tile<32, 0>(row + begin, experts, quads, logits);
+    const uint32_t eligible = existing_elements<32, 0, kElements>(experts);
+    if (scored) {
+      score_keys<32, 0>(experts, score, logits, eligible, bias == nullptr ? nullptr : bias + begin, keys);
     }
-    *reinterpret_cast<uint4*>(scratch.keys + e) = make_uint4(keys[0], keys[1], keys[2], keys[3]);
+#pragma unroll
+    for (int i = 0; i < kElements; i += 4) {
+      uint32_t quad[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float key = scored ? keys[i + j] : logits[i + j];
+        quad[j] = (eligible >> (i + j) & 1) != 0 ? order_key(key) : kNoKey;
+      }
+      const int place = begin + expert_of<32>(lane, i);
+      if (place < round_up(selection.experts, 128)) {
+        *reinterpret_cast<uint4*>(scratch.keys + place) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
+      }
+    }
   }
   __syncwarp();
   if (selection.groups.num_groups > 1) keep_best_groups(selection, scratch);
@@ -196,23 +217,22 @@ __device__ __forceinline__ void select_long_token(const Selection& selection, bo
     if (rank >= k) continue;
     const int expert = static_cast<int>(pair_index(pair));
     scratch.expert_ids[rank] = expert;
-    scratch.logits[rank] = logit_at(expert);
+    scratch.logits[rank] = load_one(row + expert);
   }
   __syncwarp();
 
   const bool over_chosen = scoring.score_fn == ScoreFn::kSoftmax && scoring.renormalize;
   const float shift = over_chosen ? shift_of_chosen(scratch.logits, k) : 0.0f;
-  for (int j = lane; j < k; j += 32) {
-    const float logit = scratch.logits[j];
+  for (int j = lane; j < kMaxTopK; j += 32) {
+    const float logit = j < k ? scratch.logits[j] : -INFINITY;
     scratch.values[j] = over_chosen ? exp_nonpositive(__fadd_rn(logit, -shift)) : score(logit);
   }
   __syncwarp();
   const float divisor = scoring.renormalize ? renormalize_divisor(scratch.values, k) : 1.0f;
   for (int j = lane; j < k; j += 32) {
     const float s = scratch.values[j];
-    output.weights[j] = __fmul_rn(scoring.renormalize ? divide(s, divisor) : s, scoring.scale);
-    output.expert_ids[j] = scratch.expert_ids[j];
-    if (output.chosen_logits != nullptr) output.chosen_logits[j] = scratch.logits[j];
+    const float weight = __fmul_rn(scoring.renormalize ? divide(s, divisor) : s, scoring.scale);
+    output.store(j, weight, scratch.expert_ids[j], scratch.logits[j]);
   }
 }
 

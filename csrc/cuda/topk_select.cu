@@ -15,12 +15,10 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "../common/score.h"
-#include "kernels.h"
-#include "load.cuh"
+#include "block_select.cuh"
 #include "topk_select.cuh"
 
 namespace jax_router::cuda {
@@ -37,31 +35,6 @@ struct Plan {
   int blocks;         // a row; more than one form a cluster
   uint32_t capacity;  // of a block's candidate buffer: at least k + 4 * threads
 };
-
-__device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
-  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
-}
-
-__device__ __forceinline__ float element_of(uint4 vector, int e, float) { return bits_float(word_of(vector, e)); }
-
-__device__ __forceinline__ float element_of(uint4 vector, int e, __nv_bfloat16) {
-  const uint32_t word = word_of(vector, e / 2);
-  return bits_float(e % 2 == 0 ? word << 16 : word & 0xFFFF0000u);
-}
-
-__device__ __forceinline__ float element_of(uint4 vector, int e, __half) {
-  const uint32_t word = word_of(vector, e / 2);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(e % 2 == 0 ? word & 0xFFFF : word >> 16)));
-}
-
-__device__ __forceinline__ void set_value(float* value, float x) { *value = x; }
-__device__ __forceinline__ void set_value(__nv_bfloat16* value, float x) { *value = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void set_value(__half* value, float x) { *value = __float2half_rn(x); }
-
-// The value that has this key; not for NaN.
-__device__ __forceinline__ float key_value(uint32_t key) {
-  return bits_float(key >> 31 != 0 ? key ^ 0x80000000u : ~key);
-}
 
 // No element has a key this small.
 constexpr uint64_t kLowestBound = uint64_t{1} << 32;
@@ -172,8 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_rows(TopkSel
 
   const int64_t row_index = blockIdx.x / plan.blocks;
   const T* row = static_cast<const T*>(op.scores) + row_index * op.length;
-  uint32_t length = static_cast<uint32_t>(op.length);
-  if (op.lengths != nullptr) length = min(max(op.lengths[row_index], 0), static_cast<int32_t>(op.length));
+  const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
 
   uint64_t* pairs = dynamic_shared;
@@ -356,20 +328,11 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_rows(TopkSel
       select.template order<false>(pairs, count, kth.pair, kth.best, k, length, spare, fine);
     }
   }
-  T* values = static_cast<T*>(op.values) + row_index * op.k;
-  int32_t* indices = op.indices + row_index * op.k;
   for (uint32_t i = thread; i < op.k; i += kThreads) {
     if (i < k) {
-      const uint32_t key = pair_key(pairs[i]), index = pair_index(pairs[i]);
-      if (key == 0xFFFFFFFFu) {
-        values[i] = row[index];  // a NaN with its own bits
-      } else {
-        set_value(values + i, key_value(key));
-      }
-      indices[i] = static_cast<int32_t>(index);
+      write_result(op, row_index, row, i, pairs[i]);
     } else {
-      set_value(values + i, -INFINITY);
-      indices[i] = -1;
+      write_nothing<T>(op, row_index, i);
     }
   }
 }
@@ -415,6 +378,7 @@ cudaError_t launch_rows(const TopkSelect& op, const Plan& plan, cudaStream_t str
 
 cudaError_t launch(const TopkSelect& op, cudaStream_t stream) {
   if (op.rows == 0 || op.k == 0) return cudaSuccess;
+  if (op.length <= kMaxShortLength && op.k <= kMaxShortK) return launch_short_rows(op, stream);
   const Plan plan = make_plan(op);
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);

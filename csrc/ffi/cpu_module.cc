@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <limits>
 #include <memory>
 #include <mutex>
 
@@ -68,4 +69,7 @@ struct Cpu {
 }  // namespace
 }  // namespace jax_router
 
-NB_MODULE(_cpu, module) { jax_router::define_module<jax_router::Cpu>(module); }
+NB_MODULE(_cpu, module) {
+  jax_router::define_module<jax_router::Cpu>(module);
+  module.attr("max_select_k") = std::numeric_limits<int64_t>::max();
+}

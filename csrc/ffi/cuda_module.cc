@@ -22,9 +22,7 @@ struct Cuda {
 
   template <typename Binding>
   static auto add_context(Binding binding) {
-    return std::move(binding)
-        .template Ctx<ffi::PlatformStream<cudaStream_t>>()
-        .template Ctx<ffi::ScratchAllocator>();
+    return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>().template Ctx<ffi::ScratchAllocator>();
   }
 
   template <typename Op>

@@ -1,6 +1,6 @@
 // From XLA FFI call frames to the structs of common/ops.h, the same for CPU and CUDA. Attribute names are the parameter
-// names of the Python primitives; an operand that was not given is absent from the call, and its has_* attribute is false.
-// Leading axes are rows, however many there are; operands that all rows share may come flattened.
+// names of the Python primitives; an operand that was not given is absent from the call, and its has_* attribute is
+// false. Leading axes are rows, however many there are; operands that all rows share may come flattened.
 #pragma once
 
 #include <cstdint>
@@ -116,8 +116,8 @@ class CallReader {
     }
   }
 
-  static constexpr XLA_FFI_Buffer kNoBuffer{XLA_FFI_Buffer_STRUCT_SIZE, nullptr, XLA_FFI_DataType_INVALID, nullptr, 0,
-                                            nullptr};
+  static constexpr XLA_FFI_Buffer kNoBuffer{
+      XLA_FFI_Buffer_STRUCT_SIZE, nullptr, XLA_FFI_DataType_INVALID, nullptr, 0, nullptr};
 
   ffi::RemainingArgs args_;
   ffi::RemainingRets rets_;
@@ -145,7 +145,8 @@ inline Scoring read_scoring(CallReader& call) {
 inline Groups read_groups(CallReader& call) {
   const auto name = call.attr<std::string_view>("group_score");
   if (name != "top2_sum" && name != "max") call.fail("unknown group_score " + std::string(name));
-  return {static_cast<int32_t>(call.attr<int64_t>("num_groups")), static_cast<int32_t>(call.attr<int64_t>("top_groups")),
+  return {static_cast<int32_t>(call.attr<int64_t>("num_groups")),
+          static_cast<int32_t>(call.attr<int64_t>("top_groups")),
           name == "max" ? GroupScore::kMax : GroupScore::kTop2Sum};
 }
 

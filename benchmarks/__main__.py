@@ -1,0 +1,72 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from .cases import cpu_cases, gpu_cases
+from .results import RESULTS, current_commit, device_name, save, slug, table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Times the ops of jax_router against XLA on this machine's default JAX device.",
+        epilog="Records go to benchmarks/results/<device>.json. benchmarks/timing.py says how a figure is taken.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("cases", "sweep"),
+        default="cases",
+        help="cases: the table of targets.json and variants of it (default); sweep: time over sizes, with pictures",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="GLOB", help="cases (or sweeps) whose id matches one, such as 'topk_select/*'"
+    )
+    parser.add_argument("--quick", action="store_true", help="kernel time alone: no rivals besides XLA, no time in jit")
+    parser.add_argument("--no-reference", action="store_true", help="do not time XLA and other rivals")
+    parser.add_argument("--list", action="store_true", help="list the ids and stop")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="the file of the records")
+    parser.add_argument("--device-kind", metavar="NAME", help="what to call the device in the records")
+    parser.add_argument("--commit", help="the commit in the records (default: JAX_ROUTER_COMMIT, else what git says)")
+    return parser
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    import jax
+
+    from . import run, sweep
+
+    device = arguments.device_kind or device_name()
+    commit = arguments.commit or current_commit()
+    on_gpu = jax.default_backend() == "gpu"
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if arguments.what == "sweep":
+        return sweep.main(console, arguments, device, commit, on_gpu)
+    cases = run.select(gpu_cases() if on_gpu else cpu_cases(), arguments.only, lambda case: case.id)
+    if arguments.list:
+        console.print("\n".join(case.id for case in cases), highlight=False)
+        return 0
+    path = arguments.out or RESULTS / f"{slug(device)}.json"
+    benchmark = run.Benchmark(
+        console, on_gpu=on_gpu, quick=arguments.quick, with_rivals=not arguments.no_reference
+    )
+    records = []
+    for record in benchmark.records(cases, device, commit):
+        records.append(record)
+        save(records, path)
+    console.print(table(records, device))
+    console.print(f"{len(records)} records in {path}")
+    for case_id, error in benchmark.failures.items():
+        console.print(f"[red]{case_id}[/]: {error}", highlight=False)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The cases: what is computed on which inputs, against which rivals. `targets.json` holds the ids with a target."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jax_router
+from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
+
+NATIVE, XLA, TORCH = "jax_router", "xla", "torch.topk"
+TARGETS: dict[str, dict[str, Any]] = {
+    target["id"]: target for target in json.loads((Path(__file__).parent / "targets.json").read_text())
+}
+# What the CPU kernels owe the reference in the same run.
+CPU_SPEEDUPS = {"activation_topk": 5.0, "expert_dispatch": 5.0, "topk_select": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A random input: normal numbers times `scale`, or integers in `[0, bound)`."""
+
+    shape: tuple[int, ...]
+    dtype: Any = jnp.float32
+    scale: float = 1.0
+    bound: int = 0
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    Attributes:
+        run: the computation.
+        prepare: from the random inputs to those of `run`; not timed.
+    """
+
+    run: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A computation to time.
+
+    Attributes:
+        id: as in targets.json, or that with the name of a variant behind it.
+        inputs: of one call.
+        contenders: by name; `NATIVE` is the one that the case is about.
+        nbytes: the bytes that any implementation must move.
+        flops: the arithmetic of its matrix product.
+        xla_id: of the case whose figure for XLA is this one's too.
+    """
+
+    id: str
+    inputs: tuple[Spec, ...]
+    contenders: Mapping[str, Contender]
+    nbytes: int
+    flops: int = 0
+    xla_id: str = ""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is small enough to be a part of a decode step, whose layers it is then timed in."""
+        return self.inputs[0].shape[0] <= 64 and self.inputs[0].nbytes <= 2**21
+
+    @property
+    def op(self) -> str:
+        return self.id.split("/")[0]
+
+
+def _both(run: Callable[..., Any]) -> dict[str, Contender]:
+    return {
+        NATIVE: Contender(partial(run, implementation="native")),
+        XLA: Contender(partial(run, implementation="reference")),
+    }
+
+
+def activation_topk_case(
+    num_experts: int, top_k: int, tokens: int, *, dtype: Any = jnp.float32, with_bias: bool = False, groups=(1, 1)
+) -> Case:
+    scored = "sigmoid/" if groups != (1, 1) else ""
+    middle = f"groups{groups[0]}-{groups[1]}/" if groups != (1, 1) else ""
+    variant = ("/bf16" if dtype == jnp.bfloat16 else "") + ("/bias" if with_bias and not scored else "")
+    logits = Spec((tokens, num_experts), dtype)
+
+    def run(logits, bias=None, *, implementation):
+        return activation_topk(
+            logits,
+            bias,
+            top_k=top_k,
+            score_fn="sigmoid" if scored else "sqrtsoftplus",
+            scale=2.5 if scored else 1.5,
+            num_groups=groups[0],
+            top_groups=groups[1],
+            implementation=implementation,
+        )
+
+    return Case(
+        f"activation_topk/{scored}E{num_experts}/k{top_k}/{middle}N{tokens}{variant}",
+        (logits, *([Spec((num_experts,), scale=0.1)] if with_bias else [])),
+        _both(run),
+        logits.nbytes + tokens * top_k * 8,
+    )
+
+
+def activation_topk_grad_case(num_experts: int, top_k: int, tokens: int) -> Case:
+    """The backward pass alone: the residuals of the forward pass are its inputs."""
+    inputs = (Spec((tokens, num_experts)), Spec((tokens, top_k)))
+
+    def contender(implementation):
+        def pullback(logits):
+            def weights(logits):
+                return activation_topk(logits, top_k=top_k, scale=1.5, implementation=implementation).weights
+
+            return jax.vjp(weights, logits)[1]
+
+        structure = jax.tree.structure(jax.eval_shape(pullback, inputs[0].struct))
+        return Contender(
+            lambda cotangent, *residuals: jax.tree.unflatten(structure, residuals)(cotangent),
+            prepare=lambda logits, cotangent: (cotangent, *jax.tree.leaves(pullback(logits))),
+        )
+
+    return Case(
+        f"activation_topk_grad/E{num_experts}/k{top_k}/N{tokens}",
+        inputs,
+        {NATIVE: contender("native"), XLA: contender("reference")},
+        tokens * (num_experts * 4 + top_k * 12),
+    )
+
+
+def route_at_case(num_experts: int, top_k: int, tokens: int) -> Case:
+    def run(logits, expert_ids, *, implementation):
+        return route_at(logits, expert_ids, scale=1.5, implementation=implementation)
+
+    return Case(
+        f"route_at/E{num_experts}/k{top_k}/N{tokens}",
+        (Spec((tokens, num_experts)), Spec((tokens, top_k), jnp.int32, bound=num_experts)),
+        _both(run),
+        tokens * top_k * (32 + 4 + 8),  # a chosen logit costs a 32-byte sector
+    )
+
+
+def hash_router_case(vocab_size: int, top_k: int, tokens: int) -> Case:
+    lut = Spec((vocab_size, top_k), jnp.int32, bound=256)
+
+    def run(token_ids, hash_lut, *, implementation):
+        return hash_router(token_ids, hash_lut, scale=1.5, implementation=implementation)
+
+    return Case(
+        f"hash_router/V{vocab_size}/k{top_k}/N{tokens}",
+        (Spec((tokens,), jnp.int32, bound=vocab_size), lut),
+        _both(run),
+        tokens * (4 + top_k * 8) + min(lut.nbytes, tokens * 32),
+    )
+
+
+def topk_select_case(rows: int, length: int, k: int, *, dtype: Any = jnp.float32, is_sorted: bool = False) -> Case:
+    """Without the order of the results, as an indexer or a sampler needs them; `/sorted` with it."""
+    scores = Spec((rows, length), dtype)
+    plain_id = f"topk_select/B{rows}/L{length}/k{k}" + ("/bf16" if dtype == jnp.bfloat16 else "")
+    contenders = {
+        NATIVE: Contender(partial(topk_select, k=k, sorted=is_sorted, implementation="native")),
+        XLA: Contender(partial(jax.lax.top_k, k=k)),
+    }
+    if not is_sorted:
+        if "is_stable" in inspect.signature(jax.lax.top_k).parameters:
+            contenders["lax.top_k(is_stable=False)"] = Contender(partial(jax.lax.top_k, k=k, is_stable=False))
+        contenders[TORCH] = Contender(lambda scores: scores.topk(k, sorted=False))
+    return Case(
+        plain_id + ("/sorted" if is_sorted else ""),
+        (scores,),
+        contenders,
+        scores.nbytes + rows * k * (4 + jnp.dtype(dtype).itemsize),
+        xla_id=plain_id,
+    )
+
+
+def dense_router_case(hidden: int, num_experts: int, top_k: int, tokens: int, *, with_bias: bool = False) -> Case:
+    x = Spec((tokens, hidden), jnp.bfloat16)
+    weight = Spec((num_experts, hidden), jnp.bfloat16, scale=hidden**-0.5)
+
+    def run(x, weight, bias=None, *, implementation):
+        return dense_router(x, weight, bias, top_k=top_k, scale=1.5, implementation=implementation)
+
+    return Case(
+        f"dense_router/bf16/D{hidden}/E{num_experts}/k{top_k}/N{tokens}" + ("/bias" if with_bias else ""),
+        (x, weight, *([Spec((num_experts,), scale=0.1)] if with_bias else [])),
+        _both(run),
+        x.nbytes + weight.nbytes + tokens * top_k * 8,
+        flops=2 * tokens * hidden * num_experts,
+    )
+
+
+def expert_dispatch_case(num_experts: int, top_k: int, tokens: int) -> Case:
+    def run(expert_ids, *, implementation):
+        return expert_dispatch(expert_ids, num_experts, implementation=implementation)
+
+    return Case(
+        f"expert_dispatch/E{num_experts}/k{top_k}/N{tokens}",
+        (Spec((tokens, top_k), jnp.int32, bound=num_experts),),
+        _both(run),
+        tokens * top_k * 12 + num_experts * 4,
+    )
+
+
+_BUILDERS: dict[str, Callable[..., Case]] = {
+    r"activation_topk/E(\d+)/k(\d+)/N(\d+)": activation_topk_case,
+    r"activation_topk/sigmoid/E(\d+)/k(\d+)/groups(\d+)-(\d+)/N(\d+)": lambda experts, k, groups, top, tokens: (
+        activation_topk_case(experts, k, tokens, groups=(groups, top), with_bias=True)
+    ),
+    r"activation_topk_grad/E(\d+)/k(\d+)/N(\d+)": activation_topk_grad_case,
+    r"route_at/E(\d+)/k(\d+)/N(\d+)": route_at_case,
+    r"hash_router/V(\d+)/k(\d+)/N(\d+)": hash_router_case,
+    r"topk_select/B(\d+)/L(\d+)/k(\d+)": topk_select_case,
+    r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": dense_router_case,
+    r"expert_dispatch/E(\d+)/k(\d+)/N(\d+)": expert_dispatch_case,
+}
+
+
+def _with_id(case_id: str) -> Case:
+    for pattern, build in _BUILDERS.items():
+        if match := re.fullmatch(pattern, case_id):
+            case = build(*map(int, match.groups()))
+            assert case.id == case_id, (case.id, case_id)
+            return case
+    raise ValueError(f"no such case: {case_id}")
+
+
+def _variants() -> Iterator[Case]:
+    for num_experts in (256, 384):
+        for tokens in (1, 64, 4096, 16384, 65536):
+            yield activation_topk_case(num_experts, 6, tokens, with_bias=True)
+    for tokens in (4096, 16384, 65536):
+        yield activation_topk_case(256, 6, tokens, dtype=jnp.bfloat16)
+        yield activation_topk_case(256, 6, tokens, dtype=jnp.bfloat16, with_bias=True)
+    for rows, length, k in ((1, 65536, 512), (64, 65536, 2048), (4096, 4096, 64), (65536, 256, 6)):
+        yield topk_select_case(rows, length, k, is_sorted=True)
+        yield topk_select_case(rows, length, k, dtype=jnp.bfloat16)
+    for tokens in (1, 4096):
+        yield dense_router_case(4096, 256, 6, tokens, with_bias=True)
+
+
+def gpu_cases() -> list[Case]:
+    return [*map(_with_id, TARGETS), *_variants()]
+
+
+def cpu_cases() -> list[Case]:
+    return [
+        activation_topk_case(256, 6, 16384),
+        activation_topk_case(256, 6, 16384, with_bias=True),
+        activation_topk_case(256, 8, 8192, groups=(8, 4), with_bias=True),
+        activation_topk_grad_case(256, 6, 16384),
+        route_at_case(256, 6, 16384),
+        hash_router_case(129280, 6, 65536),
+        topk_select_case(1, 65536, 512),
+        topk_select_case(64, 8192, 2048),
+        topk_select_case(64, 8192, 2048, is_sorted=True),
+        topk_select_case(4096, 4096, 64),
+        topk_select_case(16384, 256, 6, is_sorted=True),
+        dense_router_case(4096, 256, 6, 8),
+        expert_dispatch_case(256, 6, 16384),
+    ]

@@ -1,0 +1,131 @@
+"""Records of figures: what is in one, their file, and their table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass
+class Record:
+    """One case's figures, in microseconds. A figure that was not taken is None.
+
+    Attributes:
+        id: of the case.
+        us: this project's, the median.
+        us_range: least and most.
+        xla_us, xla_us_range: XLA's, of the same run.
+        in_jit_us: what a call costs inside a jitted program (`in_jit.py`).
+        floor_us: the time of its bytes at the speed of a copy, or of its arithmetic at the speed of a large matrix product,
+            whichever is longer, both taken in the same run.
+        target_us: what was to be reached; on a CPU a part of XLA's time.
+        kernels: of one call of this project's, on a GPU.
+        others_us: what else a user could call.
+        device, jax, commit: where, with what, and of which state of this project.
+    """
+
+    id: str
+    us: float | None = None
+    us_range: tuple[float, float] | None = None
+    xla_us: float | None = None
+    xla_us_range: tuple[float, float] | None = None
+    in_jit_us: float | None = None
+    floor_us: float | None = None
+    target_us: float | None = None
+    kernels: int | None = None
+    others_us: dict[str, float] = dataclasses.field(default_factory=dict)
+    device: str = ""
+    jax: str = jax.__version__
+    commit: str = ""
+
+
+def save(records: Iterable[Record], path: Path) -> None:
+    """Writes records to a file, one a line, sorted by id. Those that the file has of other cases stay."""
+    merged: dict[str, Mapping[str, Any]] = {}
+    if path.exists():
+        merged = {record["id"]: record for record in json.loads(path.read_text())}
+    merged |= {record.id: dataclasses.asdict(record) for record in records}
+    lines = ",\n".join(json.dumps(merged[case_id], ensure_ascii=False) for case_id in sorted(merged, key=natural_order))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def natural_order(case_id: str) -> list[Any]:
+    """Numbers in an id count as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", case_id)]
+
+
+def device_name() -> str:
+    kind = jax.devices()[0].device_kind
+    if kind != "cpu":
+        return kind
+    try:
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        models = []
+    return f"{models[0] if models else platform.machine()} ({len(os.sched_getaffinity(0))} cores)"
+
+
+def slug(name: str) -> str:
+    """The name of a device as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def current_commit() -> str:
+    """This checkout's commit, with a mark if it has changes; or what JAX_ROUTER_COMMIT says."""
+    if commit := os.environ.get("JAX_ROUTER_COMMIT"):
+        return commit
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def table(records: Iterable[Record], device: str) -> Table:
+    result = Table(title=f"microseconds a call on {device}", title_justify="left", caption_justify="left")
+    result.caption = "floor: bytes at copy speed or arithmetic at matrix speed; in jit: what a call adds to a program"
+    result.add_column("case", no_wrap=True)
+    for heading in ("us", "target", "XLA", "XLA / us", "others", "floor", "in jit"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    result.add_column("verdict")
+    for record in records:
+        others = ", ".join(f"{name} {_number(us)}" for name, us in record.others_us.items())
+        speedup = f"{record.xla_us / record.us:.1f}" if record.us and record.xla_us else ""
+        figures = (record.us, record.target_us, record.xla_us)
+        result.add_row(
+            record.id,
+            *map(_number, figures),
+            speedup,
+            others,
+            _number(record.floor_us),
+            _number(record.in_jit_us),
+            _verdict(record),
+        )
+    return result
+
+
+def _number(us: float | None) -> str:
+    if us is None:
+        return ""
+    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:.0f}"
+
+
+def _verdict(record: Record) -> str:
+    if record.us is None or record.target_us is None:
+        return ""
+    if record.us <= record.target_us:
+        return "[green]reached"
+    return f"[red]{record.us / record.target_us:.2f} x target"

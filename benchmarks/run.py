@@ -1,0 +1,172 @@
+"""Runs cases: compiles them all at once, then times one after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .cases import CPU_SPEEDUPS, NATIVE, TARGETS, TORCH, XLA, Case, Spec
+from .in_jit import InJit
+from .results import Record
+from .timing import Pool, Timing, compiled, kernel_timing, wall_timings
+
+_Item = TypeVar("_Item")
+_GPU_POOL, _CPU_POOL = 2**27, 2**24
+_IN_JIT = "in jit"
+
+
+class Peaks(NamedTuple):
+    """What the device can do: bytes and floating-point operations a microsecond."""
+
+    bytes_us: float
+    flops_us: float
+
+    def floor_us(self, case: Case) -> float:
+        return max(case.nbytes / self.bytes_us, case.flops / self.flops_us)
+
+
+def select(items: Sequence[_Item], globs: Sequence[str] | None, id_of: Callable[[_Item], str]) -> list[_Item]:
+    """The items whose id matches one of the patterns; all without patterns."""
+    selected = [item for item in items if globs is None or any(fnmatchcase(id_of(item), glob) for glob in globs)]
+    if not selected:
+        raise SystemExit(f"nothing matches {' '.join(globs or ())}; --list shows the ids")
+    return selected
+
+
+class Benchmark:
+    """Times cases on the default device.
+
+    Attributes:
+        failures: what went wrong, by case.
+        peaks: of the device, taken when the first case is timed.
+    """
+
+    def __init__(self, console: Console, *, on_gpu: bool, quick: bool = False, with_rivals: bool = True):
+        self._console, self._on_gpu, self._quick, self._with_rivals = console, on_gpu, quick, with_rivals
+        self._pool = Pool(_GPU_POOL if on_gpu else _CPU_POOL)
+        self._xla: dict[str, Timing] = {}
+        self.failures: dict[str, str] = {}
+        self.peaks = self._measured_peaks()
+
+    def records(self, cases: Sequence[Case], device: str, commit: str) -> Iterator[Record]:
+        """The record of each case that could be timed, as soon as it is."""
+        with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as threads, self._progress() as progress:
+            programs = {case.id: self._compile(threads, case) for case in cases}
+            compiling = progress.add_task("compiling", total=sum(map(len, programs.values())))
+            for futures in programs.values():
+                for future in futures.values():
+                    future.exception()
+                    progress.advance(compiling)
+            timing = progress.add_task("timing", total=len(cases))
+            for case in cases:
+                progress.update(timing, description=case.id)
+                try:
+                    record = self._record(case, programs.pop(case.id))
+                except Exception as error:  # a case that fails must not cost the figures of the others
+                    self.failures[case.id] = f"{type(error).__name__}: {error}"
+                else:
+                    record.device, record.commit = device, commit
+                    yield record
+                progress.advance(timing)
+            progress.update(timing, description="timing")
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description:45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        return Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+
+    def _compile(self, threads: ThreadPoolExecutor, case: Case) -> dict[str, Future[Any]]:
+        futures: dict[str, Future[Any]] = {}
+        for name, contender in case.contenders.items():
+            if name == NATIVE or (self._with_rivals and (name == XLA or not self._quick)):
+                if name == TORCH:
+                    if self._on_gpu and importlib.util.find_spec("torch"):
+                        futures[name] = threads.submit(lambda run=contender.run: run)
+                elif name != XLA or (case.xla_id or case.id) not in self._xla:
+                    futures[name] = threads.submit(compiled, contender, case.inputs)
+        if not self._quick:
+            futures[_IN_JIT] = threads.submit(InJit, case)
+        return futures
+
+    def _record(self, case: Case, programs: Mapping[str, Future[Any]]) -> Record:
+        drawn = self._pool.copies(case.inputs)
+        copies: dict[str, Any] = {}
+        prepared: dict[Any, Any] = {}
+        for name in programs:
+            contender = case.contenders[NATIVE if name == _IN_JIT else name]
+            if contender.prepare not in prepared:
+                prepare = jax.jit(contender.prepare)
+                prepared[contender.prepare] = [prepare(*inputs) for inputs in drawn]
+            copies[name] = prepared[contender.prepare]
+        del drawn
+        timings = self._timings(case, programs, copies)
+        xla_key = case.xla_id or case.id
+        if XLA in timings:
+            self._xla[xla_key] = timings[XLA]
+        record = Record(case.id, floor_us=_rounded(self.peaks.floor_us(case)))
+        native, xla = timings[NATIVE], self._xla.get(xla_key)
+        record.us, record.us_range = _figure(native)
+        record.kernels = native.kernels or None
+        if xla:
+            record.xla_us, record.xla_us_range = _figure(xla)
+        record.others_us = {name: _rounded(us) for name, (us, *_) in timings.items() if name not in (NATIVE, XLA)}
+        record.target_us = self._target_us(case, xla)
+        if _IN_JIT in programs:
+            record.in_jit_us = _rounded(programs[_IN_JIT].result().us(self._pool, copies[_IN_JIT]))
+        return record
+
+    def _timings(self, case: Case, programs: Mapping[str, Future[Any]], copies: Mapping[str, Any]) -> dict[str, Timing]:
+        runs = {name: future.result() for name, future in programs.items() if name != _IN_JIT}
+        if not self._on_gpu:
+            return wall_timings(runs, copies)
+        timings = {}
+        for name, run in runs.items():
+            if name == TORCH:
+                timings[name] = _torch_timing(run, copies[name])
+            else:
+                timings[name] = kernel_timing(run, copies[name], may_overlap=name == NATIVE)
+        return timings
+
+    def _target_us(self, case: Case, xla: Timing | None) -> float | None:
+        if self._on_gpu:
+            is_its_device = "H100" in jax.devices()[0].device_kind  # the targets are for one
+            return TARGETS[case.id]["target_us"] if is_its_device and case.id in TARGETS else None
+        speedup = CPU_SPEEDUPS.get(case.op)
+        return _rounded(xla.us / speedup) if xla and speedup else None
+
+    def _measured_peaks(self) -> Peaks:
+        numbers = self._pool.numbers
+        size, dtype = (8192, jnp.bfloat16) if self._on_gpu else (1024, jnp.float32)
+        matrix = Spec((size, size), dtype)
+        copy_us = self._simple_us(lambda x: x * 2.0, [(numbers,)])
+        product_us = self._simple_us(jnp.matmul, [(self._pool.draw(matrix), self._pool.draw(matrix))])
+        return Peaks(2 * numbers.nbytes / copy_us, 2 * size**3 / product_us)
+
+    def _simple_us(self, run: Callable[..., Any], copies: Sequence[tuple[Any, ...]]) -> float:
+        run = jax.jit(run)
+        if self._on_gpu:
+            return kernel_timing(run, copies).us
+        return wall_timings({"": run}, {"": copies}, seconds=0.5)[""].us
+
+
+def _torch_timing(run: Callable[..., Any], copies: Sequence[tuple[Any, ...]]) -> Timing:
+    import torch
+
+    tensors = [tuple(map(torch.from_dlpack, inputs)) for inputs in copies]
+    return kernel_timing(run, tensors, synchronize=torch.cuda.synchronize)
+
+
+def _figure(timing: Timing) -> tuple[float, tuple[float, float]]:
+    return _rounded(timing.us), (_rounded(timing.least), _rounded(timing.most))
+
+
+def _rounded(us: float) -> float:
+    return round(us, 2)

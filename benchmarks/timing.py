@@ -1,0 +1,169 @@
+"""How a figure is taken.
+
+On a GPU it is kernel time by CUPTI: of all kernels of a call, over at least 20 calls after warm-up. On a CPU it is the
+wall-clock time of a call, the contenders taking turns. Inputs are random, and where those of one call are larger than 1
+MB the calls go through copies that together exceed every cache, so that each call finds its inputs in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .cases import Contender, Spec
+
+MIN_CALLS = 24
+_HOT_BYTES = 2**20
+_COPIES_BYTES = 128 * 2**20  # twice the largest L2 cache
+
+
+class Timing(NamedTuple):
+    """Microseconds a call: median, least and most; and the number of kernels of a call, if they were counted."""
+
+    us: float
+    least: float
+    most: float
+    kernels: int = 0
+
+    @classmethod
+    def of(cls, times_us: Sequence[float], kernels: int = 0) -> Timing:
+        return cls(statistics.median(times_us), min(times_us), max(times_us), kernels)
+
+
+class Pool:
+    """Random numbers on the device, from which the inputs of all cases are cut."""
+
+    def __init__(self, size: int):
+        self.numbers = jax.jit(lambda: jax.random.normal(jax.random.key(0), (size,)))()
+        self._offsets = random.Random(0)
+
+    def draw(self, spec: Spec) -> jax.Array:
+        return _cut(self.numbers, self._offsets.randrange(self.numbers.size - spec.size + 1), spec)
+
+    def copies(self, inputs: Sequence[Spec]) -> list[tuple[jax.Array, ...]]:
+        """The inputs of successive calls."""
+        nbytes = sum(spec.nbytes for spec in inputs)
+        count = 1 if nbytes <= _HOT_BYTES else max(2, -(-_COPIES_BYTES // nbytes))
+        return [tuple(map(self.draw, inputs)) for _ in range(count)]
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _cut(numbers: jax.Array, offset: int, spec: Spec) -> jax.Array:
+    flat = jax.lax.dynamic_slice(numbers, (offset,), (spec.size,))
+    if spec.bound:
+        bits = jax.lax.bitcast_convert_type(flat, jnp.uint32) * jnp.uint32(2654435761)
+        return (bits >> 8).astype(jnp.int32).reshape(spec.shape) % spec.bound
+    return (flat * spec.scale).reshape(spec.shape).astype(spec.dtype)
+
+
+def compiled(contender: Contender, inputs: Sequence[Spec]) -> Callable[..., Any]:
+    """The contender's computation, compiled for such inputs."""
+    return jax.jit(contender.run).lower(*contender_inputs(contender, inputs)).compile()
+
+
+def contender_inputs(contender: Contender, inputs: Sequence[Spec]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of what the contender computes on."""
+    return jax.eval_shape(contender.prepare, *(spec.struct for spec in inputs))
+
+
+class _Calls:
+    """Many calls as one function, in the shape that `profiler.measure` takes for jitted already and does not trace."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]], synchronize: Callable[[], None]):
+        self._calls, self._synchronize = calls, synchronize
+
+    def __call__(self) -> Any:
+        for call in self._calls:
+            result = call()
+        self._synchronize()
+        return result
+
+    def trace(self) -> Any:
+        raise NotImplementedError
+
+    def lower(self) -> Any:
+        raise NotImplementedError
+
+
+def kernel_timing(
+    run: Callable[..., Any],
+    copies: Sequence[tuple[Any, ...]],
+    *,
+    may_overlap: bool = False,
+    synchronize: Callable[[], None] = lambda: None,
+) -> Timing:
+    """The time of all kernels of a call, by CUPTI. The warm-up goes through all copies, so that no input stays cached.
+
+    The kernels' times are added up. `may_overlap` looks at their starts and ends too: of kernels that overlap, as those
+    do that are launched with programmatic dependence, the time in which any of them runs counts.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    count = max(MIN_CALLS, len(copies))
+    calls = [functools.partial(run, *inputs) for inputs in itertools.islice(itertools.cycle(copies), count)]
+    _, kernels = profiler.measure(_Calls(calls, synchronize), aggregate=False)()
+    if not kernels or len(kernels) % count:
+        raise RuntimeError(f"{count} calls launched {len(kernels or ())} kernels: no figure")
+    each = len(kernels) // count
+    if each > 1 and may_overlap:
+        return Timing.of(_busy_us(calls), each)
+    times_us = [1e3 * milliseconds for _, milliseconds in kernels]
+    return Timing.of([sum(times_us[first : first + each]) for first in range(0, len(times_us), each)], each)
+
+
+def _busy_us(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """The time in which kernels of a call ran, from a trace of JAX's profiler."""
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for call in calls:
+                jax.block_until_ready(call())
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(trace))
+        kernels = sorted(
+            (event.start_ns, event.start_ns + event.duration_ns)
+            for plane in data.planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+            if not event.name.startswith(("Memcpy", "Memset"))
+        )
+    if not kernels or len(kernels) % len(calls):
+        raise RuntimeError(f"{len(calls)} calls left {len(kernels)} kernels in the trace: no figure")
+    each = len(kernels) // len(calls)
+    times_us = []
+    for first in range(0, len(kernels), each):
+        busy, end = 0.0, 0.0
+        for start, stop in kernels[first : first + each]:
+            busy += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        times_us.append(busy / 1e3)
+    return times_us
+
+
+def wall_timings(
+    runs: Mapping[str, Callable[..., Any]], copies: Mapping[str, Sequence[tuple[Any, ...]]], *, seconds: float = 3.0
+) -> dict[str, Timing]:
+    """The wall-clock time of a call for each of several computations, which take turns; about `seconds` in all."""
+    times_us: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    for turn in itertools.count():
+        for name, run in runs.items():
+            inputs = copies[name][turn % len(copies[name])]
+            start = time.perf_counter()
+            jax.block_until_ready(run(*inputs))
+            times_us[name].append(1e6 * (time.perf_counter() - start))
+        if turn >= MIN_CALLS or (turn >= 5 and time.perf_counter() > end):
+            return {name: Timing.of(times[2:]) for name, times in times_us.items()}

@@ -1,0 +1,41 @@
+"""Settings of the whole suite: several CPU devices, no implicit promotion of dtypes, and property tests that repeat."""
+
+import os
+
+# Before JAX makes its CPU client, so that sharding is tested on a machine without accelerators too.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile(
+    "jax_router",
+    deadline=None,  # a new shape compiles
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jax_router")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(2026)
+
+
+@pytest.fixture(params=["native", "reference"])
+def implementation(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The most local devices that are a power of two, at least two of them."""
+    local = jax.local_devices()
+    if len(local) < 2:
+        pytest.skip(f"sharding needs several devices; this machine has one: {local[0]}")
+    return local[: 1 << (len(local).bit_length() - 1)]

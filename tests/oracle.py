@@ -1,0 +1,158 @@
+"""The contract once more, in numpy and float64, and how results are compared with it.
+
+Selections are by an exact total order on bits. A kernel may differ from it only where float32 rounding can: the
+comparisons take the `keys` that were selected by, and the `slack` within which two keys count as equal (0 where keys are
+logits, which nobody rounds).
+"""
+
+import numpy as np
+
+
+def f64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def order_keys(x):
+    """uint64 keys in the order of jax.lax.top_k: -inf < ... < -0 < +0 < ... < +inf < any NaN."""
+    bits = np.where(np.isnan(f64(x)), np.nan, f64(x)).view(np.uint64)
+    top = np.uint64(1 << 63)
+    return np.where(np.isnan(f64(x)), ~np.uint64(0), np.where(bits & top, ~bits, bits | top))
+
+
+def top_k(x, k):
+    """Indices of the k best, best first, equal keys to the lower index."""
+    return np.argsort(~order_keys(x), axis=-1, kind="stable")[..., :k].astype(np.int32)
+
+
+def select(scores, k, lengths=None, sorted=True):
+    """topk_select: (values, indices)."""
+    scores = np.asarray(scores)
+    length = scores.shape[-1]
+    ids = top_k(scores, length)
+    if lengths is not None:
+        # Keep the order of what lies within the length, and put `length` in place of the rest.
+        inside = ids < np.clip(lengths, 0, length)[..., None]
+        ids = np.take_along_axis(np.where(inside, ids, length), np.argsort(~inside, axis=-1, kind="stable"), -1)
+    ids = ids[..., :k] if sorted else np.sort(ids[..., :k], axis=-1)
+    values = np.take_along_axis(scores, np.minimum(ids, length - 1), -1)
+    past = ids == length
+    return np.where(past, np.array(-np.inf, scores.dtype), values), np.where(past, -1, ids).astype(np.int32)
+
+
+def scores(logits, score_fn):
+    x = f64(logits)
+    with np.errstate(all="ignore"):
+        if score_fn == "sqrtsoftplus":
+            return np.sqrt(np.logaddexp(0, x))
+        if score_fn == "sigmoid":
+            return np.exp(-np.logaddexp(0, -x))
+        top = x.max(axis=-1, keepdims=True)
+        exps = np.exp(x - np.where(top == -np.inf, 0, top))
+        total = exps.sum(axis=-1, keepdims=True)
+        return exps / np.where(total == 0, 1, total)
+
+
+def selection_keys(logits, bias, score_fn, num_groups=1):
+    """What is selected by, and the slack of each key: about 8 units in the last place of what was added."""
+    if bias is None and num_groups == 1:
+        return f64(logits), np.zeros(np.shape(logits))
+    s, b = scores(logits, score_fn), 0.0 if bias is None else f64(bias)
+    finite = np.where(np.isfinite(s + b), np.abs(s) + np.abs(b), 0)
+    return s + b, 1e-6 * finite + 2e-38  # kernels may flush denormal scores to zero
+
+
+def expert_ids(logits, bias, top_k_, score_fn, num_groups=1, top_groups=1, group_score="top2_sum"):
+    keys, _ = selection_keys(logits, bias, score_fn, num_groups)
+    if num_groups == 1:
+        return top_k(keys, top_k_)
+    grouped = keys.reshape(*keys.shape[:-1], num_groups, -1)
+    best = np.take_along_axis(grouped, top_k(grouped, 2 if group_score == "top2_sum" else 1), -1)
+    with np.errstate(invalid="ignore"):
+        groups = top_k(best.sum(-1), top_groups)
+    eligible = (groups[..., None] == np.arange(num_groups)).any(-2)
+    ordered = np.where(np.repeat(eligible, grouped.shape[-1], -1), order_keys(keys), 0)
+    return np.argsort(~ordered, axis=-1, kind="stable")[..., :top_k_].astype(np.int32)
+
+
+def weights_at(logits, ids, score_fn, renormalize, scale):
+    """float64 weights at given ids; 0 where an id is outside."""
+    logits, ids = f64(logits), np.asarray(ids).astype(np.int64)
+    valid = (ids >= 0) & (ids < logits.shape[-1])
+    at = np.where(valid, ids, 0)
+    if score_fn == "softmax" and renormalize:
+        chosen = np.where(valid, np.take_along_axis(logits, at, -1), -np.inf)
+        return scale * np.where(valid, scores(chosen, "softmax"), 0)
+    chosen = np.where(valid, np.take_along_axis(scores(logits, score_fn), at, -1), 0)
+    with np.errstate(invalid="ignore"):
+        if renormalize:
+            chosen = chosen / (chosen.sum(-1, keepdims=True) + 1e-20)
+        return np.where(valid, scale * chosen, 0)
+
+
+def activation_topk(logits, bias=None, *, top_k, score_fn, renormalize=True, scale=1.0, token_mask=None, **groups):
+    """(weights, expert_ids)"""
+    ids = expert_ids(logits, bias, top_k, score_fn, **groups)
+    if token_mask is not None:
+        ids = np.where(np.asarray(token_mask)[..., None], ids, -1)
+    return weights_at(logits, ids, score_fn, renormalize, scale), ids
+
+
+def dispatch(ids, num_experts):
+    """(token_index, slot, group_sizes)"""
+    ids = np.asarray(ids)
+    flat = ids.reshape(-1).astype(np.int64)
+    group = np.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    order = np.argsort(group, kind="stable")
+    slot = np.empty(flat.size, np.int32)
+    slot[order] = np.arange(flat.size)
+    slot[group == num_experts] = -1
+    sizes = np.bincount(group, minlength=num_experts + 1)[:num_experts]
+    return (order // ids.shape[-1]).astype(np.int32), slot.reshape(ids.shape), sizes.astype(np.int32)
+
+
+def assert_same_ids(got, want, keys, slack=0.0):
+    """Equal ids, but for those whose keys are within their slack of each other."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype == np.int32
+    differ = got != want
+    if not differ.any():
+        return
+    assert np.array_equal(got[want < 0], want[want < 0]), "ids where there is no expert"
+    assert ((got >= 0) == (want >= 0)).all(), "no id where there is an expert"
+    assert got.max() < keys.shape[-1]
+    sorted_ids = np.sort(got, axis=-1)
+    assert ((np.diff(sorted_ids, axis=-1) > 0) | (sorted_ids[..., 1:] < 0)).all(), "an id twice in a row"
+    slack = np.broadcast_to(slack, keys.shape)
+
+    def at(values, ids):
+        return np.take_along_axis(values, np.maximum(ids, 0).astype(np.int64), -1)[differ]
+
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(at(keys, got) - at(keys, want))
+    allowed = at(slack, got) + at(slack, want)
+    close = (distance <= allowed) & (allowed > 0)
+    assert close.all(), f"ids {got[differ][~close][:8]} where {want[differ][~close][:8]} have better keys"
+    assert differ.mean() <= 0.02 or differ.sum() <= 2, f"{differ.sum()} of {differ.size} ids differ, if only by rounding"
+
+
+def assert_weights(got, want, rtol=3e-6, atol=2e-38):
+    """f32 weights against float64 ones, NaN where and only where they are NaN."""
+    assert np.asarray(got).dtype == np.float32
+    np.testing.assert_allclose(f64(got), f64(want), rtol=rtol, atol=atol)
+
+
+def assert_same_routing(got, want, keys, slack=0.0, rtol=3e-6, atol=2e-38):
+    """(weights, expert_ids) against another pair: same ids, and the same weights in the rows whose ids are the same."""
+    assert_same_ids(got[1], want[1], keys, slack)
+    same = (np.asarray(got[1]) == np.asarray(want[1])).all(axis=-1)
+    assert_weights(np.asarray(got[0])[same], np.asarray(want[0])[same], rtol, atol)
+
+
+def assert_routes(got, logits, bias=None, *, token_mask=None, rtol=3e-6, **options):
+    """(weights, expert_ids) of activation_topk against this file: the selection, and the weights at what was selected."""
+    _, ids = activation_topk(logits, bias, token_mask=token_mask, **options)
+    keys, slack = selection_keys(logits, bias, options["score_fn"], options.get("num_groups", 1))
+    assert_same_ids(got[1], ids, keys, slack)
+    scoring = (options["score_fn"], options.get("renormalize", True), options.get("scale", 1.0))
+    assert_weights(got[0], weights_at(logits, got[1], *scoring), rtol)

@@ -1,0 +1,256 @@
+"""The native kernels against the reference: every op, dtype and option."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, EXPERT_COUNTS, MODELS, ODD_EXPERT_COUNTS, ROWS, TOKEN_COUNTS
+from oracle import assert_routes, assert_same_ids, assert_same_routing, assert_weights, dispatch, f64
+from oracle import select, selection_keys
+
+import jax_router
+
+
+def native_and_reference(op, **options):
+    """Both implementations of an op, jitted."""
+    return tuple(
+        jax.jit(partial(getattr(jax_router, op), implementation=implementation, **options))
+        for implementation in ("native", "reference")
+    )
+
+
+def assert_activation_topk(logits, bias=None, *, token_mask=None, rtol=3e-6, **options):
+    """Native and reference agree, and both with the oracle."""
+    native, plain = native_and_reference("activation_topk", **options)
+    got, want = native(logits, bias, token_mask=token_mask), plain(logits, bias, token_mask=token_mask)
+    keys, slack = selection_keys(logits, bias, options["score_fn"], options.get("num_groups", 1))
+    assert_same_routing(got, want, keys, slack, 2 * rtol)
+    assert_routes(got, logits, bias, token_mask=token_mask, rtol=rtol, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, dtype, rng):
+    model = MODELS[name]
+    logits = model.logits(rng, 2, 65, dtype=DTYPES[dtype])
+    assert_activation_topk(logits, model.bias(rng), token_mask=rng.random((2, 65)) < 0.8, **model.options)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_scores(score_fn, renormalize, rng):
+    """Logits so wide that the difference of two, in a softmax, is rounded by 4e-6."""
+    logits = rng.normal(0, 30, (200, 64)).astype(np.float32)
+    options = {"score_fn": score_fn, "renormalize": renormalize, "scale": 0.5}
+    assert_activation_topk(logits, top_k=6, rtol=1e-5 if score_fn == "softmax" else 3e-6, **options)
+
+
+@pytest.mark.parametrize("group_score", ["top2_sum", "max"])
+@pytest.mark.parametrize(
+    ("num_experts", "num_groups", "top_groups", "top_k"),
+    [(8, 4, 2, 3), (60, 6, 5, 7), (96, 3, 1, 32), (256, 8, 8, 8), (512, 64, 3, 11), (1024, 2, 1, 64)],
+)
+def test_groups(num_experts, num_groups, top_groups, top_k, group_score, rng):
+    logits = rng.normal(0, 2, (40, num_experts)).astype(np.float32)
+    bias = rng.normal(0, 0.5, num_experts).astype(np.float32)
+    groups = {"num_groups": num_groups, "top_groups": top_groups, "group_score": group_score}
+    assert_activation_topk(logits, bias, top_k=top_k, score_fn="sigmoid", **groups)
+
+
+@pytest.mark.parametrize("top_groups", [1, 3])
+def test_groups_without_bias(top_groups, rng):
+    logits = rng.normal(0, 2, (64, 48)).astype(np.float32)
+    assert_activation_topk(logits, top_k=4, score_fn="sqrtsoftplus", num_groups=6, top_groups=top_groups)
+
+
+def test_one_bias_a_token(rng):
+    logits = rng.normal(0, 2, (3, 20, 72)).astype(np.float32)
+    bias = rng.normal(0, 1, (3, 20, 72)).astype(np.float32)
+    assert_activation_topk(logits, bias, top_k=5, score_fn="sigmoid")
+
+
+@pytest.mark.parametrize("num_experts", [*EXPERT_COUNTS, *ODD_EXPERT_COUNTS, 2048, 4096])
+def test_expert_counts(num_experts, rng):
+    """Exact ids: the keys are the logits."""
+    native, _ = native_and_reference("activation_topk", top_k=min(6, num_experts))
+    logits = rng.normal(0, 2, (17, num_experts)).astype(np.float32)
+    assert_routes(native(logits), logits, top_k=min(6, num_experts), score_fn="sqrtsoftplus")
+
+
+@pytest.mark.parametrize("tokens", [*TOKEN_COUNTS, 1000])
+def test_token_counts(tokens, rng):
+    native, _ = native_and_reference("activation_topk", top_k=6)
+    logits = rng.normal(0, 2, (tokens, 256)).astype(np.float32)
+    assert_routes(native(logits), logits, top_k=6, score_fn="sqrtsoftplus")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 9, 12, 16, 33, 64])
+def test_top_k(top_k, rng):
+    native, _ = native_and_reference("activation_topk", top_k=top_k, score_fn="sigmoid")
+    logits = rng.normal(0, 2, (33, 100)).astype(np.float16)
+    assert_routes(native(logits), logits, top_k=top_k, score_fn="sigmoid")
+
+
+def test_more_than_two_batch_axes(rng):
+    logits = rng.normal(0, 2, (2, 3, 1, 5, 24)).astype(np.float32)
+    assert_activation_topk(logits, top_k=3, score_fn="softmax", token_mask=rng.random((2, 3, 1, 5)) < 0.5)
+
+
+def test_one_row_without_batch_axes(rng):
+    assert_activation_topk(rng.normal(0, 2, 24).astype(np.float32), top_k=3, score_fn="sigmoid")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_route_at(score_fn, renormalize, dtype, rng):
+    native, plain = native_and_reference("route_at", score_fn=score_fn, renormalize=renormalize, scale=2.0)
+    logits = rng.normal(0, 3, (65, 40)).astype(DTYPES[dtype])
+    ids = rng.integers(-3, 44, (65, 6)).astype(np.int32)
+    got, want = native(logits, ids), plain(logits, ids)
+    np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
+    assert_weights(got.weights, want.weights, rtol=6e-6)
+
+
+@pytest.mark.parametrize("id_dtype", [np.int8, np.uint8, np.uint32])
+def test_ids_of_any_integer_dtype(id_dtype, rng):
+    ids = rng.integers(0, 100, (9, 4)).astype(id_dtype)
+    logits = rng.normal(0, 1, (9, 50)).astype(np.float32)
+    lut = np.arange(80, dtype=id_dtype).reshape(40, 2)
+    routed = jax_router.route_at(logits, ids, implementation="native")
+    hashed = jax_router.hash_router(ids, lut, implementation="native")
+    sizes = jax_router.expert_dispatch(ids, 50, implementation="native").group_sizes
+    ids = ids.astype(np.int32)
+    np.testing.assert_array_equal(routed.expert_ids, np.where(ids < 50, ids, -1))
+    np.testing.assert_array_equal(hashed.expert_ids[..., 1], np.where(ids < 40, 2 * ids + 1, -1))
+    np.testing.assert_array_equal(sizes, np.bincount(ids.ravel(), minlength=100)[:50])
+
+
+@pytest.mark.parametrize("sorted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ROWS)
+def test_topk_select(name, dtype, sorted, rng):
+    """Against the exact order: half precision has many ties in a long row."""
+    rows, length, k = ROWS[name]
+    x = rng.normal(0, 1, (rows, length)).astype(DTYPES[dtype])
+    native, _ = native_and_reference("topk_select", k=k, sorted=sorted)
+    values, indices = native(x)
+    want_values, want_indices = select(x, k, sorted=sorted)
+    assert_same_ids(indices, want_indices, f64(x))
+    assert values.dtype == x.dtype
+    np.testing.assert_array_equal(f64(values), f64(want_values))
+
+
+@pytest.mark.parametrize("sorted", [True, False])
+@pytest.mark.parametrize(("length", "k"), [(300, 10), (9000, 600)])
+def test_topk_select_lengths(length, k, sorted, rng):
+    x = rng.integers(-50, 50, (2, 8, length)).astype(np.float32)
+    lengths = rng.integers(-2, length + 2, (2, 8)).astype(np.int32)
+    lengths[0, :4] = [0, k - 1, k, k + 1]
+    native, _ = native_and_reference("topk_select", k=k, sorted=sorted)
+    for got, want in zip(native(x, lengths=lengths), select(x, k, lengths, sorted)):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "num_experts"),
+    [(1, 1, 1), (1, 6, 256), (65, 8, 7), (1000, 6, 256), (5000, 2, 1023), (4096, 8, 4096)],
+)
+def test_expert_dispatch(tokens, k, num_experts, rng):
+    native, _ = native_and_reference("expert_dispatch", num_experts=num_experts)
+    ids = rng.integers(-1, num_experts + 1, (tokens, k)).astype(np.int32)
+    for got, want in zip(native(ids), dispatch(ids, num_experts)):
+        assert got.dtype == jnp.int32
+        np.testing.assert_array_equal(got, want)
+
+
+def test_expert_dispatch_of_one_expert_and_none(rng):
+    native, _ = native_and_reference("expert_dispatch", num_experts=64)
+    for ids in (np.full((700, 4), 63), np.full((700, 4), -1), np.full((700, 4), 64)):
+        for got, want in zip(native(ids.astype(np.int32)), dispatch(ids, 64)):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_expert_dispatch_takes_all_leading_axes_for_tokens(rng):
+    ids = rng.integers(0, 9, (3, 4, 5, 2)).astype(np.int32)
+    for got, want in zip(jax_router.expert_dispatch(jnp.asarray(ids), 9), dispatch(ids, 9)):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("vocab", "k", "tokens"), [(1, 1, (1,)), (1000, 6, (7, 33)), (129280, 6, (4096,))])
+def test_hash_router(vocab, k, tokens, rng):
+    native, plain = native_and_reference("hash_router", scale=1.5)
+    lut = rng.integers(0, 256, (vocab, k)).astype(np.int32)
+    token_ids = rng.integers(-2, vocab + 2, tokens).astype(np.int32)
+    got, want = native(token_ids, lut), plain(token_ids, lut)
+    np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
+    np.testing.assert_array_equal(got.weights, want.weights)
+
+
+def test_hash_router_of_one_token():
+    routing = jax_router.hash_router(jnp.int32(2), jnp.arange(12, dtype=jnp.int32).reshape(4, 3))
+    np.testing.assert_array_equal(routing.expert_ids, [6, 7, 8])
+
+
+DENSE_TOKENS = (1, 8, 17, 64, 65, 200)
+
+
+@pytest.mark.parametrize("tokens", DENSE_TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_router(dtype, tokens, rng):
+    """Integer operands make the logits exact in any order of summation, and the ids with them; ties are common."""
+    x = rng.integers(-3, 4, (tokens, 256)).astype(DTYPES[dtype])
+    weight = rng.integers(-3, 4, (64, 256)).astype(DTYPES[dtype])
+    logit_bias = rng.integers(-9, 10, 64).astype(np.float32)
+    mask = rng.random(tokens) < 0.9
+    native, _ = native_and_reference("dense_router", top_k=6, score_fn="sigmoid")
+    got = native(x, weight, logit_bias=logit_bias, token_mask=mask)
+    logits = f64(x) @ f64(weight).T + logit_bias
+    assert_routes(got, logits + 0.0, token_mask=mask, top_k=6, score_fn="sigmoid")
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 200])
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v4-pro", "gpt-oss-120b", "mixtral-8x7b"])
+def test_dense_router_of_models(name, tokens, rng):
+    """bf16 with random operands, at the models' own sizes: float32 sums of another order, so close keys may swap."""
+    model = MODELS[name]
+    dtype = DTYPES["bf16"]
+    x = rng.normal(0, 1, (tokens, model.hidden_size)).astype(dtype)
+    weight = rng.normal(0, model.hidden_size**-0.5, (model.num_experts, model.hidden_size)).astype(dtype)
+    logit_bias = rng.normal(0, 1, model.num_experts).astype(np.float32) if model.has_logit_bias else None
+    bias = model.bias(rng)
+    native, _ = native_and_reference("dense_router", **model.options)
+    got = native(x, weight, bias, logit_bias=logit_bias)
+    logits = f64(x) @ f64(weight).T + (0 if logit_bias is None else logit_bias)
+    plain = jax.jit(partial(jax_router.reference.activation_topk, **model.options))
+    want = plain(logits.astype(np.float32), bias)
+    keys, slack = selection_keys(logits, bias, model.score_fn, model.num_groups)
+    assert_same_routing(got, want, keys, slack + 2e-5, rtol=1e-4)
+
+
+def test_dense_router_multiplies_float32_to_float32_accuracy(rng):
+    """TF32, or bf16 in one pass, would be wrong by 1e-3."""
+    x = rng.normal(0, 1, (40, 500)).astype(np.float32)
+    weight = rng.normal(0, 1, (16, 500)).astype(np.float32)
+    native, _ = native_and_reference("dense_router", top_k=16, score_fn="sigmoid", renormalize=False)
+    got = native(x / 20, weight)
+    logits = f64(x / 20) @ f64(weight).T
+    assert_weights(got.weights, np.sort(1 / (1 + np.exp(-logits)), axis=-1)[:, ::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 63, 100, 1000])
+def test_dense_router_of_any_hidden_size(hidden, rng):
+    x = rng.integers(1, 4, (3, 5, hidden)).astype(DTYPES["bf16"])  # never 0: no product says whether a sum is +0 or -0
+    weight = rng.integers(-3, 0, (30, hidden)).astype(DTYPES["bf16"])
+    native, _ = native_and_reference("dense_router", top_k=3)
+    assert_routes(native(x, weight), f64(x) @ f64(weight).T, top_k=3, score_fn="sqrtsoftplus")
+
+
+def test_auto_falls_back_where_no_kernel_can_run(rng):
+    """More experts and choices than the kernels take."""
+    logits = rng.normal(0, 1, (2, 5000)).astype(np.float32)
+    assert_routes(jax_router.activation_topk(logits, top_k=6), logits, top_k=6, score_fn="sqrtsoftplus")
+    many = jax_router.activation_topk(logits[:, :200], top_k=100, score_fn="sigmoid")
+    assert_routes(many, logits[:, :200], top_k=100, score_fn="sigmoid")

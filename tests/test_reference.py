@@ -1,0 +1,202 @@
+"""The reference against numpy and float64: scores, selection, groups, masks, weights, long rows, dispatch, hash."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, EXPERT_COUNTS, MODELS, ODD_EXPERT_COUNTS, ROWS
+from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, f64, order_keys, scores, select, weights_at
+from oracle import activation_topk as oracle_activation_topk
+
+from jax_router import reference
+
+EDGES = [0.0, 1e-30, 1e-8, 1e-3, 0.5, 1, 9.2, 16.6, 17, 20, 30, 87, 88.7, 89, 100, 170, 1e4, 1e30, 3e38, np.inf]
+
+
+def reference_jit(name, **options):
+    return jax.jit(partial(getattr(reference, name), **options))
+
+
+def test_order_keys_are_the_order_of_top_k():
+    """The oracle's order itself, on bits, and lax.top_k agrees with it wherever there is no negative NaN."""
+    ascending = np.array([-np.inf, -3e38, -1, -1e-38, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 1, 3e38, np.inf, np.nan], np.float32)
+    keys = order_keys(ascending)
+    assert (keys[1:] > keys[:-1]).all()
+    assert order_keys(np.array([0xFFC00000], np.uint32).view(np.float32)) == keys[-1]
+    shuffled = np.random.default_rng(0).permutation(np.repeat(ascending, 3))
+    _, ids = jax.lax.top_k(jnp.asarray(shuffled), 39)
+    np.testing.assert_array_equal(ids, np.argsort(~order_keys(shuffled), kind="stable"))
+
+
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid"])
+def test_scores(score_fn):
+    x = np.concatenate([np.linspace(-110, 110, 20001), EDGES, np.negative(EDGES)]).astype(np.float32)
+    got = jax.jit(getattr(reference, score_fn))(x)
+    np.testing.assert_allclose(f64(got), scores(x, score_fn), rtol=1e-6, atol=2e-38)
+
+
+def test_sqrtsoftplus_vanishes_only_with_exp():
+    """log(1 + exp(x)) is 0 in float32 below -17, and its square root must not be."""
+    x = np.float32([-17, -30, -100, -150, -174])
+    np.testing.assert_allclose(jax.jit(reference.sqrtsoftplus)(x), np.exp(f64(x) / 2), rtol=2e-6)
+
+
+def test_softmax(rng):
+    x = rng.normal(0, 5, (64, 100)).astype(np.float32)
+    x[0] = -np.inf
+    x[1, :50] = -np.inf
+    x[2] = 3e38
+    got = jax.jit(reference.softmax)(x)
+    np.testing.assert_allclose(f64(got), scores(x, "softmax"), rtol=3e-6, atol=2e-38)
+    np.testing.assert_array_equal(got[0], 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, rng):
+    model = MODELS[name]
+    logits, bias = model.logits(rng, 3, 32), model.bias(rng)
+    mask = rng.random((3, 32)) < 0.8
+    routing = reference_jit("activation_topk", **model.options)(logits, bias, token_mask=mask)
+    assert_routes(routing, logits, bias, token_mask=mask, **model.options)
+    np.testing.assert_array_equal(routing.expert_ids[~mask], -1)
+    np.testing.assert_array_equal(routing.weights[~mask], 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_precision_logits_are_scored_in_float32(dtype, rng):
+    model = MODELS["deepseek-v4-flash"]
+    logits = model.logits(rng, 64, dtype=DTYPES[dtype])
+    routing = reference_jit("activation_topk", **model.options)(logits)
+    assert_routes(routing, logits, **model.options)
+
+
+def test_selection_of_groups_by_hand():
+    """Groups of scores (0.5 at logit 0): the best two together beat the best one alone, and the other way round."""
+    logits = np.array([[9, -9, -9, 3, 3, -9, 2, 2, 2]], np.float32)
+    options = {"top_k": 2, "score_fn": "sigmoid", "num_groups": 3, "top_groups": 1}
+    by_two = reference_jit("activation_topk", **options)(logits)
+    by_one = reference_jit("activation_topk", group_score="max", **options)(logits)
+    np.testing.assert_array_equal(by_two.expert_ids, [[3, 4]])
+    np.testing.assert_array_equal(by_one.expert_ids, [[0, 1]])
+
+
+@pytest.mark.parametrize("group_score", ["top2_sum", "max"])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_groups(score_fn, group_score, rng):
+    logits = rng.normal(0, 2, (128, 48)).astype(np.float32)
+    bias = rng.normal(0, 0.5, (128, 48)).astype(np.float32)
+    options = {
+        "top_k": 5, "score_fn": score_fn, "num_groups": 6, "top_groups": 3, "group_score": group_score, "scale": 0.5,
+    }  # fmt: skip
+    assert_routes(reference_jit("activation_topk", **options)(logits, bias), logits, bias, **options)
+
+
+def test_bias_steers_the_selection_and_not_the_weights(rng):
+    logits = rng.normal(0, 1, (16, 8)).astype(np.float32)
+    bias = np.zeros(8, np.float32)
+    bias[[2, 5]] = 100
+    routing = reference_jit("activation_topk", top_k=2, score_fn="sigmoid")(logits, bias)
+    assert set(np.unique(routing.expert_ids)) == {2, 5}
+    assert_weights(routing.weights, weights_at(logits, routing.expert_ids, "sigmoid", True, 1.0))
+
+
+@pytest.mark.parametrize("num_experts", [*EXPERT_COUNTS[::5], *ODD_EXPERT_COUNTS[::3]])
+def test_expert_counts(num_experts, rng):
+    logits = rng.normal(0, 2, (5, num_experts)).astype(np.float32)
+    options = {"top_k": min(6, num_experts), "score_fn": "sqrtsoftplus"}
+    assert_routes(reference_jit("activation_topk", **options)(logits), logits, **options)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_route_at(score_fn, renormalize, rng):
+    logits = rng.normal(0, 3, (4, 8, 20)).astype(np.float32)
+    ids = rng.integers(-3, 24, (4, 8, 5)).astype(np.int32)
+    ids[0, 0] = -1
+    ids[0, 1] = [3, 3, 3, 25, 3]
+    routing = reference_jit("route_at", score_fn=score_fn, renormalize=renormalize, scale=1.5)(logits, ids)
+    valid = (ids >= 0) & (ids < 20)
+    np.testing.assert_array_equal(routing.expert_ids, np.where(valid, ids, -1))
+    assert_weights(routing.weights, weights_at(logits, ids, score_fn, renormalize, 1.5))
+
+
+@pytest.mark.parametrize("sorted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, (_, length, _) in ROWS.items() if length < 10_000])
+def test_topk_select(name, dtype, sorted, rng):
+    rows, length, k = ROWS[name]
+    x = rng.normal(0, 1, (rows, length)).astype(DTYPES[dtype])
+    values, indices = reference_jit("topk_select", k=k, sorted=sorted)(x)
+    want_values, want_indices = select(x, k, sorted=sorted)
+    assert_same_ids(indices, want_indices, f64(x))
+    assert values.dtype == x.dtype
+    np.testing.assert_array_equal(f64(values), f64(want_values))
+
+
+@pytest.mark.parametrize("sorted", [True, False])
+def test_topk_select_lengths(sorted, rng):
+    x = rng.integers(-3, 3, (9, 40)).astype(np.float32)  # many ties
+    x[4, :7] = -np.inf
+    lengths = np.array([-5, 0, 1, 6, 7, 8, 39, 40, 99], np.int32)
+    values, indices = reference_jit("topk_select", k=7, sorted=sorted)(x, lengths=lengths)
+    want_values, want_indices = select(x, 7, lengths, sorted)
+    np.testing.assert_array_equal(indices, want_indices)
+    np.testing.assert_array_equal(values, want_values)
+    np.testing.assert_array_equal((indices >= 0).sum(-1), np.clip(lengths, 0, 7))
+
+
+def test_dense_router(rng):
+    """The products are integers, exact in any order, so that the ids must be exact."""
+    x = rng.integers(-4, 5, (3, 7, 64)).astype(np.float32)
+    weight = rng.integers(-4, 5, (24, 64)).astype(np.float32)
+    logit_bias = rng.integers(-4, 5, 24).astype(np.float32)
+    options = {"top_k": 4, "score_fn": "softmax"}
+    routing = reference_jit("dense_router", **options)(x, weight, logit_bias=logit_bias)
+    want_weights, want_ids = oracle_activation_topk(x @ weight.T + logit_bias, **options)
+    np.testing.assert_array_equal(routing.expert_ids, want_ids)
+    assert_weights(routing.weights, want_weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_router_logits_are_accumulated_in_float32(dtype, rng):
+    x = rng.normal(0, 1, (16, 512)).astype(DTYPES[dtype])
+    weight = rng.normal(0, 1, (32, 512)).astype(DTYPES[dtype])
+    logits = jax.jit(reference.router_logits)(x, weight)
+    assert logits.dtype == jnp.float32
+    magnitude = np.abs(f64(x)) @ np.abs(f64(weight)).T
+    assert (np.abs(f64(logits) - f64(x) @ f64(weight).T) <= 3e-6 * magnitude).all()
+
+
+@pytest.mark.parametrize(("tokens", "k", "num_experts"), [(1, 1, 1), (50, 6, 16), (300, 2, 1000)])
+def test_expert_dispatch(tokens, k, num_experts, rng):
+    ids = rng.integers(-2, num_experts + 2, (tokens, k)).astype(np.int32)
+    got = jax.jit(reference.expert_dispatch, static_argnums=1)(ids, num_experts)
+    for mine, want in zip(got, dispatch(ids, num_experts)):
+        assert mine.dtype == jnp.int32
+        np.testing.assert_array_equal(mine, want)
+
+
+def test_expert_dispatch_feeds_ragged_dot(rng):
+    """x[token_index] with group_sizes computes every chosen expert, and slot brings the results back."""
+    x = rng.integers(-3, 4, (10, 8)).astype(np.float32)
+    experts = rng.integers(-3, 4, (5, 8, 4)).astype(np.float32)
+    ids = np.stack([rng.permutation(5)[:2] for _ in range(10)]).astype(np.int32)
+
+    @jax.jit
+    def compute(x, experts, ids):
+        token_index, slot, group_sizes = reference.expert_dispatch(ids, 5)
+        return jax.lax.ragged_dot(x[token_index], experts, group_sizes, precision="highest")[slot]
+
+    np.testing.assert_array_equal(compute(x, experts, ids), np.einsum("nd,nkdf->nkf", x, experts[ids]))
+
+
+def test_hash_router(rng):
+    lut = rng.integers(0, 16, (30, 4)).astype(np.int32)
+    token_ids = np.array([[0, 29, 30], [-1, 5, 2**31 - 1]], np.int32)
+    weights, ids = reference_jit("hash_router", scale=2.5)(token_ids, lut)
+    valid = (token_ids >= 0) & (token_ids < 30)
+    np.testing.assert_array_equal(ids[valid], lut[token_ids[valid]])
+    np.testing.assert_array_equal(ids[~valid], -1)
+    np.testing.assert_array_equal(weights, np.where(valid, np.float32(2.5 / 4), 0)[..., None].repeat(4, -1))
