@@ -47,25 +47,38 @@ def main() -> int:
     commit = arguments.commit or current_commit()
     on_gpu = jax.default_backend() == "gpu"
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if arguments.what == "sweep":
-        return sweep.main(console, arguments, device, commit, on_gpu)
-    cases = run.select(gpu_cases() if on_gpu else cpu_cases(), arguments.only, lambda case: case.id)
+    is_sweep = arguments.what == "sweep"
+    if is_sweep:
+        sweeps = run.select(sweep.sweeps(on_gpu), arguments.only, lambda item: item.name)
+        ids = [item.name for item in sweeps]
+        cases = sweep.cases(sweeps)
+    else:
+        cases = run.select(gpu_cases() if on_gpu else cpu_cases(), arguments.only, lambda case: case.id)
+        ids = [case.id for case in cases]
     if arguments.list:
-        console.print("\n".join(case.id for case in cases), highlight=False)
+        print("\n".join(ids))
         return 0
-    path = arguments.out or RESULTS / f"{slug(device)}.json"
+    suffix = "-sweep" if is_sweep else ""
+    path = arguments.out or RESULTS / f"{slug(device)}{suffix}.json"
     benchmark = run.Benchmark(
-        console, on_gpu=on_gpu, quick=arguments.quick, with_rivals=not arguments.no_reference
+        console,
+        on_gpu=on_gpu,
+        quick=arguments.quick or is_sweep,
+        with_targets=not is_sweep,
+        with_rivals=not arguments.no_reference,
     )
     records = []
     for record in benchmark.records(cases, device, commit):
         records.append(record)
         save(records, path)
     console.print(table(records, device))
+    if is_sweep:
+        for picture in sweep.draw(sweeps, records, slug(device), device):
+            console.print(f"drawn: {picture}")
     console.print(f"{len(records)} records in {path}")
     for case_id, error in benchmark.failures.items():
         console.print(f"[red]{case_id}[/]: {error}", highlight=False)
-    return 1 if failures else 0
+    return 1 if benchmark.failures else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import jax_router
 from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
 
 NATIVE, XLA, TORCH = "jax_router", "xla", "torch.topk"

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ class Record:
         us: this project's, the median.
         us_range: least and most.
         xla_us, xla_us_range: XLA's, of the same run.
-        in_jit_us: what a call costs inside a jitted program (`in_jit.py`).
-        floor_us: the time of its bytes at the speed of a copy, or of its arithmetic at the speed of a large matrix product,
-            whichever is longer, both taken in the same run.
+        in_jit_us: what a call costs inside a jitted program, on a GPU (`in_jit.py`).
+        floor_us: the time of its bytes at the speed of a copy, or of its arithmetic at the speed of a large matrix
+            product, whichever is longer, both taken in the same run on a GPU.
         target_us: what was to be reached; on a CPU a part of XLA's time.
         kernels: of one call of this project's, on a GPU.
         others_us: what else a user could call.
@@ -94,26 +94,26 @@ def current_commit() -> str:
         return "unknown"
 
 
-def table(records: Iterable[Record], device: str) -> Table:
+def table(records: Sequence[Record], device: str) -> Table:
+    """The figures as a person reads them, without columns that say nothing."""
     result = Table(title=f"microseconds a call on {device}", title_justify="left", caption_justify="left")
-    result.caption = "floor: bytes at copy speed or arithmetic at matrix speed; in jit: what a call adds to a program"
+    columns: dict[str, Callable[[Record], str]] = {
+        "us": lambda record: _number(record.us),
+        "target": lambda record: _number(record.target_us),
+        "XLA": lambda record: _number(record.xla_us),
+        "XLA / us": lambda record: f"{record.xla_us / record.us:.1f}" if record.us and record.xla_us else "",
+        "others": lambda record: ", ".join(f"{name} {_number(us)}" for name, us in record.others_us.items()),
+        "floor": lambda record: _number(record.floor_us),
+        "in jit": lambda record: _number(record.in_jit_us),
+        "verdict": _verdict,
+    }
+    cells = {heading: list(map(cell, records)) for heading, cell in columns.items()}
+    cells = {heading: column for heading, column in cells.items() if any(column)}
     result.add_column("case", no_wrap=True)
-    for heading in ("us", "target", "XLA", "XLA / us", "others", "floor", "in jit"):
-        result.add_column(heading, justify="right", no_wrap=True)
-    result.add_column("verdict")
-    for record in records:
-        others = ", ".join(f"{name} {_number(us)}" for name, us in record.others_us.items())
-        speedup = f"{record.xla_us / record.us:.1f}" if record.us and record.xla_us else ""
-        figures = (record.us, record.target_us, record.xla_us)
-        result.add_row(
-            record.id,
-            *map(_number, figures),
-            speedup,
-            others,
-            _number(record.floor_us),
-            _number(record.in_jit_us),
-            _verdict(record),
-        )
+    for heading in cells:
+        result.add_column(heading, justify="left" if heading == "verdict" else "right", no_wrap=True)
+    for index, record in enumerate(records):
+        result.add_row(record.id, *(column[index] for column in cells.values()))
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ _IN_JIT = "in jit"
 
 
 class Peaks(NamedTuple):
-    """What the device can do: bytes and floating-point operations a microsecond."""
+    """What a GPU can do: bytes and floating-point operations a microsecond."""
 
     bytes_us: float
     flops_us: float
@@ -47,52 +47,66 @@ class Benchmark:
 
     Attributes:
         failures: what went wrong, by case.
-        peaks: of the device, taken when the first case is timed.
     """
 
-    def __init__(self, console: Console, *, on_gpu: bool, quick: bool = False, with_rivals: bool = True):
-        self._console, self._on_gpu, self._quick, self._with_rivals = console, on_gpu, quick, with_rivals
+    def __init__(
+        self,
+        console: Console,
+        *,
+        on_gpu: bool,
+        quick: bool = False,
+        with_rivals: bool = True,
+        with_targets: bool = True,
+    ):
+        self._console, self._on_gpu = console, on_gpu
+        self._quick, self._with_rivals, self._with_targets = quick, with_rivals, with_targets
         self._pool = Pool(_GPU_POOL if on_gpu else _CPU_POOL)
         self._xla: dict[str, Timing] = {}
         self.failures: dict[str, str] = {}
-        self.peaks = self._measured_peaks()
+        self._peaks = self._measured_peaks() if on_gpu else None
 
     def records(self, cases: Sequence[Case], device: str, commit: str) -> Iterator[Record]:
-        """The record of each case that could be timed, as soon as it is."""
+        """The record of each case that could be timed, as soon as it is: op by op, those with a target first."""
+        batches: dict[tuple[bool, str], list[Case]] = {}
+        for case in cases:
+            batches.setdefault((case.id not in TARGETS, case.op), []).append(case)
         with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as threads, self._progress() as progress:
-            programs = {case.id: self._compile(threads, case) for case in cases}
-            compiling = progress.add_task("compiling", total=sum(map(len, programs.values())))
-            for futures in programs.values():
-                for future in futures.values():
-                    future.exception()
-                    progress.advance(compiling)
-            timing = progress.add_task("timing", total=len(cases))
-            for case in cases:
-                progress.update(timing, description=case.id)
-                try:
-                    record = self._record(case, programs.pop(case.id))
-                except Exception as error:  # a case that fails must not cost the figures of the others
-                    self.failures[case.id] = f"{type(error).__name__}: {error}"
-                else:
-                    record.device, record.commit = device, commit
-                    yield record
-                progress.advance(timing)
-            progress.update(timing, description="timing")
+            task = progress.add_task("", total=len(cases))
+            for _, batch in sorted(batches.items(), key=lambda item: item[0][0]):
+                progress.update(task, description=f"compiling {batch[0].op}")
+                programs = [self._compile(threads, case) for case in batch]
+                wait(future for futures in programs for future in futures.values())
+                for case, futures in zip(batch, programs):
+                    progress.update(task, description=case.id)
+                    try:
+                        record = self._record(case, futures)
+                    except Exception as error:  # a case that fails must not cost the figures of the others
+                        self.failures[case.id] = f"{type(error).__name__}: {error}"
+                    else:
+                        record.device, record.commit = device, commit
+                        yield record
+                    progress.advance(task)
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description:45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         return Progress(*columns, console=self._console, disable=not self._console.is_terminal)
 
     def _compile(self, threads: ThreadPoolExecutor, case: Case) -> dict[str, Future[Any]]:
+        """The case's programs. What costs time and has no target is left out."""
         futures: dict[str, Future[Any]] = {}
+        has_extras = self._on_gpu and not self._quick and case.id in TARGETS
         for name, contender in case.contenders.items():
-            if name == NATIVE or (self._with_rivals and (name == XLA or not self._quick)):
-                if name == TORCH:
-                    if self._on_gpu and importlib.util.find_spec("torch"):
-                        futures[name] = threads.submit(lambda run=contender.run: run)
-                elif name != XLA or (case.xla_id or case.id) not in self._xla:
-                    futures[name] = threads.submit(compiled, contender, case.inputs)
-        if not self._quick:
+            if name == NATIVE:
+                wanted = True
+            elif name == XLA:
+                wanted = self._with_rivals and (case.xla_id or case.id) not in self._xla
+            else:
+                wanted = self._with_rivals and has_extras and (name != TORCH or bool(importlib.util.find_spec("torch")))
+            if wanted and name == TORCH:
+                futures[name] = threads.submit(lambda run=contender.run: run)
+            elif wanted:
+                futures[name] = threads.submit(compiled, contender, case.inputs)
+        if has_extras:
             futures[_IN_JIT] = threads.submit(InJit, case)
         return futures
 
@@ -111,14 +125,14 @@ class Benchmark:
         xla_key = case.xla_id or case.id
         if XLA in timings:
             self._xla[xla_key] = timings[XLA]
-        record = Record(case.id, floor_us=_rounded(self.peaks.floor_us(case)))
+        record = Record(case.id, floor_us=_rounded(self._peaks.floor_us(case)) if self._peaks else None)
         native, xla = timings[NATIVE], self._xla.get(xla_key)
         record.us, record.us_range = _figure(native)
         record.kernels = native.kernels or None
         if xla:
             record.xla_us, record.xla_us_range = _figure(xla)
         record.others_us = {name: _rounded(us) for name, (us, *_) in timings.items() if name not in (NATIVE, XLA)}
-        record.target_us = self._target_us(case, xla)
+        record.target_us = self._target_us(case, xla) if self._with_targets else None
         if _IN_JIT in programs:
             record.in_jit_us = _rounded(programs[_IN_JIT].result().us(self._pool, copies[_IN_JIT]))
         return record
@@ -132,7 +146,7 @@ class Benchmark:
             if name == TORCH:
                 timings[name] = _torch_timing(run, copies[name])
             else:
-                timings[name] = kernel_timing(run, copies[name], may_overlap=name == NATIVE)
+                timings[name] = kernel_timing(run, copies[name])
         return timings
 
     def _target_us(self, case: Case, xla: Timing | None) -> float | None:
@@ -143,25 +157,19 @@ class Benchmark:
         return _rounded(xla.us / speedup) if xla and speedup else None
 
     def _measured_peaks(self) -> Peaks:
-        numbers = self._pool.numbers
-        size, dtype = (8192, jnp.bfloat16) if self._on_gpu else (1024, jnp.float32)
-        matrix = Spec((size, size), dtype)
-        copy_us = self._simple_us(lambda x: x * 2.0, [(numbers,)])
-        product_us = self._simple_us(jnp.matmul, [(self._pool.draw(matrix), self._pool.draw(matrix))])
-        return Peaks(2 * numbers.nbytes / copy_us, 2 * size**3 / product_us)
-
-    def _simple_us(self, run: Callable[..., Any], copies: Sequence[tuple[Any, ...]]) -> float:
-        run = jax.jit(run)
-        if self._on_gpu:
-            return kernel_timing(run, copies).us
-        return wall_timings({"": run}, {"": copies}, seconds=0.5)[""].us
+        """By a large copy and a large product."""
+        numbers, size = self._pool.numbers, 8192
+        matrix = Spec((size, size), jnp.bfloat16)
+        copy = kernel_timing(jax.jit(lambda x: x * 2.0), [(numbers,)])
+        product = kernel_timing(jax.jit(jnp.matmul), [(self._pool.draw(matrix), self._pool.draw(matrix))])
+        return Peaks(2 * numbers.nbytes / copy.us, 2 * size**3 / product.us)
 
 
 def _torch_timing(run: Callable[..., Any], copies: Sequence[tuple[Any, ...]]) -> Timing:
     import torch
 
     tensors = [tuple(map(torch.from_dlpack, inputs)) for inputs in copies]
-    return kernel_timing(run, tensors, synchronize=torch.cuda.synchronize)
+    return kernel_timing(run, tensors, torch.cuda.synchronize)
 
 
 def _figure(timing: Timing) -> tuple[float, tuple[float, float]]:

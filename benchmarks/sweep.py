@@ -1,0 +1,191 @@
+"""Time over sizes: the cases in between those of targets.json, where no cliff may be, and their pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from .cases import NATIVE, Case, activation_topk_case, dense_router_case, topk_select_case
+from .results import Record
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line in a picture: a case for every x, without XLA's figure unless `with_xla`."""
+
+    label: str
+    case_at: Callable[[int], Case]
+    with_xla: bool = True
+
+    def case(self, x: int) -> Case:
+        case = self.case_at(x)
+        return case if self.with_xla else dataclasses.replace(case, contenders={NATIVE: case.contenders[NATIVE]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A panel of a picture.
+
+    Attributes:
+        name: `<picture>/<what is varied>`.
+        title: what is constant.
+        x_label, xs: what is varied, and its values.
+        lines: one or several.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    xs: tuple[int, ...]
+    lines: tuple[Line, ...]
+
+
+def sweeps(on_gpu: bool) -> list[Sweep]:
+    """A CPU gets an eighth of the largest sizes."""
+    bf16: dict[str, Any] = {"dtype": jnp.bfloat16}
+    most = 2**18 if on_gpu else 2**14
+    tokens = 2**14 if on_gpu else 2**11
+    rows = 64 if on_gpu else 8
+    length = 2**16 if on_gpu else 2**14
+    return [
+        Sweep(
+            "activation_topk/tokens",
+            "256 experts, k = 6",
+            "tokens",
+            _powers(1, most, 4),
+            (
+                Line("f32", lambda n: activation_topk_case(256, 6, n)),
+                Line("bf16", lambda n: activation_topk_case(256, 6, n, **bf16), with_xla=False),
+            ),
+        ),
+        Sweep(
+            "activation_topk/experts",
+            f"{tokens} tokens, k = 6",
+            "experts",
+            (16, 32, 64, 72, 96, 128, 160, 192, 256, 257, 320, 384, 512, 768, 1024, 1536, 2048),
+            (
+                Line("f32", lambda e: activation_topk_case(e, 6, tokens)),
+                Line("bf16", lambda e: activation_topk_case(e, 6, tokens, **bf16), with_xla=False),
+            ),
+        ),
+        Sweep(
+            "activation_topk/k",
+            f"{tokens} tokens, 256 experts",
+            "k",
+            (1, 2, 3, 4, 6, 8, 10, 12, 16),
+            (
+                Line("no bias", lambda k: activation_topk_case(256, k, tokens)),
+                Line("bias", lambda k: activation_topk_case(256, k, tokens, with_bias=True), with_xla=False),
+            ),
+        ),
+        Sweep(
+            "topk_select/length",
+            "k = 512",
+            "length of a row",
+            _powers(2**10, 2**20, 4) if on_gpu else _powers(2**10, 2**16, 4),
+            (
+                Line("1 row", lambda n: topk_select_case(1, n, 512)),
+                Line(f"{rows} rows", lambda n: topk_select_case(rows, n, 512)),
+            ),
+        ),
+        Sweep(
+            "topk_select/k",
+            f"{rows} rows of {length}",
+            "k",
+            (1, 6, 16, 64, 256, 512, 1000, 1024, 2048, 4096),
+            (
+                Line("f32", lambda k: topk_select_case(rows, length, k)),
+                Line("bf16", lambda k: topk_select_case(rows, length, k, **bf16), with_xla=False),
+            ),
+        ),
+        Sweep(
+            "topk_select/rows",
+            "rows of 8192, k = 512",
+            "rows",
+            _powers(1, 2**12 if on_gpu else 2**8, 4),
+            (
+                Line("ascending indices", lambda n: topk_select_case(n, 8192, 512)),
+                Line("best first", lambda n: topk_select_case(n, 8192, 512, is_sorted=True), with_xla=False),
+            ),
+        ),
+        Sweep(
+            "dense_router/tokens",
+            "bf16, hidden size 4096, 256 experts, k = 6",
+            "tokens",
+            (1, 2, 4, 8, 16, 32, 48, 64, 65, 96, 128, 256, 512, 1024, 4096, 16384) if on_gpu else (1, 8, 64, 512),
+            (Line("bf16", lambda n: dense_router_case(4096, 256, 6, n)),),
+        ),
+    ]
+
+
+def cases(selected: Iterable[Sweep]) -> list[Case]:
+    """Every case of the sweeps, once."""
+    found: dict[str, Case] = {}
+    for sweep in selected:
+        for line in sweep.lines:
+            for x in sweep.xs:
+                case = line.case(x)
+                if case.id not in found or line.with_xla:
+                    found[case.id] = case
+    return list(found.values())
+
+
+def draw(selected: Sequence[Sweep], records: Sequence[Record], prefix: str, device: str) -> list[Path]:
+    """A picture an op, a panel a sweep. Returns the files."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    by_id = {record.id: record for record in records}
+    paths = []
+    for op in dict.fromkeys(sweep.name.split("/")[0] for sweep in selected):
+        panels = [sweep for sweep in selected if sweep.name.startswith(f"{op}/")]
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, sharey=True)
+        for axis, sweep in zip(axes[0], panels):
+            _draw_panel(axis, sweep, by_id)
+        axes[0][0].set_ylabel("time of a call [µs]")
+        figure.suptitle(f"{op} on {device}")
+        figure.tight_layout()
+        path = IMAGES / f"{prefix}-{op}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        paths.append(path)
+    return paths
+
+
+def _draw_panel(axis: Any, sweep: Sweep, by_id: dict[str, Record]) -> None:
+    several = sum(line.with_xla for line in sweep.lines) > 1
+    for index, line in enumerate(sweep.lines):
+        points = [(x, by_id[line.case(x).id]) for x in sweep.xs if line.case(x).id in by_id]
+        figures = {
+            f"jax_router, {line.label}": ("o-", [record.us for _, record in points]),
+            f"XLA, {line.label}" if several else "XLA": ("x--", [record.xla_us for _, record in points]),
+            f"floor, {line.label}": (":", [record.floor_us for _, record in points]),
+        }
+        for label, (style, values) in figures.items():
+            known = [(x, us) for (x, _), us in zip(points, values) if us and (line.with_xla or style != "x--")]
+            if known:
+                axis.plot(*zip(*known), style, color=f"C{index}", label=label, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}" if x < 2**10 else f"{x / 2**10:.0f}k" if x < 2**20 else "1M")
+    axis.set_yscale("log")
+    axis.set_xlabel(sweep.x_label)
+    axis.set_title(sweep.title, fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _powers(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """Powers of a factor from `first` to `last`."""
+    values = [first]
+    while values[-1] * factor <= last:
+        values.append(values[-1] * factor)
+    return tuple(values)

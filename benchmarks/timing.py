@@ -1,8 +1,10 @@
 """How a figure is taken.
 
-On a GPU it is kernel time by CUPTI: of all kernels of a call, over at least 20 calls after warm-up. On a CPU it is the
-wall-clock time of a call, the contenders taking turns. Inputs are random, and where those of one call are larger than 1
-MB the calls go through copies that together exceed every cache, so that each call finds its inputs in memory.
+On a GPU it is kernel time by CUPTI, as JAX's profiler records it: of a call, the time in which any of its kernels
+runs, so that gaps between kernels do not count and kernels that overlap count once. It is taken over 24 calls after
+warm-up. On a CPU it is the wall-clock time of a call, the contenders taking turns. Inputs are random, and where those
+of one call are larger than 1 MB the calls go through copies that together exceed every cache, so that each finds its
+inputs in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,81 +78,44 @@ def contender_inputs(contender: Contender, inputs: Sequence[Spec]) -> tuple[jax.
     return jax.eval_shape(contender.prepare, *(spec.struct for spec in inputs))
 
 
-class _Calls:
-    """Many calls as one function, in the shape that `profiler.measure` takes for jitted already and does not trace."""
-
-    def __init__(self, calls: Sequence[Callable[[], Any]], synchronize: Callable[[], None]):
-        self._calls, self._synchronize = calls, synchronize
-
-    def __call__(self) -> Any:
-        for call in self._calls:
-            result = call()
-        self._synchronize()
-        return result
-
-    def trace(self) -> Any:
-        raise NotImplementedError
-
-    def lower(self) -> Any:
-        raise NotImplementedError
-
-
 def kernel_timing(
-    run: Callable[..., Any],
-    copies: Sequence[tuple[Any, ...]],
-    *,
-    may_overlap: bool = False,
-    synchronize: Callable[[], None] = lambda: None,
+    run: Callable[..., Any], copies: Sequence[tuple[Any, ...]], synchronize: Callable[[], None] = lambda: None
 ) -> Timing:
-    """The time of all kernels of a call, by CUPTI. The warm-up goes through all copies, so that no input stays cached.
-
-    The kernels' times are added up. `may_overlap` looks at their starts and ends too: of kernels that overlap, as those
-    do that are launched with programmatic dependence, the time in which any of them runs counts.
-    """
-    from jax.experimental.mosaic.gpu import profiler
-
-    count = max(MIN_CALLS, len(copies))
-    calls = [functools.partial(run, *inputs) for inputs in itertools.islice(itertools.cycle(copies), count)]
-    _, kernels = profiler.measure(_Calls(calls, synchronize), aggregate=False)()
-    if not kernels or len(kernels) % count:
-        raise RuntimeError(f"{count} calls launched {len(kernels or ())} kernels: no figure")
-    each = len(kernels) // count
-    if each > 1 and may_overlap:
-        return Timing.of(_busy_us(calls), each)
-    times_us = [1e3 * milliseconds for _, milliseconds in kernels]
-    return Timing.of([sum(times_us[first : first + each]) for first in range(0, len(times_us), each)], each)
-
-
-def _busy_us(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """The time in which kernels of a call ran, from a trace of JAX's profiler."""
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
+    """The kernel time of a call. The warm-up goes through all copies too, so that no input stays cached."""
+    calls = [functools.partial(run, *inputs) for inputs in itertools.islice(itertools.cycle(copies), MIN_CALLS)]
+    for inputs in copies:
+        jax.block_until_ready(run(*inputs))
     with tempfile.TemporaryDirectory() as folder:
+        options = jax.profiler.ProfileOptions()
+        options.host_tracer_level = options.python_tracer_level = 0
         with jax.profiler.trace(folder, profiler_options=options):
             for call in calls:
                 jax.block_until_ready(call())
-        (trace,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(trace))
-        kernels = sorted(
-            (event.start_ns, event.start_ns + event.duration_ns)
-            for plane in data.planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-            if not event.name.startswith(("Memcpy", "Memset"))
-        )
+            synchronize()
+        kernels = sorted(_kernels(Path(folder)))
     if not kernels or len(kernels) % len(calls):
         raise RuntimeError(f"{len(calls)} calls left {len(kernels)} kernels in the trace: no figure")
     each = len(kernels) // len(calls)
-    times_us = []
-    for first in range(0, len(kernels), each):
-        busy, end = 0.0, 0.0
-        for start, stop in kernels[first : first + each]:
-            busy += max(0.0, stop - max(start, end))
-            end = max(end, stop)
-        times_us.append(busy / 1e3)
-    return times_us
+    return Timing.of([_busy_us(kernels[first : first + each]) for first in range(0, len(kernels), each)], each)
+
+
+def _kernels(folder: Path) -> Iterator[tuple[float, float]]:
+    """The start and end of every kernel in a trace, in nanoseconds."""
+    (trace,) = folder.rglob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                if not event.name.startswith(("Memcpy", "Memset")):
+                    yield event.start_ns, event.start_ns + event.duration_ns
+
+
+def _busy_us(kernels: Sequence[tuple[float, float]]) -> float:
+    """The time in which any of the kernels ran; they come in the order of their starts."""
+    busy, end = 0.0, 0.0
+    for start, stop in kernels:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / 1e3
 
 
 def wall_timings(

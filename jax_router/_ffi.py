@@ -62,13 +62,19 @@ def _op_names(platform: str) -> frozenset[str]:
     return frozenset() if isinstance(module, ImportError) else frozenset(module.targets())
 
 
-def _check_ffi_api(module: ModuleType) -> None:
-    """XLA runs handlers that were built for its FFI API version or an older one, and fails obscurely on newer ones."""
+def runtime_ffi_api() -> tuple[int, int]:
+    """The version of XLA's FFI API that this jaxlib has."""
     header = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
-    runtime = tuple(
+    major, minor = (
         int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # type: ignore[index]
         for part in ("MAJOR", "MINOR")
     )
+    return major, minor
+
+
+def _check_ffi_api(module: ModuleType) -> None:
+    """XLA runs handlers that were built for its FFI API version or an older one, and fails obscurely on newer ones."""
+    runtime = runtime_ffi_api()
     built = tuple(module.ffi_api_version)
     if built[0] != runtime[0] or built > runtime:
         raise ImportError(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.interpreters import ad
 
 from . import _check, reference
 from ._limits import unsupported_selection
@@ -40,8 +38,8 @@ def hash_router(
     """
     token_ids = _check.int_array("token_ids", token_ids)
     hash_lut = _check.int_array("hash_lut", hash_lut)
-    if hash_lut.ndim != 2 or hash_lut.shape[1] < 1:
-        raise ValueError(f"hash_lut must have shape (vocab_size, k) with k >= 1, got {hash_lut.shape}")
+    if hash_lut.ndim != 2 or 0 in hash_lut.shape:
+        raise ValueError(f"hash_lut must have shape (vocab_size, k), both at least 1, got {hash_lut.shape}")
     scale = _check.static_float("scale", scale)
     token_ids = _check.as_int32_ids(token_ids, hash_lut.shape[0])
     hash_lut = _check.as_int32_ids(hash_lut, jnp.iinfo(jnp.int32).max)
@@ -67,9 +65,3 @@ _HASH_ROUTER = Op(
     reference=reference.hash_router,
     unsupported=_unsupported,
 )
-
-
-@_HASH_ROUTER.def_jvp
-def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
-    results = _HASH_ROUTER(primals, **params)
-    return results, [ad.Zero(jax.typeof(result).to_tangent_aval()) for result in results]

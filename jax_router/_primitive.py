@@ -79,7 +79,8 @@ class Op:
     def __call__(self, operands: Mapping[str, Any], *, implementation: str = "auto", **params: Any) -> list[Array]:
         """Binds the primitive to operands by name. `implementation` is "auto" or "native"."""
         given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
-        values = _vary_over_the_same_axes(list(given.values()))
+        whole = [_gather_axes(value, self.operands[name].core_rank) for name, value in given.items()]
+        values = _vary_over_the_same_axes(whole)
         return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
 
     def def_jvp(self, rule: Callable[..., Any]) -> None:
@@ -153,10 +154,10 @@ class Op:
         lower = jax.ffi.ffi_lowering(_ffi.target_name(self.name), extra_attributes=call.sharding_attributes())
         results = lower(
             ctx.replace(avals_in=call.avals_in, avals_out=call.avals_out),
-            *map(_reshape, values, call.avals_in),
+            *map(_reshape, values, ctx.avals_in, call.avals_in),
             **_attributes({**params, **present}),
         )
-        return list(map(_reshape, results, ctx.avals_out))
+        return list(map(_reshape, results, call.avals_out, ctx.avals_out))
 
     def _batch(self, values, dims, *, names, **params):
         if any(dim is not None and self.operands[name].batched == "never" for name, dim in zip(names, dims)):
@@ -224,9 +225,10 @@ class _Call:
         }
 
 
-def _reshape(value: Any, aval: Any) -> Any:
-    result_type = mlir.ir.RankedTensorType.get(aval.shape, value.type.element_type)
-    return value if value.type == result_type else stablehlo.reshape(result_type, value)
+def _reshape(value: Any, before: Any, after: Any) -> Any:
+    if before.shape == after.shape:
+        return value
+    return stablehlo.reshape(mlir.ir.RankedTensorType.get(after.shape, value.type.element_type), value)
 
 
 def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
@@ -265,6 +267,15 @@ def _attributes(params: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, str):
             attributes[name] = value
     return attributes
+
+
+def _gather_axes(value: Array, count: int) -> Array:
+    """The array with its last `count` axes whole on every device, where their sharding is part of its type."""
+    sharding = jax.typeof(value).sharding
+    batch = value.ndim - count
+    if all(axis is None for axis in sharding.spec[batch:]):
+        return value
+    return jax.sharding.reshard(value, sharding.update(spec=(*sharding.spec[:batch], *[None] * count)))
 
 
 def _vary_over_the_same_axes(values: list[Array]) -> list[Array]:

@@ -142,8 +142,21 @@ def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize
         return scores * jnp.float32(scale)
     scores = jnp.where(valid, _SCORE_FNS[score_fn](jnp.where(valid, chosen, 0.0)), 0.0)
     if renormalize:
-        scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + jnp.float32(_RENORMALIZE_EPSILON))
+        scores = _divide(scores, jnp.sum(scores, axis=-1, keepdims=True) + jnp.float32(_RENORMALIZE_EPSILON))
     return scores * jnp.float32(scale)
+
+
+@jax.custom_jvp
+def _divide(x: Array, total: Array) -> Array:
+    return x / total
+
+
+@_divide.defjvp
+def _divide_jvp(primals, tangents):
+    # Without the square of the total, which underflows where all scores of a row do. Exactly 0 where x is the total.
+    (x, total), (x_dot, total_dot) = primals, tangents
+    quotient = _divide(x, total)
+    return quotient, _divide(x_dot - quotient * total_dot, total)
 
 
 def topk_select(scores: Array, k: int, *, lengths: Array | None = None, sorted: bool = True) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""The named cases that tests and benchmarks share: the routers of real models, and the sizes that broke other kernels."""
+"""The named cases of the tests: the routers of real models, and the sizes that broke other kernels."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -78,3 +78,15 @@ ROWS = {
     "few long rows": (2, 65536, 1024),
     "one long row": (1, 262209, 2048),
 }
+
+# The bounds of integer operands, ids outside of [0, 16) or of a table of 12 rows among them.
+INTEGERS = {"token_ids": (-1, 13), "lut": (-1, 16), "ids": (-1, 17), "lengths": (-1, 18)}
+
+
+def draw(rng: np.random.Generator, name: str, *shape: int) -> np.ndarray:
+    """A random operand of an op on 16 experts, by its name."""
+    if name == "mask":
+        return rng.random(shape) < 0.7
+    if name in INTEGERS:
+        return rng.integers(*INTEGERS[name], shape).astype(np.int32)
+    return rng.normal(0, 1, shape).astype(np.float32)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, EXPERT_COUNTS, MODELS, ODD_EXPERT_COUNTS, ROWS
-from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, f64, order_keys, scores, select, weights_at
-from oracle import activation_topk as oracle_activation_topk
 
+from cases import DTYPES, EXPERT_COUNTS, MODELS, ODD_EXPERT_COUNTS, ROWS
 from jax_router import reference
+from oracle import activation_topk as oracle_activation_topk
+from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, f64, order_keys, scores, select, weights_at
 
 EDGES = [0.0, 1e-30, 1e-8, 1e-3, 0.5, 1, 9.2, 16.6, 17, 20, 30, 87, 88.7, 89, 100, 170, 1e4, 1e30, 3e38, np.inf]
 
@@ -21,7 +21,9 @@ def reference_jit(name, **options):
 
 def test_order_keys_are_the_order_of_top_k():
     """The oracle's order itself, on bits, and lax.top_k agrees with it wherever there is no negative NaN."""
-    ascending = np.array([-np.inf, -3e38, -1, -1e-38, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 1, 3e38, np.inf, np.nan], np.float32)
+    ascending = np.array(
+        [-np.inf, -3e38, -1, -1e-38, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 1, 3e38, np.inf, np.nan], np.float32
+    )
     keys = order_keys(ascending)
     assert (keys[1:] > keys[:-1]).all()
     assert order_keys(np.array([0xFFC00000], np.uint32).view(np.float32)) == keys[-1]

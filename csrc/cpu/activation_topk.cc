@@ -1,25 +1,24 @@
-// activation_topk: rows are taken in blocks. A row's order keys are written to a buffer in the first-level cache and its k
-// best are selected there (select.h); the chosen logits of a block are then weighed together. Without a bias and without
-// groups the logits themselves are the keys, and only the chosen ones are scored.
+// activation_topk: rows are taken in blocks. A row's order keys are written to a buffer in the first-level cache and
+// its k best are selected there (select.h); the chosen logits of a block are then weighed together. Without a bias and
+// without groups the logits themselves are the keys, and only the chosen ones are scored.
+#include "chosen.h"
 #include "convert.h"
+#include "narrow.h"
 #include "rows.h"
-#include "scratch.h"
 #include "select.h"
-#include "weigh.h"
 
 namespace jax_router::cpu::JR_ISA {
 namespace {
 
-constexpr int64_t kRowsPerBlock = 64;
+static_assert(kRowsPerBlock <= NarrowTopK::kRows, "a block is selected at once");
 static_assert(kMaxExperts <= kChunk, "a row is one chunk");
 
 template <typename T>
 void scores_of_row(ScoreFn score_fn, const Softmax& softmax, const T* logits, int64_t n, float* scores) {
   if (score_fn == ScoreFn::kSoftmax) {
-    const float divisor = softmax.sum == 0.0f ? 1.0f : softmax.sum;
-    for (int64_t e = 0; e < n; ++e) scores[e] = exp_nonpositive(to_f32(logits[e]) - softmax.shift) / divisor;
+    for (int64_t e = 0; e < n; ++e) scores[e] = exp_nonpositive(to_f32(logits[e]) - softmax.shift) / softmax.divisor;
   } else {
-    with_score_fn(score_fn, [=](auto fn) {
+    with_pointwise(score_fn, [=](auto fn) {
       for (int64_t e = 0; e < n; ++e) scores[e] = fn.score(to_f32(logits[e]));
     });
   }
@@ -78,32 +77,26 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
   const bool grouped = op.groups.num_groups > 1;
   const bool scored = op.bias != nullptr || grouped;
   const bool whole_row = op.scoring.score_fn == ScoreFn::kSoftmax && (scored || !op.scoring.renormalize);
-  const int64_t most_selected = grouped && op.groups.top_groups > k ? op.groups.top_groups : k;
-  TopK select(op.experts, most_selected);
-  Scratch<float> block_logits(kRowsPerBlock * k);
+  const bool narrow = NarrowTopK::pays(end - begin, op.experts, k);
+  TopK select(op.experts, grouped && op.groups.top_groups > k ? op.groups.top_groups : k);
+  NarrowTopK narrow_select(narrow ? op.experts : 0);
+  ChosenRows chosen(op.scoring, k);
   alignas(64) float scores[kMaxExperts];
   alignas(64) uint32_t keys[kChunk];
-  Softmax softmax[kRowsPerBlock];
   with_type(op.dtype, [&](auto type) {
     const auto* logits = static_cast<const decltype(type)*>(op.logits);
     for (int64_t first = begin; first < end; first += kRowsPerBlock) {
       const int64_t count = end - first < kRowsPerBlock ? end - first : kRowsPerBlock;
+      const bool* const mask = op.token_mask == nullptr ? nullptr : op.token_mask + first;
       int32_t* const expert_ids = op.expert_ids + first * k;
-      float* const chosen = op.chosen_logits != nullptr ? op.chosen_logits + first * k : block_logits;
       for (int64_t r = 0; r < count; ++r) {
-        int32_t* const ids = expert_ids + r * k;
-        if (op.token_mask != nullptr && !op.token_mask[first + r]) {
-          softmax[r] = {0.0f, 0.0f};
-          for (int64_t j = 0; j < k; ++j) {
-            ids[j] = -1;
-            chosen[r * k + j] = 0.0f;
-          }
-          continue;
-        }
+        if (mask != nullptr && !mask[r]) continue;
         const auto* row = logits + (first + r) * op.experts;
-        if (whole_row) softmax[r] = softmax_of_row(row, op.experts);
+        Softmax softmax{0.0f, 1.0f};
+        if (whole_row) softmax = softmax_of_row(row, op.experts);
+        chosen.set_softmax(r, softmax);
         if (scored) {
-          scores_of_row(op.scoring.score_fn, softmax[r], row, op.experts, scores);
+          scores_of_row(op.scoring.score_fn, softmax, row, op.experts, scores);
           if (op.bias != nullptr) {
             const float* bias = op.bias + (first + r) * op.bias_stride;
             for (int64_t e = 0; e < op.experts; ++e) scores[e] += bias[e];
@@ -113,12 +106,27 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
         } else {
           load_keys(row, op.experts, keys);
         }
-        select.reset(k);
-        select.push(keys, op.experts, 0);
-        select.finish(true, ids);
-        for (int64_t j = 0; j < k; ++j) chosen[r * k + j] = to_f32(row[ids[j]]);
+        if (narrow) {
+          narrow_select.set(r, keys);
+        } else {
+          select.reset(k);
+          select.push(keys, op.experts, 0);
+          select.finish(true, expert_ids + r * k);
+        }
       }
-      weigh(op.scoring, count, k, chosen, expert_ids, softmax, op.weights + first * k);
+      if (narrow) narrow_select.finish(count, k, expert_ids);
+      for (int64_t r = 0; r < count; ++r) {
+        const bool masked = mask != nullptr && !mask[r];
+        const auto* row = logits + (first + r) * op.experts;
+        for (int64_t j = 0; j < k; ++j) {
+          int32_t& id = expert_ids[r * k + j];
+          if (masked) id = -1;
+          const float logit = masked ? 0.0f : to_f32(row[id]);
+          if (op.chosen_logits != nullptr) op.chosen_logits[(first + r) * k + j] = logit;
+          chosen.set_logit(r, j, masked ? ChosenRows::kNoLogit : logit);
+        }
+      }
+      chosen.weigh(count, expert_ids, op.weights + first * k);
     }
   });
 }

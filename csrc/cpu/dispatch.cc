@@ -54,7 +54,8 @@ void run_rows(const Op& op, double nanoseconds_per_row, const ParallelFor& paral
 // The costs are rough, of one row on one core: they only choose how much work is worth a thread.
 
 void run(const ActivationTopk& op, const ParallelFor& parallel_for) {
-  run_rows(op, 200.0 + 1.0 * op.experts + 20.0 * op.k, parallel_for);
+  const bool scores_all = op.bias != nullptr || op.groups.num_groups > 1 || op.scoring.needs_whole_row();
+  run_rows(op, 50.0 + (scores_all ? 2.5 : 1.0) * op.experts + 5.0 * op.k, parallel_for);
 }
 
 void run(const RouteAt& op, const ParallelFor& parallel_for) {
@@ -62,11 +63,11 @@ void run(const RouteAt& op, const ParallelFor& parallel_for) {
 }
 
 void run(const RouteCotangent& op, const ParallelFor& parallel_for) {
-  run_rows(op, 10.0 + 10.0 * op.k + (op.scoring.needs_whole_row() ? 1.0 : 0.2) * op.experts, parallel_for);
+  run_rows(op, 10.0 + 10.0 * op.k + (op.scoring.needs_whole_row() ? 2.0 : 0.2) * op.experts, parallel_for);
 }
 
 void run(const TopkSelect& op, const ParallelFor& parallel_for) {
-  run_rows(op, 200.0 + 0.5 * op.length + 10.0 * op.k, parallel_for);
+  run_rows(op, 100.0 + 0.6 * op.length + 20.0 * op.k, parallel_for);
 }
 
 }  // namespace jax_router::cpu

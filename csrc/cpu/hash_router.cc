@@ -1,4 +1,5 @@
-// hash_router: a gather of k ids a token. Each token reads one table row and writes 8 * k bytes.
+// hash_router: a gather of k ids a token. Each token reads one table row and writes 8 * k bytes. Ids and weights are
+// written in two passes: two interleaved streams of stores take twice the time.
 #include <cstring>
 
 #include "../common/ops.h"
@@ -13,15 +14,18 @@ void rows(const HashRouter& op, int64_t begin, int64_t end) {
   const HashRouter hash = op;  // a copy, which the stores below cannot change
   const int64_t k = kStaticK > 0 ? kStaticK : hash.k;
   const float weight = hash.scale / static_cast<float>(k);
+  const auto valid = [&hash](int64_t token) { return token >= 0 && token < hash.vocab_size; };
   for (int64_t row = begin; row < end; ++row) {
     const int64_t token = hash.token_ids[row];
-    const bool valid = token >= 0 && token < hash.vocab_size;
-    if (valid) {
+    if (valid(token)) {
       std::memcpy(hash.expert_ids + row * k, hash.hash_lut + token * k, k * sizeof(int32_t));
     } else {
       for (int64_t j = 0; j < k; ++j) hash.expert_ids[row * k + j] = -1;
     }
-    for (int64_t j = 0; j < k; ++j) hash.weights[row * k + j] = valid ? weight : 0.0f;
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const float row_weight = valid(hash.token_ids[row]) ? weight : 0.0f;
+    for (int64_t j = 0; j < k; ++j) hash.weights[row * k + j] = row_weight;
   }
 }
 

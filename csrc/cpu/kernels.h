@@ -8,8 +8,8 @@
 
 namespace jax_router::cpu {
 
-// parallel_for(count, grain, body): body(begin, end) over disjoint ranges that cover [0, count), each but the last of at
-// least `grain` items, on any threads; returns when all are done.
+// parallel_for(count, grain, body): body(begin, end) over disjoint ranges that cover [0, count), each but the last of
+// at least `grain` items, on any threads; returns when all are done.
 using ParallelFor =
     std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body)>;
 

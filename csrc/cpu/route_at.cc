@@ -1,37 +1,31 @@
-// route_at: scores at given experts. Rows are taken in blocks: their chosen logits are gathered first, and weighed together.
+// route_at: scores at given experts. Rows are taken in blocks: their chosen logits are gathered, and weighed together.
+#include "chosen.h"
 #include "convert.h"
 #include "rows.h"
-#include "scratch.h"
-#include "weigh.h"
 
 namespace jax_router::cpu::JR_ISA {
-namespace {
-
-constexpr int64_t kRowsPerBlock = 64;
-
-}  // namespace
 
 void rows(const RouteAt& op, int64_t begin, int64_t end) {
   const int64_t k = op.k;
-  Scratch<float> block_logits(kRowsPerBlock * k);
-  Softmax softmax[kRowsPerBlock];
+  ChosenRows chosen(op.scoring, k);
   with_type(op.dtype, [&](auto type) {
     const auto* logits = static_cast<const decltype(type)*>(op.logits);
     for (int64_t first = begin; first < end; first += kRowsPerBlock) {
       const int64_t count = end - first < kRowsPerBlock ? end - first : kRowsPerBlock;
       int32_t* const valid_ids = op.valid_ids + first * k;
-      float* const chosen = op.chosen_logits != nullptr ? op.chosen_logits + first * k : block_logits;
       for (int64_t r = 0; r < count; ++r) {
         const auto* row = logits + (first + r) * op.experts;
-        for (int64_t i = r * k; i < (r + 1) * k; ++i) {
-          const int32_t id = op.expert_ids[first * k + i];
+        for (int64_t j = 0; j < k; ++j) {
+          const int32_t id = op.expert_ids[(first + r) * k + j];
           const bool valid = static_cast<uint32_t>(id) < static_cast<uint32_t>(op.experts);
-          valid_ids[i] = valid ? id : -1;
-          chosen[i] = valid ? to_f32(row[id]) : 0.0f;
+          const float logit = valid ? to_f32(row[id]) : 0.0f;
+          valid_ids[r * k + j] = valid ? id : -1;
+          if (op.chosen_logits != nullptr) op.chosen_logits[(first + r) * k + j] = logit;
+          chosen.set_logit(r, j, valid ? logit : ChosenRows::kNoLogit);
         }
-        if (op.scoring.needs_whole_row()) softmax[r] = softmax_of_row(row, op.experts);
+        if (op.scoring.needs_whole_row()) chosen.set_softmax(r, softmax_of_row(row, op.experts));
       }
-      weigh(op.scoring, count, k, chosen, valid_ids, softmax, op.weights + first * k);
+      chosen.weigh(count, valid_ids, op.weights + first * k);
     }
   });
 }

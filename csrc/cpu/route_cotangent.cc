@@ -3,101 +3,124 @@
 // experts has a gradient everywhere.
 #include <cstring>
 
+#include "chosen.h"
 #include "convert.h"
 #include "rows.h"
 #include "scratch.h"
-#include "weigh.h"
 
 namespace jax_router::cpu::JR_ISA {
 namespace {
 
-// The chosen experts of one row.
-struct Chosen {
+// The choices of one row.
+struct Choices {
   int64_t k;
   int32_t experts;
   const int32_t* ids;
-  const float* grad;
+
+  bool valid(int64_t j) const { return static_cast<uint32_t>(ids[j]) < static_cast<uint32_t>(experts); }
 
   // body(j, expert) for each valid choice
   template <typename Body>
   void for_each(const Body& body) const {
     for (int64_t j = 0; j < k; ++j) {
-      if (static_cast<uint32_t>(ids[j]) < static_cast<uint32_t>(experts)) body(j, ids[j]);
+      if (valid(j)) body(j, ids[j]);
     }
   }
 };
 
-// Writes to `cotangent` the derivative of sum(weights * grad) by each chosen logit. `score` and `derivative` are scratch.
-void cotangent_of_chosen(const Scoring& scoring, const Chosen& chosen, const float* logits, float* score,
-                         float* derivative, float* cotangent) {
-  const int64_t k = chosen.k;
-  float divisor = 1.0f;
-  if (scoring.score_fn == ScoreFn::kSoftmax) {
-    float maximum = bits_float(0xFF800000u);
-    chosen.for_each([&](int64_t j, int32_t) {
-      if (logits[j] > maximum || logits[j] != logits[j]) maximum = logits[j];
-    });
-    const float shift = softmax_shift(maximum);
-    for (int64_t j = 0; j < k; ++j) score[j] = exp_nonpositive(logits[j] - shift);
-    divisor = 0.0f;
-    chosen.for_each([&](int64_t j, int32_t) { divisor += score[j]; });
-    if (divisor == 0.0f) divisor = 1.0f;
-    for (int64_t j = 0; j < k; ++j) derivative[j] = score[j];
-  } else {
-    with_score_fn(scoring.score_fn, [&](auto score_fn) {
-      for (int64_t j = 0; j < k; ++j) derivative[j] = score_fn.derivative(logits[j]);
-      if (!scoring.renormalize) return;
-      for (int64_t j = 0; j < k; ++j) score[j] = score_fn.score(logits[j]);
-    });
-    if (scoring.renormalize) {
-      divisor = kRenormalizeEpsilon;
-      chosen.for_each([&](int64_t j, int32_t) { divisor += score[j]; });
+// The derivative of sum(weights * grad) by each chosen logit, in place of grad.
+void pull_back(const Scoring& scoring, int64_t k, ChosenRows& chosen, const PerChoice& grad) {
+  chosen.score();
+  const float* const divisor = chosen.divisor();
+  alignas(64) float mean[kRowsPerBlock] = {};
+  if (scoring.renormalize) {
+    for (int64_t j = 0; j < k; ++j) {
+      for (int64_t r = 0; r < kRowsPerBlock; ++r) mean[r] += grad[j][r] * (chosen.scores(j)[r] / divisor[r]);
     }
   }
-  float mean = 0.0f;
-  if (scoring.renormalize) {
-    chosen.for_each([&](int64_t j, int32_t) { mean += chosen.grad[j] * (score[j] / divisor); });
-  }
-  for (int64_t j = 0; j < k; ++j) cotangent[j] = scoring.scale * (chosen.grad[j] - mean) * (derivative[j] / divisor);
+  const auto apply = [&](const auto& derivative) {
+    for (int64_t j = 0; j < k; ++j) {
+      for (int64_t r = 0; r < kRowsPerBlock; ++r) {
+        grad[j][r] = scoring.scale * (grad[j][r] - mean[r]) * (derivative(j, r) / divisor[r]);
+      }
+    }
+  };
+  if (scoring.score_fn == ScoreFn::kSoftmax) return apply([&](int64_t j, int64_t r) { return chosen.scores(j)[r]; });
+  with_pointwise(scoring.score_fn,
+                 [&](auto fn) { apply([&](int64_t j, int64_t r) { return fn.derivative(chosen.logits(j)[r]); }); });
 }
 
+// Writes a row of the gradient that is zero but where sums was touched, and clears sums.
 template <typename T>
-void dense_softmax_row(const Scoring& scoring, const Chosen& chosen, const T* logits, float* sums, T* grad_logits) {
-  const Softmax softmax = softmax_of_row(logits, chosen.experts);
-  float mean = 0.0f;
-  chosen.for_each([&](int64_t j, int32_t expert) {
-    mean += chosen.grad[j] * softmax.of(to_f32(logits[expert]));
-    sums[expert] += chosen.grad[j];
-  });
-  const float factor = softmax.sum == 0.0f ? 0.0f : scoring.scale / softmax.sum;
-  for (int64_t e = 0; e < chosen.experts; ++e) {
-    grad_logits[e] = from_f32<T>(factor * exp_nonpositive(to_f32(logits[e]) - softmax.shift) * (sums[e] - mean));
+void write_sparse(const Choices& choices, float* sums, T* grad_logits) {
+  std::memset(static_cast<void*>(grad_logits), 0, sizeof(T) * choices.experts);
+  choices.for_each([&](int64_t, int32_t expert) { grad_logits[expert] = from_f32<T>(sums[expert]); });
+  choices.for_each([&](int64_t, int32_t expert) { sums[expert] = 0.0f; });
+}
+
+// Softmax over all experts. A row without a valid choice, a masked one say, may hold anything and has no gradient.
+template <typename T>
+void write_dense(float scale, const Choices& choices, const T* logits, const float* grad, float* sums, T* grad_logits) {
+  bool chosen = false;
+  choices.for_each([&](int64_t, int32_t) { chosen = true; });
+  if (!chosen) {
+    std::memset(static_cast<void*>(grad_logits), 0, sizeof(T) * choices.experts);
+    return;
   }
-  chosen.for_each([&](int64_t, int32_t expert) { sums[expert] = 0.0f; });
+  const Softmax softmax = softmax_of_row(logits, choices.experts);
+  const auto softmax_of = [=](T x) { return exp_nonpositive(to_f32(x) - softmax.shift) / softmax.divisor; };
+  float mean = 0.0f;
+  choices.for_each([&](int64_t j, int32_t expert) {
+    mean += grad[j] * softmax_of(logits[expert]);
+    sums[expert] += grad[j];
+  });
+  for (int64_t e = 0; e < choices.experts; ++e) {
+    grad_logits[e] = from_f32<T>(scale * softmax_of(logits[e]) * (sums[e] - mean));
+  }
+  choices.for_each([&](int64_t, int32_t expert) { sums[expert] = 0.0f; });
 }
 
 }  // namespace
 
 void rows(const RouteCotangent& op, int64_t begin, int64_t end) {
   const int64_t k = op.k;
+  const bool identity = op.scoring.score_fn == ScoreFn::kIdentity;
   Scratch<float> sums(op.experts);
-  Scratch<float> of_chosen(3 * k);
+  ChosenRows chosen(op.scoring, k);
+  PerChoice cotangents(k);
+  const auto choices_of = [&](int64_t row) { return Choices{k, op.experts, op.expert_ids + row * k}; };
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t row = begin; row < end; ++row) {
-      const Chosen chosen{k, op.experts, op.expert_ids + row * k, op.grad_weights + row * k};
-      T* const grad_logits = static_cast<T*>(op.grad_logits) + row * op.experts;
+    T* const grad_logits = static_cast<T*>(op.grad_logits);
+    for (int64_t first = begin; first < end; first += kRowsPerBlock) {
+      const int64_t count = end - first < kRowsPerBlock ? end - first : kRowsPerBlock;
       if (op.scoring.needs_whole_row()) {
-        dense_softmax_row(op.scoring, chosen, static_cast<const T*>(op.residual) + row * op.experts, sums, grad_logits);
+        for (int64_t row = first; row < first + count; ++row) {
+          write_dense(op.scoring.scale, choices_of(row), static_cast<const T*>(op.residual) + row * op.experts,
+                      op.grad_weights + row * k, sums, grad_logits + row * op.experts);
+        }
         continue;
       }
-      float* const cotangent = of_chosen;
-      cotangent_of_chosen(op.scoring, chosen, static_cast<const float*>(op.residual) + row * k, cotangent + k,
-                          cotangent + 2 * k, cotangent);
-      chosen.for_each([&](int64_t j, int32_t expert) { sums[expert] += cotangent[j]; });
-      std::memset(static_cast<void*>(grad_logits), 0, sizeof(T) * op.experts);
-      chosen.for_each([&](int64_t, int32_t expert) { grad_logits[expert] = from_f32<T>(sums[expert]); });
-      chosen.for_each([&](int64_t, int32_t expert) { sums[expert] = 0.0f; });
+      if (!identity) {
+        for (int64_t r = 0; r < count; ++r) {
+          const Choices choices = choices_of(first + r);
+          for (int64_t j = 0; j < k; ++j) {
+            const int64_t i = (first + r) * k + j;
+            const float logit = static_cast<const float*>(op.residual)[i];
+            chosen.set_logit(r, j, choices.valid(j) ? logit : ChosenRows::kNoLogit);
+            cotangents[j][r] = choices.valid(j) ? op.grad_weights[i] : 0.0f;
+          }
+        }
+        pull_back(op.scoring, k, chosen, cotangents);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        const Choices choices = choices_of(first + r);
+        const float* const grad = op.grad_weights + (first + r) * k;
+        choices.for_each([&](int64_t j, int32_t expert) {
+          sums[expert] += identity ? op.scoring.scale * grad[j] : cotangents[j][r];
+        });
+        write_sparse(choices, sums, grad_logits + (first + r) * op.experts);
+      }
     }
   });
 }

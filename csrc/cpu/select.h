@@ -1,8 +1,8 @@
 // The k best of a row: a running selection over order keys that arrive in chunks, in index order.
 //
 // A buffer holds every key that may still be among the k best, in index order. A chunk's keys are compared 64 at a time
-// with a threshold that all of the k best reach, and the few survivors are appended; when the buffer is full it is cut to
-// its k best, which raises the threshold. Equal keys go to the lower index because the buffer never loses its order.
+// with a threshold that all of the k best reach, and the few survivors are appended; when the buffer is full it is cut
+// to its k best, which raises the threshold. Equal keys go to the lower index because the buffer never loses its order.
 #pragma once
 
 #include <cstdint>

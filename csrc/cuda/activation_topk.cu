@@ -4,6 +4,7 @@
 // there (select.cuh). Rows too long or with too many choices for that are kept in shared memory, one warp a token.
 // Floor: the logits are read once, and k weights and ids are written: rows * (experts * sizeof(logit) + 8 k) bytes.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "load.cuh"
@@ -14,6 +15,11 @@ namespace jax_router::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+
+// From so many rows on, tiles of 16 lanes: fewer instructions a token, where below them the steps in a row count.
+constexpr int64_t kManyRows = 4096;
+// Up to so many rows, a token has a thread block of its own.
+constexpr int64_t kFewRows = 1024;
 
 // One row of logits in device memory, for re-reading the few that matter.
 template <class T>
@@ -26,19 +32,17 @@ struct GlobalRow {
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kThreads) select_rows(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
-  constexpr int kTiles = kThreads / kLanes;
-  __shared__ SelectScratch<kLanes> scratch[kTiles];
-  const int tile = static_cast<int>(threadIdx.x) / kLanes;
-  const int lane = tile_lane<kLanes>();
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTiles + tile;
+  __shared__ SelectScratch<kLanes> scratch[kThreads / kLanes];
+  const unsigned tile = threadIdx.x / kLanes;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + tile;
   const bool exists = token < op.rows;
   const bool wanted = exists && (op.token_mask == nullptr || op.token_mask[token]);
   const T* row = static_cast<const T*>(op.logits) + token * op.experts;
 
+  // A masked token's logits are loaded too, so as not to wait for the mask.
   float logits[kElements];
-  if (wanted) {
-    load_tile<kLanes, kFullChunks>(row, op.experts, quads, logits);
-  } else {
+  if (exists) load_tile<kLanes, kFullChunks>(row, op.experts, quads, logits);
+  if (!wanted) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) logits[i] = -INFINITY;
   }
@@ -68,11 +72,11 @@ __global__ void select_long_rows(const ActivationTopk op, const int scratch_byte
 
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
 cudaError_t launch_tiles(const ActivationTopk& op, cudaStream_t stream) {
-  constexpr int kTiles = kThreads / kLanes;
-  const int64_t blocks = (op.rows + kTiles - 1) / kTiles;
+  const int threads = kLanes == 32 && op.rows <= kFewRows ? 32 : kThreads;
+  const int tiles = threads / kLanes;
+  const int64_t blocks = (op.rows + tiles - 1) / tiles;
   const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
-  select_rows<T, kMode, kLanes, kChunks, kFullChunks>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(op, quads);
+  select_rows<T, kMode, kLanes, kChunks, kFullChunks><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(op, quads);
   return cudaGetLastError();
 }
 
@@ -88,28 +92,32 @@ cudaError_t launch_long(const ActivationTopk& op, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Below this many rows a token gets a whole warp: there is room, and its steps are fewer.
-constexpr int64_t kManyRows = 4096;
-
 template <class T, KeyMode kMode>
 cudaError_t launch_mode(const ActivationTopk& op, cudaStream_t stream) {
+  // The widths that have kernels of their own are a choice between speed and the time to compile them.
+  constexpr bool kAllWidths = !std::is_same_v<T, __half> && kMode != KeyMode::kGroups;
   const int quads = (op.experts + 3) / 4;
-  if (op.rows >= kManyRows && op.k <= kMaxTileTopK<16> && quads <= 16 * 8 &&
-      (kMode != KeyMode::kGroups || tile_can_group(16, op.experts, op.groups.num_groups))) {
-    if (quads <= 16 * 1) return launch_tiles<T, kMode, 16, 1, 0>(op, stream);
-    if (quads <= 16 * 2) return launch_tiles<T, kMode, 16, 2, 1>(op, stream);
-    if (quads <= 16 * 3) return launch_tiles<T, kMode, 16, 3, 2>(op, stream);
-    if (quads <= 16 * 4) return launch_tiles<T, kMode, 16, 4, 3>(op, stream);
-    if (quads <= 16 * 6) return launch_tiles<T, kMode, 16, 6, 4>(op, stream);
-    return launch_tiles<T, kMode, 16, 8, 6>(op, stream);
+  if (op.rows >= kManyRows && op.k <= kMaxTileTopK<16>) {
+    if constexpr (kAllWidths) {
+      if (quads <= 16 * 1) return launch_tiles<T, kMode, 16, 1, 0>(op, stream);
+      if (quads <= 16 * 2) return launch_tiles<T, kMode, 16, 2, 1>(op, stream);
+      if (quads <= 16 * 3) return launch_tiles<T, kMode, 16, 3, 2>(op, stream);
+      if (quads <= 16 * 4) return launch_tiles<T, kMode, 16, 4, 3>(op, stream);
+      if (quads <= 16 * 6) return launch_tiles<T, kMode, 16, 6, 4>(op, stream);
+      if (quads <= 16 * 8) return launch_tiles<T, kMode, 16, 8, 6>(op, stream);
+    } else if constexpr (kMode == KeyMode::kGroups) {
+      if (quads == 16 * 4 && tile_can_group(16, op.experts, op.groups.num_groups)) {
+        return launch_tiles<T, kMode, 16, 4, 4>(op, stream);
+      }
+    }
   }
-  if (op.k <= kMaxTileTopK<32> && quads <= 32 * 8) {
-    if (quads <= 32 * 1) return launch_tiles<T, kMode, 32, 1, 0>(op, stream);
-    if (quads <= 32 * 2) return launch_tiles<T, kMode, 32, 2, 1>(op, stream);
+  if (op.k > kMaxTileTopK<32>) return launch_long<T>(op, stream);
+  if (quads <= 32 * 2) return launch_tiles<T, kMode, 32, 2, 0>(op, stream);
+  if constexpr (kAllWidths) {
     if (quads <= 32 * 3) return launch_tiles<T, kMode, 32, 3, 2>(op, stream);
-    if (quads <= 32 * 4) return launch_tiles<T, kMode, 32, 4, 3>(op, stream);
-    return launch_tiles<T, kMode, 32, 8, 4>(op, stream);
   }
+  if (quads <= 32 * 4) return launch_tiles<T, kMode, 32, 4, 2>(op, stream);
+  if (quads <= 32 * 8) return launch_tiles<T, kMode, 32, 8, 4>(op, stream);
   return launch_long<T>(op, stream);
 }
 

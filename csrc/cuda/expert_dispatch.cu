@@ -1,7 +1,7 @@
 // expert_dispatch: a stable counting sort of expert ids.
 //
 // The choices of one sort (tokens * k ids in flat order) are cut into chunks, one a thread block, and a chunk into
-// tiles. A block ranks every choice of a tile among the earlier choices of the same expert in that tile (warp match,
+// tiles. A block ranks every choice of a tile among the earlier choices of the same expert in that tile (warp ballots,
 // then a scan over the warps' counts), orders the tile by expert in shared memory, and writes it out in runs:
 // token_index to where its expert's run of the whole sort has got to, slot back in flat order. What a block must know
 // of the others, the choices of each expert before its chunk, comes either through distributed shared memory, when one
@@ -11,23 +11,21 @@
 // Ids outside [0, experts) count as one more expert, the last, which has no group and whose slots read -1.
 //
 // Floor: 12 bytes a choice (id in, token_index and slot out).
-#include <cooperative_groups.h>
-
 #include <algorithm>
 #include <cstdint>
 
+#include "cluster.cuh"
 #include "kernels.h"
 
 namespace jax_router::cuda {
 namespace {
 
-namespace cg = cooperative_groups;
-
-constexpr int kRounds = 4;         // choices a thread holds at most
-constexpr int kClusterBlocks = 8;  // the largest size that every device takes
-constexpr int kChunks = 128;       // of all sorts together, if they are long
+constexpr int kRounds = 4;          // choices a thread holds at most
+constexpr int kMaxSortBlocks = 16;  // of a cluster that holds a whole sort
+constexpr int kClusterBlocks = 8;   // of the clusters that count the chunks of a long sort
+constexpr int kMaxClusters = 32;    // that count one long sort
 // The tables of the warps' counts lie in shared memory beside each other, so many experts leave room for few warps.
-constexpr int kManyThreads = 1024;
+constexpr int kManyThreads = 512;
 constexpr int kFewThreads = 256;
 constexpr int kExpertsForManyThreads = 1024;
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
@@ -37,16 +35,17 @@ struct Layout {
   uint32_t choices;                    // of one sort
   uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
   uint32_t experts;
-  uint32_t columns;        // of a count table: the experts, the ids outside, the places past the end; made even
-  uint32_t chunks;         // of one sort, a multiple of the cluster size
-  uint32_t chunk_choices;  // choices of one chunk
-  uint32_t rounds;         // choices a thread holds
-  bool one_cluster;        // a sort is one cluster's work, each block's chunk one tile
+  uint32_t columns;         // of a count table: the experts, the ids outside, the places past the end; made even
+  uint32_t chunks;          // of one sort, a multiple of the cluster size
+  uint32_t chunk_choices;   // choices of one chunk
+  uint32_t rounds;          // choices a thread holds
+  uint32_t cluster_blocks;  // of the clusters that hold the sort or count its chunks
+  bool one_cluster;         // a sort is one cluster's work, each block's chunk one tile
   __device__ uint32_t token_of(uint32_t choice) const {
     return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
   }
   __host__ __device__ uint32_t bins() const { return experts + 1; }
-  __host__ __device__ uint32_t clusters() const { return chunks / kClusterBlocks; }
+  __host__ __device__ uint32_t clusters() const { return chunks / cluster_blocks; }
 };
 
 // Shared memory of a block, one array after the other.
@@ -73,8 +72,16 @@ __device__ Shared carve_shared(const Layout& layout, int threads) {
   return shared;
 }
 
-__device__ void wait_for_earlier_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ void let_later_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ void wait_for_earlier_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ void let_later_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 // Sum of x over the threads before this one; `total` is the sum over all.
 template <int kThreads>
@@ -247,25 +254,19 @@ __device__ uint2 sum_before_and_all(uint32_t mine, uint32_t size, Load load) {
   return sum;
 }
 
-__device__ uint2 sum_over_cluster(const cg::cluster_group& cluster, uint32_t* counts, uint32_t bin) {
-  return sum_before_and_all<kClusterBlocks>(cluster.block_rank(), cluster.num_blocks(), [&](uint32_t block) {
-    return cluster.map_shared_rank(counts, block)[bin];
+template <int kMaxSize>
+__device__ uint2 sum_over_cluster(const uint32_t* counts, uint32_t bin) {
+  return sum_before_and_all<kMaxSize>(block_of_cluster(), blocks_of_cluster(), [&](uint32_t block) {
+    return remote_load(address_in_block(counts + bin, block));
   });
 }
-
-// A cluster's barrier in two parts. The first makes shared memory visible to the cluster, the second is only about
-// time.
-__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // One cluster a sort, one tile a block.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Layout layout, ExpertDispatch op) {
-  const cg::cluster_group cluster = cg::this_cluster();
   const Shared shared = carve_shared(layout, kThreads);
   const int64_t sort = blockIdx.x / layout.chunks;
-  const uint32_t chunk = cluster.block_rank();
+  const uint32_t chunk = block_of_cluster();
   const int64_t offset = sort * layout.choices;
   const uint32_t begin = min(chunk * layout.chunk_choices, layout.choices);
   const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Lay
       rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
   cluster_wait();
   find_slots<kThreads>(
-      layout, shared, [&](uint32_t bin) { return sum_over_cluster(cluster, shared.counts, bin); },
+      layout, shared, [&](uint32_t bin) { return sum_over_cluster<kMaxSortBlocks>(shared.counts, bin); },
       chunk == 0 ? op.group_sizes + sort * layout.experts : nullptr);
   __syncthreads();
   cluster_arrive_relaxed();
@@ -288,7 +289,6 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     count_chunks(Layout layout, ExpertDispatch op, uint32_t* chunk_counts, uint32_t* cluster_counts) {
   let_later_kernel_start();
-  const cg::cluster_group cluster = cg::this_cluster();
   extern __shared__ uint32_t counts[];
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = blockIdx.x % layout.chunks;
@@ -313,9 +313,9 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
   cluster_arrive();
   cluster_wait();
   for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) {
-    const uint2 sum = sum_over_cluster(cluster, counts, bin);
+    const uint2 sum = sum_over_cluster<kClusterBlocks>(counts, bin);
     chunk_counts[static_cast<int64_t>(blockIdx.x) * layout.bins() + bin] = sum.x;
-    if (cluster.block_rank() == 0) cluster_counts[blockIdx.x / kClusterBlocks * layout.bins() + bin] = sum.y;
+    if (block_of_cluster() == 0) cluster_counts[blockIdx.x / layout.cluster_blocks * layout.bins() + bin] = sum.y;
   }
   cluster_arrive_relaxed();
   cluster_wait();
@@ -343,8 +343,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       wait_for_earlier_kernel();
       const auto counts = [&](uint32_t bin) {
         const uint32_t before_in_cluster = chunk_counts[bin];
-        uint2 sum = sum_before_and_all<kChunks / kClusterBlocks>(
-            chunk / kClusterBlocks, layout.clusters(),
+        uint2 sum = sum_before_and_all<kMaxClusters>(
+            chunk / layout.cluster_blocks, layout.clusters(),
             [&](uint32_t cluster) { return cluster_counts[cluster * layout.bins() + bin]; });
         sum.x += before_in_cluster;
         return sum;
@@ -377,14 +377,18 @@ Layout make_layout(const ExpertDispatch& op) {
   layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
   layout.experts = op.experts;
   layout.columns = (op.experts + 2 + 1) / 2 * 2;
-  const int64_t cluster_capacity = static_cast<int64_t>(threads) * kRounds * kClusterBlocks;
-  layout.one_cluster = layout.choices <= cluster_capacity;
+  const bool clusters = device_has_clusters();
+  const int64_t tile = static_cast<int64_t>(threads) * kRounds;
+  layout.one_cluster = layout.choices <= tile * (clusters ? kMaxSortBlocks : 1);
   if (layout.one_cluster) {
     layout.chunks = 1;
-    while (layout.chunks < kClusterBlocks && layout.choices > layout.chunks * threads) layout.chunks *= 2;
+    while (layout.chunks < kMaxSortBlocks && clusters && layout.choices > layout.chunks * threads) layout.chunks *= 2;
+    layout.cluster_blocks = layout.chunks;
   } else {
-    const int64_t clusters = std::max<int64_t>(kChunks / kClusterBlocks / op.batch, 1);
-    layout.chunks = std::min<int64_t>(clusters, divide_up(layout.choices, kClusterBlocks * threads)) * kClusterBlocks;
+    layout.cluster_blocks = clusters ? kClusterBlocks : 1;
+    const int64_t enough = std::max<int64_t>(kMaxClusters / op.batch, 1);
+    layout.chunks =
+        std::min<int64_t>(enough, divide_up(layout.choices, layout.cluster_blocks * threads)) * layout.cluster_blocks;
   }
   layout.chunk_choices = divide_up(divide_up(layout.choices, layout.chunks), 32) * 32;
   layout.rounds = std::min<uint32_t>(divide_up(layout.chunk_choices, threads), kRounds);
@@ -414,7 +418,7 @@ cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int thr
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = overlap ? 2 : 1;
+  config.numAttrs = !device_has_clusters() ? 0 : overlap ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -427,8 +431,9 @@ cudaError_t launch_with(const Layout& layout, const ExpertDispatch& op, void* wo
   }
   uint32_t* chunk_counts = static_cast<uint32_t*>(workspace);
   uint32_t* cluster_counts = chunk_counts + blocks * layout.bins();
-  const cudaError_t error = launch_blocks(count_chunks<kThreads>, blocks, kThreads, 4 * layout.bins(), kClusterBlocks,
-                                          false, stream, layout, op, chunk_counts, cluster_counts);
+  const cudaError_t error =
+      launch_blocks(count_chunks<kThreads>, blocks, kThreads, 4 * layout.bins(), layout.cluster_blocks, false, stream,
+                    layout, op, chunk_counts, cluster_counts);
   if (error != cudaSuccess) return error;
   return launch_blocks(sort_chunks<kThreads>, blocks, kThreads, shared, 1, true, stream, layout, op,
                        static_cast<const uint32_t*>(chunk_counts), static_cast<const uint32_t*>(cluster_counts));

@@ -21,8 +21,13 @@ auto with_type(DType dtype, Body body) {
 }
 
 __device__ __forceinline__ float load_one(const float* p) { return __ldg(p); }
-__device__ __forceinline__ float load_one(const __nv_bfloat16* p) { return __bfloat162float(__ldg(p)); }
-__device__ __forceinline__ float load_one(const __half* p) { return __half2float(__ldg(p)); }
+// Not through the __ldg of 16-bit floats: it is assembly that the compiler may execute before the check that guards it.
+__device__ __forceinline__ float load_one(const __nv_bfloat16* p) {
+  return bits_float(static_cast<uint32_t>(__ldg(reinterpret_cast<const unsigned short*>(p))) << 16);
+}
+__device__ __forceinline__ float load_one(const __half* p) {
+  return __half2float(__ushort_as_half(__ldg(reinterpret_cast<const unsigned short*>(p))));
+}
 
 // Four neighbours at once; p must be aligned to all four.
 __device__ __forceinline__ float4 load_quad(const float* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
@@ -55,8 +60,8 @@ __device__ __forceinline__ float4 load_quad_of_row(const T* row, int first, int 
   return quad;
 }
 
-// A row of `length` elements into the registers of a tile of kLanes lanes, in the layout of select.cuh; -inf where there
-// is no element. kFullChunks: the first so many of the kElements / 4 quads are within any row that comes here.
+// A row of `length` elements into the registers of a tile of kLanes lanes, in the layout of select.cuh; -inf where
+// there is no element. kFullChunks: the first so many of the kElements / 4 quads are within any row that comes here.
 template <int kLanes, int kFullChunks, int kElements, class T>
 __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements]) {
   const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));

@@ -1,6 +1,6 @@
 // route_at: the weights of given experts.
 //
-// A thread block owns a few tokens, one thread a choice of each: it loads the id, then the one logit, and the token's threads
+// A thread block owns a few tokens, one thread a choice: it loads the id, then the one logit, and the token's threads
 // share their scores through shared memory, to be added up in the order of activation_topk. Softmax without
 // renormalisation needs the whole row: there a warp owns a token.
 // Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
@@ -14,7 +14,6 @@ namespace jax_router::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 2;  // of one thread
 
 // The id, or -1 where the expert does not exist.
 __device__ __forceinline__ int load_expert(const RouteAt& op, int64_t token, int j) {
@@ -37,28 +36,20 @@ __device__ __forceinline__ void store_choice(const RouteAt& op, int64_t token, i
   if (op.chosen_logits != nullptr) op.chosen_logits[place] = expert < 0 ? 0.0f : logit;
 }
 
-// blockDim: (k, tokens at a time).
+// blockDim: (k, tokens of the block).
 template <class T>
 __global__ void __launch_bounds__(kThreads) weigh_choices(const RouteAt op) {
-  __shared__ __align__(16) float shared[kTokens][4 * kThreads];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kTokens + threadIdx.y;
+  __shared__ __align__(16) float shared[4 * kThreads];
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int j = static_cast<int>(threadIdx.x);
-  int experts[kTokens];
-  float logits[kTokens];
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) experts[i] = load_expert(op, first + i * blockDim.y, j);
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) logits[i] = load_logit<T>(op, first + i * blockDim.y, experts[i]);
+  const int expert = load_expert(op, token, j);
+  const float logit = load_logit<T>(op, token, expert);
   const int padded = (op.k + 3) / 4 * 4;
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    float* values = shared[i] + static_cast<int>(threadIdx.y) * padded;
-    for (int p = op.k + j; p < padded; p += op.k) values[p] = 0.0f;
-    const float weight = finish_weight(RowScore{op.scoring.score_fn}, op.scoring, op.k, true, j, logits[i],
-                                       values, [] { __syncthreads(); });
-    const int64_t token = first + i * blockDim.y;
-    if (token < op.rows) store_choice(op, token, j, experts[i], logits[i], weight);
-  }
+  float* values = shared + static_cast<int>(threadIdx.y) * padded;
+  for (int i = op.k + j; i < padded; i += op.k) values[i] = 0.0f;
+  const float weight =
+      finish_weight(RowScore{op.scoring.score_fn}, op.scoring, op.k, true, j, logit, values, [] { __syncthreads(); });
+  if (token < op.rows) store_choice(op, token, j, expert, logit, weight);
 }
 
 template <class T>
@@ -66,8 +57,7 @@ __global__ void __launch_bounds__(kThreads) weigh_by_rows(const RouteAt op, cons
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   if (token >= op.rows) return;
   const T* row = static_cast<const T*>(op.logits) + token * op.experts;
-  const RowScore score =
-      softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row, e, op.experts, quads); });
+  const RowScore score = softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row, e, op.experts, quads); });
   for (int j = static_cast<int>(threadIdx.x & 31); j < op.k; j += 32) {
     const int expert = load_expert(op, token, j);
     const float logit = load_logit<T>(op, token, expert);
@@ -90,7 +80,7 @@ cudaError_t launch(const RouteAt& op, cudaStream_t stream) {
       weigh_by_rows<T><<<blocks_for(op.rows, kThreads / 32), kThreads, 0, stream>>>(op, quads);
     } else {
       const dim3 block(op.k, kThreads / op.k);
-      weigh_choices<T><<<blocks_for(op.rows, block.y * kTokens), block, 0, stream>>>(op);
+      weigh_choices<T><<<blocks_for(op.rows, block.y), block, 0, stream>>>(op);
     }
     return cudaGetLastError();
   });

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, c
       const int64_t place = (first_row + own_row) * op.k + j;
       ids[h] = __ldg(op.expert_ids + place);
       grads[h] = __ldg(op.grad_weights + place);
-      if (!kWholeRow) logits[h] = __ldg(static_cast<const float*>(op.residual) + place);
+      if (!kWholeRow && op.residual != nullptr) logits[h] = __ldg(static_cast<const float*>(op.residual) + place);
       if (static_cast<uint32_t>(ids[h]) >= static_cast<uint32_t>(op.experts)) ids[h] = -1;
     }
   }
@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, c
   RowScore score{op.scoring.score_fn};
   float mean = 0.0f;
   const T* row_logits = nullptr;
+  bool chosen = false;  // a row without a valid choice, a masked one say, may hold anything and has no gradient
   if constexpr (kWholeRow) {
     row_logits = static_cast<const T*>(op.residual) + first_row * op.experts;
     score = softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row_logits, e, op.experts, quads); });
@@ -188,7 +189,9 @@ __global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, c
     for (int h = 0; h < kHeld; ++h) {
       values[h] = grads[h];
       terms[h] = ids[h] < 0 ? 0.0f : __fmul_rn(grads[h], score(load_one(row_logits + ids[h])));
+      chosen |= ids[h] >= 0;
     }
+    chosen = __any_sync(0xFFFFFFFFu, chosen);
     mean = sum_over_choices<kLanes>(terms, op.k);
   } else {
     differentiate<kLanes>(op.scoring, op.k, ids, logits, grads, values);
@@ -212,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, c
     if constexpr (kWholeRow) {
       for (int i = warp_lane; i < length; i += 32) {
         const float p = __fmul_rn(op.scoring.scale, score(load_one(row_logits + begin + i)));
-        store_one(out + begin + i, __fmul_rn(p, __fadd_rn(zeros[i], -mean)));
+        store_one(out + begin + i, chosen ? __fmul_rn(p, __fadd_rn(zeros[i], -mean)) : 0.0f);
       }
     } else if (length == op.experts) {
       store_stretch(out, zeros, rows * length, warp_lane, 32);
@@ -259,7 +262,7 @@ __global__ void __launch_bounds__(kLongThreads) pull_back_long(const RouteCotang
       const bool first_of_equals = pending && owners[i] == thread;
       __syncthreads();
       if (first_of_equals) {
-        const float logit = __ldg(static_cast<const float*>(op.residual) + place);
+        const float logit = op.residual == nullptr ? 0.0f : __ldg(static_cast<const float*>(op.residual) + place);
         const float slope = __fmul_rn(op.scoring.scale, __ldg(op.grad_weights + place));
         sums[i] = __fadd_rn(sums[i], __fmul_rn(slope, score_derivative(op.scoring.score_fn, logit)));
         owners[i] = kLongThreads;

@@ -1,8 +1,8 @@
 // From a token's logits to its experts: the selection that every router kernel shares, so that a token gets the same
 // weights and ids, bit for bit, whichever kernel made its logits and whatever else is in its batch.
 //
-// A tile of kLanes neighbouring lanes of a warp (kLanes = 16 or 32) owns one token and holds its logits in registers, in
-// quads: element i of lane l is expert_of<kLanes>(l, i) = (i / 4) * 4 * kLanes + 4 * l + i % 4.
+// A tile of kLanes neighbouring lanes of a warp (kLanes = 16 or 32) owns one token and holds its logits in registers,
+// in quads: element i of lane l is expert_of<kLanes>(l, i) = (i / 4) * 4 * kLanes + 4 * l + i % 4.
 //
 // The k best are found by a bound and a ranking. Each lane takes the largest of its keys; at least k experts have a key
 // no smaller than the k-th largest of these, and only slightly more than k do. Those few go to shared memory, one lane
@@ -20,6 +20,9 @@
 namespace jax_router::cuda {
 
 constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
+
+// How often a bound that too many keys reach is tightened.
+constexpr int kMostAttempts = 16;
 
 // A tile selects up to this many experts.
 template <int kLanes>
@@ -40,8 +43,8 @@ struct Selection {
   Groups groups;
 };
 
-// Where a token's results go: its k values start at `place` of each array. place < 0: nowhere, the tile has no token and
-// only keeps its warp company. chosen_logits is optional.
+// Where a token's results go: its k values start at `place` of each array. place < 0: nowhere, the tile has no token
+// and only keeps its warp company. chosen_logits is optional.
 struct TokenOutput {
   float* weights;
   int32_t* expert_ids;
@@ -115,8 +118,8 @@ __device__ __forceinline__ RowScore softmax_of_sums(float sum, float shift) {
   return RowScore{ScoreFn::kSoftmax, shift, sum == 0.0f ? 0.0f : divide(1.0f, sum)};
 }
 
-// Softmax's shift and sum over a whole row whose missing experts are -inf. The order of the additions does not depend on
-// kLanes: over the experts with equal e / 4 mod 32 first, in ascending order, then a tree over these 32 sums.
+// Softmax's shift and sum over a whole row whose missing experts are -inf. The order of the additions does not depend
+// on kLanes: over the experts with equal e / 4 mod 32 first, in ascending order, then a tree over these 32 sums.
 template <int kLanes, int kElements>
 __device__ __forceinline__ RowScore softmax_of_tile(const float (&logits)[kElements]) {
   constexpr int kFold = 32 / kLanes;
@@ -173,27 +176,31 @@ __device__ __forceinline__ float renormalize_divisor(const float* scores, int k)
   return __fadd_rn(sum, kRenormalizeEpsilon);
 }
 
-// The weight of the choice at position `rank` of a token's k choices. All threads that work on the token call it
-// together. A thread whose `chosen` is false has no choice; every position must have one. values: shared memory, aligned
-// to 16 bytes, 0 from k to the next multiple of 4. sync: makes what these threads wrote there visible to them.
+// The weight of the choice at position `rank` of a token's k choices, from its logit and score (which softmax over the
+// chosen has no use for). All threads that work on the token call it together. A thread whose `chosen` is false has no
+// choice; every position must have one. values: shared memory, aligned to 16 bytes, 0 from k to the next multiple of 4.
+// sync: makes what these threads wrote there visible to them.
 template <class Sync>
-__device__ __forceinline__ float finish_weight(const RowScore& score, const Scoring& scoring, int k, bool chosen,
-                                               int rank, float logit, float* values, Sync sync) {
-  float s;
+__device__ __forceinline__ float finish_weight(const Scoring& scoring, int k, bool chosen, int rank, float logit,
+                                               float score, float* values, Sync sync) {
   if (scoring.score_fn == ScoreFn::kSoftmax && scoring.renormalize) {
     if (chosen) values[rank] = logit;
     sync();
-    s = exp_nonpositive(__fadd_rn(logit, -shift_of_chosen(values, k)));
+    score = exp_nonpositive(__fadd_rn(logit, -shift_of_chosen(values, k)));
     sync();
-  } else {
-    s = score(logit);
   }
   if (scoring.renormalize) {
-    if (chosen) values[rank] = s;
+    if (chosen) values[rank] = score;
     sync();
-    s = divide(s, renormalize_divisor(values, k));
+    score = divide(score, renormalize_divisor(values, k));
   }
-  return __fmul_rn(s, scoring.scale);
+  return __fmul_rn(score, scoring.scale);
+}
+
+template <class Sync>
+__device__ __forceinline__ float finish_weight(const RowScore& score, const Scoring& scoring, int k, bool chosen,
+                                               int rank, float logit, float* values, Sync sync) {
+  return finish_weight(scoring, k, chosen, rank, logit, score(logit), values, sync);
 }
 
 // How many of the tile's pairs, of which `count` are not 0, are larger than this one.
@@ -223,12 +230,12 @@ __host__ __device__ inline bool tile_can_group(int lanes, int experts, int num_g
 // Makes every expert outside the top_groups best groups ineligible.
 template <int kLanes, int kElements>
 __device__ __forceinline__ void keep_best_groups(const Selection& selection, float (&keys)[kElements],
-                                                 uint32_t& eligible, SelectScratch<kLanes>& scratch) {
+                                                 uint32_t& eligible, uint64_t (&pairs)[kLanes]) {
   constexpr int kChunks = kElements / 4;
   const int lanes_a_group = selection.experts / selection.groups.num_groups / 4;
   const int group_shift = __ffs(lanes_a_group) - 1;
   const int lane = tile_lane<kLanes>();
-  scratch.pairs[lane] = 0;
+  pairs[lane] = 0;
   __syncwarp();
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -245,17 +252,18 @@ __device__ __forceinline__ void keep_best_groups(const Selection& selection, flo
     const int group = (c * kLanes + lane) >> group_shift;
     const float score = selection.groups.score == GroupScore::kTop2Sum ? __fadd_rn(best, second) : best;
     if ((lane & (lanes_a_group - 1)) == 0 && group < selection.groups.num_groups) {
-      scratch.pairs[group] = order_pair(order_key(score), static_cast<uint32_t>(group));
+      pairs[group] = order_pair(order_key(score), static_cast<uint32_t>(group));
     }
   }
   __syncwarp();
-  const uint64_t pair = scratch.pairs[lane];
-  const int rank = rank_of(pair, scratch.pairs, selection.groups.num_groups);
+  const uint64_t pair = pairs[lane];
+  const int rank = rank_of(pair, pairs, selection.groups.num_groups);
   uint32_t kept = __ballot_sync(kFullWarp, pair != 0 && rank < selection.groups.top_groups);
   if constexpr (kLanes < 32) kept >>= threadIdx.x & 16;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    if ((kept >> ((c * kLanes + lane) >> group_shift) & 1) != 0) continue;
+    const int group = (c * kLanes + lane) >> group_shift;
+    if (group < kLanes && (kept >> group & 1) != 0) continue;
     eligible &= ~(0xFu << (4 * c));
 #pragma unroll
     for (int j = 0; j < 4; ++j) keys[4 * c + j] = -INFINITY;
@@ -289,7 +297,8 @@ __device__ __forceinline__ float bound_of_best(float lane_maximum, int k) {
 
 // The exact k best of the eligible keys, best first, into candidates.
 template <int kLanes, int kElements>
-__device__ __forceinline__ void select_by_rounds(const float (&keys)[kElements], uint32_t eligible, int k, int* candidates) {
+__device__ __forceinline__ void select_by_rounds(const float (&keys)[kElements], uint32_t eligible, int k,
+                                                 int* candidates) {
   const int lane = tile_lane<kLanes>();
   for (int round = 0; round < k; ++round) {
     uint64_t best = 0;
@@ -322,8 +331,62 @@ __device__ __forceinline__ uint32_t existing_elements(int experts) {
   return existing;
 }
 
+// Calls body with the function of a logit that is its score, chosen once for all of a loop.
+template <class Body>
+__device__ __forceinline__ void with_score(const RowScore& score, Body body) {
+  if (score.score_fn == ScoreFn::kSqrtSoftplus) {
+    body([](float x) { return sqrtsoftplus(x); });
+  } else if (score.score_fn == ScoreFn::kSigmoid) {
+    body([](float x) { return sigmoid(x); });
+  } else {
+    body(score);
+  }
+}
+
+// Cheap scores, to find out which experts need the exact one. Up to a logit of kMostRoughLogit two of them, and so two
+// keys of an exact and a rough score, are in the right order if they differ by more than rough_margin + kKeyMargin
+// times the larger key.
+//   sqrtsoftplus: its square has an absolute error below 2^-20.5, which for the smallest scores makes one of 2^-10.2
+//   sigmoid: an error below 2^-20
+//   softmax: exact, but for the rounding that kKeyMargin covers
+constexpr float kMostRoughLogit = 0x1p22f;
+constexpr float kKeyMargin = 0x1p-20f;
+
+__device__ __forceinline__ float rough_margin(ScoreFn score_fn) {
+  return score_fn == ScoreFn::kSqrtSoftplus ? 0x1p-8f : 0x1p-18f;
+}
+
+__device__ __forceinline__ float rough_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+__device__ __forceinline__ float rough_sqrtsoftplus(float x) {
+  float log2;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(__fadd_rn(rough_exp2(__fmul_rn(fabsf(x), -1.44269504f)), 1.0f)));
+  return fast_sqrt(__fmaf_rn(log2, 0.693147181f, fmaxf(x, 0.0f)));
+}
+
+__device__ __forceinline__ float rough_sigmoid(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(__fadd_rn(rough_exp2(__fmul_rn(x, -1.44269504f)), 1.0f)));
+  return reciprocal;
+}
+
+template <class Body>
+__device__ __forceinline__ void with_rough_score(const RowScore& score, Body body) {
+  if (score.score_fn == ScoreFn::kSqrtSoftplus) {
+    body([](float x) { return rough_sqrtsoftplus(x); });
+  } else if (score.score_fn == ScoreFn::kSigmoid) {
+    body([](float x) { return rough_sigmoid(x); });
+  } else {
+    body(score);
+  }
+}
+
 // The keys of all the tile's elements, score + bias, -inf where they are not eligible.
-template <int kLanes, int kFullChunks, int kElements>
+template <bool kRough, int kLanes, int kFullChunks, int kElements>
 __device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
                                            uint32_t eligible, const float* bias, float (&keys)[kElements]) {
   if (bias != nullptr) load_tile<kLanes, kFullChunks>(bias, experts, rows_have_quads(bias, experts, 4), keys);
@@ -335,42 +398,66 @@ __device__ __forceinline__ void score_keys(int experts, const RowScore& score, c
       if (i / 4 >= kFullChunks && (eligible >> i & 1) == 0) keys[i] = -INFINITY;
     }
   };
-  if (score.score_fn == ScoreFn::kSqrtSoftplus) {
-    score_all([](float x) { return sqrtsoftplus(x); });
-  } else if (score.score_fn == ScoreFn::kSigmoid) {
-    score_all([](float x) { return sigmoid(x); });
+  if constexpr (kRough) {
+    with_rough_score(score, score_all);
   } else {
-    score_all(score);
+    with_score(score, score_all);
   }
 }
 
-// Lists the experts of the tile's eligible keys that reach a bound, and counts them. False, for the whole warp, where they
-// are too many.
+// Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
+// counts them: at least `needed`, at most kLanes. False, for the whole warp, where that fails: too many nearly equal
+// keys.
 template <int kLanes, int kElements>
-__device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], uint32_t eligible, float bound,
-                                                int* candidates, int& count) {
+__device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], uint32_t eligible, float lane_maximum,
+                                                int k, int needed, float margin, int* candidates, int& count) {
   const int lane = tile_lane<kLanes>();
-  uint32_t reaching = 0;
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p or.b32 %0, %0, %3; }"
-        : "+r"(reaching)
-        : "f"(keys[i]), "f"(bound), "r"(1u << i));
-  }
-  reaching &= eligible;
-  // Where the lane's own start in the list: the sum of the counts of the lanes before it, bit by bit of these counts.
-  const int own = __popc(reaching);
   const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
   const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
-  int position = 0;
-  count = 0;
+  float bound = bound_of_best<kLanes>(lane_maximum, k);
+  uint32_t low = 0;
+  uint32_t high = 0;
+  bool probing = false;  // whether it is open that at least `needed` keys reach the bound
+  uint32_t reaching;
+  int position;
+#pragma unroll 1
+  for (int attempt = 0;; ++attempt) {
+    const float threshold = margin == 0.0f || probing ? bound : bound - margin - fabsf(bound) * kKeyMargin;
+    reaching = 0;
 #pragma unroll
-  for (int bit = 1; bit <= 4; bit *= 2) {
-    const uint32_t lanes = __ballot_sync(kFullWarp, (own & bit) != 0);
-    position += bit * __popc(lanes & before);
-    count += bit * __popc(lanes & tile);
+    for (int i = 0; i < kElements; ++i) {
+      asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p or.b32 %0, %0, %3; }"
+          : "+r"(reaching)
+          : "f"(keys[i]), "f"(threshold), "r"(1u << i));
+    }
+    reaching &= eligible;
+    // Where the lane's own start in the list: the sum of the counts of the lanes before it, bit by bit of these counts.
+    const int own = __popc(reaching);
+    position = 0;
+    count = 0;
+#pragma unroll
+    for (int bit = 1; bit <= 4; bit *= 2) {
+      const uint32_t lanes = __ballot_sync(kFullWarp, (own & bit) != 0);
+      position += bit * __popc(lanes & before);
+      count += bit * __popc(lanes & tile);
+    }
+    const bool crowded = (__ballot_sync(kFullWarp, own >= 8) & tile) != 0 || count > kLanes;
+    const bool fits = !crowded && count >= needed;
+    if (!__any_sync(kFullWarp, probing || !fits)) break;
+    if (attempt == kMostAttempts) return false;
+    if (attempt == 0) {
+      low = order_key(bound);
+      high = order_key(tile_max_nan<kLanes>(lane_maximum));
+    }
+    if (fits) {
+      probing = false;
+    } else {
+      // Halfway between a bound that too many keys reach and one that too few do.
+      (crowded ? low : high) = order_key(bound);
+      bound = float_of_key(low + (high - low) / 2);
+      probing = true;
+    }
   }
-  if (__any_sync(kFullWarp, count > kLanes || own >= 8)) return false;
   while (reaching != 0) {
     candidates[position++] = expert_of<kLanes>(lane, __ffs(reaching) - 1);
     reaching &= reaching - 1;
@@ -399,22 +486,35 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
     score = softmax_of_tile<kLanes>(logits);
   }
   float keys[kElements];
+  float margin = 0.0f;
+  bool failed = false;
   if constexpr (kMode == KeyMode::kLogits) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) keys[i] = logits[i];
+  } else if constexpr (kMode == KeyMode::kScores) {
+    score_keys<true, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+    margin = rough_margin(scoring.score_fn);
+    float largest = logits[0];
+#pragma unroll
+    for (int i = 1; i < kElements; ++i) largest = fmaxf(largest, logits[i]);
+    failed = largest > kMostRoughLogit;
   } else {
-    score_keys<kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
-    if constexpr (kMode == KeyMode::kGroups) keep_best_groups(selection, keys, eligible, scratch);
+    score_keys<false, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+    keep_best_groups(selection, keys, eligible, scratch.pairs);
   }
-
   float maximum = keys[0];
 #pragma unroll
   for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, keys[i]);
+  failed = __any_sync(kFullWarp, failed || maximum != maximum);
+
   int count = 0;
-  if (__any_sync(kFullWarp, maximum != maximum) ||
-      !list_candidates<kLanes>(keys, eligible, bound_of_best<kLanes>(maximum, k), scratch.candidates, count)) {
+  const int needed = wanted ? k : 0;
+  if (failed || !list_candidates<kLanes>(keys, eligible, maximum, k, needed, margin, scratch.candidates, count)) {
+    if constexpr (kMode == KeyMode::kScores) {
+      score_keys<false, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+    }
     select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
-    count = wanted ? k : 0;
+    count = needed;
   }
   scratch.values[lane] = 0.0f;
   __syncwarp();
@@ -422,15 +522,15 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   const bool candidate = lane < count;
   int expert = 0;
   float logit = 0.0f;
+  float s = 0.0f;
   uint64_t pair = 0;
   if (candidate) {
     expert = scratch.candidates[lane];
     logit = logit_at(expert);
+    const float offset = kMode != KeyMode::kLogits && bias != nullptr ? __ldg(bias + expert) : 0.0f;
+    s = score(logit);
     float key = logit;
-    if constexpr (kMode != KeyMode::kLogits) {
-      key = score(logit);
-      if (bias != nullptr) key = __fadd_rn(key, __ldg(bias + expert));
-    }
+    if constexpr (kMode != KeyMode::kLogits) key = bias != nullptr ? __fadd_rn(s, offset) : s;
     pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
   }
   scratch.pairs[lane] = pair;
@@ -438,8 +538,7 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   const int rank = rank_of(pair, scratch.pairs, count);
 
   const bool chosen = candidate && rank < k;
-  const float weight =
-      finish_weight(score, scoring, k, chosen, rank, logit, scratch.values, [] { __syncwarp(); });
+  const float weight = finish_weight(scoring, k, chosen, rank, logit, s, scratch.values, [] { __syncwarp(); });
   if (chosen) {
     output.store(rank, weight, expert, logit);
   } else if (!wanted && output.place >= 0 && lane < k) {

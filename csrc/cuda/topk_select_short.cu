@@ -83,13 +83,13 @@ __global__ void __launch_bounds__(32 * kWarps) select_short_rows(TopkSelect op, 
       place += __popc(ballot);
     }
   } else {
-    uint64_t last = ~uint64_t{0};
+    uint64_t last = 0;
     for (count = 0; count < k; ++count) {
       uint64_t best = 0;
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
         const uint64_t pair = order_pair(keys[i], index(i));
-        if (pair < last && pair > best) best = pair;
+        if ((count == 0 || pair < last) && pair > best) best = pair;
       }
       last = warp_max(best);
       if (lane == 0) pairs[count] = last;
@@ -101,13 +101,12 @@ __global__ void __launch_bounds__(32 * kWarps) select_short_rows(TopkSelect op, 
   int place = 0;
   for (int other = 0; other < count; ++other) place += pairs[other] > pair;
   const bool chosen = lane < count && place < k;
-  if (!op.sorted && k > 0) {
-    const uint32_t last = __ballot_sync(kFullWarp, chosen && place == k - 1);
-    const uint64_t kth = __shfl_sync(kFullWarp, pair, __ffs(last) - 1);
+  if (!op.sorted) {
+    __syncwarp();
+    if (chosen) pairs[place] = pair;  // the k best, best first
+    __syncwarp();
     place = 0;
-    for (int other = 0; other < count; ++other) {
-      place += pairs[other] >= kth && pair_index(pairs[other]) < pair_index(pair);
-    }
+    for (int other = 0; other < k; ++other) place += pair_index(pairs[other]) < pair_index(pair);
   }
   if (chosen) write_result<T>(op, row_index, row, place, pair);
   if (lane >= k && lane < op.k) write_nothing<T>(op, row_index, lane);

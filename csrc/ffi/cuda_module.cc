@@ -32,7 +32,7 @@ struct Cuda {
       const size_t bytes = cuda::workspace_bytes(op);
       void* workspace = nullptr;
       if (bytes > 0) {
-        const auto allocated = scratch.Allocate(bytes, 256);
+        const auto allocated = scratch.Allocate(bytes, 64);
         if (!allocated) {
           return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_router: no scratch memory");
         }
@@ -51,6 +51,21 @@ struct Cuda {
 }  // namespace jax_router
 
 NB_MODULE(_cuda, module) {
-  jax_router::define_module<jax_router::Cuda>(module);
-  module.attr("max_select_k") = jax_router::cuda::kMaxSelectK;
+  namespace nb = nanobind;
+  using namespace jax_router;
+  define_module<Cuda>(module);
+  module.attr("max_select_k") = cuda::kMaxSelectK;
+  module.attr("architectures") = JAX_ROUTER_CUDA_ARCHITECTURES;
+  module.def(
+      "fuses_dense_router",
+      [](int64_t tokens, int32_t experts, int32_t hidden, int32_t top_k, int32_t itemsize) {
+        DenseRouter op{};
+        op.operand_dtype = itemsize == 4 ? DType::kF32 : DType::kBF16;
+        op.hidden = hidden;
+        op.select.rows = tokens;
+        op.select.experts = experts;
+        op.select.k = top_k;
+        return cuda::supports(op);
+      },
+      nb::arg("tokens"), nb::arg("experts"), nb::arg("hidden"), nb::arg("top_k"), nb::arg("itemsize"));
 }

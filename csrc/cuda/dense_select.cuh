@@ -25,7 +25,8 @@ struct alignas(16) BlockSelect {
   float logits[kMaxBlockExperts];  // each thread stores its own before select()
   float bias[kMaxBlockExperts];    // likewise, if there is a bias
 
-  __device__ __forceinline__ void select(const Selection& selection, bool has_bias, bool wanted, const TokenOutput& output);
+  __device__ __forceinline__ void select(const Selection& selection, bool has_bias, bool wanted,
+                                         const TokenOutput& output);
 
  private:
   __device__ __forceinline__ void keep_best_groups(const Selection& selection, int padded);
@@ -50,17 +51,20 @@ __device__ __forceinline__ void BlockSelect::keep_best_groups(const Selection& s
   const int size = selection.experts / selection.groups.num_groups;
   const int even_groups = (selection.groups.num_groups + 1) / 2 * 2;
   __syncthreads();
+#pragma unroll 1
   for (int group = thread / 32; group < even_groups; group += kBlockWarps) {
     // Where the best key is a NaN, best + second is one too, whatever the second is.
     uint32_t best = kNoKey;
     uint32_t second = kNoKey;
     if (group < selection.groups.num_groups) {
+#pragma unroll 1
       for (int i = lane; i < size; i += 32) {
         const uint32_t key = pair_key(pairs[group * size + i]);
         second = max(second, min(best, key));
         best = max(best, key);
       }
     }
+#pragma unroll 1
     for (int step = 16; step > 0; step /= 2) {
       const uint32_t other_best = __shfl_xor_sync(kFullWarp, best, step);
       const uint32_t other_second = __shfl_xor_sync(kFullWarp, second, step);
@@ -72,6 +76,7 @@ __device__ __forceinline__ void BlockSelect::keep_best_groups(const Selection& s
     if (lane == 0) groups[group] = best == kNoKey ? 0 : order_pair(order_key(score), static_cast<uint32_t>(group));
   }
   __syncthreads();
+#pragma unroll 1
   for (int e = thread; e < selection.experts; e += kBlockThreads) {
     if (count_larger(groups[e / size], groups, even_groups) >= selection.groups.top_groups) pairs[e] = 0;
   }
@@ -96,6 +101,7 @@ __device__ __forceinline__ void BlockSelect::select(const Selection& selection, 
       return make_float4(at(0), at(1), at(2), at(3));
     });
   }
+#pragma unroll 1
   for (int e = thread; e < padded; e += kBlockThreads) {
     uint64_t pair = 0;
     if (e < selection.experts) {
@@ -110,14 +116,19 @@ __device__ __forceinline__ void BlockSelect::select(const Selection& selection, 
   uint64_t* own_candidates = candidates + warp * k;
   if (lane < k) own_candidates[lane] = 0;
   __syncwarp();
+#pragma unroll 1
   for (int e = thread; e < padded; e += kBlockThreads) {
     const uint64_t pair = pairs[e];
     int rank = 0;
-    for (int begin = 32 * warp; begin < padded; begin += kBlockThreads) rank += count_larger(pair, pairs + begin, 32);
+#pragma unroll 1
+    for (int begin = 32 * warp; begin < padded; begin += kBlockThreads) {
+      rank += count_larger(pair, pairs + begin, 32);
+    }
     if (pair != 0 && rank < k) own_candidates[rank] = pair;
   }
   __syncthreads();
   if (warp == 0) {
+#pragma unroll 1
     for (int i = lane; i < kBlockWarps * k; i += 32) {
       const uint64_t pair = candidates[i];
       const int rank = count_larger(pair, candidates, kBlockWarps * k);

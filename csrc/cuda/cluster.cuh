@@ -1,0 +1,81 @@
+// Thread block clusters: the barrier in its two halves, and shared memory of the cluster's other blocks. Devices before
+// compute capability 9.0 have none: there a launch must not ask for them, and nothing here does anything.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jax_router::cuda {
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define JR_CLUSTER_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define JR_CLUSTER_ASM(...)
+#endif
+
+// Whether the current device can launch clusters, and kernels that begin before the last one has ended.
+inline bool device_has_clusters() {
+  int device = 0, yes = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&yes, cudaDevAttrClusterLaunch, device) == cudaSuccess && yes != 0;
+}
+
+__device__ __forceinline__ uint32_t block_of_cluster() {
+  uint32_t rank = 0;
+  JR_CLUSTER_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ uint32_t blocks_of_cluster() {
+  uint32_t blocks = 1;
+  JR_CLUSTER_ASM("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+
+// What this thread wrote before it arrives, every thread of the cluster sees after it waited.
+__device__ __forceinline__ void cluster_arrive() {
+  JR_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  JR_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  __syncthreads();
+#endif
+}
+
+// An arrival that says nothing about memory, and so does not wait for writes that are still under way.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  JR_CLUSTER_ASM("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
+}
+
+// The address of another block's variable, given this block's.
+__device__ __forceinline__ uint32_t address_in_block(const void* p, uint32_t block) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  JR_CLUSTER_ASM("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+  return address;
+}
+
+__device__ __forceinline__ uint32_t remote_load(uint32_t address) {
+  uint32_t value = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+#else
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+
+__device__ __forceinline__ void remote_store(uint32_t address, uint64_t value) {
+  JR_CLUSTER_ASM("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t remote_add(uint32_t address, uint32_t value) {
+  uint32_t before = 0;
+  JR_CLUSTER_ASM("atom.shared::cluster.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+  return before;
+}
+
+#undef JR_CLUSTER_ASM
+
+}  // namespace jax_router::cuda

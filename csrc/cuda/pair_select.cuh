@@ -1,0 +1,195 @@
+// What one thread block does with (key, index) pairs in its shared memory: find the k-th largest, and put the k largest
+// in order. Pairs (order_pair) are all distinct, so that ties are no special case anywhere.
+//
+// Both go by histograms whose bins divide the range of pairs that is really there, and divide it again where too many
+// fell into one bin. Narrow ranges, equal keys and outliers therefore cost at most a few more rounds.
+//
+// A kernel that runs for microseconds spends much of its time on fetching instructions for the first time: loops are
+// not unrolled, and what is needed twice is one function.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/order.h"
+
+namespace jax_router::cuda {
+
+// A block's shared memory: this, then its pairs, then whatever the kernel wants.
+extern __shared__ uint4 block_shared_memory[];
+
+template <int kThreads>
+struct alignas(16) PairSelect {
+  static constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kBins = 2 * kThreads;
+  static constexpr int kBinBits = kThreads == 512 ? 10 : 9;
+  static_assert(kBins == 1 << kBinBits);
+
+  alignas(16) uint32_t bins[kBins];
+  uint32_t warp_sums[kWarps];
+  uint32_t key_max, key_min;
+  struct {
+    uint32_t bin, before, count;
+  } found;
+
+  static __device__ __forceinline__ PairSelect& shared() { return *reinterpret_cast<PairSelect*>(block_shared_memory); }
+  static __device__ __forceinline__ uint64_t* pairs() {
+    return reinterpret_cast<uint64_t*>(block_shared_memory + sizeof(PairSelect) / sizeof(uint4));
+  }
+
+  // Before the first use; a barrier must follow.
+  static __device__ __forceinline__ void init() {
+    if (threadIdx.x == 0) {
+      shared().key_max = 0;
+      shared().key_min = 0xFFFFFFFFu;
+    }
+  }
+
+  static __device__ __forceinline__ void clear(uint32_t* a, uint32_t size) {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) a[i] = 0;
+  }
+
+  // Sum of x over earlier threads. A barrier must lie between the return and the next call.
+  static __device__ __forceinline__ uint32_t exclusive_sum(uint32_t x) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint32_t sum = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(kFullWarp, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (lane == 31) shared().warp_sums[warp] = sum;
+    __syncthreads();
+    return __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0) + sum - x;
+  }
+
+  // a[i] becomes the sum of a[0..i). `a` has room for an even number of words. Ends with a barrier.
+  static __device__ __noinline__ void scan(uint32_t* a, uint32_t size) {
+    uint32_t carry = 0;
+#pragma unroll 1
+    for (uint32_t first = 0; first < size; first += kBins) {
+      const uint32_t i = first + 2 * threadIdx.x;
+      uint2 two = {0, 0};
+      if (i < size) two = *reinterpret_cast<const uint2*>(a + i);
+      const uint32_t before = carry + exclusive_sum(two.x + two.y);
+      if (i < size) *reinterpret_cast<uint2*>(a + i) = make_uint2(before, before + two.x);
+      if (threadIdx.x == kThreads - 1) shared().found.before = before + two.x + two.y;
+      __syncthreads();
+      carry = shared().found.before;
+    }
+  }
+
+  // The smallest shift that brings every distance up to `span` into `bits` bits.
+  static __device__ __forceinline__ int shift_for(uint64_t span) { return max(64 - __clzll(span) - kBinBits, 0); }
+
+  struct Kth {
+    uint64_t pair;  // exactly k pairs, or up to `slack` more, are no smaller
+    uint64_t best;  // no pair is larger
+  };
+
+  // The k-th largest of pairs()[0..count), 1 <= k <= count, for indices < length. All threads get it.
+  static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, uint32_t length, uint32_t slack) {
+    uint64_t best = ~uint64_t{0}, worst = 0, overall_best = 0;
+#pragma unroll 1
+    while (true) {
+      uint32_t key_max = 0, key_min = 0xFFFFFFFFu;
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t pair = pairs()[i];
+        if (pair >= worst && pair <= best) {
+          key_max = max(key_max, pair_key(pair));
+          key_min = min(key_min, pair_key(pair));
+        }
+      }
+      reinterpret_cast<uint2*>(shared().bins)[threadIdx.x] = make_uint2(0, 0);
+      key_max = __reduce_max_sync(kFullWarp, key_max);
+      key_min = __reduce_min_sync(kFullWarp, key_min);
+      if (threadIdx.x % 32 == 0) {
+        atomicMax(&shared().key_max, key_max);
+        atomicMin(&shared().key_min, key_min);
+      }
+      __syncthreads();
+      best = min(best, order_pair(shared().key_max, 0));
+      worst = max(worst, order_pair(shared().key_min, length - 1));
+      if (overall_best == 0) overall_best = best;
+      const int shift = shift_for(best - worst);
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t pair = pairs()[i];
+        if (pair >= worst && pair <= best) atomicAdd(&shared().bins[(best - pair) >> shift], 1);
+      }
+      __syncthreads();
+      init();
+      const uint2 counts = reinterpret_cast<const uint2*>(shared().bins)[threadIdx.x];
+      const uint32_t before = exclusive_sum(counts.x + counts.y);
+      if (before < k && k <= before + counts.x + counts.y) {
+        const bool second = k > before + counts.x;
+        shared().found = {2 * threadIdx.x + second, before + (second ? counts.x : 0), second ? counts.y : counts.x};
+      }
+      __syncthreads();
+      k -= shared().found.before;
+      best -= static_cast<uint64_t>(shared().found.bin) << shift;
+      const uint64_t last = (uint64_t{1} << shift) - 1;
+      if (best - worst > last) worst = best - last;
+      if (shared().found.count <= k + slack) return {worst, overall_best};
+    }
+  }
+
+  // Puts the pairs of pairs()[0..count) that are no smaller than `bound` into pairs()[0..size), in descending order if
+  // kByKey, else by ascending index. Exactly `size` pairs are no smaller, and none is larger than `best`. `spare` has
+  // room for size pairs, `fine` for size words rounded up to an even number (if kByKey). Ends with a barrier.
+  template <bool kByKey>
+  static __device__ __forceinline__ void order(uint32_t count, uint64_t bound, uint64_t best, uint32_t size,
+                                               uint32_t length, uint64_t* spare, uint32_t* fine) {
+    const auto for_each = [&](auto body) {
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t pair = pairs()[i];
+        if (pair >= bound) body(pair);
+      }
+      __syncthreads();
+    };
+    // Distance from the front.
+    const auto distance = [&](uint64_t pair) -> uint64_t { return kByKey ? best - pair : pair_index(pair); };
+    const int shift = shift_for(kByKey ? best - bound : length - 1);
+    uint32_t* bins = shared().bins;
+    uint32_t* starts = kByKey ? fine : bins;
+    clear(bins, kBins);
+    __syncthreads();
+    for_each([&](uint64_t pair) { atomicAdd(&bins[distance(pair) >> shift], 1); });
+    scan(bins, kBins);
+    // A bin of n pairs is divided again, into n parts, so that the parts hold few pairs each even where the keys crowd.
+    // Indices are spread well enough as they are.
+    const auto part = [&](uint64_t pair) -> uint32_t {
+      const uint32_t bin = distance(pair) >> shift;
+      if constexpr (!kByKey) return bin;
+      const uint32_t start = bins[bin];
+      const uint32_t end = bin + 1 < kBins ? bins[bin + 1] : size;
+      const uint64_t rest = distance(pair) & ((uint64_t{1} << shift) - 1);
+      const uint32_t fraction = static_cast<uint32_t>(shift > 16 ? rest >> (shift - 16) : rest << (16 - shift));
+      return start + (fraction * (end - start) >> 16);
+    };
+    if constexpr (kByKey) {
+      clear(fine, size);
+      __syncthreads();
+      for_each([&](uint64_t pair) { atomicAdd(&fine[part(pair)], 1); });
+      scan(fine, size);
+    }
+    for_each([&](uint64_t pair) { spare[atomicAdd(&starts[part(pair)], 1)] = pair; });
+    // Now starts[p] is where part p ends, and the next begins.
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+      const uint64_t pair = spare[i];
+      const uint32_t p = part(pair);
+      uint32_t rank = p == 0 ? 0 : starts[p - 1];
+#pragma unroll 1
+      for (uint32_t other = rank, end = starts[p]; other < end; ++other)
+        rank += distance(spare[other]) < distance(pair);
+      pairs()[rank] = pair;
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace jax_router::cuda

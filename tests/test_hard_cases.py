@@ -1,0 +1,386 @@
+"""Fifteen kinds of input that broke routers and top-k kernels before this one, compared with the total order on bits
+or with an answer that is known exactly. 11, the sizes, is in test_native.py, 14 in test_determinism.py, and the
+gradients of 15 are in test_transforms.py."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_router
+from cases import DTYPES
+from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, f64, scores, select, weights_at
+from oracle import top_k as oracle_top_k
+
+NEGATIVE_NAN = np.array(0xFFC00000, np.uint32).view(np.float32)
+INF = np.inf
+
+
+def op(name, **options):
+    return jax.jit(partial(getattr(jax_router, name), **options))
+
+
+def with_bits(bits):
+    return np.asarray(bits).astype(np.uint32).view(np.float32)
+
+
+# 1. NaN of both signs
+
+
+@pytest.mark.parametrize("keys", ["logits", "scores", "groups"])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_nan_rows(score_fn, keys, implementation, rng):
+    """All NaN, one NaN, one negative NaN: k distinct ids in range, and the rows beside them do not change."""
+    clean = rng.normal(0, 1, (8, 32)).astype(np.float32)
+    logits = clean.copy()
+    logits[1] = np.nan
+    logits[3] = NEGATIVE_NAN
+    logits[4, 17] = np.nan
+    logits[6, 30] = NEGATIVE_NAN
+    bias = np.zeros(32, np.float32) if keys == "scores" else None
+    options = {"top_k": 4, "score_fn": score_fn, **({"num_groups": 4, "top_groups": 2} if keys == "groups" else {})}
+    route = op("activation_topk", implementation=implementation, **options)
+    weights, ids = route(logits, bias)
+    assert_routes((weights, ids), logits, bias, **options)
+    np.testing.assert_array_equal(np.asarray(ids)[[1, 3]], [[0, 1, 2, 3]] * 2)
+    assert np.isnan(np.asarray(weights)[[1, 3]]).all()
+    if keys == "logits" or score_fn != "softmax":  # one NaN makes all softmax scores NaN, and all keys equal
+        np.testing.assert_array_equal(np.asarray(ids)[[4, 6], 0], [17, 30])
+        assert np.isnan(np.asarray(weights)[[4, 6]]).all()
+    rest = np.array([0, 2, 5, 7])
+    clean_weights, clean_ids = route(clean, bias)
+    np.testing.assert_array_equal(ids[rest], clean_ids[rest])
+    np.testing.assert_array_equal(weights[rest], clean_weights[rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_select_with_nans_of_both_signs(dtype, implementation, rng):
+    x = rng.normal(0, 1, (4, 300)).astype(np.float32)
+    x[0, ::50] = np.nan
+    x[1, ::50] = NEGATIVE_NAN
+    x[1, 25::50] = np.nan
+    x[2] = NEGATIVE_NAN
+    x[3, 5:] = -INF
+    x = x.astype(DTYPES[dtype])
+    values, indices = op("topk_select", k=9, implementation=implementation)(x)
+    want_values, want_indices = select(x, 9)
+    np.testing.assert_array_equal(indices, want_indices)
+    np.testing.assert_array_equal(f64(values), f64(want_values))
+
+
+# 2. Ids out of range
+
+
+def test_token_ids_out_of_range(implementation, rng):
+    """A sampler's id V, padding, and bit patterns of floats."""
+    lut = rng.integers(0, 9, (50, 3)).astype(np.int32)
+    wild = np.array([50, 51, -1, -50, 2**31 - 1, -(2**31), *np.float32([1.5, -2, np.nan]).view(np.int32)], np.int32)
+    ids = np.concatenate([wild, np.arange(50, dtype=np.int32)])
+    routing = op("hash_router", implementation=implementation)(ids, lut)
+    np.testing.assert_array_equal(routing.expert_ids[: wild.size], -1)
+    np.testing.assert_array_equal(routing.weights[: wild.size], 0)
+    np.testing.assert_array_equal(routing.expert_ids[wild.size :], lut)
+
+
+def test_table_entries_out_of_range(implementation, rng):
+    """They pass through hash_router, have weight 0 in route_at, and lie in no group of expert_dispatch."""
+    lut = rng.integers(0, 8, (20, 4)).astype(np.int32)
+    lut[3] = [8, -1, 2**31 - 1, -(2**31)]
+    lut[4, 1] = np.float32(0.7).view(np.int32)
+    token_ids = np.array([[3, 4, 5], [4, 3, 0]], np.int32)
+    ids = op("hash_router", implementation=implementation)(token_ids, lut).expert_ids
+    np.testing.assert_array_equal(ids, lut[token_ids])
+    logits = rng.normal(0, 1, (2, 3, 8)).astype(np.float32)
+    routing = op("route_at", score_fn="softmax", implementation=implementation)(logits, ids)
+    assert_weights(routing.weights, weights_at(logits, ids, "softmax", True, 1.0))
+    np.testing.assert_array_equal(routing.expert_ids[0, 0], -1)
+    for got, want in zip(op("expert_dispatch", num_experts=8, implementation=implementation)(ids), dispatch(ids, 8)):
+        np.testing.assert_array_equal(got, want)
+
+
+# 3. Biases that cancel
+
+
+@pytest.mark.parametrize("steer", [12.0, 1e4, -1e5])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_bias_does_not_cancel(steer, groups, implementation, rng):
+    """Sigmoid scores near 1e-8: (s + 12) - 12 has lost them, and a bias of -1e5 must not lose to a sentinel."""
+    logits = rng.normal(-18.4, 0.5, (16, 32)).astype(np.float32)
+    bias = np.full(32, steer, np.float32)
+    options = {"top_k": 4, "score_fn": "sigmoid", "num_groups": groups, "top_groups": groups}
+    routing = op("activation_topk", renormalize=False, implementation=implementation, **options)(logits, bias)
+    assert_weights(routing.weights, weights_at(logits, routing.expert_ids, "sigmoid", False, 1.0))
+    np.testing.assert_array_equal(routing.expert_ids, [[0, 1, 2, 3]] * 16)  # all keys are equal once rounded
+
+
+def test_bias_that_makes_ties(implementation):
+    """Scores a few units in the last place apart, and a bias of 8.08 that rounds the differences away."""
+    logits = np.linspace(1 + 1e-6, 1 + 2e-6, 9, dtype=np.float32)[None]
+    assert len(np.unique(logits)) == 9
+    bias = np.full(9, 8.0801, np.float32)
+    routing = op("activation_topk", top_k=6, score_fn="sigmoid", implementation=implementation)(logits, bias)
+    sums = (scores(logits, "sigmoid") + f64(bias)).astype(np.float32)
+    assert (sums == sums[0, 0]).all()
+    np.testing.assert_array_equal(routing.expert_ids, [[0, 1, 2, 3, 4, 5]])
+
+
+# 4. Underflow and overflow of scores
+
+SCORE_EDGES = np.array(
+    [-100, -30, -17, -16.6, np.nextafter(np.float32(20), 0), 20, np.nextafter(np.float32(20), 21), 88.7, 89, 1e4],
+    np.float32,
+)
+
+
+def test_sqrtsoftplus_edges(implementation):
+    routing = op("activation_topk", top_k=1, renormalize=False, implementation=implementation)(SCORE_EDGES[:, None])
+    assert_weights(routing.weights[:, 0], scores(SCORE_EDGES, "sqrtsoftplus"), rtol=1e-6)
+    infinite = op("activation_topk", top_k=1, renormalize=False, implementation=implementation)(
+        np.float32([[INF], [-INF]])
+    )
+    np.testing.assert_array_equal(infinite.weights, [[INF], [0]])
+
+
+def test_row_where_every_weight_underflows(implementation):
+    logits = np.full((2, 8), -500, np.float32)
+    logits[1] = -INF
+    routing = op("activation_topk", top_k=3, implementation=implementation)(logits)
+    np.testing.assert_array_equal(routing.weights, 0)
+    np.testing.assert_array_equal(routing.expert_ids, [[0, 1, 2]] * 2)
+
+
+# 5. Few candidates
+
+
+def test_fewer_than_k_finite_scores(implementation):
+    logits = np.full((3, 12), -INF, np.float32)
+    logits[0, [7, 3]] = [1, 2]
+    logits[1, 11] = -1e30
+    route = op("activation_topk", top_k=4, score_fn="softmax", implementation=implementation)
+    routing = route(logits)
+    np.testing.assert_array_equal(routing.expert_ids, [[3, 7, 0, 1], [11, 0, 1, 2], [0, 1, 2, 3]])
+    np.testing.assert_allclose(routing.weights, [[0.7310586, 0.26894143, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], rtol=1e-6)
+
+
+def test_every_expert_is_chosen(implementation, rng):
+    logits = rng.normal(0, 1, (5, 16)).astype(np.float32)
+    routing = op("activation_topk", top_k=16, score_fn="softmax", implementation=implementation)(logits)
+    np.testing.assert_array_equal(routing.expert_ids, oracle_top_k(logits, 16))
+    np.testing.assert_allclose(np.sum(routing.weights, -1), 1, rtol=1e-6)
+
+
+# 6 and 7. Ties
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_experts", [40, 384])
+def test_ties_go_to_the_lower_id(num_experts, dtype, implementation, rng):
+    """At the k-th place, in a whole row, +0 against -0, and by rounding to half precision; at several row counts."""
+    x = rng.integers(-1, 2, (70, num_experts)).astype(np.float32)
+    x[0] = 0
+    x[1] = np.where(rng.random(num_experts) < 0.5, 0.0, -0.0)
+    x[2] = np.where(np.arange(num_experts) == num_experts - 1, 0.0, -0.0)
+    x[3:40] = rng.normal(0, 1, (37, num_experts)).astype(DTYPES["bf16"]).astype(np.float32)
+    x = x.astype(DTYPES[dtype])
+    want = oracle_top_k(x, 6)
+    route = op("activation_topk", top_k=6, score_fn="sigmoid", implementation=implementation)
+    np.testing.assert_array_equal(route(x).expert_ids, want)
+    np.testing.assert_array_equal(route(x[:4]).expert_ids, want[:4])
+    np.testing.assert_array_equal(op("topk_select", k=6, implementation=implementation)(x)[1], want)
+
+
+@pytest.mark.parametrize("group_score", ["top2_sum", "max"])
+def test_ties_of_groups_and_within_groups(group_score, implementation, rng):
+    """Few distinct logits; k is no multiple of top_groups. Equal logits have equal scores: the ids are exact."""
+    logits = rng.integers(0, 3, (100, 32)).astype(np.float32)
+    logits[0] = 1
+    groups = {"num_groups": 8, "top_groups": 3, "group_score": group_score}
+    routing = op("activation_topk", top_k=7, score_fn="sigmoid", implementation=implementation, **groups)(logits)
+    # Scores with exact sums, in the order of those of sigmoid: two of logit 1 beat one of 2 and one of 0.
+    stand_in = np.array([0.5, 0.75, 0.875])[logits.astype(int)]
+    assert 2 * scores(1.0, "sigmoid") > scores(2.0, "sigmoid") + scores(0.0, "sigmoid")
+    best = np.sort(stand_in.reshape(100, 8, 4), -1)[..., -2 if group_score == "top2_sum" else -1 :]
+    chosen = oracle_top_k(best.sum(-1), 3)
+    eligible = (chosen[..., None] == np.arange(8)).any(-2).repeat(4, -1)
+    np.testing.assert_array_equal(routing.expert_ids, oracle_top_k(np.where(eligible, stand_in, -1), 7))
+    np.testing.assert_array_equal(routing.expert_ids[0], [0, 1, 2, 3, 4, 5, 6])
+
+
+def test_ties_are_broken_alike_on_all_paths(implementation, rng):
+    """One token, many tokens, and the product before the selection, with integer logits that tie all the time."""
+    x = rng.integers(-1, 2, (130, 64)).astype(DTYPES["bf16"])
+    weight = rng.integers(-1, 2, (256, 64)).astype(DTYPES["bf16"])
+    logits = (f64(x) @ f64(weight).T).astype(np.float32) + 0.0
+    want = oracle_top_k(logits, 6)
+    dense = op("dense_router", top_k=6, implementation=implementation)
+    route = op("activation_topk", top_k=6, implementation=implementation)
+    for rows in (slice(None), slice(0, 64), slice(3, 4)):
+        np.testing.assert_array_equal(dense(x[rows], weight).expert_ids, want[rows])
+        np.testing.assert_array_equal(route(logits[rows]).expert_ids, want[rows])
+
+
+# 8. Long rows of few distinct leading bits
+
+LONG = {
+    "consecutive bits": lambda rng, shape: with_bits(0x3F800000 + rng.permuted(np.indices(shape)[1], axis=1)),
+    "low bits alone": lambda rng, shape: with_bits(0x3F800000 + rng.integers(0, 1024, shape)),
+    "one bucket": lambda rng, shape: with_bits(np.where(rng.random(shape) < 0.3, 0x3F8A0000, 0xBF000000)),
+    "all equal": lambda rng, shape: np.full(shape, -2.5, np.float32),
+}
+
+
+@pytest.mark.parametrize("length", [131072, 262144, 262209])
+@pytest.mark.parametrize("name", LONG)
+def test_long_rows_of_a_narrow_range(name, length, rng):
+    x = LONG[name](rng, (2, length))
+    want_values, want_indices = select(x, 2048)
+    values, indices = op("topk_select", k=2048, implementation="native")(x)
+    np.testing.assert_array_equal(indices, want_indices)
+    np.testing.assert_array_equal(values, want_values)
+
+
+# 9. Both ends of the range
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_infinities_denormals_and_large_values(dtype, implementation):
+    row = np.float32([1e-40, -1e-40, 0, -0.0, 1e-45, 3e38, -3e38, 65504, 7e4, INF, -INF, 1, -1, 6e-8, 1e-38, -1e-38])
+    with np.errstate(over="ignore"):
+        x = np.stack([row, row[::-1], np.roll(row, 5)]).astype(DTYPES[dtype])
+    for k in (3, 16):
+        values, indices = op("topk_select", k=k, implementation=implementation)(x)
+        want_values, want_indices = select(x, k)
+        np.testing.assert_array_equal(indices, want_indices)
+        np.testing.assert_array_equal(
+            np.asarray(values).view(np.uint8), np.ascontiguousarray(want_values).view(np.uint8)
+        )
+    routing = op("activation_topk", top_k=5, score_fn="sigmoid", implementation=implementation)(x)
+    np.testing.assert_array_equal(routing.expert_ids, oracle_top_k(x, 5))
+
+
+# 10. Offsets beyond 31 bits
+
+
+def test_offsets_beyond_two_to_the_31():
+    """Elements beyond 2^31 and, where the memory allows, 2^32, in f16. On CPU this needs 5 GiB; 9 GiB on a GPU.
+
+    Every row is zeros and a pattern, planted on the device, that names its row."""
+    length = 262144
+    rows = (1 << 32) // length + 3 if jax.default_backend() == "gpu" else (1 << 31) // length + 3
+    if jax.default_backend() == "cpu" and _free_memory() < 12 << 30:
+        pytest.skip("this needs 12 GiB of free memory")
+
+    @jax.jit
+    def plant():
+        row = jnp.arange(rows, dtype=jnp.int32)
+        place = jnp.stack([(row * 7919) % length, (row * 104729 + 11) % length], -1)
+        zeros = jnp.zeros((rows, length), jnp.float16)
+        return zeros.at[row[:, None], place].set(jnp.array([2, 1], jnp.float16)), place
+
+    x, place = plant()
+    values, indices = op("topk_select", k=2, implementation="native")(x)
+    np.testing.assert_array_equal(indices, place)
+    np.testing.assert_array_equal(f64(values), [[2, 1]] * rows)
+
+
+def _free_memory() -> int:
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+# 12. Masks in CUDA graphs, and no tokens at all
+
+
+def test_mask_that_changes_within_a_loop(implementation, rng):
+    """Padding is poisoned with NaN and moves at every step of one compiled loop: on a GPU, a CUDA graph's replays."""
+    steps, tokens, experts = 12, 40, 64
+    logits = rng.normal(0, 1, (steps, tokens, experts)).astype(np.float32)
+    masks = rng.random((steps, tokens)) < 0.7
+    poisoned = np.where(masks[..., None], logits, np.nan)
+
+    @jax.jit
+    def run(poisoned, masks):
+        def step(carry, inputs):
+            routing = jax_router.activation_topk(
+                inputs[0], top_k=6, score_fn="sigmoid", token_mask=inputs[1], implementation=implementation
+            )
+            sizes = jax_router.expert_dispatch(routing.expert_ids, experts, implementation=implementation).group_sizes
+            return carry + sizes, routing
+
+        return jax.lax.scan(step, jnp.zeros(experts, jnp.int32), (poisoned, masks))
+
+    for _ in range(3):
+        sizes, routing = run(poisoned, masks)
+        assert_routes(routing, logits, token_mask=masks, top_k=6, score_fn="sigmoid")
+        want = np.bincount(np.asarray(routing.expert_ids)[masks].ravel(), minlength=experts)
+        np.testing.assert_array_equal(sizes, want)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])
+def test_no_tokens(shape, implementation):
+    size = int(np.prod(shape))
+    logits = jnp.zeros((*shape, 16))
+    ids = jnp.zeros((*shape, 2), jnp.int32)
+    x = jnp.zeros((*shape, 8))
+    results = [
+        op("activation_topk", top_k=2, implementation=implementation)(logits, jnp.zeros(16)),
+        op("route_at", implementation=implementation)(logits, ids),
+        op("hash_router", implementation=implementation)(ids[..., 0], jnp.zeros((5, 2), jnp.int32)),
+        op("topk_select", k=2, implementation=implementation)(logits),
+        op("dense_router", top_k=2, implementation=implementation)(x, jnp.ones((16, 8))),
+    ]
+    for values, indices in results:
+        assert values.shape == indices.shape == (*shape, 2)
+    token_index, slot, sizes = op("expert_dispatch", num_experts=5, implementation=implementation)(ids)
+    assert token_index.shape == (2 * size,)
+    assert slot.shape == ids.shape
+    np.testing.assert_array_equal(sizes, 0)
+
+
+# 13. Lengths, unaligned rows, a dirty workspace
+
+
+@pytest.mark.parametrize("length", [40, 5000])
+def test_lengths_around_k(length, implementation, rng):
+    """0, below k, k, k + 1, above L; past the end lie better entries that must not be seen; rows start unaligned."""
+    k = 12
+    lengths = np.array([0, 1, k - 1, k, k + 1, length - 1, length, length + 1, -3, 2**31 - 1], np.int32)
+    x = rng.normal(0, 1, (len(lengths), length)).astype(np.float32)
+    x[np.arange(length) >= np.clip(lengths, 0, length)[:, None]] = np.nan
+    for sorted in (True, False):
+        got = op("topk_select", k=k, sorted=sorted, implementation=implementation)(x, lengths=lengths)
+        for mine, want in zip(got, select(x, k, lengths, sorted)):
+            np.testing.assert_array_equal(mine, want)
+
+
+def test_minus_infinity_inside_a_length(implementation):
+    """An entry of -inf within the length has its index; what lies past the length has none."""
+    x = np.full((2, 9), -INF, np.float32)
+    values, indices = op("topk_select", k=4, implementation=implementation)(x, lengths=np.int32([2, 9]))
+    np.testing.assert_array_equal(indices, [[0, 1, -1, -1], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(values, np.float32(-INF))
+
+
+def test_long_rows_after_other_rows(rng):
+    """A workspace that an earlier call left dirty: calls of several shapes, each repeated after the others."""
+    shapes = [(3, 40000, 600), (1, 262209, 2048), (7, 9000, 64)]
+    rows = [rng.normal(0, 1, (n, length)).astype(np.float32) for n, length, _ in shapes]
+    for _ in range(2):
+        for x, (_, _, k) in zip(rows, shapes):
+            np.testing.assert_array_equal(op("topk_select", k=k)(x)[1], select(x, k)[1])
+
+
+# 15. Precision
+
+
+def test_half_precision_operands_choose_as_float32_would(implementation, rng):
+    """A product rounded to bf16 chooses other experts for one token in twenty."""
+    x = rng.normal(0, 1, (256, 512)).astype(DTYPES["bf16"])
+    weight = rng.normal(0, 1, (64, 512)).astype(DTYPES["bf16"])
+    exact = f64(x) @ f64(weight).T
+    rounded = oracle_top_k(exact.astype(DTYPES["bf16"]), 6)
+    assert (rounded != oracle_top_k(exact, 6)).any(-1).mean() > 0.03
+    ids = op("dense_router", top_k=6, implementation=implementation)(x, weight).expert_ids
+    assert_same_ids(ids, oracle_top_k(exact, 6), exact, 1e-4)

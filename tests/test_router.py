@@ -1,0 +1,247 @@
+"""The Flax NNX module: modes, parameters and their kinds, transformations, masks."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_router
+from jax_router import HashTable, Router, RouterConfig, SelectionBias, random_hash_table
+
+DENSE = RouterConfig(hidden_size=32, num_experts=16, top_k=3, score_fn="sigmoid", scale=2.5, num_groups=4, top_groups=2)
+UNIFORM = RouterConfig(hidden_size=32, num_experts=16, top_k=3, scale=1.5, mode="hash", vocab_size=50)
+SCORED = replace(UNIFORM, hash_weights="scored")
+CONFIGS = {"dense": DENSE, "uniform": UNIFORM, "scored": SCORED}
+
+
+def make(name):
+    router = Router(CONFIGS[name], rngs=nnx.Rngs(1))
+    if name == "dense":
+        router.bias[...] = jnp.linspace(-1, 1, 16)
+    return router
+
+
+@pytest.fixture
+def tokens(rng):
+    """Hidden states, token ids (one out of range), a mask."""
+    ids = rng.integers(0, 50, (4, 6)).astype(np.int32)
+    ids[1, 1] = 50
+    return (
+        jnp.asarray(rng.normal(0, 1, (4, 6, 32)), jnp.float32),
+        jnp.asarray(ids),
+        jnp.asarray(rng.random((4, 6)) < 0.8),
+    )
+
+
+def functional(router, weight, x, ids, mask, implementation="auto"):
+    """What the module stands for, in terms of the ops."""
+    config = router.config
+    if config.mode == "dense":
+        return jax_router.dense_router(
+            x, weight, router.bias[...], token_mask=mask, implementation=implementation, **config.selection
+        )
+    hashed = jax_router.hash_router(jnp.where(mask, ids, -1), router.hash_lut[...], scale=config.scale)
+    if weight is None:
+        return hashed
+    logits = jax_router.reference.router_logits(x, weight)
+    return jax_router.route_at(logits, hashed.expert_ids, implementation=implementation, **config.scoring)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_routes_as_the_ops_do(name, tokens):
+    router = make(name)
+    x, ids, mask = tokens
+    weights, expert_ids = nnx.jit(lambda router, *args: router(*args))(router, x, ids, mask)
+    weight = router.weight[...] if router.config.has_weight else None
+    want = jax.jit(partial(functional, router))(weight, x, ids, mask)
+    np.testing.assert_array_equal(expert_ids, want.expert_ids)
+    np.testing.assert_allclose(weights, want.weights, rtol=1e-6)
+    np.testing.assert_array_equal(expert_ids[~mask], -1)
+    np.testing.assert_array_equal(weights[~mask], 0)
+    if name != "dense":
+        np.testing.assert_array_equal(expert_ids[1, 1], -1)
+        np.testing.assert_array_equal(weights[1, 1], 0)
+    real = mask if name == "dense" else mask & (ids < 50)
+    np.testing.assert_allclose(weights[real].sum(-1), router.config.scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("dense", {"weight": nnx.Param, "bias": SelectionBias}),
+        ("uniform", {"hash_lut": HashTable}),
+        ("scored", {"weight": nnx.Param, "hash_lut": HashTable}),
+    ],
+)
+def test_state(name, kinds):
+    """Each mode has the variables it needs and no other; only the weight is a Param."""
+    router = make(name)
+    state = dict(nnx.to_flat_state(nnx.state(router)))
+    assert {path[-1]: type(variable) for path, variable in state.items()} == kinds
+    shapes = {"weight": ((16, 32), jnp.float32), "bias": ((16,), jnp.float32), "hash_lut": ((50, 3), jnp.int32)}
+    for path, variable in state.items():
+        assert (variable[...].shape, variable[...].dtype) == shapes[path[-1]]
+    assert bool(nnx.to_flat_state(nnx.state(router, nnx.Param))) == (name != "uniform")
+
+
+def test_initial_values():
+    """LeCun normal over the hidden size; a zero bias; tables of distinct experts; all by the seed."""
+    wide = RouterConfig(hidden_size=1024, num_experts=64, top_k=2)
+    router = Router(wide, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(np.std(router.weight[...]), 1024**-0.5, rtol=0.02)
+    np.testing.assert_array_equal(router.bias[...], 0)
+    np.testing.assert_array_equal(router.weight[...], Router(wide, rngs=nnx.Rngs(0)).weight[...])
+    assert (router.weight[...] != Router(wide, rngs=nnx.Rngs(1)).weight[...]).mean() > 0.99
+    table = np.sort(random_hash_table(jax.random.key(0), (2000, 4), 16), axis=-1)
+    assert (np.diff(table, axis=-1) > 0).all()
+    counts = np.bincount(table.ravel(), minlength=16)
+    assert counts.size == 16
+    assert (abs(counts - 500) < 100).all()
+
+
+def test_own_initializers():
+    router = Router(
+        SCORED,
+        rngs=nnx.Rngs(0),
+        weight_init=nnx.initializers.ones_init(),
+        hash_lut_init=lambda key, shape, num_experts: np.full(shape, num_experts - 1),
+    )
+    np.testing.assert_array_equal(router.weight[...], 1)
+    np.testing.assert_array_equal(router.hash_lut[...], 15)
+    assert router.hash_lut[...].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_dtypes(dtype, tokens):
+    """The product's operands are cast to `dtype`, or to that of the hidden states; the logits are f32."""
+    config = replace(DENSE, dtype=dtype, param_dtype=jnp.bfloat16)
+    router = Router(config, rngs=nnx.Rngs(0))
+    assert router.weight[...].dtype == jnp.bfloat16
+    (weights, expert_ids), logits = router(tokens[0], return_logits=True)
+    assert (weights.dtype, expert_ids.dtype, logits.dtype) == (jnp.float32, jnp.int32, jnp.float32)
+    cast = jnp.float32 if dtype is None else dtype
+    want = jax_router.reference.router_logits(tokens[0].astype(cast), router.weight[...].astype(cast))
+    np.testing.assert_allclose(logits, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dense", "scored"])
+def test_logits(name, tokens):
+    router = make(name)
+    routing, logits = router(*tokens, return_logits=True)
+    assert logits.shape == (4, 6, 16)
+    np.testing.assert_allclose(
+        logits, np.asarray(tokens[0], np.float64) @ np.asarray(router.weight[...], np.float64).T, rtol=1e-4, atol=1e-5
+    )
+    plain = router(*tokens)
+    np.testing.assert_array_equal(routing.expert_ids, plain.expert_ids)
+    np.testing.assert_allclose(routing.weights, plain.weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "scored"])
+def test_gradient(name, tokens):
+    """nnx.grad gives the weight's gradient, that of the ops, and has nothing for bias and table."""
+    router = make(name)
+
+    def loss(router, *tokens):
+        return (router(*tokens).weights[..., 0] ** 2).sum()
+
+    gradient = nnx.jit(nnx.grad(loss))(router, *tokens)
+    (path, value), *others = nnx.to_flat_state(gradient)
+    assert path == ("weight",)
+    assert others == []
+
+    def functional_loss(weight):
+        return (functional(router, weight, *tokens, implementation="reference").weights[..., 0] ** 2).sum()
+
+    want = jax.jit(jax.grad(functional_loss))(router.weight[...])
+    assert np.abs(want).max() > 1e-4
+    np.testing.assert_allclose(value[...], want, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_of_the_whole_state(tokens):
+    """Differentiating everything, table and bias too: float0 for the integers, zero for the bias."""
+    for name, other in (("scored", "hash_lut"), ("dense", "bias")):
+        graph, state = nnx.split(make(name))
+
+        def loss(state, graph=graph):
+            return (nnx.merge(graph, state)(*tokens).weights[..., 0] ** 2).sum()
+
+        gradient = jax.grad(loss, allow_int=True)(state)
+        leaf = gradient[other][...]
+        if name == "scored":
+            assert leaf.dtype == jax.dtypes.float0
+        else:
+            np.testing.assert_array_equal(leaf, 0)
+
+
+def test_a_training_step_moves_the_weight_alone(tokens):
+    router = make("dense")
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(router)))
+
+    @nnx.jit
+    def step(router, *tokens):
+        gradient = nnx.grad(lambda router: (router(*tokens).weights[..., 0] ** 2).sum())(router)
+        nnx.update(router, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(router, nnx.Param), gradient))
+
+    step(router, *tokens)
+    assert (before["weight"] != np.asarray(router.weight[...])).any()
+    np.testing.assert_array_equal(before["bias"], router.bias[...])
+
+
+def test_bias_update_between_steps(tokens):
+    """A balancing rule writes the bias; a compiled router sees it."""
+    router = make("dense")
+    route = nnx.jit(lambda router, x: router(x))
+    route(router, tokens[0])
+    router.bias[...] = jnp.zeros(16).at[jnp.array([2, 3, 9])].set(100.0)
+    ids = np.unique(route(router, tokens[0]).expert_ids)
+    assert set(ids) == {2, 3, 9}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_split_and_merge(name, tokens):
+    router = make(name)
+    graph, state = nnx.split(router)
+    rebuilt = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+    assert rebuilt.config == router.config
+    for mine, want in zip(rebuilt(*tokens), router(*tokens)):
+        np.testing.assert_array_equal(mine, want)
+
+
+def test_layers_in_a_scan(tokens):
+    """Routers of one configuration, stacked by nnx.vmap and run by nnx.scan."""
+    x = tokens[0]
+    create = nnx.vmap(lambda rngs: Router(DENSE, rngs=rngs))
+    stacked = create(nnx.Rngs(0).split(3))
+    assert stacked.weight[...].shape == (3, 16, 32)
+
+    @nnx.jit
+    def run(stacked, x):
+        return nnx.scan(
+            lambda x, router: (x * router(x).weights.sum(-1, keepdims=True), router(x).expert_ids),
+            in_axes=(nnx.Carry, 0),
+            out_axes=(nnx.Carry, 0),
+        )(x, stacked)
+
+    _, ids = run(stacked, x)
+    for layer in range(3):
+        graph, state = nnx.split(stacked)
+        one = nnx.merge(graph, jax.tree.map(lambda leaf, layer=layer: leaf[layer], state))
+        np.testing.assert_array_equal(ids[layer], one(x).expert_ids)
+        x = x * one(x).weights.sum(-1, keepdims=True)
+
+
+def test_dense_router_ignores_token_ids(tokens):
+    router = make("dense")
+    for mine, want in zip(router(tokens[0], tokens[1]), router(tokens[0])):
+        np.testing.assert_array_equal(mine, want)
+
+
+def test_config_is_frozen_and_hashable():
+    assert hash(DENSE) == hash(replace(DENSE))
+    with pytest.raises(AttributeError):
+        DENSE.top_k = 1
