@@ -1,24 +1,17 @@
-"""Routing from hidden states: the gate product and the selection in one call."""
+"""Routing from hidden states: the gate product, and the selection from its logits."""
 
 from __future__ import annotations
 
 import dataclasses
-from math import prod
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.interpreters import ad
 
 from . import _check, reference
 from ._activation_topk import select, selection_operands
-from ._derivative import IDENTITY, weights_tangent
-from ._limits import native_limits, unsupported_selection
-from ._primitive import Op, Operand, Result
-from ._route_at import chosen_logits
-from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
+from ._types import GroupScore, Implementation, Routing, ScoreFn
 
 
 def dense_router(
@@ -40,7 +33,7 @@ def dense_router(
 ) -> Routing:
     """The experts of each token from its hidden state: `activation_topk(x @ weight.T + logit_bias, bias, ...)`.
 
-    The product is accumulated in f32. Where a fused kernel runs, the logits never reach device memory.
+    The product is XLA's, accumulated in f32; the selection is the kernel of `activation_topk`.
 
     Args:
         x: f32, bf16 or f16 `[..., D]`.
@@ -56,8 +49,7 @@ def dense_router(
         top_groups: how many groups stay eligible.
         group_score: `"top2_sum"` or `"max"`.
         token_mask: bool `[...]`; where False the ids are -1 and the weights 0.
-        implementation: `"auto"`, `"native"` or `"reference"`. Natively, cases that the fused kernels do not take are a
-            product by XLA and the `activation_topk` kernel.
+        implementation: of the selection: `"auto"`, `"native"` or `"reference"`.
 
     Returns:
         `Routing(weights, expert_ids)`: f32 `[..., top_k]` and int32 `[..., top_k]`.
@@ -83,23 +75,12 @@ def dense_router(
         top_groups=top_groups,
         group_score=group_score,
     )
-    operands.update(selection_inputs)
     if _check.implementation(implementation) == "reference":
-        return reference.dense_router(**operands, precision=precision, **dataclasses.asdict(selection))
-    return Routing(
-        *_DENSE_ROUTER(
-            operands,
-            selection=selection,
-            precision=_hashable_precision(precision),
-            selection_implementation=implementation,
-            return_chosen=False,
+        return reference.dense_router(
+            **operands, **selection_inputs, precision=precision, **dataclasses.asdict(selection)
         )
-    )
-
-
-def _hashable_precision(precision: Any) -> Any:
-    """A pair of precisions may come as a list; the parameters of a primitive are hashable."""
-    return tuple(precision) if isinstance(precision, list) else precision
+    logits = reference.router_logits(**operands, precision=precision)
+    return select({"logits": logits, **selection_inputs}, selection, implementation)
 
 
 def product_operands(x: Any, weight: Any, logit_bias: Any) -> dict[str, Any]:
@@ -116,80 +97,3 @@ def product_operands(x: Any, weight: Any, logit_bias: Any) -> dict[str, Any]:
             raise TypeError(f"logit_bias must have dtype float32, got {logit_bias.dtype}")
         _check.same_shape("logit_bias", logit_bias, weight.shape[:1])
     return {"x": x, "weight": weight, "logit_bias": logit_bias}
-
-
-def _unfused(
-    x: Array,
-    weight: Array,
-    logit_bias: Array | None = None,
-    bias: Array | None = None,
-    token_mask: Array | None = None,
-    *,
-    selection: Selection,
-    precision: Any,
-    selection_implementation: str,
-    return_chosen: bool,
-) -> list[Array]:
-    logits = reference.router_logits(x, weight, logit_bias, precision=precision)
-    routing = select({"logits": logits, "bias": bias, "token_mask": token_mask}, selection, selection_implementation)
-    return [*routing, *([chosen_logits(logits, routing.expert_ids)] if return_chosen else [])]
-
-
-def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool, **_: Any) -> list[Result]:
-    k = (selection.top_k,)
-    return [Result(k, jnp.float32), Result(k, jnp.int32), *([Result(k, jnp.float32)] if return_chosen else [])]
-
-
-def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any) -> str | None:
-    if precision is not None:
-        return "the fused kernels have one precision"
-    tokens = prod(avals["x"].shape[:-1])
-    num_experts, hidden = avals["weight"].shape
-    itemsize = avals["x"].dtype.itemsize
-    if not native_limits(platform).fuses_dense_router(tokens, num_experts, hidden, selection.top_k, itemsize):
-        return f"no fused kernel for {tokens} tokens, {num_experts} experts, hidden size {hidden}"
-    return unsupported_selection(platform, num_experts, selection.top_k)
-
-
-_DENSE_ROUTER = Op(
-    name="dense_router",
-    operands={
-        "x": Operand(1),
-        "weight": Operand(2, batched="never"),
-        "logit_bias": Operand(1, batched="never", optional=True),
-        "bias": Operand(1, batched="either", optional=True),
-        "token_mask": Operand(0, optional=True),
-    },
-    results=_results,
-    reference=_unfused,
-    unsupported=_unsupported,
-)
-
-
-@_DENSE_ROUTER.def_jvp
-def _jvp(primals: dict[str, Any], tangents: dict[str, Any], *, return_chosen: bool, **params: Any):
-    """The weights depend on the logits, those on x, weight and logit_bias; nothing flows through the selection."""
-    selection: Selection = params["selection"]
-    scoring = selection.scoring
-    weights, expert_ids, *chosen = _DENSE_ROUTER(primals, return_chosen=True, **params)
-    names = [name for name in ("x", "weight", "logit_bias") if name in primals]
-    moving = [name for name in names if not isinstance(tangents[name], ad.Zero)]
-    results = [weights, expert_ids, *(chosen if return_chosen else [])]
-    if not moving:
-        return results, [ad.Zero(jax.typeof(result).to_tangent_aval()) for result in results]
-
-    def logits_of(*values):
-        operands = {**{name: primals[name] for name in names}, **dict(zip(moving, values))}
-        return reference.router_logits(**operands, precision=params["precision"])
-
-    logits, logits_dot = jax.jvp(
-        logits_of, tuple(primals[name] for name in moving), tuple(tangents[name] for name in moving)
-    )
-    residual = logits if scoring.needs_whole_row else chosen[0]
-    result_tangents: list[Any] = [
-        weights_tangent(logits_dot, residual, expert_ids, scoring),
-        ad.Zero(jax.typeof(expert_ids).to_tangent_aval()),
-    ]
-    if return_chosen:
-        result_tangents.append(weights_tangent(logits_dot, None, expert_ids, IDENTITY))
-    return results, result_tangents

@@ -41,8 +41,9 @@ __global__ void __launch_bounds__(kThreads) select_rows(const ActivationTopk op,
 
   // A masked token's logits are loaded too, so as not to wait for the mask.
   float logits[kElements];
-  if (exists) load_tile<kLanes, kFullChunks>(row, op.experts, quads, logits);
-  if (!wanted) {
+  if (exists) {
+    load_tile<kLanes, kFullChunks>(row, op.experts, quads, logits);
+  } else {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) logits[i] = -INFINITY;
   }

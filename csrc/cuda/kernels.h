@@ -23,9 +23,5 @@ cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
 // These need scratch memory: as many bytes as workspace_bytes says, aligned to 64, with any content.
 size_t workspace_bytes(const ExpertDispatch& op);
 cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream);
-// Whether a fused kernel takes an op of these sizes, dtypes and options on any device; its pointers are not looked at.
-bool supports(const DenseRouter& op);
-size_t workspace_bytes(const DenseRouter& op);
-cudaError_t launch(const DenseRouter& op, void* workspace, cudaStream_t stream);
 
 }  // namespace jax_router::cuda

@@ -444,17 +444,19 @@ __device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], 
     const bool crowded = (__ballot_sync(kFullWarp, own >= 8) & tile) != 0 || count > kLanes;
     const bool fits = !crowded && count >= needed;
     if (!__any_sync(kFullWarp, probing || !fits)) break;
-    if (attempt == kMostAttempts) return false;
     if (attempt == 0) {
       low = order_key(bound);
       high = order_key(tile_max_nan<kLanes>(lane_maximum));
     }
+    // It is equal keys that are too many if the next larger bound, which is the first to be tried, is too large.
+    const bool tied = attempt == 1 && probing && !crowded && !fits;
+    if (__any_sync(kFullWarp, tied) || attempt == kMostAttempts) return false;
     if (fits) {
       probing = false;
     } else {
       // Halfway between a bound that too many keys reach and one that too few do.
       (crowded ? low : high) = order_key(bound);
-      bound = float_of_key(low + (high - low) / 2);
+      bound = float_of_key(attempt == 0 ? low + 1 : low + (high - low) / 2);
       probing = true;
     }
   }
@@ -467,7 +469,7 @@ __device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], 
 
 // Selects one token's experts and writes its k weights and ids. All 32 lanes of the warp call it together.
 //   kFullChunks  the tile's first so many quads are known to lie within the token's experts
-//   logits       in the layout above; -inf where the expert does not exist, and everywhere if the token is not wanted
+//   logits       in the layout above; -inf where the expert does not exist, anything if the token is not wanted
 //   wanted       false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
 //   bias         the token's own row of [experts] floats, or null; not used for kLogits
 //   logit_at     logit_at(expert) gives any of the token's logits once more, to any lane of the tile
@@ -505,7 +507,8 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   float maximum = keys[0];
 #pragma unroll
   for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, keys[i]);
-  failed = __any_sync(kFullWarp, failed || maximum != maximum);
+  if (!wanted) maximum = -INFINITY;  // whatever the token's logits are, they must not slow its neighbour down
+  failed = __any_sync(kFullWarp, (wanted && failed) || maximum != maximum);
 
   int count = 0;
   const int needed = wanted ? k : 0;
@@ -527,16 +530,19 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   if (candidate) {
     expert = scratch.candidates[lane];
     logit = logit_at(expert);
-    const float offset = kMode != KeyMode::kLogits && bias != nullptr ? __ldg(bias + expert) : 0.0f;
-    s = score(logit);
     float key = logit;
-    if constexpr (kMode != KeyMode::kLogits) key = bias != nullptr ? __fadd_rn(s, offset) : s;
+    if constexpr (kMode != KeyMode::kLogits) {
+      const float offset = bias != nullptr ? __ldg(bias + expert) : 0.0f;
+      s = score(logit);
+      key = bias != nullptr ? __fadd_rn(s, offset) : s;
+    }
     pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
   }
   scratch.pairs[lane] = pair;
   __syncwarp();
   const int rank = rank_of(pair, scratch.pairs, count);
 
+  if constexpr (kMode == KeyMode::kLogits) s = score(logit);
   const bool chosen = candidate && rank < k;
   const float weight = finish_weight(scoring, k, chosen, rank, logit, s, scratch.values, [] { __syncwarp(); });
   if (chosen) {

@@ -18,7 +18,6 @@ constexpr bool kNeedsWorkspace<Op, std::void_t<decltype(cuda::workspace_bytes(st
 
 struct Cuda {
   static constexpr std::initializer_list<ffi::Traits> kTraits{ffi::Traits::kCmdBufferCompatible};
-  static constexpr bool kHasDenseRouter = true;
 
   template <typename Binding>
   static auto add_context(Binding binding) {
@@ -51,21 +50,7 @@ struct Cuda {
 }  // namespace jax_router
 
 NB_MODULE(_cuda, module) {
-  namespace nb = nanobind;
-  using namespace jax_router;
-  define_module<Cuda>(module);
-  module.attr("max_select_k") = cuda::kMaxSelectK;
+  jax_router::define_module<jax_router::Cuda>(module);
+  module.attr("max_select_k") = jax_router::cuda::kMaxSelectK;
   module.attr("architectures") = JAX_ROUTER_CUDA_ARCHITECTURES;
-  module.def(
-      "fuses_dense_router",
-      [](int64_t tokens, int32_t experts, int32_t hidden, int32_t top_k, int32_t itemsize) {
-        DenseRouter op{};
-        op.operand_dtype = itemsize == 4 ? DType::kF32 : DType::kBF16;
-        op.hidden = hidden;
-        op.select.rows = tokens;
-        op.select.experts = experts;
-        op.select.k = top_k;
-        return cuda::supports(op);
-      },
-      nb::arg("tokens"), nb::arg("experts"), nb::arg("hidden"), nb::arg("top_k"), nb::arg("itemsize"));
 }

@@ -163,8 +163,12 @@ inline void read(CallReader& call, HashRouter& op) {
   op.expert_ids = call.result<int32_t>(op.rows * op.k);
 }
 
-// Everything of an ActivationTopk but the logits: rows and experts are set by the caller.
-inline void read_selection(CallReader& call, ActivationTopk& op) {
+inline void read(CallReader& call, ActivationTopk& op) {
+  const ffi::AnyBuffer logits = call.operand();
+  op.rows = leading_count(logits, 1);
+  op.experts = static_cast<int32_t>(axis_from_end(logits, 0));
+  op.dtype = call.dtype(logits);
+  op.logits = logits.untyped_data();
   op.k = static_cast<int32_t>(call.attr<int64_t>("top_k"));
   op.bias = nullptr;
   op.bias_stride = 0;
@@ -181,30 +185,6 @@ inline void read_selection(CallReader& call, ActivationTopk& op) {
   op.weights = call.result<float>(op.rows * op.k);
   op.expert_ids = call.result<int32_t>(op.rows * op.k);
   op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.k) : nullptr;
-}
-
-inline void read(CallReader& call, ActivationTopk& op) {
-  const ffi::AnyBuffer logits = call.operand();
-  op.rows = leading_count(logits, 1);
-  op.experts = static_cast<int32_t>(axis_from_end(logits, 0));
-  op.dtype = call.dtype(logits);
-  op.logits = logits.untyped_data();
-  read_selection(call, op);
-}
-
-inline void read(CallReader& call, DenseRouter& op) {
-  const ffi::AnyBuffer x = call.operand();
-  const ffi::AnyBuffer weight = call.operand();
-  op.operand_dtype = call.dtype(x);
-  op.hidden = static_cast<int32_t>(axis_from_end(x, 0));
-  op.x = x.untyped_data();
-  op.weight = weight.untyped_data();
-  op.select.rows = leading_count(x, 1);
-  op.select.experts = op.hidden == 0 ? 0 : static_cast<int32_t>(weight.element_count() / op.hidden);
-  op.select.dtype = DType::kF32;
-  op.select.logits = nullptr;
-  op.logit_bias = call.attr<bool>("has_logit_bias") ? call.operand<float>(op.select.experts) : nullptr;
-  read_selection(call, op.select);
 }
 
 inline void read(CallReader& call, RouteAt& op) {

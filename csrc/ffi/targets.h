@@ -2,7 +2,6 @@
 //   add_context(binding)   the binding with what the handlers need besides the call (a thread pool, a stream)
 //   kTraits                of its handlers
 //   run(op, context...)    the kernel, as an ffi::Error
-//   kHasDenseRouter        whether it has a fused product
 #pragma once
 
 #include <utility>
@@ -37,7 +36,6 @@ void for_each_target(Visitor&& visit) {
   visit("route_cotangent", handler<Backend, RouteCotangent>);
   visit("topk_select", handler<Backend, TopkSelect>);
   visit("expert_dispatch", handler<Backend, ExpertDispatch>);
-  if constexpr (Backend::kHasDenseRouter) visit("dense_router", handler<Backend, DenseRouter>);
 }
 
 }  // namespace jax_router
