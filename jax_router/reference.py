@@ -138,14 +138,12 @@ def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize
     An entry that is not valid has weight 0 and does not enter the sum.
     """
     if score_fn == "softmax":
-        scores = softmax(jnp.where(valid, chosen, -jnp.inf)) if renormalize else jnp.where(valid, chosen, 0.0)
-        return scores * jnp.float32(scale)
-    scores = jnp.where(valid, _SCORE_FNS[score_fn](jnp.where(valid, chosen, 0.0)), 0.0)
-    if renormalize:
-        total = jnp.sum(scores, axis=-1, keepdims=True)
-        # Zeros stay zeros; the large quotients of their derivatives would overflow in the second order.
-        scores = _divide(scores, jnp.where(total == 0, 1.0, total + jnp.float32(_RENORMALIZE_EPSILON)))
-    return scores * jnp.float32(scale)
+        scores = softmax(jnp.where(valid, chosen, -jnp.inf)) if renormalize else chosen
+    else:
+        scores = jnp.where(valid, _SCORE_FNS[score_fn](jnp.where(valid, chosen, 0.0)), 0.0)
+        if renormalize:
+            scores = _divide(scores, jnp.sum(scores, axis=-1, keepdims=True) + jnp.float32(_RENORMALIZE_EPSILON))
+    return jnp.where(valid, scores * jnp.float32(scale), 0.0)
 
 
 @jax.custom_jvp

@@ -2,6 +2,7 @@
 or with an answer that is known exactly. 11, the sizes, is in test_native.py, 14 in test_determinism.py, and the
 gradients of 15 are in test_transforms.py."""
 
+import os
 from functools import partial
 
 import jax
@@ -174,8 +175,7 @@ def test_every_expert_is_chosen(implementation, rng):
 # 6 and 7. Ties
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_experts", [40, 384])
+@pytest.mark.parametrize(("num_experts", "dtype"), [(40, "f32"), (40, "bf16"), (384, "f32"), (256, "f16")])
 def test_ties_go_to_the_lower_id(num_experts, dtype, implementation, rng):
     """At the k-th place, in a whole row, +0 against -0, and by rounding to half precision; at several row counts."""
     x = rng.integers(-1, 2, (70, num_experts)).astype(np.float32)
@@ -269,8 +269,9 @@ def test_offsets_beyond_two_to_the_31():
     Every row is zeros and a pattern, planted on the device, that names its row."""
     length = 262144
     rows = (1 << 32) // length + 3 if jax.default_backend() == "gpu" else (1 << 31) // length + 3
-    if jax.default_backend() == "cpu" and _free_memory() < 12 << 30:
-        pytest.skip("this needs 12 GiB of free memory")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if jax.default_backend() == "cpu" and memory < 16 << 30:
+        pytest.skip(f"this needs a machine with 16 GiB of memory, not {memory >> 30}")
 
     @jax.jit
     def plant():
@@ -283,11 +284,6 @@ def test_offsets_beyond_two_to_the_31():
     values, indices = op("topk_select", k=2, implementation="native")(x)
     np.testing.assert_array_equal(indices, place)
     np.testing.assert_array_equal(f64(values), [[2, 1]] * rows)
-
-
-def _free_memory() -> int:
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
 # 12. Masks in CUDA graphs, and no tokens at all
