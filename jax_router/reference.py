@@ -142,7 +142,9 @@ def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize
     else:
         scores = jnp.where(valid, _SCORE_FNS[score_fn](jnp.where(valid, chosen, 0.0)), 0.0)
         if renormalize:
-            scores = _divide(scores, jnp.sum(scores, axis=-1, keepdims=True) + jnp.float32(_RENORMALIZE_EPSILON))
+            total = jnp.sum(scores, axis=-1, keepdims=True)
+            # Zeros stay zeros; divided by epsilon, their derivatives of second order would overflow.
+            scores = _divide(scores, jnp.where(total == 0, 1.0, total + jnp.float32(_RENORMALIZE_EPSILON)))
     return jnp.where(valid, scores * jnp.float32(scale), 0.0)
 
 

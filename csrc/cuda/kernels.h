@@ -1,6 +1,6 @@
-// The CUDA launchers, one an op: raw pointers and a stream in, cudaError_t out. They never synchronise, allocate or read
-// device memory on the host, and choose their launch configuration by shapes and options alone, so that a CUDA graph may
-// hold them.
+// The CUDA launchers, one an op: raw pointers and a stream in, cudaError_t out. They never synchronise, allocate or
+// read device memory on the host, and choose their launch configuration by shapes and options alone, so that a CUDA
+// graph may hold them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@ cudaError_t launch(const RouteCotangent& op, cudaStream_t stream);
 constexpr int kMaxSelectK = 8192;
 cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
 
-// These need scratch memory: as many bytes as workspace_bytes says, aligned to 64, with any content.
+// These need scratch memory: as many bytes as workspace_bytes says, aligned to 16, with any content.
 size_t workspace_bytes(const ExpertDispatch& op);
 cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream);
 

@@ -16,6 +16,9 @@ constexpr bool kNeedsWorkspace = false;
 template <typename Op>
 constexpr bool kNeedsWorkspace<Op, std::void_t<decltype(cuda::workspace_bytes(std::declval<const Op&>()))>> = true;
 
+// The most that XLA grants; it refuses to allocate at all when asked for more.
+constexpr size_t kWorkspaceAlignment = 16;
+
 struct Cuda {
   static constexpr std::initializer_list<ffi::Traits> kTraits{ffi::Traits::kCmdBufferCompatible};
 
@@ -31,7 +34,7 @@ struct Cuda {
       const size_t bytes = cuda::workspace_bytes(op);
       void* workspace = nullptr;
       if (bytes > 0) {
-        const auto allocated = scratch.Allocate(bytes, 64);
+        const auto allocated = scratch.Allocate(bytes, kWorkspaceAlignment);
         if (!allocated) {
           return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_router: no scratch memory");
         }
