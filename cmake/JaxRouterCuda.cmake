@@ -2,7 +2,7 @@
 
 set(JAX_ROUTER_CUDA AUTO CACHE STRING "Build the CUDA module: ON, OFF, or AUTO, where a CUDA compiler is found")
 set_property(CACHE JAX_ROUTER_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(JAX_ROUTER_CUDA_ARCHS "90a-real;100a-real;100-virtual"
+set(JAX_ROUTER_CUDA_ARCHS "80-real;90a-real;100a-real;100-virtual"
     CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES takes them; the default ends with PTX for later GPUs")
 option(JAX_ROUTER_CUDA_WHEELS "Take the CUDA compiler from the nvidia-cuda-* wheels of the Python that runs the build" OFF)
 
