@@ -71,7 +71,7 @@ def test_dense_router_repeats(tokens, rng):
 
 
 def test_dense_router_decodes_alike_in_any_batch(rng):
-    """The fused decode path gives a token the same bits whatever the other 63 rows hold."""
+    """One program gives a token the same bits whatever the other 63 rows hold."""
     x = rng.normal(0, 1, (64, 1024)).astype(DTYPES["bf16"])
     weight = rng.normal(0, 1 / 32, (64, 1024)).astype(DTYPES["bf16"])
     route = jax.jit(partial(jax_router.dense_router, top_k=6, implementation="native"))

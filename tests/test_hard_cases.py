@@ -379,4 +379,4 @@ def test_half_precision_operands_choose_as_float32_would(implementation, rng):
     rounded = oracle_top_k(exact.astype(DTYPES["bf16"]), 6)
     assert (rounded != oracle_top_k(exact, 6)).any(-1).mean() > 0.03
     ids = op("dense_router", top_k=6, implementation=implementation)(x, weight).expert_ids
-    assert_same_ids(ids, oracle_top_k(exact, 6), exact, 1e-4)
+    assert_same_ids(ids, oracle_top_k(exact, 6), exact, 1e-3)

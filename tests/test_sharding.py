@@ -219,11 +219,22 @@ def test_shard_map(op, check_vma, devices, rng):
 
 
 def test_shard_map_knows_that_results_vary(devices, rng):
-    """A result that differs between devices must not pass for a replicated one."""
+    """Where the first operand is replicated and another one is not, the results are not; nor may they pass for it."""
     mesh = make_mesh(devices, ("d",), "auto")
-    mapped = jax.shard_map(OPS["with a bias"][0], mesh=mesh, in_specs=(P("d"), P()), out_specs=P())
+    logits, mask = draw(rng, FLOAT, (2, 16)), draw(rng, BOOL, (2 * len(devices),))
+
+    def mapped(out_spec):
+        return jax.jit(
+            jax.shard_map(
+                lambda logits, mask: jax_router.activation_topk(logits, top_k=3, token_mask=mask),
+                mesh=mesh, in_specs=(P(), P("d")), out_specs=out_spec,
+            )
+        )  # fmt: skip
+
+    want = jax_router.activation_topk(np.tile(logits, (len(devices), 1)), top_k=3, token_mask=mask)
+    assert_close(mapped(P("d"))(logits, mask), want)
     with pytest.raises(ValueError, match="out_specs"):
-        jax.jit(mapped)(draw(rng, FLOAT, (16, 16)), draw(rng, FLOAT, (16,)))
+        mapped(P())(logits, mask)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -1,5 +1,6 @@
 """The ops under every JAX transformation but differentiation: batching, control flow, export, what programs hold."""
 
+import re
 from functools import partial
 
 import jax
@@ -232,13 +233,11 @@ def test_jaxpr_holds_one_equation(rng):
 def test_lowering_is_one_custom_call(platform, rng):
     if isinstance(error := _ffi.load(platform), ImportError):
         pytest.skip(str(error))
-    lowered = (
-        jax.jit(OPS["with bias"])
-        .trace(draw(rng, "x", 5, 16), draw(rng, "bias", 16))
-        .lower(lowering_platforms=(platform,))
-    )
-    assert lowered.as_text().count("stablehlo.custom_call @jax_router.activation_topk") == 1
-    assert "top_k" not in lowered.as_text().replace("top_k =", "").replace("activation_topk", "")
+    traced = jax.jit(OPS["with bias"]).trace(draw(rng, "x", 5, 16), draw(rng, "bias", 16))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    calls = re.findall(r"custom_call @([\w.]+)", text)
+    assert calls == ["jax_router.activation_topk"]
+    assert "chlo.top_k" not in text
 
 
 @pytest.mark.parametrize(
