@@ -44,15 +44,16 @@ def selecting_jvp(op: Op, primals: dict[str, Any], tangents: dict[str, Any], how
     logits_dot = tangents["logits"]
     results = [weights, expert_ids, *(chosen if wanted else [])]
     if isinstance(logits_dot, ad.Zero):
-        return results, [_zero(result) for result in results]
+        return results, [zero_tangent(result) for result in results]
     residual = primals["logits"] if whole_row else chosen[0]
-    result_tangents: list[Any] = [weights_tangent(logits_dot, residual, expert_ids, how), _zero(expert_ids)]
+    result_tangents: list[Any] = [weights_tangent(logits_dot, residual, expert_ids, how), zero_tangent(expert_ids)]
     if wanted:
         result_tangents.append(weights_tangent(logits_dot, None, expert_ids, IDENTITY))
     return results, result_tangents
 
 
-def _zero(primal: Array) -> ad.Zero:
+def zero_tangent(primal: Array) -> ad.Zero:
+    """The tangent of a result that does not move."""
     return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
@@ -106,7 +107,7 @@ def _jvp(op: Op, linear: str, primals: dict[str, Any], tangents: dict[str, Any],
             return op.reference(**{**primals, "residual": residual}, **options)[0]
 
         terms.append(jax.jvp(of_residual, (primals["residual"],), (tangents["residual"],))[1])
-    return [result], [sum(terms[1:], terms[0]) if terms else _zero(result)]
+    return [result], [sum(terms[1:], terms[0]) if terms else zero_tangent(result)]
 
 
 _TANGENT = Op(

@@ -33,6 +33,10 @@ class Operand(NamedTuple):
     batched: Literal["always", "never", "either"] = "always"
     optional: bool = False
 
+    def has_batch_axes(self, ndim: int, batch_ndim: int) -> bool:
+        """Whether an operand of `ndim` axes has the batch axes, of which there are `batch_ndim`."""
+        return self.batched != "never" and ndim == self.core_rank + batch_ndim
+
 
 class Result(NamedTuple):
     """A result of an op: the axes behind the batch axes, and the dtype."""
@@ -109,16 +113,12 @@ class Op:
     def batch_ndim(self, names: Sequence[str], operands: Sequence[Any]) -> int:
         return operands[0].ndim - self.operands[names[0]].core_rank
 
-    def has_batch_axes(self, name: str, ndim: int, batch_ndim: int) -> bool:
-        operand = self.operands[name]
-        return operand.batched != "never" and ndim == operand.core_rank + batch_ndim
-
     def _abstract_eval(self, *avals, names, implementation, **params):
         batch_ndim = self.batch_ndim(names, avals)
         first = avals[0]
         spec: list[Any] = [None] * batch_ndim
         for name, aval in zip(names, avals):
-            if self.has_batch_axes(name, aval.ndim, batch_ndim):
+            if self.operands[name].has_batch_axes(aval.ndim, batch_ndim):
                 spec = [mine or its for mine, its in zip(spec, aval.sharding.spec)]
         # Updates of an operand's aval, not new ones: it carries the mesh and the manual axes that it varies over.
         return [
@@ -186,7 +186,9 @@ class _Call:
 
     def __init__(self, op: Op, names: Sequence[str], avals_in: Sequence[Any], avals_out: Sequence[Any]):
         self.batch_ndim = op.batch_ndim(names, avals_in)
-        self.shared = [not op.has_batch_axes(name, aval.ndim, self.batch_ndim) for name, aval in zip(names, avals_in)]
+        self.shared = [
+            not op.operands[name].has_batch_axes(aval.ndim, self.batch_ndim) for name, aval in zip(names, avals_in)
+        ]
         padding = (1,) if self.batch_ndim == 1 and any(self.shared) else ()
         self.is_static = all(isinstance(size, int) for aval in (*avals_in, *avals_out) for size in aval.shape)
         # Programs with symbolic shapes, as jax.export makes them, are partitioned when they are compiled, if at all.
@@ -238,12 +240,11 @@ def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
 def _add_batch_axis(operand: Operand, value: Array, dim: int | None, size: int, batch_shape: tuple[int, ...]) -> Array:
     """The operand with a new leading batch axis, unless all rows, old and new, share it."""
     shape = _without_axis(value.shape, dim)
-    has_batch_axes = len(shape) == operand.core_rank + len(batch_shape) and operand.batched != "never"
     if dim is None and operand.batched != "always" and len(shape) == operand.core_rank:
         return value
     if dim is not None:
         value = jnp.moveaxis(value, dim, 0)
-        if not has_batch_axes:
+        if not operand.has_batch_axes(len(shape), len(batch_shape)):
             value = value.reshape(size, *[1] * len(batch_shape), *shape)
     return jnp.broadcast_to(value, (size, *batch_shape, *shape[len(shape) - operand.core_rank :]))
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad
 
 from . import _check, reference
-from ._derivative import IDENTITY, weights_tangent
+from ._derivative import IDENTITY, weights_tangent, zero_tangent
 from ._limits import native_limits
 from ._primitive import Op, Operand, Result
 from ._types import Implementation
@@ -87,7 +86,7 @@ def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
     values, indices = _TOPK_SELECT(primals, **params)
     scores_dot = tangents["scores"]
     if isinstance(scores_dot, ad.Zero):
-        values_dot: Any = ad.Zero(jax.typeof(values).to_tangent_aval())
+        values_dot: Any = zero_tangent(values)
     else:
         values_dot = weights_tangent(scores_dot, None, indices, IDENTITY).astype(values.dtype)
-    return [values, indices], [values_dot, ad.Zero(jax.typeof(indices).to_tangent_aval())]
+    return [values, indices], [values_dot, zero_tangent(indices)]

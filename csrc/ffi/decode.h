@@ -163,12 +163,18 @@ inline void read(CallReader& call, HashRouter& op) {
   op.expert_ids = call.result<int32_t>(op.rows * op.k);
 }
 
-inline void read(CallReader& call, ActivationTopk& op) {
+// The first operand of the ops that route by logits.
+template <typename Op>
+void read_logits(CallReader& call, Op& op) {
   const ffi::AnyBuffer logits = call.operand();
   op.rows = leading_count(logits, 1);
   op.experts = static_cast<int32_t>(axis_from_end(logits, 0));
   op.dtype = call.dtype(logits);
   op.logits = logits.untyped_data();
+}
+
+inline void read(CallReader& call, ActivationTopk& op) {
+  read_logits(call, op);
   op.k = static_cast<int32_t>(call.attr<int64_t>("top_k"));
   op.bias = nullptr;
   op.bias_stride = 0;
@@ -188,11 +194,7 @@ inline void read(CallReader& call, ActivationTopk& op) {
 }
 
 inline void read(CallReader& call, RouteAt& op) {
-  const ffi::AnyBuffer logits = call.operand();
-  op.rows = leading_count(logits, 1);
-  op.experts = static_cast<int32_t>(axis_from_end(logits, 0));
-  op.dtype = call.dtype(logits);
-  op.logits = logits.untyped_data();
+  read_logits(call, op);
   const ffi::AnyBuffer expert_ids = call.operand();
   op.k = static_cast<int32_t>(axis_from_end(expert_ids, 0));
   call.expect_count(expert_ids, op.rows * op.k);
