@@ -115,4 +115,14 @@ struct ExpertDispatch {
   int32_t* group_sizes;       // [batch, experts]
 };
 
+// logits = x @ weight^T (+ logit_bias) in f32, and ActivationTopk on them.
+struct DenseRouter {
+  DType operand_dtype;  // of x and weight
+  int32_t hidden;
+  const void* x;            // [rows, hidden]
+  const void* weight;       // [experts, hidden]
+  const float* logit_bias;  // optional, [experts]
+  ActivationTopk select;    // all the rest; its logits stay null
+};
+
 }  // namespace jax_router
