@@ -28,9 +28,18 @@ struct GlobalRow {
   __device__ __forceinline__ float operator()(int expert) const { return load_one(row + expert); }
 };
 
+// The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
+// generous with registers for scores.
+constexpr int blocks_for(KeyMode mode, int chunks, size_t element_bytes) {
+  if (mode == KeyMode::kLogits) return 0;
+  if (chunks > 4) return chunks <= 6 ? 6 : 4;
+  return mode == KeyMode::kGroups && element_bytes == 2 ? 7 : 8;
+}
+
 // kChunks: quads a lane, of which the first kFullChunks are within the row.
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
-__global__ void __launch_bounds__(kThreads) select_rows(const ActivationTopk op, const bool quads) {
+__global__ void __launch_bounds__(kThreads, blocks_for(kMode, kChunks, sizeof(T)))
+    select_rows(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
   __shared__ SelectScratch<kLanes> scratch[kThreads / kLanes];
   const unsigned tile = threadIdx.x / kLanes;

@@ -159,6 +159,8 @@ __device__ __forceinline__ void with_score(const RowScore& score, Body body) {
 //   softmax: exact, but for the rounding that kKeyMargin covers
 constexpr float kMostRoughLogit = 0x1p22f;
 constexpr float kKeyMargin = 0x1p-20f;
+// Keys beyond this, of experts that a bias takes out say, are left to exact scores where keys are added up.
+constexpr float kMostCertainKey = 16.0f;
 
 __device__ __forceinline__ float rough_margin(ScoreFn score_fn) {
   return score_fn == ScoreFn::kSqrtSoftplus ? 0x1p-8f : 0x1p-18f;

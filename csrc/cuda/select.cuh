@@ -10,7 +10,7 @@
 // Rows with NaN or many equal keys take k rounds of an exact maximum instead.
 //
 // Where the keys are scores + bias, the bound is one of cheap scores, lowered by what these may be wrong by, and only
-// the few that reach it get their exact keys.
+// the few that reach it get their exact keys. Groups go by cheap scores too, where these leave no doubt about them.
 #pragma once
 
 #include <cmath>
@@ -101,47 +101,100 @@ __host__ __device__ inline bool tile_can_group(int lanes, int experts, int num_g
   return whole && quads <= lanes && num_groups <= lanes;
 }
 
-// Makes every expert outside the top_groups best groups ineligible.
+// The largest of some keys and the next, or as much as two runs of keys have together.
+struct BestTwo {
+  float best;
+  float second;
+
+  __device__ __forceinline__ void merge(const BestTwo& other) {
+    second = fmaxf(fminf(best, other.best), fmaxf(second, other.second));
+    best = max_nan(best, other.best);
+  }
+  __device__ __forceinline__ BestTwo of_lane(int mask) const {
+    return {__shfl_xor_sync(kFullWarp, best, mask), __shfl_xor_sync(kFullWarp, second, mask)};
+  }
+};
+
+// Makes every expert outside the top_groups best groups ineligible. False, for the token, if rough keys leave in doubt
+// which groups these are: `margin` is as much as two of them, up to kMostCertainKey, may be in the wrong order by.
 template <int kLanes, int kElements>
-__device__ __forceinline__ void keep_best_groups(const Selection& selection, float (&keys)[kElements],
-                                                 uint32_t& eligible, uint64_t (&pairs)[kLanes]) {
+__device__ __forceinline__ bool keep_best_groups(const Selection& selection, float margin, float (&keys)[kElements],
+                                                 uint32_t& eligible, SelectScratch<kLanes>& scratch) {
   constexpr int kChunks = kElements / 4;
   const int lanes_a_group = selection.experts / selection.groups.num_groups / 4;
   const int group_shift = __ffs(lanes_a_group) - 1;
   const int lane = tile_lane<kLanes>();
-  pairs[lane] = 0;
-  __syncwarp();
+  BestTwo two[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const float* quad = keys + 4 * c;
-    float best = max_nan(max_nan(quad[0], quad[1]), max_nan(quad[2], quad[3]));
-    float second = fmaxf(fminf(fmaxf(quad[0], quad[1]), fmaxf(quad[2], quad[3])),
-                         fmaxf(fminf(quad[0], quad[1]), fminf(quad[2], quad[3])));
-    for (int step = 1; step < lanes_a_group; step *= 2) {
-      const float other_best = __shfl_xor_sync(kFullWarp, best, step);
-      const float other_second = __shfl_xor_sync(kFullWarp, second, step);
-      second = fmaxf(fminf(best, other_best), fmaxf(second, other_second));
-      best = max_nan(best, other_best);
-    }
+    two[c] = {max_nan(quad[0], quad[1]), fminf(quad[0], quad[1])};
+    two[c].merge({max_nan(quad[2], quad[3]), fminf(quad[2], quad[3])});
+  }
+  float extreme = 0.0f;
+  scratch.pairs[lane] = 0;
+  __syncwarp();
+  // The group that this lane's quad of chunk c belongs to, which `sharers` neighbouring lanes know about.
+  const auto publish = [&](const BestTwo& of_group, int c, int sharers) {
     const int group = (c * kLanes + lane) >> group_shift;
-    const float score = selection.groups.score == GroupScore::kTop2Sum ? __fadd_rn(best, second) : best;
-    if ((lane & (lanes_a_group - 1)) == 0 && group < selection.groups.num_groups) {
-      pairs[group] = order_pair(order_key(score), static_cast<uint32_t>(group));
+    const bool sum = selection.groups.score == GroupScore::kTop2Sum;
+    const float score = sum ? __fadd_rn(of_group.best, of_group.second) : of_group.best;
+    if (group < selection.groups.num_groups && (lane & (sharers - 1)) == 0) {
+      scratch.pairs[group] = order_pair(order_key(score), static_cast<uint32_t>(group));
+      extreme = fmaxf(extreme, fmaxf(fabsf(of_group.best), fabsf(of_group.second)));
+    }
+  };
+  if (lanes_a_group >= kChunks) {
+    // Each step halves the chunks that a lane goes on with, and the lanes that share a group.
+    int chunk = 0;
+    int step = lanes_a_group;
+#pragma unroll
+    for (int half = kChunks / 2; half > 0; half /= 2) {
+      step /= 2;
+      const bool upper = (lane & step) != 0;
+#pragma unroll
+      for (int c = 0; c < half; ++c) {
+        const BestTwo sent = upper ? two[c] : two[half + c];
+        if (upper) two[c] = two[half + c];
+        two[c].merge(sent.of_lane(step));
+      }
+      chunk += upper ? half : 0;
+    }
+    const int sharers = step;
+    while ((step /= 2) > 0) two[0].merge(two[0].of_lane(step));
+    publish(two[0], chunk, sharers);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      for (int step = 1; step < lanes_a_group; step *= 2) two[c].merge(two[c].of_lane(step));
+      publish(two[c], c, lanes_a_group);
     }
   }
   __syncwarp();
-  const uint64_t pair = pairs[lane];
-  const int rank = rank_of(pair, pairs, selection.groups.num_groups);
+  const uint64_t pair = scratch.pairs[lane];
+  const int rank = rank_of(pair, scratch.pairs, selection.groups.num_groups);
   uint32_t kept = __ballot_sync(kFullWarp, pair != 0 && rank < selection.groups.top_groups);
-  if constexpr (kLanes < 32) kept >>= threadIdx.x & 16;
+  if constexpr (kLanes < 32) kept = kept >> (threadIdx.x & 16) & 0xFFFF;
+  kept >>= lane >> group_shift;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const int group = (c * kLanes + lane) >> group_shift;
-    if (group < kLanes && (kept >> group & 1) != 0) continue;
-    eligible &= ~(0xFu << (4 * c));
+    const int group = c * kLanes >> group_shift;  // of lane 0
+    const bool keep = group < 32 && (kept >> group & 1) != 0;
+    if (!keep) eligible &= ~(0xFu << (4 * c));
 #pragma unroll
-    for (int j = 0; j < 4; ++j) keys[4 * c + j] = -INFINITY;
+    for (int j = 0; j < 4; ++j) keys[4 * c + j] = keep ? keys[4 * c + j] : -INFINITY;
   }
+  if (margin == 0.0f) return true;
+  // The last group that is kept and the next must be well apart.
+  if (pair != 0) scratch.values[rank] = float_of_key(pair_key(pair));
+  __syncwarp();
+  const bool all = selection.groups.top_groups == selection.groups.num_groups;
+  const float last = scratch.values[selection.groups.top_groups - 1];
+  const float next = all ? -INFINITY : scratch.values[selection.groups.top_groups];
+  const bool doubtful = !(last - next > 2.0f * margin) || !(extreme <= kMostCertainKey);
+  uint32_t doubts = __ballot_sync(kFullWarp, doubtful);
+  if constexpr (kLanes < 32) doubts = doubts >> (threadIdx.x & 16) & 0xFFFF;
+  return doubts == 0;
 }
 
 // Sorts one value a lane within each kRun neighbouring lanes, the largest first, with a bitonic network.
@@ -320,9 +373,13 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
 #pragma unroll
     for (int i = 1; i < kElements; ++i) largest = fmaxf(largest, logits[i]);
     failed = largest > kMostRoughLogit;
-  } else {
+  } else if (scoring.score_fn == ScoreFn::kSqrtSoftplus) {
     score_keys<false, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
-    keep_best_groups(selection, keys, eligible, scratch.pairs);
+    keep_best_groups(selection, 0.0f, keys, eligible, scratch);
+  } else {
+    margin = rough_margin(scoring.score_fn);
+    score_keys<true, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+    failed = !keep_best_groups(selection, margin + kMostCertainKey * kKeyMargin, keys, eligible, scratch);
   }
   float maximum = keys[0];
 #pragma unroll
@@ -333,9 +390,11 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   int count = 0;
   const int needed = wanted ? k : 0;
   if (failed || !list_candidates<kLanes>(keys, eligible, maximum, k, needed, margin, scratch.candidates, count)) {
-    if constexpr (kMode == KeyMode::kScores) {
+    if constexpr (kMode != KeyMode::kLogits) {
+      eligible = wanted ? existing_elements<kLanes, kFullChunks, kElements>(selection.experts) : 0;
       score_keys<false, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
     }
+    if constexpr (kMode == KeyMode::kGroups) keep_best_groups(selection, 0.0f, keys, eligible, scratch);
     select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
     count = needed;
   }
