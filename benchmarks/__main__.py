@@ -21,15 +21,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("cases", "sweep"),
+        choices=("cases", "sweep", "exactness"),
         default="cases",
-        help="cases: the table of targets.json and variants of it (default); sweep: time over sizes, with pictures",
+        help=(
+            "cases: the table of targets.json and variants of it (default); sweep: time over sizes, with pictures; "
+            "exactness: ids against a float64 oracle over many rows"
+        ),
     )
     parser.add_argument(
         "--only", nargs="+", metavar="GLOB", help="cases (or sweeps) whose id matches one, such as 'topk_select/*'"
     )
     parser.add_argument("--quick", action="store_true", help="kernel time alone: no rivals besides XLA, no time in jit")
     parser.add_argument("--no-reference", action="store_true", help="do not time XLA and other rivals")
+    parser.add_argument("--rows", type=float, metavar="N", help="rows of exactness (default: 1e8, on a CPU 1e5)")
     parser.add_argument("--list", action="store_true", help="list the ids and stop")
     parser.add_argument("--out", type=Path, metavar="PATH", help="the file of the records")
     parser.add_argument("--device-kind", metavar="NAME", help="what to call the device in the records")
@@ -41,12 +45,17 @@ def main() -> int:
     arguments = _parser().parse_args()
     import jax
 
-    from . import run, sweep
+    from . import exactness, run, sweep
 
     device = arguments.device_kind or device_name()
     commit = arguments.commit or current_commit()
     on_gpu = jax.default_backend() == "gpu"
     console = Console(width=None if sys.stdout.isatty() else 200)
+    if arguments.what == "exactness":
+        found = list(exactness.counts(int(arguments.rows or (1e8 if on_gpu else 1e5)), device, commit))
+        exactness.save(found, arguments.out or RESULTS / f"{slug(device)}-exactness.json")
+        console.print(exactness.table(found, device))
+        return 1 if any(count.wrong for count in found) else 0
     is_sweep = arguments.what == "sweep"
     if is_sweep:
         sweeps = run.select(sweep.sweeps(on_gpu), arguments.only, lambda item: item.name)
