@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
+from tests.cases import MODELS, Model
 
 NATIVE, XLA, TORCH = "jax_router", "xla", "torch.topk"
 TARGETS: dict[str, dict[str, Any]] = {
@@ -97,42 +98,39 @@ def _both(run: Callable[..., Any]) -> dict[str, Contender]:
     }
 
 
-def activation_topk_case(
-    num_experts: int, top_k: int, tokens: int, *, dtype: Any = jnp.float32, with_bias: bool = False, groups=(1, 1)
-) -> Case:
-    scored = "sigmoid/" if groups != (1, 1) else ""
-    middle = f"groups{groups[0]}-{groups[1]}/" if groups != (1, 1) else ""
-    variant = ("/bf16" if dtype == jnp.bfloat16 else "") + ("/bias" if with_bias and not scored else "")
-    logits = Spec((tokens, num_experts), dtype)
+def model_with(num_experts: int, top_k: int) -> Model:
+    """DeepSeek-V4's router (Flash or Pro, as the number of experts says), with other sizes where they are others."""
+    model = MODELS["deepseek-v4-pro" if num_experts == 384 else "deepseek-v4-flash"]
+    return dataclasses.replace(model, num_experts=num_experts, top_k=top_k)
+
+
+def activation_topk_case(model: Model, tokens: int, *, dtype: Any = jnp.float32, with_bias: bool = False) -> Case:
+    """The id names groups and a score function that is not sqrtsoftplus; such a router has a bias."""
+    grouped = model.num_groups > 1
+    scored = f"{model.score_fn}/" if grouped else ""
+    groups = f"groups{model.num_groups}-{model.top_groups}/" if grouped else ""
+    variant = ("/bf16" if dtype == jnp.bfloat16 else "") + ("/bias" if with_bias else "")
+    logits = Spec((tokens, model.num_experts), dtype)
 
     def run(logits, bias=None, *, implementation):
-        return activation_topk(
-            logits,
-            bias,
-            top_k=top_k,
-            score_fn="sigmoid" if scored else "sqrtsoftplus",
-            scale=2.5 if scored else 1.5,
-            num_groups=groups[0],
-            top_groups=groups[1],
-            implementation=implementation,
-        )
+        return activation_topk(logits, bias, implementation=implementation, **model.options)
 
     return Case(
-        f"activation_topk/{scored}E{num_experts}/k{top_k}/{middle}N{tokens}{variant}",
-        (logits, *([Spec((num_experts,), scale=0.1)] if with_bias else [])),
+        f"activation_topk/{scored}E{model.num_experts}/k{model.top_k}/{groups}N{tokens}{variant}",
+        (logits, *([Spec((model.num_experts,), scale=0.1)] if with_bias or grouped else [])),
         _both(run),
-        logits.nbytes + tokens * top_k * 8,
+        logits.nbytes + tokens * model.top_k * 8,
     )
 
 
-def activation_topk_grad_case(num_experts: int, top_k: int, tokens: int) -> Case:
+def activation_topk_grad_case(model: Model, tokens: int) -> Case:
     """The backward pass alone: the residuals of the forward pass are its inputs."""
-    inputs = (Spec((tokens, num_experts)), Spec((tokens, top_k)))
+    inputs = (Spec((tokens, model.num_experts)), Spec((tokens, model.top_k)))
 
     def contender(implementation):
         def pullback(logits):
             def weights(logits):
-                return activation_topk(logits, top_k=top_k, scale=1.5, implementation=implementation).weights
+                return activation_topk(logits, implementation=implementation, **model.options).weights
 
             return jax.vjp(weights, logits)[1]
 
@@ -143,22 +141,25 @@ def activation_topk_grad_case(num_experts: int, top_k: int, tokens: int) -> Case
         )
 
     return Case(
-        f"activation_topk_grad/E{num_experts}/k{top_k}/N{tokens}",
+        f"activation_topk_grad/E{model.num_experts}/k{model.top_k}/N{tokens}",
         inputs,
         {NATIVE: contender("native"), XLA: contender("reference")},
-        tokens * (num_experts * 4 + top_k * 12),
+        tokens * (model.num_experts * 4 + model.top_k * 12),
     )
 
 
-def route_at_case(num_experts: int, top_k: int, tokens: int) -> Case:
+def route_at_case(model: Model, tokens: int) -> Case:
     def run(logits, expert_ids, *, implementation):
-        return route_at(logits, expert_ids, scale=1.5, implementation=implementation)
+        return route_at(logits, expert_ids, implementation=implementation, **model.scoring)
 
     return Case(
-        f"route_at/E{num_experts}/k{top_k}/N{tokens}",
-        (Spec((tokens, num_experts)), Spec((tokens, top_k), jnp.int32, bound=num_experts)),
+        f"route_at/E{model.num_experts}/k{model.top_k}/N{tokens}",
+        (
+            Spec((tokens, model.num_experts)),
+            Spec((tokens, model.top_k), jnp.int32, bound=model.num_experts),
+        ),
         _both(run),
-        tokens * top_k * (32 + 4 + 8),  # a chosen logit costs a 32-byte sector
+        tokens * model.top_k * (32 + 4 + 8),  # a chosen logit costs a 32-byte sector
     )
 
 
@@ -197,18 +198,19 @@ def topk_select_case(rows: int, length: int, k: int, *, dtype: Any = jnp.float32
     )
 
 
-def dense_router_case(hidden: int, num_experts: int, top_k: int, tokens: int, *, with_bias: bool = False) -> Case:
+def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False) -> Case:
+    hidden, num_experts = model.hidden_size, model.num_experts
     x = Spec((tokens, hidden), jnp.bfloat16)
     weight = Spec((num_experts, hidden), jnp.bfloat16, scale=hidden**-0.5)
 
     def run(x, weight, bias=None, *, implementation):
-        return dense_router(x, weight, bias, top_k=top_k, scale=1.5, implementation=implementation)
+        return dense_router(x, weight, bias, implementation=implementation, **model.options)
 
     return Case(
-        f"dense_router/bf16/D{hidden}/E{num_experts}/k{top_k}/N{tokens}" + ("/bias" if with_bias else ""),
+        f"dense_router/bf16/D{hidden}/E{num_experts}/k{model.top_k}/N{tokens}" + ("/bias" if with_bias else ""),
         (x, weight, *([Spec((num_experts,), scale=0.1)] if with_bias else [])),
         _both(run),
-        x.nbytes + weight.nbytes + tokens * top_k * 8,
+        x.nbytes + weight.nbytes + tokens * model.top_k * 8,
         flops=2 * tokens * hidden * num_experts,
     )
 
@@ -225,16 +227,23 @@ def expert_dispatch_case(num_experts: int, top_k: int, tokens: int) -> Case:
     )
 
 
+def _grouped_case(num_experts: int, top_k: int, num_groups: int, top_groups: int, tokens: int) -> Case:
+    sizes = {"num_experts": num_experts, "top_k": top_k, "num_groups": num_groups, "top_groups": top_groups}
+    return activation_topk_case(dataclasses.replace(MODELS["deepseek-v3"], **sizes), tokens)
+
+
+def _dense_case(hidden: int, num_experts: int, top_k: int, tokens: int) -> Case:
+    return dense_router_case(dataclasses.replace(model_with(num_experts, top_k), hidden_size=hidden), tokens)
+
+
 _BUILDERS: dict[str, Callable[..., Case]] = {
-    r"activation_topk/E(\d+)/k(\d+)/N(\d+)": activation_topk_case,
-    r"activation_topk/sigmoid/E(\d+)/k(\d+)/groups(\d+)-(\d+)/N(\d+)": lambda experts, k, groups, top, tokens: (
-        activation_topk_case(experts, k, tokens, groups=(groups, top), with_bias=True)
-    ),
-    r"activation_topk_grad/E(\d+)/k(\d+)/N(\d+)": activation_topk_grad_case,
-    r"route_at/E(\d+)/k(\d+)/N(\d+)": route_at_case,
+    r"activation_topk/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: activation_topk_case(model_with(e, k), n),
+    r"activation_topk/sigmoid/E(\d+)/k(\d+)/groups(\d+)-(\d+)/N(\d+)": _grouped_case,
+    r"activation_topk_grad/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: activation_topk_grad_case(model_with(e, k), n),
+    r"route_at/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: route_at_case(model_with(e, k), n),
     r"hash_router/V(\d+)/k(\d+)/N(\d+)": hash_router_case,
     r"topk_select/B(\d+)/L(\d+)/k(\d+)": topk_select_case,
-    r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": dense_router_case,
+    r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": _dense_case,
     r"expert_dispatch/E(\d+)/k(\d+)/N(\d+)": expert_dispatch_case,
 }
 
@@ -248,18 +257,22 @@ def _with_id(case_id: str) -> Case:
     raise ValueError(f"no such case: {case_id}")
 
 
+_FLASH, _PRO, _V3 = MODELS["deepseek-v4-flash"], MODELS["deepseek-v4-pro"], MODELS["deepseek-v3"]
+
+
 def _variants() -> Iterator[Case]:
-    for num_experts in (256, 384):
+    for model in (_FLASH, _PRO):
         for tokens in (1, 64, 4096, 16384, 65536):
-            yield activation_topk_case(num_experts, 6, tokens, with_bias=True)
+            yield activation_topk_case(model, tokens, with_bias=True)
     for tokens in (4096, 16384, 65536):
-        yield activation_topk_case(256, 6, tokens, dtype=jnp.bfloat16)
-        yield activation_topk_case(256, 6, tokens, dtype=jnp.bfloat16, with_bias=True)
+        yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16)
+        yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16, with_bias=True)
+    yield activation_topk_case(_V3, 65536)
     for rows, length, k in ((1, 65536, 512), (64, 65536, 2048), (4096, 4096, 64), (65536, 256, 6)):
         yield topk_select_case(rows, length, k, is_sorted=True)
         yield topk_select_case(rows, length, k, dtype=jnp.bfloat16)
     for tokens in (1, 4096):
-        yield dense_router_case(4096, 256, 6, tokens, with_bias=True)
+        yield dense_router_case(_FLASH, tokens, with_bias=True)
 
 
 def gpu_cases() -> list[Case]:
@@ -268,17 +281,17 @@ def gpu_cases() -> list[Case]:
 
 def cpu_cases() -> list[Case]:
     return [
-        activation_topk_case(256, 6, 16384),
-        activation_topk_case(256, 6, 16384, with_bias=True),
-        activation_topk_case(256, 8, 8192, groups=(8, 4), with_bias=True),
-        activation_topk_grad_case(256, 6, 16384),
-        route_at_case(256, 6, 16384),
+        activation_topk_case(_FLASH, 16384),
+        activation_topk_case(_FLASH, 16384, with_bias=True),
+        activation_topk_case(_V3, 8192),
+        activation_topk_grad_case(_FLASH, 16384),
+        route_at_case(_FLASH, 16384),
         hash_router_case(129280, 6, 65536),
         topk_select_case(1, 65536, 512),
         topk_select_case(64, 8192, 2048),
         topk_select_case(64, 8192, 2048, is_sorted=True),
         topk_select_case(4096, 4096, 64),
         topk_select_case(16384, 256, 6, is_sorted=True),
-        dense_router_case(4096, 256, 6, 8),
+        dense_router_case(_FLASH, 8),
         expert_dispatch_case(256, 6, 16384),
     ]

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .cases import NATIVE, Case, activation_topk_case, dense_router_case, topk_select_case
+from tests.cases import MODELS
+
+from .cases import NATIVE, Case, activation_topk_case, dense_router_case, model_with, topk_select_case
 from .results import Record
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -53,6 +55,8 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
     tokens = 2**14 if on_gpu else 2**11
     rows = 64 if on_gpu else 8
     length = 2**16 if on_gpu else 2**14
+    most_scores = 2**26  # of one case
+    row_counts = (1, 16, 256) if on_gpu else (1, 16)
     return [
         Sweep(
             "activation_topk/tokens",
@@ -60,8 +64,8 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             "tokens",
             _powers(1, most, 4),
             (
-                Line("f32", lambda n: activation_topk_case(256, 6, n)),
-                Line("bf16", lambda n: activation_topk_case(256, 6, n, **bf16), with_xla=False),
+                Line("f32", lambda n: activation_topk_case(model_with(256, 6), n)),
+                Line("bf16", lambda n: activation_topk_case(model_with(256, 6), n, **bf16), with_xla=False),
             ),
         ),
         Sweep(
@@ -70,8 +74,8 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             "experts",
             (16, 32, 64, 72, 96, 128, 160, 192, 256, 257, 320, 384, 512, 768, 1024, 1536, 2048),
             (
-                Line("f32", lambda e: activation_topk_case(e, 6, tokens)),
-                Line("bf16", lambda e: activation_topk_case(e, 6, tokens, **bf16), with_xla=False),
+                Line("f32", lambda e: activation_topk_case(model_with(e, 6), tokens)),
+                Line("bf16", lambda e: activation_topk_case(model_with(e, 6), tokens, **bf16), with_xla=False),
             ),
         ),
         Sweep(
@@ -80,19 +84,24 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             "k",
             (1, 2, 3, 4, 6, 8, 10, 12, 16),
             (
-                Line("no bias", lambda k: activation_topk_case(256, k, tokens)),
-                Line("bias", lambda k: activation_topk_case(256, k, tokens, with_bias=True), with_xla=False),
+                Line("no bias", lambda k: activation_topk_case(model_with(256, k), tokens)),
+                Line(
+                    "bias", lambda k: activation_topk_case(model_with(256, k), tokens, with_bias=True), with_xla=False
+                ),
             ),
         ),
-        Sweep(
-            "topk_select/length",
-            "k = 512",
-            "length of a row",
-            _powers(2**10, 2**20, 4) if on_gpu else _powers(2**10, 2**16, 4),
-            (
-                Line("1 row", lambda n: topk_select_case(1, n, 512)),
-                Line(f"{rows} rows", lambda n: topk_select_case(rows, n, 512)),
-            ),
+        *(
+            Sweep(
+                f"topk_select/length/{count}",
+                "1 row" if count == 1 else f"{count} rows",
+                "length of a row",
+                _powers(2**8, min(most_scores // count, 2**20) if on_gpu else 2**16, 4),
+                tuple(
+                    Line(f"k = {k}", lambda n, count=count, k=k: topk_select_case(count, n, min(k, n)))
+                    for k in (8, 64, 512, 2048)
+                ),
+            )
+            for count in row_counts
         ),
         Sweep(
             "topk_select/k",
@@ -116,10 +125,13 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
         ),
         Sweep(
             "dense_router/tokens",
-            "bf16, hidden size 4096, 256 experts, k = 6",
+            "bf16, k = 6",
             "tokens",
             (1, 2, 4, 8, 16, 32, 48, 64, 65, 96, 128, 256, 512, 1024, 4096, 16384) if on_gpu else (1, 8, 64, 512),
-            (Line("bf16", lambda n: dense_router_case(4096, 256, 6, n)),),
+            (
+                Line("D = 4096, 256 experts", lambda n: dense_router_case(MODELS["deepseek-v4-flash"], n)),
+                Line("D = 7168, 384 experts", lambda n: dense_router_case(MODELS["deepseek-v4-pro"], n)),
+            ),
         ),
     ]
 
