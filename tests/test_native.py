@@ -72,6 +72,23 @@ def test_groups(num_experts, num_groups, top_groups, top_k, group_score, rng):
     assert_activation_topk(logits, bias, top_k=top_k, score_fn="sigmoid", **groups)
 
 
+@pytest.mark.parametrize("rows", [2900, 4200])  # few and many
+def test_groups_that_are_hard_to_tell_apart(rows, rng):
+    """Equal groups, groups apart by rounding alone, groups without eligible experts, far biases, and NaN."""
+    model = MODELS["deepseek-v3"]
+    logits = model.logits(rng, 4200)
+    logits[:600] = np.tile(logits[:600, :32], 8)  # all groups are equal
+    logits[600:1200, 32:64] = logits[600:1200, :32]  # two are
+    logits[1200:1800, 128:160] = logits[1200:1800, :32] * (1 + 1e-6 * rng.normal(size=(600, 32)))
+    logits[1800:1803, 7] = np.nan
+    bias = np.tile(rng.normal(0, 0.1, 256).astype(np.float32), (4200, 1))
+    bias[:1800] = np.tile(bias[:1800, :32], 8)
+    bias[2000:2400, rng.permutation(256)[:128]] = -1e5
+    bias[2400:2800, :96] = -np.inf
+    bias[2800:2900, 50] = 1e4
+    assert_activation_topk(logits[:rows], bias[:rows], **model.options)
+
+
 @pytest.mark.parametrize("top_groups", [1, 3])
 def test_groups_without_bias(top_groups, rng):
     logits = rng.normal(0, 2, (64, 48)).astype(np.float32)
