@@ -22,7 +22,7 @@ struct alignas(16) PairSelect {
   static constexpr unsigned kFullWarp = 0xFFFFFFFFu;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = 2 * kThreads;
-  static constexpr int kBinBits = kThreads == 512 ? 10 : 9;
+  static constexpr int kBinBits = kThreads == 1024 ? 11 : kThreads == 512 ? 10 : 9;
   static_assert(kBins == 1 << kBinBits);
 
   alignas(16) uint32_t bins[kBins];
@@ -80,6 +80,17 @@ struct alignas(16) PairSelect {
     }
   }
 
+  // Which of the bins holds number k of what was counted into them, in `found`. Ends with a barrier.
+  static __device__ __forceinline__ void find_bin(uint32_t k) {
+    const uint2 counts = reinterpret_cast<const uint2*>(shared().bins)[threadIdx.x];
+    const uint32_t before = exclusive_sum(counts.x + counts.y);
+    if (before < k && k <= before + counts.x + counts.y) {
+      const bool second = k > before + counts.x;
+      shared().found = {2 * threadIdx.x + second, before + (second ? counts.x : 0), second ? counts.y : counts.x};
+    }
+    __syncthreads();
+  }
+
   // The smallest shift that brings every distance up to `span` into `bits` bits.
   static __device__ __forceinline__ int shift_for(uint64_t span) { return max(64 - __clzll(span) - kBinBits, 0); }
 
@@ -121,13 +132,7 @@ struct alignas(16) PairSelect {
       }
       __syncthreads();
       init();
-      const uint2 counts = reinterpret_cast<const uint2*>(shared().bins)[threadIdx.x];
-      const uint32_t before = exclusive_sum(counts.x + counts.y);
-      if (before < k && k <= before + counts.x + counts.y) {
-        const bool second = k > before + counts.x;
-        shared().found = {2 * threadIdx.x + second, before + (second ? counts.x : 0), second ? counts.y : counts.x};
-      }
-      __syncthreads();
+      find_bin(k);
       k -= shared().found.before;
       best -= static_cast<uint64_t>(shared().found.bin) << shift;
       const uint64_t last = (uint64_t{1} << shift) - 1;

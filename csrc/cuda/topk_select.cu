@@ -100,7 +100,6 @@ template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_rows(TopkSelect op, Plan plan) {
   using Select = PairSelect<kThreads>;
   constexpr int kElements = 16 / sizeof(T);
-  constexpr unsigned kFullWarp = 0xFFFFFFFFu;
   __shared__ Gathering gathering;
   __shared__ uint32_t start;
 
@@ -117,28 +116,8 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_rows(TopkSel
   if (threadIdx.x == 0) gathering.count = 0;
   __syncthreads();
 
-  // Adds those of a thread's elements at index i, i + 1 and so on of the row that `chosen` names to the candidates.
-  // Called by whole warps.
-  const auto append = [&](const auto& keys, uint32_t i, auto chosen) {
-    constexpr int kSize = sizeof(keys) / sizeof(keys[0]);
-    uint32_t ballots[kSize], total = 0;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      ballots[e] = __ballot_sync(kFullWarp, chosen(e, order_pair(keys[e], i + e)));
-      total += __popc(ballots[e]);
-    }
-    if (total != 0) {
-      const uint32_t lane = threadIdx.x % 32;
-      uint32_t place = 0;
-      if (lane == 0) place = atomicAdd(&gathering.count, total);
-      place = __shfl_sync(kFullWarp, place, 0);
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        const uint32_t own_place = place + __popc(ballots[e] & ((1u << lane) - 1));
-        if ((ballots[e] >> lane & 1) != 0 && own_place < plan.capacity) pairs[own_place] = order_pair(keys[e], i + e);
-        place += __popc(ballots[e]);
-      }
-    }
+  const auto add = [&](uint64_t pair, uint32_t place) {
+    if (place < plan.capacity) pairs[place] = pair;
   };
 
   uint64_t bound = kLowestBound;
@@ -156,8 +135,12 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_rows(TopkSel
         for (uint32_t step = 0; step < min(stream.steps, kStages); ++step) {
           const int e = threadIdx.x % kElements;
           const uint32_t i = stream.index(step);
-          const uint32_t key[1] = {order_key(element_of(*stream.slot(step), e, T{}))};
-          append(key, i + e, [&](int, uint64_t) { return i < stream.end; });
+          const bool inside = i < stream.end;
+          const uint32_t ballot = __ballot_sync(kFullWarp, inside);
+          uint32_t place = 0;
+          if (threadIdx.x % 32 == 0) place = atomicAdd(&gathering.count, __popc(ballot));
+          place = __shfl_sync(kFullWarp, place, 0) + threadIdx.x % 32;  // those inside come first
+          if (inside) add(order_pair(order_key(element_of(*stream.slot(step), e, T{})), i + e), place);
         }
         __syncthreads();
         // One element of each vector. The rank leaves five standard deviations for chance.
@@ -172,21 +155,25 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_rows(TopkSel
       if (plan.blocks > 1) cluster_arrive();  // from here on other blocks may add to this block's candidates
     }
 
+    const float bound_element = float_of_key(pair_key(bound));
 #pragma unroll 1
     for (uint32_t step = 0; step < stream.steps; ++step) {
       wait_for_fetches<kStages - 1>();
-      const uint4 vector = *stream.slot(step);
-      uint32_t keys[kElements];
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) keys[e] = order_key(element_of(vector, e, T{}));
+      const uint4 vector[1] = {*stream.slot(step)};
       stream.fetch(step + kStages);
       const uint32_t i = stream.index(step);
-      append(keys, i, [&](int, uint64_t pair) { return i < stream.end && pair >= bound; });
+      // Seldom does one of a vector's elements reach the bound.
+      if (i < stream.end && !(largest_element<T>(vector) < bound_element)) {
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          const uint64_t pair = order_pair(order_key(element_of(vector[0], e, T{})), i + e);
+          if (pair >= bound) add(pair, atomicAdd(&gathering.count, 1));
+        }
+      }
     }
-    if (stream.has_edges) {
-      const bool inside = stream.edge < length;
-      const uint32_t key[1] = {inside ? order_key(load_one(row + stream.edge)) : kNoKey};
-      append(key, stream.edge, [&](int, uint64_t pair) { return inside && pair >= bound; });
+    if (stream.has_edges && stream.edge < length) {
+      const uint64_t pair = order_pair(order_key(load_one(row + stream.edge)), stream.edge);
+      if (pair >= bound) add(pair, atomicAdd(&gathering.count, 1));
     }
     __syncthreads();
 
@@ -312,7 +299,8 @@ cudaError_t launch_rows(const TopkSelect& op, const Plan& plan, cudaStream_t str
 
 cudaError_t launch(const TopkSelect& op, cudaStream_t stream) {
   if (op.rows == 0 || op.k == 0) return cudaSuccess;
-  if (op.length <= kMaxShortLength && op.k <= kMaxShortK) return launch_short_rows(op, stream);
+  if (op.length <= kMaxShortLength && op.k <= kMaxFewK) return launch_short_rows(op, stream);
+  if (op.length <= kMaxBlockLength) return launch_block_rows(op, stream);
   const Plan plan = make_plan(op);
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -8,17 +8,47 @@
 #include "../common/order.h"
 #include "kernels.h"
 #include "load.cuh"
+#include "row_score.cuh"
 
 namespace jax_router::cuda {
 
-// Rows of up to kMaxShortLength and k up to kMaxShortK.
+// So many choices are few: they are ranked by comparing each with all.
+constexpr int kMaxFewK = 128;
+
+// Rows of up to kMaxShortLength and k up to kMaxFewK.
 constexpr int kMaxShortLength = 1024;
-constexpr int kMaxShortK = 16;
 cudaError_t launch_short_rows(const TopkSelect& op, cudaStream_t stream);
+
+// Rows of up to kMaxBlockLength, in the registers of a thread block.
+constexpr int kMaxBlockLength = 8192;
+cudaError_t launch_block_rows(const TopkSelect& op, cudaStream_t stream);
 
 __device__ __forceinline__ uint32_t length_of_row(const TopkSelect& op, int64_t row) {
   const int32_t length = static_cast<int32_t>(op.length);
   return op.lengths == nullptr ? length : min(max(op.lengths[row], 0), length);
+}
+
+// The sum of x over the lanes up to this one.
+__device__ __forceinline__ uint32_t inclusive_sum_of_lanes(uint32_t x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullWarp, x, step);
+    if (threadIdx.x % 32 >= step) x += other;
+  }
+  return x;
+}
+
+// How many of pairs[0..count) are larger than this one. `pairs` is shared memory, aligned to 16 bytes; if count is odd,
+// pairs[count] is 0.
+__device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs, int count) {
+  int larger = 0;
+#pragma unroll 4
+  for (int other = 0; other < count; other += 2) {
+    const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + other);
+    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(larger) : "l"(others.x), "l"(pair));
+    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(larger) : "l"(others.y), "l"(pair));
+  }
+  return larger;
 }
 
 __device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
@@ -37,6 +67,33 @@ __device__ __forceinline__ float element_of(uint4 vector, int e, __half) {
   const uint32_t word = word_of(vector, e / 2);
   return __half2float(__ushort_as_half(static_cast<unsigned short>(e % 2 == 0 ? word & 0xFFFF : word >> 16)));
 }
+
+// The larger in each half of a word of 16-bit floats, or of one f32; NaN if either is.
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, float) {
+  return float_bits(max_nan(bits_float(a), bits_float(b)));
+}
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __nv_bfloat16) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __half) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
+// The largest element of some vectors, NaN if one is.
+template <typename T, int kVectors>
+__device__ __forceinline__ float largest_element(const uint4 (&vectors)[kVectors]) {
+  uint4 largest = make_uint4(vectors[0].x, 0, 0, 0);
+#pragma unroll
+  for (int i = 1; i < 4 * kVectors; ++i) largest.x = max_of_words(largest.x, word_of(vectors[i / 4], i % 4), T{});
+  const float element = element_of(largest, 0, T{});
+  return sizeof(T) == 4 ? element : max_nan(element, element_of(largest, 1, T{}));
+}
+
+__device__ __forceinline__ float as_float(float x) { return x; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ void set_value(float* value, float x) { *value = x; }
 __device__ __forceinline__ void set_value(__nv_bfloat16* value, float x) { *value = __float2bfloat16_rn(x); }
