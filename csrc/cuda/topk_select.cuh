@@ -1,5 +1,6 @@
-// What the two kernels of topk_select share: one has a warp a row (topk_select_short.cu), the other a thread block or a
-// cluster of blocks a row (topk_select.cu).
+// What the kernels of topk_select share. Short rows have a warp each, or half of one (topk_select_short.cu), longer
+// ones a thread block that holds them in registers (topk_select_block.cu), the longest are streamed through one or
+// several blocks (topk_select.cu, which also chooses).
 #pragma once
 
 #include <cmath>
@@ -12,16 +13,21 @@
 
 namespace jax_router::cuda {
 
-// So many choices are few: they are ranked by comparing each with all.
-constexpr int kMaxFewK = 128;
+// The choices of a launch are measured on this device.
+constexpr int kMultiprocessors = 132;
 
-// Rows of up to kMaxShortLength and k up to kMaxFewK.
+// topk_select_short.cu: rows of up to kMaxShortLength; k up to kMaxTileK, or kMaxWarpK.
 constexpr int kMaxShortLength = 1024;
-cudaError_t launch_short_rows(const TopkSelect& op, cudaStream_t stream);
+constexpr int kMaxTileK = 16;
+constexpr int kMaxWarpK = 128;
+cudaError_t launch_tile_rows(const TopkSelect& op, cudaStream_t stream);
+cudaError_t launch_warp_rows(const TopkSelect& op, cudaStream_t stream);
 
-// Rows of up to kMaxBlockLength, in the registers of a thread block.
+// topk_select_block.cu: rows of up to kMaxBlockLength; k up to kMaxFewK, or any.
 constexpr int kMaxBlockLength = 8192;
-cudaError_t launch_block_rows(const TopkSelect& op, cudaStream_t stream);
+constexpr int kMaxFewK = 64;
+cudaError_t launch_few_of_block_rows(const TopkSelect& op, cudaStream_t stream);
+cudaError_t launch_many_of_block_rows(const TopkSelect& op, cudaStream_t stream);
 
 __device__ __forceinline__ uint32_t length_of_row(const TopkSelect& op, int64_t row) {
   const int32_t length = static_cast<int32_t>(op.length);
@@ -36,19 +42,6 @@ __device__ __forceinline__ uint32_t inclusive_sum_of_lanes(uint32_t x) {
     if (threadIdx.x % 32 >= step) x += other;
   }
   return x;
-}
-
-// How many of pairs[0..count) are larger than this one. `pairs` is shared memory, aligned to 16 bytes; if count is odd,
-// pairs[count] is 0.
-__device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs, int count) {
-  int larger = 0;
-#pragma unroll 4
-  for (int other = 0; other < count; other += 2) {
-    const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + other);
-    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(larger) : "l"(others.x), "l"(pair));
-    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(larger) : "l"(others.y), "l"(pair));
-  }
-  return larger;
 }
 
 __device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {

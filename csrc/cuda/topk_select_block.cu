@@ -1,11 +1,11 @@
 // topk_select for rows that the registers of one thread block hold: each row is read once, 16 bytes a load, all loads
 // under way together.
 //
-// Few choices (up to kMaxFewK): each warp knows that the j largest of its threads' maxima are elements no smaller than
-// the j-th of them. The least of these bounds over the warps is one that at least k elements reach, and seldom many
-// more: those go to shared memory, where every thread counts how many of them beat its own.
+// Few choices (k up to kMaxFewK): each warp knows that the j largest of its threads' maxima are elements no smaller
+// than the j-th of them. The least of these bounds over the warps is one that at least k elements reach, and seldom
+// many more: those go to shared memory, where every thread counts how many of them beat its own.
 //
-// More choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
+// Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
 // ranked, which gives the k-th pair, and all pairs no smaller are written, already in ascending order of the index.
 //
 // Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection over the
@@ -75,9 +75,7 @@ struct RegisterRow {
   __device__ __forceinline__ uint64_t edge_pair() const { return order_pair(order_key(edge), edge_index); }
 
   // The thread's largest element, NaN if one is.
-  __device__ __forceinline__ float maximum() const {
-    return max_nan(largest_element<T>(vectors), edge);
-  }
+  __device__ __forceinline__ float maximum() const { return max_nan(largest_element<T>(vectors), edge); }
 
   // Bit v * kElements + e for each element of a whole vector that `test` accepts.
   template <class Test>
@@ -127,8 +125,10 @@ struct RegisterRow {
 };
 
 template <typename T, int kThreads, int kVectors>
-__global__ void __launch_bounds__(kThreads, kVectors * 16 / sizeof(T) <= 16 ? 6 : sizeof(T) == 2 ? 4 : 3)
-    select_few(const TopkSelect op) {
+__global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 768
+                                             : sizeof(T) == 4               ? 1536
+                                                                            : 1280) /
+                                                kThreads) select_few(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32;
   constexpr uint32_t kMost = kThreads;  // candidates
@@ -148,16 +148,20 @@ __global__ void __launch_bounds__(kThreads, kVectors * 16 / sizeof(T) <= 16 ? 6 
   if (threadIdx.x < kMaxFewK) chosen_indices[threadIdx.x] = INT_MAX;
   if (threadIdx.x == 0) count = 0;
 
+  // Of the warps all of whose threads have an element, each owes its share of the bound.
+  const uint32_t full_warps = min((row.end - row.head) / (32 * Row::kElements), static_cast<uint32_t>(kWarps));
+  const uint32_t share = max((k + full_warps - 1) / max(full_warps, 1u), 1u);
   // A NaN is above +inf, and so is a thread that has one.
   const float maximum = row.maximum();
-  const uint32_t needed_of_warp = max((k + kWarps - 1) / kWarps, 1u);
-  const float bound_of_warp =
-      __shfl_sync(kFullWarp, sort_descending<32>(maximum != maximum ? INFINITY : maximum), needed_of_warp - 1);
+  const float sorted = sort_descending<32>(maximum != maximum ? INFINITY : maximum);
+  const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
   if (lane == 0) warp_bounds[warp] = bound_of_warp;
   __syncthreads();
-  float bound = warp_bounds[0];
+  float bound = full_warps == 0 ? -INFINITY : warp_bounds[0];
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) bound = fminf(bound, warp_bounds[w]);
+  for (int w = 1; w < kWarps; ++w) {
+    if (w < full_warps) bound = fminf(bound, warp_bounds[w]);
+  }
   uint32_t mask = row.mask_of([&](int v, int e) { return !(row.element(v, e) < bound); });
   bool edge_reaches = row.has_edge && !(row.edge < bound);
 
@@ -208,7 +212,9 @@ __global__ void __launch_bounds__(kThreads, kVectors * 16 / sizeof(T) <= 16 ? 6 
 }
 
 // The element's own bits.
-__device__ __forceinline__ void set_element(float* value, uint4 vector, int e) { *value = bits_float(word_of(vector, e)); }
+__device__ __forceinline__ void set_element(float* value, uint4 vector, int e) {
+  *value = bits_float(word_of(vector, e));
+}
 template <typename Half>
 __device__ __forceinline__ void set_element(Half* value, uint4 vector, int e) {
   const uint32_t word = word_of(vector, e / 2);
@@ -267,14 +273,12 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       }
     }
     if (row.has_edge && bin_of(row.edge) == found.bin) append(row.edge_pair());
+    if (threadIdx.x == 0 && found.count <= kThreads) pairs[found.count] = kNoPair;
     __syncthreads();
     if (found.count <= kThreads) {
       if (threadIdx.x < found.count) {
         const uint64_t pair = pairs[threadIdx.x];
-        uint32_t rank = found.before;
-#pragma unroll 1
-        for (int other = 0; other < found.count; ++other) rank += pairs[other] > pair;
-        if (rank == k - 1) exact_bound = pair;
+        if (found.before + count_larger(pair, pairs, found.count) == k - 1) exact_bound = pair;
       }
     } else {
       const uint64_t bound = row.bisect(k, k, counts);
@@ -303,9 +307,9 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       __syncthreads();
       uint64_t* spare = pairs + op.k;
       uint32_t* fine = reinterpret_cast<uint32_t*>(spare + op.k);
-      Select::template order<true>(k, bound, order_pair(Select::shared().key_max, 0), k, length, spare, fine);
-#pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < k; i += kThreads) write_result(op, row_index, data, i, pairs[i]);
+      Select::template order<true>(
+          k, bound, order_pair(Select::shared().key_max, 0), k, length, spare, fine,
+          [&](uint32_t place, uint64_t pair) { write_result(op, row_index, data, place, pair); });
     } else {
       const uint32_t mask = row.mask_of([&](int v, int e) { return row.pair(v, e) >= bound; });
       const auto mask_of_vector = [&](int v) { return mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };
@@ -355,10 +359,10 @@ cudaError_t launch_few(const TopkSelect& op, cudaStream_t stream) {
 
 template <typename T, int kThreads, int kVectors>
 cudaError_t launch_many(const TopkSelect& op, cudaStream_t stream) {
-  size_t shared = sizeof(PairSelect<kThreads>) + sizeof(uint64_t) * kThreads;
+  size_t shared = sizeof(PairSelect<kThreads>) + sizeof(uint64_t) * (kThreads + 2);
   if (op.sorted) {
     const size_t ordering = 2 * sizeof(uint64_t) * op.k + sizeof(uint32_t) * (op.k + 1);
-    shared = sizeof(PairSelect<kThreads>) + std::max(sizeof(uint64_t) * kThreads, ordering);
+    shared = sizeof(PairSelect<kThreads>) + std::max(sizeof(uint64_t) * (kThreads + 2), ordering);
   }
   const auto kernel = select_many<T, kThreads, kVectors>;
   if (shared > 48 * 1024) {
@@ -372,23 +376,42 @@ cudaError_t launch_many(const TopkSelect& op, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_block_rows(const TopkSelect& op, cudaStream_t stream) {
+// How many vectors each of so many threads holds of a row.
+template <typename T>
+int64_t vectors_of_thread(const TopkSelect& op, int threads) {
+  const int64_t elements = 16 / sizeof(T) * threads;
+  return (op.length + elements - 1) / elements;
+}
+
+cudaError_t launch_few_of_block_rows(const TopkSelect& op, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int kWide = 4 / sizeof(T);  // 1 for f32
-    const int64_t length = op.length;
-    if (op.k <= kMaxFewK) {
-      if (length <= 2048) return launch_few<T, 256, 2 / kWide>(op, stream);
-      if (length <= 4096) return launch_few<T, 256, 4 / kWide>(op, stream);
-      return launch_few<T, 256, 8 / kWide>(op, stream);
+    const int64_t vectors = vectors_of_thread<T>(op, 256);
+    if (vectors <= 1) return launch_few<T, 256, 1>(op, stream);
+    if (vectors <= 2) return launch_few<T, 256, 2>(op, stream);
+    if (vectors <= 4) return launch_few<T, 256, 4>(op, stream);
+    if constexpr (sizeof(T) == 4) return launch_few<T, 256, 8>(op, stream);
+    return cudaErrorInvalidValue;
+  });
+}
+
+cudaError_t launch_many_of_block_rows(const TopkSelect& op, cudaStream_t stream) {
+  return with_type(op.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    // Few rows have many threads each; of many rows, several are to be under way on a multiprocessor.
+    if (op.rows <= kMultiprocessors) {
+      if (vectors_of_thread<T>(op, 512) <= 1) return launch_many<T, 512, 1>(op, stream);
+      if (vectors_of_thread<T>(op, 1024) <= 1) return launch_many<T, 1024, 1>(op, stream);
+      if constexpr (sizeof(T) == 4) return launch_many<T, 1024, 2>(op, stream);
     }
-    if (length <= 1024 * kWide) return launch_many<T, 256, 1>(op, stream);
-    if (length <= 4096) {
-      if (op.rows > 132) return launch_many<T, 512, 2 / kWide>(op, stream);
-      if constexpr (kWide == 1) return launch_many<T, 1024, 1>(op, stream);
+    if (vectors_of_thread<T>(op, 256) <= 1) return launch_many<T, 256, 1>(op, stream);
+    if (vectors_of_thread<T>(op, 256) <= 2) return launch_many<T, 256, 2>(op, stream);
+    if constexpr (sizeof(T) == 4) {
+      if (vectors_of_thread<T>(op, 256) <= 4) return launch_many<T, 256, 4>(op, stream);
+      return launch_many<T, 512, 4>(op, stream);
+    } else {
+      return launch_many<T, 512, 2>(op, stream);
     }
-    if (op.rows > 132) return launch_many<T, 512, 4 / kWide>(op, stream);
-    return launch_many<T, 1024, 2 / kWide>(op, stream);
   });
 }
 
