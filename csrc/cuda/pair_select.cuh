@@ -233,7 +233,7 @@ struct alignas(16) PairSelect {
       const uint64_t pair = spare[i];
       const uint32_t p = part(pair);
       uint32_t rank = p == 0 ? 0 : starts[p - 1];
-#pragma unroll 1
+#pragma unroll 4
       for (uint32_t other = rank, end = starts[p]; other < end; ++other)
         rank += distance(spare[other]) < distance(pair);
       write(rank, pair);

@@ -1,16 +1,17 @@
-// topk_select for rows of any length: the k largest of each row, exactly and deterministically, for any distribution.
+// topk_select: the choice of a kernel, and the kernel for rows of any length: the k largest of each row, exactly and
+// deterministically, for any distribution.
 //
 // A row belongs to one thread block, or to a cluster of blocks that each take part of it. A block streams its part
-// through shared memory, 16 bytes a thread and step, with a few steps under way, and keeps what can still be among the
-// k best: the pairs (key, index) no smaller than a bound that comes from a sample, the first few steps. The candidates
-// of all blocks meet in the shared memory of the cluster's first block, which selects exactly k of them, puts them in
-// order and writes them.
+// through shared memory, a few vectors of 16 bytes a thread and step, and keeps what can still be among the k best: the
+// pairs (key, index) no smaller than a bound that comes from a sample, the first vectors of every thread. Few vectors
+// hold such an element, and only those are looked at one by one. The candidates of all blocks meet in the shared memory
+// of the cluster's first block, which selects exactly k of them, puts them in order and writes them.
 //
 // Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others, so
-// that the first steps are a fair sample of rows that have a trend. Should the bound be wrong (fewer than k candidates,
-// or the k-th of them below some block's bound) or there be more candidates than fit, the row is read again with a
-// bound that is certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates; random rows never
-// need a second.
+// that the first vectors are a fair sample of rows that have a trend. Should the bound be wrong (fewer than k
+// candidates, or the k-th of them below some block's bound) or there be more candidates than fit, the row is read again
+// with a bound that is certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates; random rows
+// never need a second.
 //
 // Nothing but the row is read from device memory, and nothing but the result is written.
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
     if (first_reading) {
       if (length > plan.capacity) {
         wait_for_fetches<0>();
-        // Where few elements are among the k best, the largest of a vector says more than any one of it.
+        // Where few elements are among the k best, the largest of a vector counts for all of the vector: at least as
+        // many elements reach any bound as maxima do.
         const bool sparse = 4 * kElements * k < length;
 #pragma unroll 1
         for (uint32_t vector = 0; vector < kSampled; ++vector) {
@@ -173,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
       uint4 vectors[kBatch];
 #pragma unroll
       for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(first_vector + v);
+      // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
       const bool reaches = stream.index(first_vector) < stream.end && !(largest_element<T>(vectors) < bound_element);
       if (__any_sync(kFullWarp, reaches)) {
         const auto pair_of = [&](uint32_t bit) {

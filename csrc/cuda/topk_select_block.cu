@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
     __syncthreads();
     place = 0;
     if (32 * warp < candidates) {
-#pragma unroll 1
+#pragma unroll 4
       for (int begin = 0; begin < k; begin += 4) {
         const int4 others = *reinterpret_cast<const int4*>(chosen_indices + begin);
         place += (others.x < index) + (others.y < index) + (others.z < index) + (others.w < index);

@@ -146,8 +146,9 @@ __global__ void __launch_bounds__(kThreads) select_warp_rows(const TopkSelect op
     exact = count == k;
   }
 
-  // Sums over the lanes up to this one of the number of bits in each nibble of a mask, a byte each.
-  const auto sum_nibbles = [&](uint32_t mask, uint32_t (&sums)[kWords]) {
+  // Calls body(i, place) for each element of a mask, where place counts the elements before it in the row.
+  const auto for_each_in_order = [&](uint32_t mask, auto body) {
+    uint32_t sums[kWords];  // over the lanes up to this one, of the number of bits in each nibble; a byte each
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       sums[w] = 0;
@@ -155,11 +156,6 @@ __global__ void __launch_bounds__(kThreads) select_warp_rows(const TopkSelect op
       for (int c = 4 * w; c < kChunks && c < 4 * w + 4; ++c) sums[w] |= __popc(mask >> (4 * c) & 0xF) << (c % 4 * 8);
       sums[w] = inclusive_sum_of_lanes(sums[w]);
     }
-  };
-  // Calls body(i, place) for each element of a mask, where place counts the elements before it in the row.
-  const auto for_each_in_order = [&](uint32_t mask, auto body) {
-    uint32_t sums[kWords];
-    sum_nibbles(mask, sums);
     int start = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -167,12 +163,9 @@ __global__ void __launch_bounds__(kThreads) select_warp_rows(const TopkSelect op
       const int total = __shfl_sync(kFullWarp, sums[c / 4], 31) >> shift & 0xFF;
       int place = start + (sums[c / 4] >> shift & 0xFF) - __popc(mask >> (4 * c) & 0xF);
       start += total;
-#pragma unroll
-      for (int i = 4 * c; i < 4 * c + 4; ++i) {
-        if ((mask >> i & 1) != 0) body(i, place++);
-      }
+#pragma unroll 1
+      for (uint32_t rest = mask >> (4 * c) & 0xF; rest != 0; rest &= rest - 1) body(4 * c + __ffs(rest) - 1, place++);
     }
-    return start;
   };
   uint32_t chosen = 0;
 #pragma unroll
@@ -197,7 +190,9 @@ __global__ void __launch_bounds__(kThreads) select_warp_rows(const TopkSelect op
       indices[place] = index_of(i);
     });
   } else {
-    for_each_in_order(chosen, [&](int i, int place) { pairs[place] = order_pair(keys[i], index_of(i)); });
+    for_each_in_order(chosen, [&](int i, int place) {
+      pairs[place] = order_pair(order_key(load_one(row + index_of(i))), index_of(i));
+    });
     if (lane == 0 && k % 2 != 0) pairs[k] = 0;
     __syncwarp();
     for (int i = lane; i < k; i += 32) {
