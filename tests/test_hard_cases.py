@@ -223,7 +223,7 @@ def test_ties_are_broken_alike_on_all_paths(implementation, rng):
 
 # 8. Long rows of few distinct leading bits
 
-LONG = {
+NARROW = {
     "consecutive bits": lambda rng, shape: with_bits(0x3F800000 + rng.permuted(np.indices(shape)[1], axis=1)),
     "low bits alone": lambda rng, shape: with_bits(0x3F800000 + rng.integers(0, 1024, shape)),
     "one bucket": lambda rng, shape: with_bits(np.where(rng.random(shape) < 0.3, 0x3F8A0000, 0xBF000000)),
@@ -231,12 +231,15 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("length", [131072, 262144, 262209])
-@pytest.mark.parametrize("name", LONG)
-def test_long_rows_of_a_narrow_range(name, length, rng):
-    x = LONG[name](rng, (2, length))
-    want_values, want_indices = select(x, 2048)
-    values, indices = op("topk_select", k=2048, implementation="native")(x)
+@pytest.mark.parametrize(
+    ("length", "k"),
+    [(700, 9), (1000, 100), (4096, 64), (8191, 2048), (131072, 2048), (262144, 2048), (262209, 2048)],
+)
+@pytest.mark.parametrize("name", NARROW)
+def test_rows_of_a_narrow_range(name, length, k, rng):
+    x = NARROW[name](rng, (2, length))
+    want_values, want_indices = select(x, k)
+    values, indices = op("topk_select", k=k, implementation="native")(x)
     np.testing.assert_array_equal(indices, want_indices)
     np.testing.assert_array_equal(values, want_values)
 

@@ -178,7 +178,7 @@ def test_topk_select(name, dtype, sorted, rng):
 
 
 @pytest.mark.parametrize("sorted", [True, False])
-@pytest.mark.parametrize(("length", "k"), [(300, 10), (9000, 600)])
+@pytest.mark.parametrize(("length", "k"), [(300, 10), (700, 60), (3001, 90), (5000, 700), (9000, 600)])
 def test_topk_select_lengths(length, k, sorted, rng):
     x = rng.integers(-50, 50, (2, 8, length)).astype(np.float32)
     lengths = rng.integers(-2, length + 2, (2, 8)).astype(np.int32)

@@ -14,6 +14,22 @@
 
 namespace jax_router::cuda {
 
+constexpr uint64_t kNoPair = 0;
+constexpr uint64_t kLowestPair = uint64_t{1} << 32;  // no element's pair is smaller
+
+// How many of pairs[0..count) are larger than this one. `pairs` is shared memory, aligned to 16 bytes; if count is odd,
+// pairs[count] is 0.
+__device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs, int count) {
+  int larger = 0;
+#pragma unroll 4
+  for (int other = 0; other < count; other += 2) {
+    const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + other);
+    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(larger) : "l"(others.x), "l"(pair));
+    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(larger) : "l"(others.y), "l"(pair));
+  }
+  return larger;
+}
+
 // A block's shared memory: this, then its pairs, then whatever the kernel wants.
 extern __shared__ uint4 block_shared_memory[];
 
@@ -22,12 +38,16 @@ struct alignas(16) PairSelect {
   static constexpr unsigned kFullWarp = 0xFFFFFFFFu;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = 2 * kThreads;
-  static constexpr int kBinBits = kThreads == 512 ? 10 : 9;
+  static constexpr int kMostMembers = 64;  // of a bin, to be ranked by comparing each with all
+  static constexpr int kMostOfBin = 12;    // of a bin, to be put in order so
+  static constexpr int kBinBits = kThreads == 1024 ? 11 : kThreads == 512 ? 10 : 9;
   static_assert(kBins == 1 << kBinBits);
 
   alignas(16) uint32_t bins[kBins];
   uint32_t warp_sums[kWarps];
   uint32_t key_max, key_min;
+  uint32_t members;  // of the last bin, listed so far
+  uint64_t kth;
   struct {
     uint32_t bin, before, count;
   } found;
@@ -42,6 +62,7 @@ struct alignas(16) PairSelect {
     if (threadIdx.x == 0) {
       shared().key_max = 0;
       shared().key_min = 0xFFFFFFFFu;
+      shared().members = 0;
     }
   }
 
@@ -80,6 +101,17 @@ struct alignas(16) PairSelect {
     }
   }
 
+  // Which of the bins holds number k of what was counted into them, in `found`. Ends with a barrier.
+  static __device__ __forceinline__ void find_bin(uint32_t k) {
+    const uint2 counts = reinterpret_cast<const uint2*>(shared().bins)[threadIdx.x];
+    const uint32_t before = exclusive_sum(counts.x + counts.y);
+    if (before < k && k <= before + counts.x + counts.y) {
+      const bool second = k > before + counts.x;
+      shared().found = {2 * threadIdx.x + second, before + (second ? counts.x : 0), second ? counts.y : counts.x};
+    }
+    __syncthreads();
+  }
+
   // The smallest shift that brings every distance up to `span` into `bits` bits.
   static __device__ __forceinline__ int shift_for(uint64_t span) { return max(64 - __clzll(span) - kBinBits, 0); }
 
@@ -88,9 +120,10 @@ struct alignas(16) PairSelect {
     uint64_t best;  // no pair is larger
   };
 
-  // The k-th largest of pairs()[0..count), 1 <= k <= count, for indices < length. All threads get it.
+  // The k-th largest of pairs()[0..count), for indices < length; at least k of them are not kNoPair, and k > 0. All
+  // threads get it.
   static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, uint32_t length, uint32_t slack) {
-    uint64_t best = ~uint64_t{0}, worst = 0, overall_best = 0;
+    uint64_t best = ~uint64_t{0}, worst = kLowestPair, overall_best = 0;
 #pragma unroll 1
     while (true) {
       uint32_t key_max = 0, key_min = 0xFFFFFFFFu;
@@ -121,27 +154,39 @@ struct alignas(16) PairSelect {
       }
       __syncthreads();
       init();
-      const uint2 counts = reinterpret_cast<const uint2*>(shared().bins)[threadIdx.x];
-      const uint32_t before = exclusive_sum(counts.x + counts.y);
-      if (before < k && k <= before + counts.x + counts.y) {
-        const bool second = k > before + counts.x;
-        shared().found = {2 * threadIdx.x + second, before + (second ? counts.x : 0), second ? counts.y : counts.x};
-      }
-      __syncthreads();
+      find_bin(k);
       k -= shared().found.before;
       best -= static_cast<uint64_t>(shared().found.bin) << shift;
       const uint64_t last = (uint64_t{1} << shift) - 1;
       if (best - worst > last) worst = best - last;
       if (shared().found.count <= k + slack) return {worst, overall_best};
+      const uint32_t last_count = shared().found.count;
+      if (last_count > kMostMembers) continue;
+      // So few that comparing each with all ends it. Their list is where the bins were.
+      uint64_t* members = reinterpret_cast<uint64_t*>(shared().bins);
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t pair = pairs()[i];
+        if (pair >= worst && pair <= best) members[atomicAdd(&shared().members, 1)] = pair;
+      }
+      if (threadIdx.x == 0) members[last_count] = kNoPair;
+      __syncthreads();
+      if (threadIdx.x < last_count) {
+        const uint64_t pair = members[threadIdx.x];
+        if (count_larger(pair, members, last_count) == k - 1) shared().kth = pair;
+      }
+      __syncthreads();
+      return {shared().kth, overall_best};
     }
   }
 
-  // Puts the pairs of pairs()[0..count) that are no smaller than `bound` into pairs()[0..size), in descending order if
-  // kByKey, else by ascending index. Exactly `size` pairs are no smaller, and none is larger than `best`. `spare` has
-  // room for size pairs, `fine` for size words rounded up to an even number (if kByKey). Ends with a barrier.
-  template <bool kByKey>
+  // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in
+  // descending order if kByKey, else in ascending order of the index. Exactly `size` pairs are no smaller, and none is
+  // larger than `best`. `spare` has room for size pairs, `fine` for size words rounded up to an even number (if
+  // kByKey).
+  template <bool kByKey, class Write>
   static __device__ __forceinline__ void order(uint32_t count, uint64_t bound, uint64_t best, uint32_t size,
-                                               uint32_t length, uint64_t* spare, uint32_t* fine) {
+                                               uint32_t length, uint64_t* spare, uint32_t* fine, Write write) {
     const auto for_each = [&](auto body) {
 #pragma unroll 1
       for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
@@ -154,23 +199,28 @@ struct alignas(16) PairSelect {
     const auto distance = [&](uint64_t pair) -> uint64_t { return kByKey ? best - pair : pair_index(pair); };
     const int shift = shift_for(kByKey ? best - bound : length - 1);
     uint32_t* bins = shared().bins;
-    uint32_t* starts = kByKey ? fine : bins;
     clear(bins, kBins);
     __syncthreads();
     for_each([&](uint64_t pair) { atomicAdd(&bins[distance(pair) >> shift], 1); });
     scan(bins, kBins);
-    // A bin of n pairs is divided again, into n parts, so that the parts hold few pairs each even where the keys crowd.
-    // Indices are spread well enough as they are.
+    // Where a bin holds many pairs, those of n pairs are divided again, into n parts. Indices are spread well enough.
+    bool divide = false;
+    if constexpr (kByKey) {
+      const uint32_t first = 2 * threadIdx.x;
+      const uint32_t end = first + 2 < kBins ? bins[first + 2] : size;
+      divide = __syncthreads_or(max(bins[first + 1] - bins[first], end - bins[first + 1]) > kMostOfBin) != 0;
+    }
+    uint32_t* starts = divide ? fine : bins;
     const auto part = [&](uint64_t pair) -> uint32_t {
       const uint32_t bin = distance(pair) >> shift;
-      if constexpr (!kByKey) return bin;
+      if (!divide) return bin;
       const uint32_t start = bins[bin];
       const uint32_t end = bin + 1 < kBins ? bins[bin + 1] : size;
       const uint64_t rest = distance(pair) & ((uint64_t{1} << shift) - 1);
       const uint32_t fraction = static_cast<uint32_t>(shift > 16 ? rest >> (shift - 16) : rest << (16 - shift));
       return start + (fraction * (end - start) >> 16);
     };
-    if constexpr (kByKey) {
+    if (divide) {
       clear(fine, size);
       __syncthreads();
       for_each([&](uint64_t pair) { atomicAdd(&fine[part(pair)], 1); });
@@ -183,12 +233,11 @@ struct alignas(16) PairSelect {
       const uint64_t pair = spare[i];
       const uint32_t p = part(pair);
       uint32_t rank = p == 0 ? 0 : starts[p - 1];
-#pragma unroll 1
+#pragma unroll 4
       for (uint32_t other = rank, end = starts[p]; other < end; ++other)
         rank += distance(spare[other]) < distance(pair);
-      pairs()[rank] = pair;
+      write(rank, pair);
     }
-    __syncthreads();
   }
 };
 

@@ -1,5 +1,6 @@
-// What the two kernels of topk_select share: one has a warp a row (topk_select_short.cu), the other a thread block or a
-// cluster of blocks a row (topk_select.cu).
+// What the kernels of topk_select share. Short rows have a warp each, or half of one (topk_select_short.cu), longer
+// ones a thread block that holds them in registers (topk_select_block.cu), the longest are streamed through one or
+// several blocks (topk_select.cu, which also chooses).
 #pragma once
 
 #include <cmath>
@@ -8,17 +9,39 @@
 #include "../common/order.h"
 #include "kernels.h"
 #include "load.cuh"
+#include "row_score.cuh"
 
 namespace jax_router::cuda {
 
-// Rows of up to kMaxShortLength and k up to kMaxShortK.
+// The choices of a launch are measured on this device.
+constexpr int kMultiprocessors = 132;
+
+// topk_select_short.cu: rows of up to kMaxShortLength; k up to kMaxTileK, or kMaxWarpK.
 constexpr int kMaxShortLength = 1024;
-constexpr int kMaxShortK = 16;
-cudaError_t launch_short_rows(const TopkSelect& op, cudaStream_t stream);
+constexpr int kMaxTileK = 16;
+constexpr int kMaxWarpK = 128;
+cudaError_t launch_tile_rows(const TopkSelect& op, cudaStream_t stream);
+cudaError_t launch_warp_rows(const TopkSelect& op, cudaStream_t stream);
+
+// topk_select_block.cu: rows of up to kMaxBlockLength; k up to kMaxFewK, or any.
+constexpr int kMaxBlockLength = 8192;
+constexpr int kMaxFewK = 64;
+cudaError_t launch_few_of_block_rows(const TopkSelect& op, cudaStream_t stream);
+cudaError_t launch_many_of_block_rows(const TopkSelect& op, cudaStream_t stream);
 
 __device__ __forceinline__ uint32_t length_of_row(const TopkSelect& op, int64_t row) {
   const int32_t length = static_cast<int32_t>(op.length);
   return op.lengths == nullptr ? length : min(max(op.lengths[row], 0), length);
+}
+
+// The sum of x over the lanes up to this one.
+__device__ __forceinline__ uint32_t inclusive_sum_of_lanes(uint32_t x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullWarp, x, step);
+    if (threadIdx.x % 32 >= step) x += other;
+  }
+  return x;
 }
 
 __device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
@@ -37,6 +60,33 @@ __device__ __forceinline__ float element_of(uint4 vector, int e, __half) {
   const uint32_t word = word_of(vector, e / 2);
   return __half2float(__ushort_as_half(static_cast<unsigned short>(e % 2 == 0 ? word & 0xFFFF : word >> 16)));
 }
+
+// The larger in each half of a word of 16-bit floats, or of one f32; NaN if either is.
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, float) {
+  return float_bits(max_nan(bits_float(a), bits_float(b)));
+}
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __nv_bfloat16) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __half) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
+// The largest element of some vectors, NaN if one is.
+template <typename T, int kVectors>
+__device__ __forceinline__ float largest_element(const uint4 (&vectors)[kVectors]) {
+  uint4 largest = make_uint4(vectors[0].x, 0, 0, 0);
+#pragma unroll
+  for (int i = 1; i < 4 * kVectors; ++i) largest.x = max_of_words(largest.x, word_of(vectors[i / 4], i % 4), T{});
+  const float element = element_of(largest, 0, T{});
+  return sizeof(T) == 4 ? element : max_nan(element, element_of(largest, 1, T{}));
+}
+
+__device__ __forceinline__ float as_float(float x) { return x; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ void set_value(float* value, float x) { *value = x; }
 __device__ __forceinline__ void set_value(__nv_bfloat16* value, float x) { *value = __float2bfloat16_rn(x); }

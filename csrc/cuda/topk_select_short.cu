@@ -1,133 +1,262 @@
-// topk_select for short rows and small k: one warp a row, the row in registers.
+// topk_select for short rows: a warp or half a warp a row, the row in registers.
 //
-// Each lane takes the largest of its keys. At least k keys are no smaller than the k-th largest of these maxima, and
-// only slightly more are: those few go to shared memory, one a lane, and every lane counts how many of them beat its
-// own. A row with more of them than lanes (many equal keys) takes k rounds of an exact maximum instead.
+// The fewest choices (k up to kMaxTileK) are found as the router finds its experts without a bias (select.cuh): a bound
+// that few elements reach, and a ranking of these. More of them (k up to kMaxWarpK) by a bisection of the keys' range,
+// where a step counts the keys above its middle; the elements that then are chosen find their places by their order.
 //
+// Values are written with the bits that they have in the row: they are read again, when the row is in the L1 cache.
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
+#include <climits>
+
+#include "pair_select.cuh"
+#include "select.cuh"
 #include "topk_select.cuh"
 
 namespace jax_router::cuda {
 namespace {
 
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
-constexpr int kWarps = 4;  // of a block
+constexpr int kThreads = 128;
 
-// The largest of the lanes' pairs.
-__device__ __forceinline__ uint64_t warp_max(uint64_t pair) {
-  const uint32_t key = __reduce_max_sync(kFullWarp, pair_key(pair));
-  const uint32_t low = __reduce_max_sync(kFullWarp, pair_key(pair) == key ? static_cast<uint32_t>(pair) : 0);
-  return static_cast<uint64_t>(key) << 32 | low;
-}
+// From so many rows on, tiles of 16 lanes: fewer instructions a row, where below them the steps in a row count.
+constexpr int64_t kManyRows = 4096;
+// Up to so many rows, a row has a thread block of its own.
+constexpr int64_t kFewRows = 1024;
+static_assert(kMaxTileK == kMaxTileTopK<32>);
 
-template <typename T, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps) select_short_rows(TopkSelect op, bool vectors) {
-  constexpr int kElements = 16 / sizeof(T);  // of a vector
-  __shared__ uint64_t shared_pairs[kWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row_index = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  if (row_index >= op.rows) return;
-  const T* row = static_cast<const T*>(op.scores) + row_index * op.length;
-  const int length = length_of_row(op, row_index);
+// kChunks: quads a lane, of which the first kFullChunks are within a row of op.length.
+template <typename T, int kLanes, int kChunks, int kFullChunks>
+__global__ void __launch_bounds__(kThreads) select_tile_rows(const TopkSelect op, const bool quads) {
+  constexpr int kElements = 4 * kChunks;
+  __shared__ SelectScratch<kLanes> scratches[kThreads / kLanes];
+  SelectScratch<kLanes>& scratch = scratches[threadIdx.x / kLanes];
+  const int lane = tile_lane<kLanes>();
+  const int64_t row_index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
+  const bool exists = row_index < op.rows;
+  const int row_length = static_cast<int>(op.length);
+  const T* row = static_cast<const T*>(op.scores) + row_index * row_length;
+
+  float keys[kElements];
+  int length = 0;
+  uint32_t eligible = 0;
+  if (exists) {
+    load_tile<kLanes, kFullChunks>(row, row_length, quads, keys);
+    length = static_cast<int>(length_of_row(op, row_index));
+    eligible = existing_elements<kLanes, kFullChunks, kElements>(row_length);
+  }
+  if (op.lengths != nullptr || !exists) {
+    eligible = existing_elements<kLanes, 0, kElements>(length);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) keys[i] = (eligible >> i & 1) != 0 ? keys[i] : -INFINITY;
+  }
   const int k = min(static_cast<int>(op.k), length);
-  uint64_t* pairs = shared_pairs[warp];
 
-  const auto index = [&](int i) { return (i / kElements * 32 + lane) * kElements + i % kElements; };
-  uint32_t keys[kKeys];
-  if (vectors) {
-    uint4 loaded[kKeys / kElements];
+  float maximum = keys[0];
 #pragma unroll
-    for (int v = 0; v < kKeys / kElements; ++v) {
-      loaded[v] = make_uint4(0, 0, 0, 0);
-      if (index(v * kElements) < length) loaded[v] = __ldg(reinterpret_cast<const uint4*>(row + index(v * kElements)));
-    }
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[i] = order_key(element_of(loaded[i / kElements], i % kElements, T{}));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[i] = index(i) < length ? order_key(load_one(row + index(i))) : kNoKey;
-  }
-  if (length < 32 * kKeys) {
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[i] = index(i) < length ? keys[i] : kNoKey;
-  }
-
-  // The bound: the k-th largest maximum, or less where maxima are equal.
-  uint32_t largest = keys[0];
-#pragma unroll
-  for (int i = 1; i < kKeys; ++i) largest = max(largest, keys[i]);
-  uint32_t bound = 1;
-  for (int round = 0; round < k; ++round) {
-    bound = __reduce_max_sync(kFullWarp, largest);
-    if (largest == bound) largest = kNoKey;
-  }
-  bound = max(bound, 1u);
-
-  uint32_t mask = 0;
-#pragma unroll
-  for (int i = 0; i < kKeys; ++i) mask |= keys[i] >= bound ? 1u << i : 0;
-  if (k == 0) mask = 0;
-  int count = __reduce_add_sync(kFullWarp, __popc(mask));
-  if (count <= 32) {
-    int place = 0;
-    uint32_t ballot;
-    while ((ballot = __ballot_sync(kFullWarp, mask != 0)) != 0) {
-      if (mask != 0) {
-        const int i = __ffs(mask) - 1;
-        uint32_t key = 0;
-#pragma unroll
-        for (int j = 0; j < kKeys; ++j) key = j == i ? keys[j] : key;
-        pairs[place + __popc(ballot & ((1u << lane) - 1))] = order_pair(key, index(i));
-        mask &= mask - 1;
-      }
-      place += __popc(ballot);
-    }
-  } else {
-    uint64_t last = 0;
-    for (count = 0; count < k; ++count) {
-      uint64_t best = 0;
-#pragma unroll
-      for (int i = 0; i < kKeys; ++i) {
-        const uint64_t pair = order_pair(keys[i], index(i));
-        if ((count == 0 || pair < last) && pair > best) best = pair;
-      }
-      last = warp_max(best);
-      if (lane == 0) pairs[count] = last;
-    }
+  for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, keys[i]);
+  int count = 0;
+  if (__any_sync(kFullWarp, maximum != maximum) ||
+      !list_candidates<kLanes>(keys, eligible, maximum, max(k, 1), k, 0.0f, scratch.candidates, count)) {
+    select_by_rounds<kLanes>(keys, eligible, static_cast<int>(op.k), scratch.candidates);
+    count = k;
   }
   __syncwarp();
 
-  const uint64_t pair = lane < count ? pairs[lane] : 0;
-  int place = 0;
-  for (int other = 0; other < count; ++other) place += pairs[other] > pair;
-  const bool chosen = lane < count && place < k;
+  const bool candidate = lane < count;
+  T value{};
+  int index = 0;
+  uint64_t pair = 0;
+  if (candidate) {
+    index = scratch.candidates[lane];
+    value = row[index];
+    pair = order_pair(order_key(as_float(value)), static_cast<uint32_t>(index));
+  }
+  scratch.pairs[lane] = pair;
+  __syncwarp();
+  int place = rank_of(pair, scratch.pairs, count);
+  const bool chosen = candidate && place < k;
   if (!op.sorted) {
-    __syncwarp();
-    if (chosen) pairs[place] = pair;  // the k best, best first
+    // The place is the number of chosen indices below the own.
+    if (chosen) scratch.candidates[place] = index;
+    if (lane >= k) scratch.candidates[lane] = INT_MAX;
     __syncwarp();
     place = 0;
-    for (int other = 0; other < k; ++other) place += pair_index(pairs[other]) < pair_index(pair);
+#pragma unroll 1
+    for (int begin = 0; begin < op.k; begin += 4) {
+      const int4 others = *reinterpret_cast<const int4*>(scratch.candidates + begin);
+      place += (others.x < index) + (others.y < index) + (others.z < index) + (others.w < index);
+    }
   }
-  if (chosen) write_result<T>(op, row_index, row, place, pair);
-  if (lane >= k && lane < op.k) write_nothing<T>(op, row_index, lane);
+  if (chosen) {
+    static_cast<T*>(op.values)[row_index * op.k + place] = value;
+    op.indices[row_index * op.k + place] = index;
+  }
+  if (exists && lane >= k && lane < op.k) write_nothing<T>(op, row_index, lane);
 }
 
-template <typename T, int kKeys>
-cudaError_t launch_rows(const TopkSelect& op, cudaStream_t stream) {
-  const int64_t blocks = (op.rows + kWarps - 1) / kWarps;
-  const bool vectors = op.length * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(op.scores) % 16 == 0;
-  select_short_rows<T, kKeys><<<static_cast<unsigned>(blocks), 32 * kWarps, 0, stream>>>(op, vectors);
+template <typename T, int kChunks, int kFullChunks>
+__global__ void __launch_bounds__(kThreads) select_warp_rows(const TopkSelect op, const bool quads) {
+  constexpr int kElements = 4 * kChunks;
+  constexpr int kWords = (kChunks + 3) / 4;
+  __shared__ alignas(16) uint64_t all_pairs[kThreads / 32][kMaxWarpK];
+  uint64_t* pairs = all_pairs[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  const int64_t row_index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row_index >= op.rows) return;
+  const int row_length = static_cast<int>(op.length);
+  const T* row = static_cast<const T*>(op.scores) + row_index * row_length;
+
+  uint32_t keys[kElements];
+  {
+    float elements[kElements];
+    load_tile<32, kFullChunks>(row, row_length, quads, elements);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) keys[i] = order_key(elements[i]);
+  }
+  const int length = static_cast<int>(length_of_row(op, row_index));
+  const int k = min(static_cast<int>(op.k), length);
+  const auto index_of = [&](int i) { return expert_of<32>(lane, i); };
+  if (length < 32 * kElements) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) keys[i] = index_of(i) < length ? keys[i] : kNoKey;
+  }
+
+  // The largest bound that at least k keys reach: between the least of the lanes' maxima, if that is one of at least k,
+  // and the largest key.
+  uint32_t largest = keys[0];
+#pragma unroll
+  for (int i = 1; i < kElements; ++i) largest = max(largest, keys[i]);
+  const uint32_t least = __reduce_min_sync(kFullWarp, largest);
+  uint32_t high = __reduce_max_sync(kFullWarp, largest);
+  uint32_t bound = k <= 32 ? max(least, 1u) : 1;
+  bool exact = k == 0;
+#pragma unroll 1
+  while (bound < high && !exact) {
+    const uint32_t middle = high - (high - bound) / 2;
+    uint32_t own = 0;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      asm("{ .reg .pred p; setp.ge.u32 p, %1, %2; @p add.u32 %0, %0, 1; }" : "+r"(own) : "r"(keys[i]), "r"(middle));
+    }
+    const int count = static_cast<int>(__reduce_add_sync(kFullWarp, own));
+    if (count >= k) {
+      bound = middle;
+    } else {
+      high = middle - 1;
+    }
+    exact = count == k;
+  }
+
+  // Calls body(i, place) for each element of a mask, where place counts the elements before it in the row.
+  const auto for_each_in_order = [&](uint32_t mask, auto body) {
+    uint32_t sums[kWords];  // over the lanes up to this one, of the number of bits in each nibble; a byte each
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      sums[w] = 0;
+#pragma unroll
+      for (int c = 4 * w; c < kChunks && c < 4 * w + 4; ++c) sums[w] |= __popc(mask >> (4 * c) & 0xF) << (c % 4 * 8);
+      sums[w] = inclusive_sum_of_lanes(sums[w]);
+    }
+    int start = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int shift = c % 4 * 8;
+      const int total = __shfl_sync(kFullWarp, sums[c / 4], 31) >> shift & 0xFF;
+      int place = start + (sums[c / 4] >> shift & 0xFF) - __popc(mask >> (4 * c) & 0xF);
+      start += total;
+#pragma unroll 1
+      for (uint32_t rest = mask >> (4 * c) & 0xF; rest != 0; rest &= rest - 1) body(4 * c + __ffs(rest) - 1, place++);
+    }
+  };
+  uint32_t chosen = 0;
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) chosen |= keys[i] >= bound ? 1u << i : 0;
+  if (k == 0) chosen = 0;
+  if (!exact) {
+    // Of the keys that equal the bound, only the first that there is room for.
+    uint32_t equal = 0;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) equal |= keys[i] == bound ? 1u << i : 0;
+    const int above = static_cast<int>(__reduce_add_sync(kFullWarp, __popc(chosen & ~equal)));
+    for_each_in_order(equal, [&](int i, int place) {
+      if (above + place >= k) chosen &= ~(1u << i);
+    });
+  }
+
+  T* values = static_cast<T*>(op.values) + row_index * op.k;
+  int32_t* indices = op.indices + row_index * op.k;
+  if (!op.sorted) {
+    for_each_in_order(chosen, [&](int i, int place) {
+      values[place] = row[index_of(i)];
+      indices[place] = index_of(i);
+    });
+  } else {
+    for_each_in_order(chosen, [&](int i, int place) {
+      pairs[place] = order_pair(order_key(load_one(row + index_of(i))), index_of(i));
+    });
+    if (lane == 0 && k % 2 != 0) pairs[k] = 0;
+    __syncwarp();
+    for (int i = lane; i < k; i += 32) {
+      const uint64_t pair = pairs[i];
+      const int place = count_larger(pair, pairs, k);
+      values[place] = row[pair_index(pair)];
+      indices[place] = static_cast<int32_t>(pair_index(pair));
+    }
+  }
+  for (int i = k + lane; i < op.k; i += 32) write_nothing<T>(op, row_index, i);
+}
+
+// The number of tiles of a block, and of blocks.
+struct Grid {
+  int threads;
+  unsigned blocks;
+};
+
+Grid make_grid(const TopkSelect& op, int lanes) {
+  const int threads = lanes == 32 && op.rows <= kFewRows ? 32 : kThreads;
+  const int tiles = threads / lanes;
+  return {threads, static_cast<unsigned>((op.rows + tiles - 1) / tiles)};
+}
+
+template <typename T, int kLanes, int kChunks, int kFullChunks>
+cudaError_t launch_tiles(const TopkSelect& op, cudaStream_t stream) {
+  const Grid grid = make_grid(op, kLanes);
+  const bool quads = rows_have_quads(op.scores, op.length, sizeof(T));
+  select_tile_rows<T, kLanes, kChunks, kFullChunks><<<grid.blocks, grid.threads, 0, stream>>>(op, quads);
+  return cudaGetLastError();
+}
+
+template <typename T, int kChunks, int kFullChunks>
+cudaError_t launch_warps(const TopkSelect& op, cudaStream_t stream) {
+  const Grid grid = make_grid(op, 32);
+  const bool quads = rows_have_quads(op.scores, op.length, sizeof(T));
+  select_warp_rows<T, kChunks, kFullChunks><<<grid.blocks, grid.threads, 0, stream>>>(op, quads);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_short_rows(const TopkSelect& op, cudaStream_t stream) {
+cudaError_t launch_tile_rows(const TopkSelect& op, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (op.length <= 256) return launch_rows<T, 8>(op, stream);
-    if (op.length <= 512) return launch_rows<T, 16>(op, stream);
-    return launch_rows<T, 32>(op, stream);
+    const int64_t quads = (op.length + 3) / 4;
+    if (op.rows >= kManyRows && op.k <= kMaxTileTopK<16>) {
+      if (quads <= 16 * 2) return launch_tiles<T, 16, 2, 0>(op, stream);
+      if (quads <= 16 * 4) return launch_tiles<T, 16, 4, 2>(op, stream);
+      if (quads <= 16 * 8) return launch_tiles<T, 16, 8, 4>(op, stream);
+    }
+    if (quads <= 32 * 2) return launch_tiles<T, 32, 2, 0>(op, stream);
+    if (quads <= 32 * 4) return launch_tiles<T, 32, 4, 2>(op, stream);
+    return launch_tiles<T, 32, 8, 4>(op, stream);
+  });
+}
+
+cudaError_t launch_warp_rows(const TopkSelect& op, cudaStream_t stream) {
+  return with_type(op.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t quads = (op.length + 3) / 4;
+    if (quads <= 32 * 2) return launch_warps<T, 2, 0>(op, stream);
+    if (quads <= 32 * 4) return launch_warps<T, 4, 2>(op, stream);
+    return launch_warps<T, 8, 4>(op, stream);
   });
 }
 

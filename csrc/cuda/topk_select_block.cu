@@ -1,0 +1,418 @@
+// topk_select for rows that the registers of one thread block hold: each row is read once, 16 bytes a load, all loads
+// under way together.
+//
+// Few choices (k up to kMaxFewK): each warp knows that the j largest of its threads' maxima are elements no smaller
+// than the j-th of them. The least of these bounds over the warps is one that at least k elements reach, and seldom
+// many more: those go to shared memory, where every thread counts how many of them beat its own.
+//
+// Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
+// ranked, which gives the k-th pair, and all pairs no smaller are written, already in ascending order of the index.
+//
+// Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection over the
+// pairs (key, index) takes over: slower, but the same for any row.
+//
+// Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
+#include <algorithm>
+#include <climits>
+
+#include "pair_select.cuh"
+#include "select.cuh"
+#include "topk_select.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+// -inf in every element of a word.
+template <typename T>
+constexpr uint32_t kMinusInfinities = 0xFF800000u;
+template <>
+constexpr uint32_t kMinusInfinities<__nv_bfloat16> = 0xFF80FF80u;
+template <>
+constexpr uint32_t kMinusInfinities<__half> = 0xFC00FC00u;
+
+// A row in the registers of a block: its whole vectors of 16 bytes, and the elements before and after these, the edges,
+// one a thread. Vectors that do not exist hold -inf.
+template <typename T, int kThreads, int kVectors>
+struct RegisterRow {
+  static constexpr int kElements = 16 / sizeof(T);
+  static constexpr uint32_t kStep = kThreads * kElements;  // from a thread's vector to its next
+
+  uint4 vectors[kVectors];
+  float edge = -INFINITY;
+  uint32_t head;        // elements before the first whole vector
+  uint32_t end;         // where the whole vectors end
+  uint32_t first;       // index of this thread's first vector
+  uint32_t edge_index;  // of this thread's edge
+  bool has_edge;        // whether this thread has one
+  bool has_edges;       // whether the row has
+
+  __device__ __forceinline__ RegisterRow(const T* row, uint32_t length) {
+    const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
+    head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
+    end = length - (length - head) % kElements;
+    first = head + threadIdx.x * kElements;
+    row += first;
+    asm("" : "+l"(row));  // one address with constant offsets
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      constexpr uint32_t kFill = kMinusInfinities<T>;
+      vectors[v] = make_uint4(kFill, kFill, kFill, kFill);
+      if (exists(v)) vectors[v] = __ldg(reinterpret_cast<const uint4*>(row + v * kStep));
+    }
+    has_edges = head + length - end != 0;
+    edge_index = threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head;
+    has_edge = edge_index < length;
+    has_edge = has_edge && has_edges;
+    if (has_edge) edge = load_one(row - first + edge_index);
+  }
+
+  __device__ __forceinline__ uint32_t index(int v) const { return first + v * kStep; }
+  __device__ __forceinline__ bool exists(int v) const { return index(v) < end; }
+  __device__ __forceinline__ float element(int v, int e) const { return element_of(vectors[v], e, T{}); }
+  __device__ __forceinline__ uint64_t pair(int v, int e) const {
+    return order_pair(order_key(element(v, e)), index(v) + e);
+  }
+  __device__ __forceinline__ uint64_t edge_pair() const { return order_pair(order_key(edge), edge_index); }
+
+  // The thread's largest element, NaN if one is.
+  __device__ __forceinline__ float maximum() const { return max_nan(largest_element<T>(vectors), edge); }
+
+  // Bit v * kElements + e for each element of a whole vector that `test` accepts.
+  template <class Test>
+  __device__ __forceinline__ uint32_t mask_of(Test test) const {
+    static_assert(kVectors * kElements <= 32);
+    uint32_t mask = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      uint32_t of_vector = 0;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) of_vector |= test(v, e) ? 1u << (v * kElements + e) : 0;
+      if (exists(v)) mask |= of_vector;
+    }
+    return mask;
+  }
+
+  // The same for the pairs that reach a bound; small rather than fast.
+  __device__ __forceinline__ uint32_t mask_of_pairs(uint64_t bound) const {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll 1
+      for (int e = 0; e < kElements; ++e) {
+        if (exists(v) && pair(v, e) >= bound) mask |= 1u << (v * kElements + e);
+      }
+    }
+    return mask;
+  }
+
+  // A bound that at least k and at most `most` of the row's pairs reach, where the row has more than `most`. For all
+  // threads together; `counts` is shared memory.
+  __device__ __forceinline__ uint64_t bisect(uint32_t k, uint32_t most, uint32_t (&counts)[2][kThreads / 32]) const {
+    uint64_t low = uint64_t{1} << 32, high = ~uint64_t{0};
+#pragma unroll 1
+    for (int round = 0;; round ^= 1) {
+      const uint64_t middle = low + (high - low) / 2;
+      const uint32_t own = __popc(mask_of_pairs(middle)) + (has_edge && edge_pair() >= middle ? 1 : 0);
+      const uint32_t of_warp = __reduce_add_sync(kFullWarp, own);
+      const int lane = threadIdx.x % 32;
+      if (lane == 0) counts[round][threadIdx.x / 32] = of_warp;
+      __syncthreads();
+      const uint32_t count = __reduce_add_sync(kFullWarp, lane < kThreads / 32 ? counts[round][lane] : 0);
+      (count < k ? high : low) = middle;
+      if (count >= k && count <= most) return low;
+    }
+  }
+};
+
+template <typename T, int kThreads, int kVectors>
+__global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 768
+                                             : sizeof(T) == 4               ? 1536
+                                                                            : 1280) /
+                                                kThreads) select_few(const TopkSelect op) {
+  using Row = RegisterRow<T, kThreads, kVectors>;
+  constexpr int kWarps = kThreads / 32;
+  constexpr uint32_t kMost = kThreads;  // candidates
+  __shared__ alignas(16) uint64_t pairs[kMost];
+  __shared__ alignas(16) int chosen_indices[kMaxFewK];
+  __shared__ alignas(16) float warp_bounds[kWarps];
+  __shared__ uint32_t counts[2][kWarps];
+  __shared__ uint32_t count;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  const int64_t row_index = blockIdx.x;
+  const T* data = static_cast<const T*>(op.scores) + row_index * op.length;
+  const uint32_t length = length_of_row(op, row_index);
+  const uint32_t k = min(static_cast<uint32_t>(op.k), length);
+  const Row row(data, length);
+  pairs[threadIdx.x] = 0;
+  if (threadIdx.x < kMaxFewK) chosen_indices[threadIdx.x] = INT_MAX;
+  if (threadIdx.x == 0) count = 0;
+
+  // Of the warps all of whose threads have an element, each owes its share of the bound.
+  const uint32_t full_warps = min((row.end - row.head) / (32 * Row::kElements), static_cast<uint32_t>(kWarps));
+  const uint32_t share = max((k + full_warps - 1) / max(full_warps, 1u), 1u);
+  // A NaN is above +inf, and so is a thread that has one.
+  const float maximum = row.maximum();
+  const float sorted = sort_descending<32>(maximum != maximum ? INFINITY : maximum);
+  const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
+  if (lane == 0) warp_bounds[warp] = bound_of_warp;
+  __syncthreads();
+  float bound = full_warps == 0 ? -INFINITY : warp_bounds[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) {
+    if (w < full_warps) bound = fminf(bound, warp_bounds[w]);
+  }
+  uint32_t mask = row.mask_of([&](int v, int e) { return !(row.element(v, e) < bound); });
+  bool edge_reaches = row.has_edge && !(row.edge < bound);
+
+  uint32_t candidates;
+#pragma unroll 1
+  while (true) {
+    const uint32_t own = __popc(mask) + (edge_reaches ? 1 : 0);
+    const uint32_t sum = inclusive_sum_of_lanes(own);
+    uint32_t place = 0;
+    if (lane == 31 && sum != 0) place = atomicAdd(&count, sum);
+    place = __shfl_sync(kFullWarp, place, 31) + sum - own;
+#pragma unroll 1
+    for (; mask != 0 && place < kMost; ++place, mask &= mask - 1) {
+      const int i = __ffs(mask) - 1;
+      const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
+      pairs[place] = order_pair(order_key(load_one(data + index)), index);
+    }
+    if (edge_reaches && place < kMost) pairs[place] = row.edge_pair();
+    __syncthreads();
+    candidates = count;
+    if (candidates <= kMost) break;
+    const uint64_t exact_bound = row.bisect(k, kMost, counts);
+    mask = row.mask_of_pairs(exact_bound);
+    edge_reaches = row.has_edge && row.edge_pair() >= exact_bound;
+    pairs[threadIdx.x] = 0;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+  }
+
+  const uint64_t pair = pairs[threadIdx.x];
+  int place = 32 * warp < candidates ? count_larger(pair, pairs, candidates) : 0;
+  const bool chosen = threadIdx.x < candidates && place < k;
+  if (!op.sorted) {
+    const int index = static_cast<int>(pair_index(pair));
+    if (chosen) chosen_indices[place] = index;
+    __syncthreads();
+    place = 0;
+    if (32 * warp < candidates) {
+#pragma unroll 4
+      for (int begin = 0; begin < k; begin += 4) {
+        const int4 others = *reinterpret_cast<const int4*>(chosen_indices + begin);
+        place += (others.x < index) + (others.y < index) + (others.z < index) + (others.w < index);
+      }
+    }
+  }
+  if (chosen) write_result(op, row_index, data, place, pair);
+  if (threadIdx.x >= k && threadIdx.x < op.k) write_nothing<T>(op, row_index, threadIdx.x);
+}
+
+// The element's own bits.
+__device__ __forceinline__ void set_element(float* value, uint4 vector, int e) {
+  *value = bits_float(word_of(vector, e));
+}
+template <typename Half>
+__device__ __forceinline__ void set_element(Half* value, uint4 vector, int e) {
+  const uint32_t word = word_of(vector, e / 2);
+  *reinterpret_cast<unsigned short*>(value) = static_cast<unsigned short>(e % 2 == 0 ? word : word >> 16);
+}
+
+template <typename T, int kThreads, int kVectors>
+__global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads) select_many(const TopkSelect op) {
+  using Row = RegisterRow<T, kThreads, kVectors>;
+  using Select = PairSelect<kThreads>;
+  constexpr int kWarps = kThreads / 32;
+  __shared__ uint32_t counts[2][kWarps];
+  __shared__ uint32_t sizes[1 + kVectors * kWarps];  // how many are chosen: of the head, then by vector and warp
+  __shared__ uint64_t exact_bound;
+  __shared__ uint32_t count;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  const int64_t row_index = blockIdx.x;
+  const T* data = static_cast<const T*>(op.scores) + row_index * op.length;
+  const uint32_t length = length_of_row(op, row_index);
+  const uint32_t k = min(static_cast<uint32_t>(op.k), length);
+  uint32_t* bins = Select::shared().bins;
+  uint64_t* pairs = Select::pairs();
+  const Row row(data, length);
+  reinterpret_cast<uint2*>(bins)[threadIdx.x] = make_uint2(0, 0);
+  Select::init();
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+
+  if (k != 0) {
+    // Ascending bins hold descending elements.
+    const auto bin_of = [](float x) {
+      const uint32_t half = __half_as_ushort(__float2half_rn(x));
+      return (half >> 15 != 0 ? half : half ^ 0x7FFFu) >> (16 - Select::kBinBits);
+    };
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (!row.exists(v)) continue;
+#pragma unroll
+      for (int e = 0; e < Row::kElements; ++e) atomicAdd(&bins[bin_of(row.element(v, e))], 1);
+    }
+    if (row.has_edge) atomicAdd(&bins[bin_of(row.edge)], 1);
+    __syncthreads();
+    Select::find_bin(k);
+    const auto found = Select::shared().found;
+
+    const auto append = [&](uint64_t pair) {
+      const uint32_t place = atomicAdd(&count, 1);
+      if (place < kThreads) pairs[place] = pair;
+    };
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int e = 0; e < Row::kElements; ++e) {
+        if (row.exists(v) && bin_of(row.element(v, e)) == found.bin) append(row.pair(v, e));
+      }
+    }
+    if (row.has_edge && bin_of(row.edge) == found.bin) append(row.edge_pair());
+    if (threadIdx.x == 0 && found.count <= kThreads) pairs[found.count] = kNoPair;
+    __syncthreads();
+    if (found.count <= kThreads) {
+      if (threadIdx.x < found.count) {
+        const uint64_t pair = pairs[threadIdx.x];
+        if (found.before + count_larger(pair, pairs, found.count) == k - 1) exact_bound = pair;
+      }
+    } else {
+      const uint64_t bound = row.bisect(k, k, counts);
+      if (threadIdx.x == 0) exact_bound = bound;
+    }
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    const uint64_t bound = exact_bound;
+
+    if (op.sorted) {
+      uint32_t largest = 0;
+      const auto keep = [&](uint64_t pair) {
+        largest = max(largest, pair_key(pair));
+        if (pair >= bound) pairs[atomicAdd(&count, 1)] = pair;
+      };
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int e = 0; e < Row::kElements; ++e) {
+          if (row.exists(v)) keep(row.pair(v, e));
+        }
+      }
+      if (row.has_edge) keep(row.edge_pair());
+      largest = __reduce_max_sync(kFullWarp, largest);
+      if (lane == 0) atomicMax(&Select::shared().key_max, largest);
+      __syncthreads();
+      uint64_t* spare = pairs + op.k;
+      uint32_t* fine = reinterpret_cast<uint32_t*>(spare + op.k);
+      Select::template order<true>(
+          k, bound, order_pair(Select::shared().key_max, 0), k, length, spare, fine,
+          [&](uint32_t place, uint64_t pair) { write_result(op, row_index, data, place, pair); });
+    } else {
+      const uint32_t mask = row.mask_of([&](int v, int e) { return row.pair(v, e) >= bound; });
+      const auto mask_of_vector = [&](int v) { return mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };
+      uint32_t sums[kVectors];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        sums[v] = inclusive_sum_of_lanes(__popc(mask_of_vector(v)));
+        if (lane == 31) sizes[1 + v * kWarps + warp] = sums[v];
+      }
+      // The edges belong to the first warp.
+      const uint32_t edges = __ballot_sync(kFullWarp, row.has_edge && row.edge_pair() >= bound);
+      if (threadIdx.x == 0) sizes[0] = __popc(edges & ((1u << row.head) - 1));
+      __syncthreads();
+      T* values = static_cast<T*>(op.values) + row_index * op.k;
+      int32_t* indices = op.indices + row_index * op.k;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t before = 0;
+        for (int i = lane; i < 1 + v * kWarps + warp; i += 32) before += sizes[i];
+        uint32_t place = __reduce_add_sync(kFullWarp, before) + sums[v] - __popc(mask_of_vector(v));
+#pragma unroll
+        for (int e = 0; e < Row::kElements; ++e) {
+          if ((mask_of_vector(v) >> e & 1) != 0) {
+            set_element(values + place, row.vectors[v], e);
+            indices[place] = static_cast<int32_t>(row.index(v) + e);
+            ++place;
+          }
+        }
+      }
+      if ((edges >> lane & 1) != 0 && warp == 0) {
+        const uint32_t earlier = edges & ((1u << lane) - 1);
+        const uint32_t place = lane < row.head ? __popc(earlier) : k - __popc(edges & ~earlier);
+        values[place] = data[row.edge_index];
+        indices[place] = static_cast<int32_t>(row.edge_index);
+      }
+    }
+  }
+#pragma unroll 1
+  for (uint32_t i = k + threadIdx.x; i < op.k; i += kThreads) write_nothing<T>(op, row_index, i);
+}
+
+template <typename T, int kThreads, int kVectors>
+cudaError_t launch_few(const TopkSelect& op, cudaStream_t stream) {
+  select_few<T, kThreads, kVectors><<<static_cast<unsigned>(op.rows), kThreads, 0, stream>>>(op);
+  return cudaGetLastError();
+}
+
+template <typename T, int kThreads, int kVectors>
+cudaError_t launch_many(const TopkSelect& op, cudaStream_t stream) {
+  size_t shared = sizeof(PairSelect<kThreads>) + sizeof(uint64_t) * (kThreads + 2);
+  if (op.sorted) {
+    const size_t ordering = 2 * sizeof(uint64_t) * op.k + sizeof(uint32_t) * (op.k + 1);
+    shared = sizeof(PairSelect<kThreads>) + std::max(sizeof(uint64_t) * (kThreads + 2), ordering);
+  }
+  const auto kernel = select_many<T, kThreads, kVectors>;
+  if (shared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(op.rows), kThreads, shared, stream>>>(op);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+// How many vectors each of so many threads holds of a row.
+template <typename T>
+int64_t vectors_of_thread(const TopkSelect& op, int threads) {
+  const int64_t elements = 16 / sizeof(T) * threads;
+  return (op.length + elements - 1) / elements;
+}
+
+cudaError_t launch_few_of_block_rows(const TopkSelect& op, cudaStream_t stream) {
+  return with_type(op.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t vectors = vectors_of_thread<T>(op, 256);
+    if (vectors <= 1) return launch_few<T, 256, 1>(op, stream);
+    if (vectors <= 2) return launch_few<T, 256, 2>(op, stream);
+    if (vectors <= 4) return launch_few<T, 256, 4>(op, stream);
+    if constexpr (sizeof(T) == 4) return launch_few<T, 256, 8>(op, stream);
+    return cudaErrorInvalidValue;
+  });
+}
+
+cudaError_t launch_many_of_block_rows(const TopkSelect& op, cudaStream_t stream) {
+  return with_type(op.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    // Few rows have many threads each; of many rows, several are to be under way on a multiprocessor.
+    if (op.rows <= kMultiprocessors) {
+      if (vectors_of_thread<T>(op, 512) <= 1) return launch_many<T, 512, 1>(op, stream);
+      if (vectors_of_thread<T>(op, 1024) <= 1) return launch_many<T, 1024, 1>(op, stream);
+      if constexpr (sizeof(T) == 4) return launch_many<T, 1024, 2>(op, stream);
+    }
+    if (vectors_of_thread<T>(op, 256) <= 1) return launch_many<T, 256, 1>(op, stream);
+    if (vectors_of_thread<T>(op, 256) <= 2) return launch_many<T, 256, 2>(op, stream);
+    if constexpr (sizeof(T) == 4) {
+      if (vectors_of_thread<T>(op, 256) <= 4) return launch_many<T, 256, 4>(op, stream);
+      return launch_many<T, 512, 4>(op, stream);
+    } else {
+      return launch_many<T, 512, 2>(op, stream);
+    }
+  });
+}
+
+}  // namespace jax_router::cuda
