@@ -340,6 +340,49 @@ __device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], 
   return true;
 }
 
+// Ranks the experts in scratch.candidates[0 .. count), which are among the tile's eligible ones and include its k best,
+// and writes the k weights and ids. The arguments are those of select_token.
+template <KeyMode kMode, int kLanes, class LogitAt>
+__device__ __forceinline__ void finish_token(const Selection& selection, const RowScore& score, int count, bool wanted,
+                                             const float* bias, LogitAt logit_at, const TokenOutput& output,
+                                             SelectScratch<kLanes>& scratch) {
+  const int lane = tile_lane<kLanes>();
+  const int k = selection.k;
+  const Scoring& scoring = selection.scoring;
+  scratch.values[lane] = 0.0f;
+  __syncwarp();
+
+  const bool candidate = lane < count;
+  int expert = 0;
+  float logit = 0.0f;
+  float s = 0.0f;
+  uint64_t pair = 0;
+  if (candidate) {
+    expert = scratch.candidates[lane];
+    logit = logit_at(expert);
+    float key = logit;
+    if constexpr (kMode != KeyMode::kLogits) {
+      const float offset = bias != nullptr ? __ldg(bias + expert) : 0.0f;
+      s = score(logit);
+      key = bias != nullptr ? __fadd_rn(s, offset) : s;
+    }
+    pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
+  }
+  scratch.pairs[lane] = pair;
+  __syncwarp();
+  const int rank = rank_of(pair, scratch.pairs, count);
+
+  if constexpr (kMode == KeyMode::kLogits) s = score(logit);
+  const bool chosen = candidate && rank < k;
+  const float weight = finish_weight(scoring, k, chosen, rank, logit, s, scratch.values, [] { __syncwarp(); });
+  if (chosen) {
+    output.store(rank, weight, expert, logit);
+  } else if (!wanted && output.place >= 0 && lane < k) {
+    output.store(lane, 0.0f, -1, 0.0f);
+  }
+  __syncwarp();
+}
+
 // Selects one token's experts and writes its k weights and ids. All 32 lanes of the warp call it together.
 //   kFullChunks  the tile's first so many quads are known to lie within the token's experts
 //   logits       in the layout above; -inf where the expert does not exist, anything if the token is not wanted
@@ -398,38 +441,7 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
     select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
     count = needed;
   }
-  scratch.values[lane] = 0.0f;
-  __syncwarp();
-
-  const bool candidate = lane < count;
-  int expert = 0;
-  float logit = 0.0f;
-  float s = 0.0f;
-  uint64_t pair = 0;
-  if (candidate) {
-    expert = scratch.candidates[lane];
-    logit = logit_at(expert);
-    float key = logit;
-    if constexpr (kMode != KeyMode::kLogits) {
-      const float offset = bias != nullptr ? __ldg(bias + expert) : 0.0f;
-      s = score(logit);
-      key = bias != nullptr ? __fadd_rn(s, offset) : s;
-    }
-    pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
-  }
-  scratch.pairs[lane] = pair;
-  __syncwarp();
-  const int rank = rank_of(pair, scratch.pairs, count);
-
-  if constexpr (kMode == KeyMode::kLogits) s = score(logit);
-  const bool chosen = candidate && rank < k;
-  const float weight = finish_weight(scoring, k, chosen, rank, logit, s, scratch.values, [] { __syncwarp(); });
-  if (chosen) {
-    output.store(rank, weight, expert, logit);
-  } else if (!wanted && output.place >= 0 && lane < k) {
-    output.store(lane, 0.0f, -1, 0.0f);
-  }
-  __syncwarp();
+  finish_token<kMode, kLanes>(selection, score, count, wanted, bias, logit_at, output, scratch);
 }
 
 }  // namespace jax_router::cuda
