@@ -60,6 +60,8 @@ class Op:
         reference: the mathematics, on operands by keyword and parameters, for any number of batch axes.
         unsupported: from a platform, the operands' avals and the parameters to the reason why the native kernels cannot
             compute this case, or None.
+        prefers_partitioning: whether the reference is what XLA should see where it partitions the program, because it
+            can split the work further than over batch axes, and in exported programs, which may run anywhere.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Op:
     results: Callable[..., Sequence[Result]]
     reference: Callable[..., Sequence[Array]]
     unsupported: Callable[..., str | None] = everything_supported
+    prefers_partitioning: bool = False
     primitive: Primitive = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +147,8 @@ class Op:
         return mlir.lower_fun(run, multiple_results=True)(ctx, *values)
 
     def _lower_native(self, platform, ctx, *values, names, implementation, **params):
+        if self.prefers_partitioning and _may_be_partitioned(ctx):
+            return self._lower_reference(ctx, *values, names=names, implementation=implementation, **params)
         reason = self.unsupported(platform, dict(zip(names, ctx.avals_in)), **params)
         if reason is not None and implementation == "native":
             raise NotImplementedError(f"{self.name}(implementation='native') on {platform}: {reason}")
@@ -225,6 +230,20 @@ class _Call:
             "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": str(self.batch_ndim)}),
             "sdy.sharding_rule": mlir.ir.Attribute.parse(f"#sdy.op_sharding_rule{rule}"),
         }
+
+
+def _may_be_partitioned(ctx: Any) -> bool:
+    """Whether XLA may split what is lowered here over devices as it sees fit, or the program is exported."""
+    module = ctx.module_context
+    if module.lowering_parameters.for_export:
+        return True
+    mesh = ctx.avals_in[0].sharding.mesh
+    if mesh.axis_types and all(axis_type == jax.sharding.AxisType.Explicit for axis_type in mesh.axis_types):
+        return False  # how the operands are split is part of their types
+    axes = module.axis_context
+    if hasattr(axes, "manual_axes"):
+        return frozenset(axes.mesh.axis_names) != axes.manual_axes
+    return axes.num_devices != 1
 
 
 def _reshape(value: Any, before: Any, after: Any) -> Any:
