@@ -18,7 +18,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
-from ._sharding import gather_axes, merge_specs
+from ._sharding import align, merge_specs
 
 
 class Operand(NamedTuple):
@@ -84,8 +84,8 @@ class Op:
     def __call__(self, operands: Mapping[str, Any], *, implementation: str = "auto", **params: Any) -> list[Array]:
         """Binds the primitive to operands by name. `implementation` is "auto" or "native"."""
         given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
-        whole = [gather_axes(value, self.operands[name].core_rank) for name, value in given.items()]
-        values = _vary_over_the_same_axes(whole)
+        aligned = align(list(given.values()), [self.operands[name].core_rank for name in given])
+        values = _vary_over_the_same_axes(aligned)
         return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
 
     def def_jvp(self, rule: Callable[..., Any]) -> None:
@@ -173,7 +173,7 @@ class Op:
                 _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
                 for name, value, dim in zip(names, values, dims)
             ]
-            results = self.primitive.bind(*batched, names=names, **params)
+            results = self(dict(zip(names, batched)), **params)
         return results, [0] * len(results)
 
 

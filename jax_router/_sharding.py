@@ -9,20 +9,35 @@ import jax
 from jax import Array
 
 
-def gather_axes(value: Array, count: int) -> Array:
-    """The array with its last `count` axes whole on every device."""
-    sharding = jax.typeof(value).sharding
-    batch = value.ndim - count
-    if all(axis is None for axis in sharding.spec[batch:]):
-        return value
-    return jax.sharding.reshard(value, sharding.update(spec=(*sharding.spec[:batch], *[None] * count)))
+def align(values: Sequence[Array | None], core_ranks: Sequence[int]) -> list[Any]:
+    """The operands of an op, with their core axes whole on every device, and with their batch axes sharded alike.
+
+    Arguments:
+        values: the first one has the batch axes, and so have those with as many axes before their core; None stays.
+        core_ranks: the number of core axes of each, which are the last ones.
+    """
+    shardings = [None if value is None else jax.typeof(value).sharding for value in values]
+    sharded = [sharding for sharding in shardings if sharding is not None and any(sharding.spec)]
+    if not sharded:
+        return list(values)
+    batch_specs = [
+        () if sharding is None else tuple(sharding.spec)[: len(sharding.spec) - core]
+        for sharding, core in zip(shardings, core_ranks)
+    ]
+    merged = merge_specs(spec for spec in batch_specs if len(spec) == len(batch_specs[0]))
+
+    def aligned(value: Array, batch_spec: tuple[Any, ...]) -> Array:
+        batch = merged if len(batch_spec) == len(merged) else (None,) * len(batch_spec)
+        return _reshard(value, sharded[0].update(spec=(*batch, *[None] * (value.ndim - len(batch)))))
+
+    return [value if value is None else aligned(value, spec) for value, spec in zip(values, batch_specs)]
 
 
 def shard_last_axis_as(model: Array, value: Array) -> Array:
-    """The array `[E]`, sharded as the last axis of `[..., E]`."""
+    """An array `[E]` to be added to one of `[..., E]`: if it is sharded, then as that is."""
     sharding = jax.typeof(value).sharding
-    axis = jax.typeof(model).sharding.spec[-1]
-    return value if sharding.spec[-1] == axis else jax.sharding.reshard(value, sharding.update(spec=(axis,)))
+    last = jax.typeof(model).sharding.spec[-1:]
+    return _reshard(value, sharding.update(spec=last)) if any(sharding.spec) else value
 
 
 def take_rows(table: Array, rows: Array) -> Array:
@@ -61,6 +76,10 @@ def product_sharding(x: Array, weight: Array) -> Any:
     if not conflict and (x_hidden is None or weight_hidden is None):
         return None
     return x_sharding.update(spec=(*tokens, None if conflict else experts))
+
+
+def _reshard(value: Array, sharding: Any) -> Array:
+    return value if jax.typeof(value).sharding.spec == sharding.spec else jax.sharding.reshard(value, sharding)
 
 
 def _mesh_axes(*axes: Any) -> set[str]:

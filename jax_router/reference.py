@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._sharding import gather_axes, product_sharding, shard_last_axis_as, take_rows
+from ._sharding import align, product_sharding, shard_last_axis_as, take_rows
 from ._types import Dispatch, GroupScore, Routing, ScoreFn
 
 _RENORMALIZE_EPSILON = 1e-20
@@ -65,9 +65,10 @@ _SCORE_FNS = {"sqrtsoftplus": sqrtsoftplus, "sigmoid": sigmoid, "softmax": softm
 
 def hash_router(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:
     """See `jax_router.hash_router`."""
+    token_ids, hash_lut = align((token_ids, hash_lut), (0, 2))
     vocab_size, k = hash_lut.shape
     valid = ((token_ids >= 0) & (token_ids < vocab_size))[..., None]
-    rows = take_rows(gather_axes(hash_lut, 2), jnp.where(valid[..., 0], token_ids, 0))
+    rows = take_rows(hash_lut, jnp.where(valid[..., 0], token_ids, 0))
     expert_ids = jnp.where(valid, rows, -1)
     weights = jnp.where(valid, jnp.float32(scale) / jnp.float32(k), jnp.float32(0))
     return Routing(jnp.broadcast_to(weights, expert_ids.shape), expert_ids.astype(jnp.int32))
@@ -87,11 +88,12 @@ def activation_topk(
     token_mask: Array | None = None,
 ) -> Routing:
     """See `jax_router.activation_topk`."""
-    keys = logits = gather_axes(logits, 1).astype(jnp.float32)
+    logits, bias, token_mask = align((logits, bias, token_mask), (1, 1, 0))
+    keys = logits = logits.astype(jnp.float32)
     if bias is not None or num_groups > 1:
         keys = _SCORE_FNS[score_fn](logits)
     if bias is not None:
-        keys = keys + gather_axes(bias, 1)
+        keys = keys + bias
     keys = lax.stop_gradient(keys)
     if num_groups > 1:
         _, expert_ids = lax.top_k(_eligible_order_keys(keys, num_groups, top_groups, group_score), top_k)
@@ -122,11 +124,11 @@ def route_at(
     scale: float = 1.0,
 ) -> Routing:
     """See `jax_router.route_at`."""
+    logits, expert_ids = align((logits, expert_ids), (1, 1))
     num_experts = logits.shape[-1]
     valid = (expert_ids >= 0) & (expert_ids < num_experts)
     expert_ids = jnp.where(valid, expert_ids, -1).astype(jnp.int32)
-    logits = gather_axes(logits, 1).astype(jnp.float32)
-    expert_ids = gather_axes(expert_ids, 1)
+    logits = logits.astype(jnp.float32)
     if score_fn == "softmax" and not renormalize:
         # A row without a valid id (masked, or padding) may hold anything, also for the gradient.
         logits = softmax(jnp.where(valid.any(axis=-1, keepdims=True), logits, 0.0))
@@ -166,8 +168,8 @@ def _divide_jvp(primals, tangents):
 
 def topk_select(scores: Array, k: int, *, lengths: Array | None = None, sorted: bool = True) -> tuple[Array, Array]:
     """See `jax_router.topk_select`."""
+    scores, lengths = align((scores, lengths), (1, 0))
     length = scores.shape[-1]
-    scores = gather_axes(scores, 1)
     scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)  # a NaN with the sign bit would sort below -inf
     ordered = lax.stop_gradient(scores)
     if lengths is not None:
@@ -234,7 +236,8 @@ def router_logits(
 
 def expert_dispatch(expert_ids: Array, num_experts: int) -> Dispatch:
     """See `jax_router.expert_dispatch`."""
-    flat = gather_axes(expert_ids, expert_ids.ndim).reshape(-1)
+    (expert_ids,) = align((expert_ids,), (expert_ids.ndim,))
+    flat = expert_ids.reshape(-1)
     group = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.int32)
     choices = jnp.arange(flat.size, dtype=jnp.int32)
     order = jnp.argsort(group, stable=True).astype(jnp.int32)
