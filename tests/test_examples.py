@@ -9,7 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+import jax_router
 from matrix import assert_close
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -87,3 +89,36 @@ def test_two_processes_train_as_one_does(platform):
     printed = subprocess.run(run, capture_output=True, text=True)
     assert printed.returncode == 0, printed.stderr
     assert "10 of 10 shards" in printed.stdout
+
+
+@pytest.fixture
+def sharded_selection(devices):
+    example = load("sharded_selection")
+    return example, jax.make_mesh((len(devices),), (example.AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_topk_over_shards(k, sharded_selection, rng):
+    """Rows with many ties, of which a shard has fewer than 40 entries, and NaN."""
+    example, mesh = sharded_selection
+    scores = rng.integers(0, 20, (6, 64)).astype(np.float32)
+    scores[0], scores[1, ::7] = 3, np.nan
+    merged = example.over_shards(partial(example.topk_over_shards, k=k), mesh, P(None, example.AXIS))
+    assert_close(merged(scores), jax.jit(partial(jax_router.topk_select, k=k))(scores), rtol=0, atol=0)
+
+
+def test_route_over_shards(sharded_selection, rng):
+    """With ties at the k-th place; the gradient is that of the op."""
+    example, mesh = sharded_selection
+    logits, bias = rng.integers(-2, 3, (32, 64)).astype(np.float32), rng.integers(0, 2, 64).astype(np.float32)
+    specs = P(None, example.AXIS), P(example.AXIS)
+
+    def gradient(route):
+        def loss(logits):
+            routing = route(logits, bias)
+            return (routing.weights**2).sum(), routing
+
+        return jax.jit(jax.grad(loss, has_aux=True))(logits)
+
+    merged = example.over_shards(partial(example.route_over_shards, top_k=6), mesh, *specs)
+    assert_close(gradient(merged), gradient(partial(jax_router.activation_topk, top_k=6)))
