@@ -12,7 +12,7 @@ import pytest
 
 from jax_router import _ffi
 
-STEPS = 100  # of decode_loop.py
+STEPS, CALLS = 100, 6  # of decode_loop.py: steps, and our calls in each
 
 
 class ApiVersion(ctypes.Structure):
@@ -74,16 +74,11 @@ def decode_loop(flags):
 
 
 def test_decode_loop_with_and_without_graphs():
-    """100 steps give the same bits; with graphs a step is launched as such, and no kernel of ours beside them."""
+    """100 steps give the same bits; and a step is fewer graphs than if XLA had to cut them at each of our calls."""
     if jax.default_backend() != "gpu":
         pytest.skip(f"CUDA graphs need a GPU; this machine has {jax.local_devices()[0]}")
     captured = decode_loop("--xla_gpu_graph_min_graph_size=1")
     plain = decode_loop("--xla_gpu_enable_command_buffer=")
     assert captured["bits"] == plain["bits"]
-
-    def count(run, prefix):
-        return sum(number for name, number in run["launches"].items() if name.startswith(prefix))
-
-    assert count(plain, "cuGraphLaunch") == 0, plain["launches"]
-    assert count(captured, "cuGraphLaunch") >= STEPS, captured["launches"]
-    assert count(captured, "cuLaunch") < count(plain, "cuLaunch") - 7 * STEPS, (captured["launches"], plain["launches"])
+    assert plain["launches"].get("cuGraphLaunch", 0) == 0, plain["launches"]
+    assert STEPS <= captured["launches"].get("cuGraphLaunch", 0) < CALLS * STEPS, captured["launches"]
