@@ -4,6 +4,7 @@ The results must be those of one device, and their sharding what it should be.
 """
 
 import collections
+import dataclasses
 import re
 from functools import partial
 
@@ -62,6 +63,7 @@ LAYOUTS = {
     "two axes": ((8, 4), ("a", "b"), ("a", "b")),
     "three axes": ((2, 8, 3), ("d",), (None, "d", None)),
 }
+GRADIENT_LAYOUTS = [LAYOUTS["rows"], LAYOUTS["two axes"]]
 
 SORTS = "expert_dispatch, one sort a batch entry"
 TOKEN_OPS = {
@@ -78,30 +80,17 @@ def token_function(op, tokens):
     return call
 
 
-def forward(op, mode, devices):
-    total = collections.Counter()
-    for tokens, axes, spec in LAYOUTS.values():
-        function, values = token_function(op, tokens), TOKEN_OPS[op].draw(*tokens)
-        mesh = make_mesh(devices, axes, mode)
-        specs = [spec if operand.per_token else () for operand in TOKEN_OPS[op].operands]
-        results, counts, types = compile_and_run(function, values, mesh, specs)
-        total += counts
-        assert_close(results, jax.jit(function)(*values))
-        for leaf in jax.tree.leaves(results):
-            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), leaf.ndim), leaf.sharding
-        if mode == "Explicit":
-            for leaf in jax.tree.leaves(types):
-                assert leaf.sharding.spec == P(*spec, *[None] * (leaf.ndim - len(spec))), leaf.sharding.spec
-    return describe(total)
+def only(case, floats):
+    """The case with derivatives in these operands alone."""
+    return dataclasses.replace(case, floats=floats)
 
 
-def gradient(op, mode, devices):
-    """In the operand that is one a token: that of a shared one is summed over the devices, as it must be."""
+def jitted(op, mode, layouts, devices, gradient=False):
+    """The gradient is that in the operand which is one a token: a shared one's is summed over the devices."""
     total = collections.Counter()
-    case = TOKEN_OPS[op]
-    function = Case(case.call, case.operands, case.floats[:1]).derivative_of(token_function(op, ()))
-    for tokens, axes, spec in (LAYOUTS["rows"], LAYOUTS["two axes"]):
-        values = case.draw(*tokens)
+    case = only(TOKEN_OPS[op], TOKEN_OPS[op].floats[:1] if gradient else ())
+    for tokens, axes, spec in layouts:
+        function, values = case.derivative_of(token_function(op, tokens)), case.draw(*tokens)
         mesh = make_mesh(devices, axes, mode)
         specs = [spec if operand.per_token else () for operand in case.operands]
         results, counts, types = compile_and_run(function, values, mesh, specs)
@@ -109,18 +98,16 @@ def gradient(op, mode, devices):
         assert_close(results, jax.jit(function)(*values))
         for leaf in jax.tree.leaves(results):
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), leaf.ndim), leaf.sharding
-        if mode == "Explicit":
-            for leaf in jax.tree.leaves(types):
-                assert leaf.sharding.spec == P(*spec, *[None] * (leaf.ndim - len(spec))), leaf.sharding.spec
+        for leaf in jax.tree.leaves(types) if mode == "Explicit" else ():
+            assert leaf.sharding.spec == P(*spec, *[None] * (leaf.ndim - len(spec))), leaf.sharding.spec
     return describe(total)
 
 
 def shard_map(op, check_vma, devices):
     """Results and gradients inside of the mapped function."""
     mesh = make_mesh(devices, ("d",), "Auto")
-    case = TOKEN_OPS[op]
-    values = case.draw(16)
-    function = Case(case.call, case.operands, case.floats[:1]).derivative_of(token_function(op, (16,)))
+    case = only(TOKEN_OPS[op], TOKEN_OPS[op].floats[:1])
+    function, values = case.derivative_of(token_function(op, (16,))), case.draw(16)
     specs = tuple(P("d") if operand.per_token else P() for operand in case.operands)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma)
     results, counts, _ = compile_and_run(mapped, values, mesh, specs)
@@ -143,10 +130,10 @@ def gradient_around_shard_map(op, check_vma, devices):
 
 
 TOKEN_COLUMNS = {
-    "Auto": partial(forward, mode="Auto"),
-    "Explicit": partial(forward, mode="Explicit"),
-    "`grad`, Auto": partial(gradient, mode="Auto"),
-    "`grad`, Explicit": partial(gradient, mode="Explicit"),
+    "Auto": partial(jitted, mode="Auto", layouts=LAYOUTS.values()),
+    "Explicit": partial(jitted, mode="Explicit", layouts=LAYOUTS.values()),
+    "`grad`, Auto": partial(jitted, mode="Auto", layouts=GRADIENT_LAYOUTS, gradient=True),
+    "`grad`, Explicit": partial(jitted, mode="Explicit", layouts=GRADIENT_LAYOUTS, gradient=True),
     "`shard_map`, `check_vma=True`": partial(shard_map, check_vma=True),
     "`shard_map`, `check_vma=False`": partial(shard_map, check_vma=False),
     "`grad` of `shard_map`, `check_vma=True`": partial(gradient_around_shard_map, check_vma=True),
