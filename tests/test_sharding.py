@@ -303,6 +303,19 @@ def test_operands_sharded_in_conflict(mode, devices):
             assert cotangent.sharding.spec == P(*specs[0], *[None] * (3 - len(specs[0])))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_over_a_sharded_axis_of_one_operand(mode, devices):
+    """The gradient in the operand that is not mapped has that operand's type."""
+    mesh = make_mesh(devices, ("d",), mode)
+    (logits, _), (_, masks) = MASKED.draw(5), MASKED.draw(16, 5)
+    function = MASKED.derivative_of(jax.vmap(MASKED.call, in_axes=(None, 0)))
+    results, _, types = compile_and_run(function, [logits, masks], mesh, [(), ("d",)])
+    assert_close(results, jax.jit(function)(logits, masks), atol=1e-5)
+    if mode == "Explicit":
+        assert types[1][0].sharding.spec == P(None, None)
+        assert types[0].weights.sharding.spec == P("d", None, None)
+
+
 @pytest.mark.parametrize("op", ["activation_topk, bias a token, groups, mask", "route_at", "dense_router, biases"])
 def test_constants_beside_sharded_operands(op, devices):
     """Operands that are no argument of the compiled function have no mesh in their types."""
