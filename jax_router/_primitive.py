@@ -18,6 +18,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
+from ._sharding import align, merge_specs
 
 
 class Operand(NamedTuple):
@@ -86,8 +87,8 @@ class Op:
     def __call__(self, operands: Mapping[str, Any], *, implementation: str = "auto", **params: Any) -> list[Array]:
         """Binds the primitive to operands by name. `implementation` is "auto" or "native"."""
         given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
-        whole = [_gather_axes(value, self.operands[name].core_rank) for name, value in given.items()]
-        values = _vary_over_the_same_axes(whole)
+        aligned = align(list(given.values()), [self.operands[name].core_rank for name in given])
+        values = _vary_over_the_same_axes(aligned)
         return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
 
     def def_jvp(self, rule: Callable[..., Any]) -> None:
@@ -119,10 +120,11 @@ class Op:
     def _abstract_eval(self, *avals, names, implementation, **params):
         batch_ndim = self.batch_ndim(names, avals)
         first = avals[0]
-        spec: list[Any] = [None] * batch_ndim
-        for name, aval in zip(names, avals):
-            if self.operands[name].has_batch_axes(aval.ndim, batch_ndim):
-                spec = [mine or its for mine, its in zip(spec, aval.sharding.spec)]
+        spec = merge_specs(
+            aval.sharding.spec[:batch_ndim]
+            for name, aval in zip(names, avals)
+            if self.operands[name].has_batch_axes(aval.ndim, batch_ndim)
+        )
         # Updates of an operand's aval, not new ones: it carries the mesh and the manual axes that it varies over.
         return [
             first.update(
@@ -176,7 +178,7 @@ class Op:
                 _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
                 for name, value, dim in zip(names, values, dims)
             ]
-            results = self.primitive.bind(*batched, names=names, **params)
+            results = self(dict(zip(names, batched)), **params)
         return results, [0] * len(results)
 
 
@@ -287,15 +289,6 @@ def _attributes(params: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, str):
             attributes[name] = value
     return attributes
-
-
-def _gather_axes(value: Array, count: int) -> Array:
-    """The array with its last `count` axes whole on every device, where their sharding is part of its type."""
-    sharding = jax.typeof(value).sharding
-    batch = value.ndim - count
-    if all(axis is None for axis in sharding.spec[batch:]):
-        return value
-    return jax.sharding.reshard(value, sharding.update(spec=(*sharding.spec[:batch], *[None] * count)))
 
 
 def _vary_over_the_same_axes(values: list[Array]) -> list[Array]:
