@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from . import _check, reference
 from ._activation_topk import select, selection_operands
-from ._derivative import IDENTITY, weights_tangent, zero_tangent
+from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
 from ._limits import native_limits
 from ._primitive import Op, Operand, Result
-from ._route_at import chosen_logits
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -136,8 +136,8 @@ def _unfused(
     return_chosen: bool,
 ) -> list[Array]:
     logits = reference.router_logits(x, weight, logit_bias, precision=precision)
-    routing = select({"logits": logits, "bias": bias, "token_mask": token_mask}, selection, selection_implementation)
-    return [*routing, *([chosen_logits(logits, routing.expert_ids)] if return_chosen else [])]
+    operands = {"logits": logits, "bias": bias, "token_mask": token_mask}
+    return select(operands, selection, selection_implementation, return_chosen=return_chosen)
 
 
 def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool, **_: Any) -> list[Result]:
@@ -185,7 +185,7 @@ def _jvp(primals: dict[str, Any], tangents: dict[str, Any], *, return_chosen: bo
     once more.
     """
     scoring = params["selection"].scoring
-    weights, expert_ids, chosen = _DENSE_ROUTER(primals, return_chosen=True, **params)
+    weights, expert_ids, chosen = checkpoint_name(_DENSE_ROUTER(primals, return_chosen=True, **params), ROUTING)
     results = [weights, expert_ids, *([chosen] if return_chosen else [])]
     factors = {name: primals[name] for name in ("x", "weight", "logit_bias") if name in primals}
     moving = {name: tangents[name] for name in factors if not isinstance(tangents[name], ad.Zero)}
