@@ -178,7 +178,7 @@ class Op:
                 _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
                 for name, value, dim in zip(names, values, dims)
             ]
-            results = self(dict(zip(names, batched)), **params)
+            results = self.primitive.bind(*batched, names=names, **params)
         return results, [0] * len(results)
 
 
