@@ -81,12 +81,14 @@ def activation_topk(
     )
     if _check.implementation(implementation) == "reference":
         return reference.activation_topk(logits, **operands, **dataclasses.asdict(selection))
-    return select({"logits": logits, **operands}, selection, implementation)
+    return Routing(*select({"logits": logits, **operands}, selection, implementation))
 
 
-def select(operands: dict[str, Any], selection: Selection, implementation: str) -> Routing:
-    """activation_topk on checked operands and options."""
-    return Routing(*_ACTIVATION_TOPK(operands, selection=selection, return_chosen=False, implementation=implementation))
+def select(
+    operands: dict[str, Any], selection: Selection, implementation: str, *, return_chosen: bool = False
+) -> list[Array]:
+    """activation_topk on checked operands and options: weights, ids and, if `return_chosen`, the chosen logits."""
+    return _ACTIVATION_TOPK(operands, selection=selection, return_chosen=return_chosen, implementation=implementation)
 
 
 def selection_operands(logits_shape: tuple[int, ...], bias: Any, token_mask: Any, **options: Any):

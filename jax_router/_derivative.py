@@ -17,11 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from . import reference
 from ._primitive import Op, Operand, Result
 from ._types import Scoring
+
+# The name by which the policies of jax.checkpoint know what an op selected: where a policy saves it, the backward pass
+# neither selects again nor can select otherwise.
+ROUTING = "jax_router.routing"
 
 IDENTITY = Scoring("identity", renormalize=False, scale=1.0)
 
@@ -40,7 +45,9 @@ def selecting_jvp(op: Op, primals: dict[str, Any], tangents: dict[str, Any], how
     """
     whole_row = how.needs_whole_row
     wanted = params.pop("return_chosen")
-    weights, expert_ids, *chosen = op(primals, return_chosen=wanted or not whole_row, **params)
+    weights, expert_ids, *chosen = checkpoint_name(
+        op(primals, return_chosen=wanted or not whole_row, **params), ROUTING
+    )
     logits_dot = tangents["logits"]
     results = [weights, expert_ids, *(chosen if wanted else [])]
     if isinstance(logits_dot, ad.Zero):

@@ -18,6 +18,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
+from ._sharding import align, merge_specs
 
 
 class Operand(NamedTuple):
@@ -60,6 +61,8 @@ class Op:
         reference: the mathematics, on operands by keyword and parameters, for any number of batch axes.
         unsupported: from a platform, the operands' avals and the parameters to the reason why the native kernels cannot
             compute this case, or None.
+        prefers_partitioning: whether the reference is what XLA should see where it partitions the program, because it
+            can split the work further than over batch axes, and in exported programs, which may run anywhere.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Op:
     results: Callable[..., Sequence[Result]]
     reference: Callable[..., Sequence[Array]]
     unsupported: Callable[..., str | None] = everything_supported
+    prefers_partitioning: bool = False
     primitive: Primitive = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,8 +87,8 @@ class Op:
     def __call__(self, operands: Mapping[str, Any], *, implementation: str = "auto", **params: Any) -> list[Array]:
         """Binds the primitive to operands by name. `implementation` is "auto" or "native"."""
         given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
-        whole = [_gather_axes(value, self.operands[name].core_rank) for name, value in given.items()]
-        values = _vary_over_the_same_axes(whole)
+        aligned = align(list(given.values()), [self.operands[name].core_rank for name in given])
+        values = _vary_over_the_same_axes(aligned)
         return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
 
     def def_jvp(self, rule: Callable[..., Any]) -> None:
@@ -116,10 +120,11 @@ class Op:
     def _abstract_eval(self, *avals, names, implementation, **params):
         batch_ndim = self.batch_ndim(names, avals)
         first = avals[0]
-        spec: list[Any] = [None] * batch_ndim
-        for name, aval in zip(names, avals):
-            if self.operands[name].has_batch_axes(aval.ndim, batch_ndim):
-                spec = [mine or its for mine, its in zip(spec, aval.sharding.spec)]
+        spec = merge_specs(
+            aval.sharding.spec[:batch_ndim]
+            for name, aval in zip(names, avals)
+            if self.operands[name].has_batch_axes(aval.ndim, batch_ndim)
+        )
         # Updates of an operand's aval, not new ones: it carries the mesh and the manual axes that it varies over.
         return [
             first.update(
@@ -144,6 +149,8 @@ class Op:
         return mlir.lower_fun(run, multiple_results=True)(ctx, *values)
 
     def _lower_native(self, platform, ctx, *values, names, implementation, **params):
+        if self.prefers_partitioning and _may_be_partitioned(ctx):
+            return self._lower_reference(ctx, *values, names=names, implementation=implementation, **params)
         reason = self.unsupported(platform, dict(zip(names, ctx.avals_in)), **params)
         if reason is not None and implementation == "native":
             raise NotImplementedError(f"{self.name}(implementation='native') on {platform}: {reason}")
@@ -227,6 +234,20 @@ class _Call:
         }
 
 
+def _may_be_partitioned(ctx: Any) -> bool:
+    """Whether XLA may split what is lowered here over devices as it sees fit, or the program is exported."""
+    module = ctx.module_context
+    if module.lowering_parameters.for_export:
+        return True
+    mesh = ctx.avals_in[0].sharding.mesh
+    if mesh.axis_types and all(axis_type == jax.sharding.AxisType.Explicit for axis_type in mesh.axis_types):
+        return False  # how the operands are split is part of their types
+    axes = module.axis_context
+    if hasattr(axes, "manual_axes"):
+        return frozenset(axes.mesh.axis_names) != axes.manual_axes
+    return axes.num_devices != 1
+
+
 def _reshape(value: Any, before: Any, after: Any) -> Any:
     if before.shape == after.shape:
         return value
@@ -268,15 +289,6 @@ def _attributes(params: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, str):
             attributes[name] = value
     return attributes
-
-
-def _gather_axes(value: Array, count: int) -> Array:
-    """The array with its last `count` axes whole on every device, where their sharding is part of its type."""
-    sharding = jax.typeof(value).sharding
-    batch = value.ndim - count
-    if all(axis is None for axis in sharding.spec[batch:]):
-        return value
-    return jax.sharding.reshard(value, sharding.update(spec=(*sharding.spec[:batch], *[None] * count)))
 
 
 def _vary_over_the_same_axes(values: list[Array]) -> list[Array]:

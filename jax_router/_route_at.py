@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,9 +66,22 @@ def route_at(
     return Routing(weights, expert_ids)
 
 
+def scored_hash_router(logits: Array, token_ids: Array, hash_lut: Array, scoring: Scoring) -> Routing:
+    """`route_at(logits, hash_lut[token_ids])` in one kernel, for int32 ids.
+
+    A token id outside the table has no experts.
+    """
+    operands = {"logits": logits, "token_ids": token_ids, "hash_lut": hash_lut}
+    return Routing(*_SCORED_HASH_ROUTER(operands, scoring=scoring, return_chosen=False))
+
+
 def _reference(logits: Array, expert_ids: Array, *, scoring: Scoring, return_chosen: bool) -> list[Array]:
     weights, expert_ids = reference.route_at(logits, expert_ids, **scoring.options)
     return [weights, expert_ids, *([chosen_logits(logits, expert_ids)] if return_chosen else [])]
+
+
+def _scored_hash_reference(logits: Array, token_ids: Array, hash_lut: Array, **params: Any) -> list[Array]:
+    return _reference(logits, reference.hash_router(token_ids, hash_lut).expert_ids, **params)
 
 
 def chosen_logits(logits: Array, expert_ids: Array) -> Array:
@@ -77,12 +91,16 @@ def chosen_logits(logits: Array, expert_ids: Array) -> Array:
 
 
 def _results(avals: dict[str, Any], *, return_chosen: bool, **_: Any) -> list[Result]:
-    k = avals["expert_ids"].shape[-1:]
+    k = _ids_aval(avals).shape[-1:]
     return [Result(k, jnp.float32), Result(k, jnp.int32), *([Result(k, jnp.float32)] if return_chosen else [])]
 
 
 def _unsupported(platform: str, avals: dict[str, Any], **_: Any) -> str | None:
-    return unsupported_selection(platform, avals["logits"].shape[-1], avals["expert_ids"].shape[-1])
+    return unsupported_selection(platform, avals["logits"].shape[-1], _ids_aval(avals).shape[-1])
+
+
+def _ids_aval(avals: dict[str, Any]) -> Any:
+    return avals["expert_ids"] if "expert_ids" in avals else avals["hash_lut"]
 
 
 _ROUTE_AT = Op(
@@ -94,6 +112,18 @@ _ROUTE_AT = Op(
 )
 
 
-@_ROUTE_AT.def_jvp
-def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
-    return selecting_jvp(_ROUTE_AT, primals, tangents, params["scoring"], **params)
+_SCORED_HASH_ROUTER = Op(
+    name="scored_hash_router",
+    operands={"logits": Operand(1), "token_ids": Operand(0), "hash_lut": Operand(2, batched="never")},
+    results=_results,
+    reference=_scored_hash_reference,
+    unsupported=_unsupported,
+)
+
+
+def _jvp(op: Op, primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
+    return selecting_jvp(op, primals, tangents, params["scoring"], **params)
+
+
+_ROUTE_AT.def_jvp(partial(_jvp, _ROUTE_AT))
+_SCORED_HASH_ROUTER.def_jvp(partial(_jvp, _SCORED_HASH_ROUTER))

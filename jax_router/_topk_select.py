@@ -6,10 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from . import _check, reference
-from ._derivative import IDENTITY, weights_tangent, zero_tangent
+from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
 from ._limits import native_limits
 from ._primitive import Op, Operand, Result
 from ._types import Implementation
@@ -83,7 +84,7 @@ _TOPK_SELECT = Op(
 
 @_TOPK_SELECT.def_jvp
 def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
-    values, indices = _TOPK_SELECT(primals, **params)
+    values, indices = checkpoint_name(_TOPK_SELECT(primals, **params), ROUTING)
     scores_dot = tangents["scores"]
     if isinstance(scores_dot, ad.Zero):
         values_dot: Any = zero_tangent(values)

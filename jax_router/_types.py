@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from jax import Array
+from jax import Array, export
 
 ScoreFn = Literal["sqrtsoftplus", "sigmoid", "softmax"]
 GroupScore = Literal["top2_sum", "max"]
@@ -36,6 +36,11 @@ class Dispatch(NamedTuple):
     token_index: Array
     slot: Array
     group_sizes: Array
+
+
+# Exported functions may return them when they are saved.
+export.register_namedtuple_serialization(Routing, serialized_name="jax_router.Routing")
+export.register_namedtuple_serialization(Dispatch, serialized_name="jax_router.Dispatch")
 
 
 @dataclass(frozen=True)

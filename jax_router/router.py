@@ -15,9 +15,9 @@ from . import _check, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._hash_router import hash_router
-from ._route_at import route_at
+from ._route_at import scored_hash_router
 from ._topk_select import topk_select
-from ._types import GroupScore, ScoreFn
+from ._types import GroupScore, ScoreFn, Scoring
 
 Initializer = Callable[..., Array]
 
@@ -193,9 +193,9 @@ class Router(nnx.Module):
         if token_mask is not None:
             token_mask = _check.mask_array("token_mask", token_mask, x.shape[:-1])
             token_ids = jnp.where(token_mask, token_ids, -1)
-        routing = hash_router(token_ids, self.hash_lut[...], scale=config.scale)
         if config.hash_weights == "uniform":
-            return routing
+            return hash_router(token_ids, self.hash_lut[...], scale=config.scale)
         logits = reference.router_logits(*self._product(x))
-        routing = route_at(logits, routing.expert_ids, **config.scoring)
+        token_ids = _check.as_int32_ids(token_ids, self.hash_lut.shape[0])
+        routing = scored_hash_router(logits, token_ids, self.hash_lut[...], Scoring(**config.scoring))
         return (routing, logits) if return_logits else routing

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+import matrix
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 hypothesis.settings.register_profile(
@@ -20,6 +22,20 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jax_router")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-docs", action="store_true", help=f"write what the tests measure to {matrix.DOCUMENT}")
+
+
+def pytest_configure(config):
+    matrix.writing = config.getoption("--write-docs")
+
+
+def pytest_sessionfinish():
+    if matrix.writing:
+        for table in matrix.TABLES:
+            table.write()
 
 
 @pytest.fixture

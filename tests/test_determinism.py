@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
 from cases import DTYPES, MODELS
+from matrix import OPS, Case
 
 BATCHES = (1, 2, 31, 64, 65, 130)
 
@@ -118,3 +120,50 @@ def test_concurrent_calls(rng):
         for thread, results in enumerate(pool.map(work, range(8))):
             for i, got in enumerate(results):
                 assert_same_bits(got, want[(thread + i) % 4])
+
+
+def program_of(cases):
+    """One program of ops and their gradients in the operand that is one a token, and its operands for 1000 tokens."""
+    derivatives = [
+        Case(case.call, case.operands, case.floats[:1]).derivative_of(partial(case.call, implementation="native"))
+        for case in cases
+    ]
+
+    @jax.jit
+    def run(operands):
+        return [derivative(*values) for derivative, values in zip(derivatives, operands)]
+
+    return run, [case.draw(1000) for case in cases]
+
+
+def test_concurrent_calls_on_every_device(devices):
+    """Two threads a device call every op and its gradient: the handlers of all devices run in one process at once."""
+    run, operands = program_of(OPS.values())
+    placed = [jax.device_put(operands, device) for device in devices]
+    want = run(placed[0])
+
+    def work(thread):
+        return [run(placed[thread % len(devices)]) for _ in range(5)]
+
+    with ThreadPoolExecutor(2 * len(devices)) as pool:
+        for thread, results in enumerate(pool.map(work, range(2 * len(devices)))):
+            for got in results:
+                assert {leaf.device for leaf in jax.tree.leaves(got)} == {devices[thread % len(devices)]}
+                assert_same_bits(got, want)
+
+
+def test_concurrent_calls_of_a_sharded_program(devices):
+    """Each call runs its handlers on all devices at once, and four threads call it."""
+    cases = [case for op, case in OPS.items() if op != "expert_dispatch"]  # which gathers its tokens
+    run, operands = program_of(cases)
+    mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Auto,), devices=devices)
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("d",)))
+    sharded = [
+        [jax.device_put(value, rows if operand.per_token else whole) for value, operand in zip(values, case.operands)]
+        for case, values in zip(cases, operands)
+    ]
+    want = run(sharded)
+    assert all(leaf.sharding.is_equivalent_to(rows, leaf.ndim) for leaf in jax.tree.leaves(want))
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: run(sharded), range(12)):
+            assert_same_bits(got, want)

@@ -1,191 +1,395 @@
-"""The ops under every JAX transformation but differentiation: batching, control flow, export, what programs hold."""
+"""Every op under every transformation: a table of docs/transformations.md, and what programs hold.
 
+The results and the derivatives through a transformation must be those of the reference without it.
+"""
+
+import functools
+import json
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
+from jax import export, lax
 from jax.experimental import checkify
 
 import jax_router
 from cases import draw
 from jax_router import _ffi
-from oracle import assert_same_routing, f64
+from matrix import OPS, Table, assert_close, assert_documented, native, sum_of_squares
 from oracle import top_k as oracle_top_k
 
-
-def assert_equal(got, want):
-    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_array_equal(mine, other)
+B, T = 3, 4  # problems, and tokens in each
+RESULTS, DERIVATIVES = "=", "= ∂"
 
 
-# Batching: vmap is the stack of the calls it stands for.
-
-OPS = {
-    "activation_topk": lambda logits: jax_router.activation_topk(logits, top_k=3),
-    "with bias": lambda logits, bias: jax_router.activation_topk(logits, bias, top_k=3, score_fn="sigmoid"),
-    "with bias and mask": lambda logits, bias, mask: jax_router.activation_topk(
-        logits, bias, top_k=3, token_mask=mask, num_groups=4, top_groups=2
-    ),
-    "with mask": lambda logits, mask: jax_router.activation_topk(logits, top_k=3, token_mask=mask),
-    "route_at": jax_router.route_at,
-    "hash_router": jax_router.hash_router,
-    "topk_select": lambda logits: jax_router.topk_select(logits, 5),
-    "topk_select lengths": lambda logits, lengths: jax_router.topk_select(logits, 5, lengths=lengths),
-    "dense_router": lambda x, weight: jax_router.dense_router(x, weight, top_k=3),
-    "dense_router biases": lambda x, weight, logit_bias, bias: jax_router.dense_router(
-        x, weight, bias, logit_bias=logit_bias, top_k=3
-    ),
-    "expert_dispatch": lambda ids: jax_router.expert_dispatch(ids, 16),
-}
-
-# op: operands as (name, shape with its batch axis, in_axes)
-B = 3
-BATCHES = [
-    ("activation_topk", [("logits", (B, 5, 16), 0)]),
-    ("activation_topk", [("logits", (5, B, 16), 1)]),
-    ("activation_topk", [("logits", (5, 16, B), -1)]),
-    ("activation_topk", [("logits", (B, 16), 0)]),
-    ("with bias", [("logits", (B, 5, 16), 0), ("bias", (16,), None)]),
-    ("with bias", [("logits", (B, 5, 16), 0), ("bias", (B, 16), 0)]),
-    ("with bias", [("logits", (5, 16), None), ("bias", (16, B), 1)]),
-    ("with bias", [("logits", (5, 16), None), ("bias", (5, B, 16), 1)]),
-    ("with bias", [("logits", (B, 16), 0), ("bias", (16,), None)]),
-    ("with bias", [("logits", (B, 16), 0), ("bias", (B, 16), 0)]),
-    ("with bias", [("logits", (B, 5, 16), 0), ("bias", (5, 16), None)]),
-    ("with mask", [("logits", (5, 16), None), ("mask", (5, B), 1)]),
-    ("with bias and mask", [("logits", (B, 5, 16), 0), ("bias", (B, 16), 0), ("mask", (5,), None)]),
-    ("route_at", [("logits", (B, 5, 16), 0), ("ids", (5, 2), None)]),
-    ("route_at", [("logits", (5, 16), None), ("ids", (5, 2, B), 2)]),
-    ("hash_router", [("token_ids", (B, 5), 0), ("lut", (12, 2), None)]),
-    ("hash_router", [("token_ids", (5,), None), ("lut", (12, B, 2), 1)]),
-    ("hash_router", [("token_ids", (5, B), 1), ("lut", (B, 12, 2), 0)]),
-    ("hash_router", [("token_ids", (B,), 0), ("lut", (12, 2), None)]),
-    ("topk_select", [("logits", (5, 16, B), 2)]),
-    ("topk_select lengths", [("logits", (5, 16), None), ("lengths", (B, 5), 0)]),
-    ("topk_select lengths", [("logits", (B, 5, 16), 0), ("lengths", (5,), None)]),
-    ("dense_router", [("x", (B, 5, 8), 0), ("weight", (16, 8), None)]),
-    ("dense_router", [("x", (5, 8), None), ("weight", (16, B, 8), 1)]),
-    ("dense_router", [("x", (5, B, 8), 1), ("weight", (B, 16, 8), 0)]),
-    ("dense_router biases", [("x", (5, 8), None), ("weight", (16, 8), None), ("l", (B, 16), 0), ("bias", (16,), None)]),
-    ("dense_router biases", [("x", (B, 5, 8), 0), ("weight", (16, 8), None), ("l", (16,), None), ("bias", (B, 16), 0)]),
-    ("expert_dispatch", [("ids", (B, 5, 2), 0)]),
-    ("expert_dispatch", [("ids", (5, 2, B), 2)]),
-]
+def problem(op, values, i):
+    return [value[i] if operand.per_token else value for operand, value in zip(OPS[op].operands, values)]
 
 
-@pytest.mark.parametrize(
-    ("op", "operands"), BATCHES, ids=[f"{op} {[axis for *_, axis in args]}" for op, args in BATCHES]
-)
-def test_vmap(op, operands, rng):
-    values = [draw(rng, name, *shape) for name, shape, _ in operands]
-    axes = [axis for *_, axis in operands]
-    got = jax.jit(jax.vmap(OPS[op], in_axes=tuple(axes)))(*values)
-    one = jax.jit(OPS[op])
-    for i in range(B):
-        want = one(*[value if axis is None else value.take(i, axis) for value, axis in zip(values, axes)])
-        if op.startswith("dense_router"):  # a product of another shape sums in another order
-            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), [array[i] for array in got], list(want))
-        else:
-            assert_equal([array[i] for array in got], want)
+def each_problem(op, call):
+    """From a function of one problem to one of all: stacked calls, without any transformation."""
+
+    def calls(*values):
+        results = [call(*problem(op, values, i)) for i in range(B)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    return calls
 
 
-@pytest.mark.parametrize("op", ["activation_topk", "hash_router", "expert_dispatch", "topk_select lengths"])
-def test_nested_vmap(op, rng):
-    operands = {
-        "activation_topk": [(draw(rng, "logits", 2, 5, 3, 16), 0, 1)],
-        "hash_router": [(draw(rng, "token_ids", 2, 5, 3), 0, 1), (draw(rng, "lut", 3, 12, 2), None, 0)],
-        "expert_dispatch": [(draw(rng, "ids", 2, 5, 3, 2), 0, 1)],
-        "topk_select lengths": [(draw(rng, "logits", 2, 5, 3, 16), 0, 1), (draw(rng, "lengths", 3, 5), None, 0)],
-    }[op]
-    values, outer, inner = zip(*operands)
-    got = jax.jit(jax.vmap(jax.vmap(OPS[op], in_axes=inner), in_axes=outer))(*values)
-    one = jax.jit(OPS[op])
+@functools.cache
+def expected(op):
+    """The operands of B problems of T tokens; the reference's results and the gradient through them."""
+    values = OPS[op].draw(B, T)
+    call = each_problem(op, partial(OPS[op].call, implementation="reference"))
+    return values, jax.jit(OPS[op].derivative_of(call))(*values)
+
+
+def agrees(op, call):
+    """Compares a function of all problems, jitted, and its gradient, with the reference. Returns what the cell says."""
+    values, want = expected(op)
+    assert_close(jax.jit(OPS[op].derivative_of(call))(*values), want)
+    return DERIVATIVES if OPS[op].floats else RESULTS
+
+
+def results_agree(op, results):
+    assert_close(results, expected(op)[1][0])
+    return RESULTS
+
+
+# The rows of the table. Each takes the op's name.
+
+
+def eager(op):
+    return results_agree(op, each_problem(op, native(op))(*expected(op)[0]))
+
+
+def jit(op):
+    return agrees(op, each_problem(op, native(op)))
+
+
+def lower_and_compile(op):
+    values, want = expected(op)
+    function = jax.jit(OPS[op].derivative_of(each_problem(op, native(op))))
+    avals = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
+    assert_close(function.lower(*avals).compile()(*values), want)
+    return DERIVATIVES if OPS[op].floats else RESULTS
+
+
+def jvp(op):
+    """Along the operands themselves, and with float0 for integers."""
+    values = OPS[op].draw(T)
+
+    def tangents(implementation, *values):
+        call = partial(OPS[op].call, implementation=implementation)
+        directions = [
+            value if value.dtype == np.float32 else np.zeros(value.shape, jax.dtypes.float0) for value in values
+        ]
+        leaves = jax.tree.leaves(jax.jvp(call, tuple(values), tuple(directions)))
+        return [leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0]
+
+    got, want = (jax.jit(partial(tangents, implementation))(*values) for implementation in ("native", "reference"))
+    assert_close(got, want, atol=1e-5)
+    return DERIVATIVES if OPS[op].floats else RESULTS
+
+
+def vjp_of_vjp(op):
+    """The gradient of the squared norm of the gradient."""
+    values = OPS[op].draw(T)
+
+    def norm(implementation, *floats):
+        call = partial(OPS[op].call, implementation=implementation)
+        return sum_of_squares(OPS[op].derivative_of(call)(*OPS[op].with_floats(values, floats))[1])
+
+    floats = [values[i] for i in OPS[op].floats]
+    got, want = (
+        jax.jit(jax.grad(partial(norm, implementation), tuple(range(len(floats)))))(*floats)
+        for implementation in ("native", "reference")
+    )
+    assert_close(got, want, atol=1e-5)
+    return DERIVATIVES
+
+
+def vmap(op):
+    """Over the operands of a problem; over every operand alone, at its last axis; over all of them, at the middle."""
+    per_token = [operand.per_token for operand in OPS[op].operands]
+    cell = agrees(op, jax.vmap(native(op), in_axes=tuple(0 if batched else None for batched in per_token)))
+    one = jax.jit(native(op))
+    values = OPS[op].draw(T)
+    for batched in [*np.eye(len(values), dtype=bool), np.ones(len(values), bool)]:
+        axes = [(-1 if sum(batched) == 1 else value.ndim // 2) if b else None for b, value in zip(batched, values)]
+        stacked = [
+            value if axis is None else np.stack([np.roll(value, i, -1) for i in range(B)], axis)
+            for axis, value in zip(axes, values)
+        ]
+        got = jax.jit(jax.vmap(native(op), in_axes=tuple(axes)))(*stacked)
+        for i in range(B):
+            want = one(*[value if axis is None else value.take(i, axis) for axis, value in zip(axes, stacked)])
+            assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], got), want)
+    return cell
+
+
+def vmap_of_vmap(op):
+    """The inner one over shared operands too, down to problems without an axis of tokens where the op takes such."""
+    tokens = (T,) if op == "expert_dispatch" else ()
+    outer = [0 if operand.per_token else None for operand in OPS[op].operands]
+    values = OPS[op].draw(2, B, *tokens)
+    values = [np.stack([np.roll(v, i, 0) for i in range(B)]) if axis is None else v for axis, v in zip(outer, values)]
+    inner = jax.vmap(native(op))
+    got = jax.jit(jax.vmap(inner, in_axes=tuple(outer)))(*values)
+    one = jax.jit(native(op))
     for i in range(2):
-        for j in range(3):
-            rows = [v if o is None else v.take(i, o) for v, o in zip(values, outer)]
-            rows = [v if a is None else v.take(j, a) for v, a in zip(rows, inner)]
-            assert_equal([array[i, j] for array in got], one(*rows))
+        for j in range(B):
+            want = one(*[value[j] if axis is None else value[i, j] for axis, value in zip(outer, values)])
+            assert_close(jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], got), want)
+    return RESULTS
 
 
-# Control flow
+def scan(op):
+    def call(*values):
+        return lax.scan(lambda _, i: (None, native(op)(*problem(op, values, i))), None, jnp.arange(B))[1]
+
+    return agrees(op, call)
 
 
-def loss_of(implementation):
-    def loss(x):
-        weights, ids = jax_router.activation_topk(x, top_k=3, implementation=implementation)
-        return (weights * jnp.cos(ids.astype(jnp.float32))).sum()
+def while_loop(op):
+    """The trip count depends on what was routed. A loop of that kind has no transpose: results, and tangents."""
+    values, (want, _) = expected(op)
 
-    return loss
+    def call(*values):
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: tuple(want)))
 
+        def body(state):
+            i, _, out = state
+            results = tuple(native(op)(*problem(op, values, i)))
+            stored = jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, i, 0), out, results)
+            return i + 1, jax.tree.leaves(results)[-1].max(), stored
 
-def through_scan(f, x):
-    return jax.lax.scan(lambda carry, row: (carry + f(row), None), jnp.float32(0), x)[0]
+        return lax.while_loop(lambda state: (state[0] < B) & (state[1] < 100), body, (0, jnp.int32(0), empty))[2]
 
+    if not OPS[op].floats:
+        return results_agree(op, jax.jit(call)(*values))
 
-def through_remat(f, x):
-    return jax.checkpoint(lambda x: jnp.sin(f(x)))(x)
+    def along(call, *values):
+        def of_floats(*floats):
+            return [leaf for leaf in call(*OPS[op].with_floats(values, floats)) if leaf.dtype == np.float32]
 
+        floats = tuple(values[i] for i in OPS[op].floats)
+        return call(*values), jax.jvp(of_floats, floats, floats)[1]
 
-def through_cond(f, x):
-    return jax.lax.cond(x[0, 0, 0] > 1e9, lambda x: x.sum(), f, x)
-
-
-def through_while(f, x):
-    return jax.lax.fori_loop(0, 3, lambda i, total: total + f(x + i.astype(jnp.float32)), jnp.float32(0))
-
-
-def through_remat_in_scan(f, x):
-    return jax.lax.scan(jax.checkpoint(lambda carry, row: (carry + f(carry * row), None)), jnp.float32(1), x)[0]
-
-
-FLOWS = [through_scan, through_remat, through_cond, through_while, through_remat_in_scan]
-
-
-@pytest.mark.parametrize("flow", FLOWS)
-def test_control_flow(flow, rng):
-    x = draw(rng, "x", 4, 5, 16)
-    native, plain = (jax.value_and_grad(partial(flow, loss_of(name))) for name in ("native", "reference"))
-    got, want = jax.jit(native)(x), jax.jit(plain)(x)
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-    np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-6)
+    reference = each_problem(op, partial(OPS[op].call, implementation="reference"))
+    got, want = jax.jit(partial(along, call))(*values), jax.jit(partial(along, reference))(*values)
+    assert_close(got, want, atol=1e-5)
+    return DERIVATIVES
 
 
-def test_while_loop_with_a_routed_condition(rng):
-    """The trip count depends on the ids."""
+def cond(op):
+    def call(*values):
+        def one(*values):
+            empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(native(op), *values))
+            return lax.cond(jnp.all(values[0] < 100), native(op), lambda *_: empty, *values)
+
+        return each_problem(op, one)(*values)
+
+    return agrees(op, call)
+
+
+def remat(op):
+    """Each problem under another policy."""
+    policies = jax.checkpoint_policies
+    problems = iter(
+        jax.checkpoint(native(op), policy=policy)
+        for policy in (
+            None,
+            policies.save_only_these_names("jax_router.routing"),
+            policies.dots_with_no_batch_dims_saveable,
+        )
+        * 2
+    )
+    return agrees(op, each_problem(op, lambda *values: next(problems)(*values)))
+
+
+def custom_vjp(op):
+    call = jax.custom_vjp(native(op))
+    call.defvjp(lambda *values: jax.vjp(native(op), *values), lambda pull, cotangents: pull(cotangents))
+    return agrees(op, each_problem(op, call))
+
+
+def checkify_all(op):
+    """checkify with all checks: of indices, NaN and division by zero."""
+    call = checkify.checkify(each_problem(op, native(op)), errors=checkify.all_checks)
+    error, results = jax.jit(call)(*expected(op)[0])
+    error.throw()
+    return results_agree(op, results)
+
+
+def donation(op):
+    """The buffer of an operand becomes that of a result while the op still needs its values."""
+    values = [jnp.array(value) for value in expected(op)[0]]
+
+    def call(donated, *rest):
+        return donated + 1, each_problem(op, native(op))(donated, *rest)
+
+    moved, results = jax.jit(call, donate_argnums=0)(*values)
+    assert values[0].is_deleted()
+    assert_close(moved, expected(op)[0][0] + 1)
+    return results_agree(op, results)
+
+
+def export_symbolic(op):
+    """One program for cpu, cuda and tpu, for any number of tokens, with the gradient in it."""
+    (tokens,) = export.symbolic_shape("tokens")
+    avals = [
+        jax.ShapeDtypeStruct((*((tokens,) if operand.per_token else ()), *operand.axes), value.dtype)
+        for operand, value in zip(OPS[op].operands, OPS[op].draw(1))
+    ]
+    function = jax.jit(OPS[op].derivative_of(OPS[op].call))
+    safe = [export.DisabledSafetyCheck.custom_call(target) for target in jax_router.custom_call_targets()]
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu"), disabled_checks=safe)(*avals)
+    for size in (1, 7):
+        values = OPS[op].draw(size)
+        assert_close(exported.call(*values), function(*values))
+    return DERIVATIVES if OPS[op].floats else RESULTS
+
+
+def x64(op):
+    """No dtype changes with the flag."""
+    with jax.enable_x64(True):
+        return agrees(op, each_problem(op, native(op)))
+
+
+def checkers(op):
+    with (
+        jax.debug_nans(True),
+        jax.debug_key_reuse(True),
+        jax.enable_checks(True),
+        jax.checking_leaks(),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        return agrees(op, each_problem(op, native(op)))
+
+
+@functools.cache
+def processes_of_all_ops():
+    """What two processes in a row print, the settings of JAX coming from the environment. See run_ops.py."""
+    run = [sys.executable, str(Path(__file__).with_name("run_ops.py"))]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_ENABLE_X64": "1",
+            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+            "JAX_DEBUG_NANS": "1",
+            "JAX_DEBUG_KEY_REUSE": "1",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the tests' own process may hold a GPU's memory
+        }
+        return [json.loads(subprocess.check_output(run, env=environment)) for _ in range(2)]
+
+
+def persistent_cache(op):
+    """The second process takes its programs from the first one's cache, and gets the reference's results."""
+    values = OPS[op].draw(T)
+    want = jax.jit(OPS[op].derivative_of(partial(OPS[op].call, implementation="reference")))(*values)
+    first, second = (process[op] for process in processes_of_all_ops())
+    assert (first["cache hits"], second["cache hits"]) == (0, 1)
+    for process in (first, second):
+        assert_close([np.array(leaf, dtype) for dtype, leaf in process["results"]], want)
+    return DERIVATIVES if OPS[op].floats else RESULTS
+
+
+ROWS = {
+    "no transformation": eager,
+    "`jit`, `grad`": jit,
+    "`jit(f).lower(...).compile()`": lower_and_compile,
+    "`jvp`": jvp,
+    "`vjp` of `vjp`": vjp_of_vjp,
+    "`vmap`, over any operand": vmap,
+    "`vmap` of `vmap`": vmap_of_vmap,
+    "`lax.scan`": scan,
+    "`lax.while_loop`": while_loop,
+    "`lax.cond`": cond,
+    "`jax.checkpoint`, with policies": remat,
+    "`custom_vjp` around it": custom_vjp,
+    "`checkify`, all checks": checkify_all,
+    "donation": donation,
+    "`jax.export`: cpu, cuda, tpu, symbolic tokens": export_symbolic,
+    "`enable_x64`": x64,
+    "strict promotion, `debug_nans`, `debug_key_reuse`, `enable_checks`, `checking_leaks`": checkers,
+    "persistent cache; `JAX_ENABLE_X64` and the checkers from the environment": persistent_cache,
+}
+TABLE = Table(
+    "transformations",
+    list(ROWS),
+    list(OPS),
+    {("`vjp` of `vjp`", op): "no float operand" for op, case in OPS.items() if not case.floats},
+)
+
+
+@pytest.mark.parametrize(("row", "op"), TABLE.cells())
+def test_cell(row, op):
+    TABLE.enter(row, op, ROWS[row](op))
+
+
+def test_document():
+    assert_documented(TABLE)
+
+
+# What the table does not show
+
+
+def test_while_loop_of_routing_of_its_state():
+    """The state is what is routed, and the trip count depends on the ids."""
 
     def run(x, implementation):
         def largest(x):
             return jax_router.activation_topk(x, top_k=1, implementation=implementation).expert_ids.max()
 
-        return jax.lax.while_loop(lambda x: largest(x) > 3, lambda x: jnp.roll(x, -1, axis=-1), x)
+        return lax.while_loop(lambda x: largest(x) > 3, lambda x: jnp.roll(x, -1, axis=-1), x)
 
-    x = draw(rng, "x", 16)
+    x = np.sin(np.arange(16, dtype=np.float32))
     got, want = (jax.jit(partial(run, implementation=implementation))(x) for implementation in ("native", "reference"))
+    assert np.any(got != x)
     np.testing.assert_array_equal(got, want)
 
 
-def test_checkify(rng):
-    logits = draw(rng, "logits", 5, 16)
-    checked = jax.jit(checkify.checkify(partial(jax_router.activation_topk, top_k=3), errors=checkify.all_checks))
-    error, routing = checked(logits)
-    error.throw()
-    assert_equal(routing, jax_router.activation_topk(logits, top_k=3))
+@pytest.mark.parametrize(
+    ("policy", "selections"),
+    [
+        (None, 2),
+        (jax.checkpoint_policies.save_only_these_names("jax_router.routing"), 1),
+        (jax.checkpoint_policies.everything_saveable, 1),
+        (jax.checkpoint_policies.dots_with_no_batch_dims_saveable, 2),
+    ],
+)
+@pytest.mark.parametrize("op", ["activation_topk, bias", "route_at", "topk_select", "dense_router"])
+def test_policies_of_checkpoint_know_the_routing(op, policy, selections):
+    """With the name saved, the backward pass neither selects again nor can choose other experts."""
+    call = jax.checkpoint(lambda *values: sum_of_squares(OPS[op].call(*values)), policy=policy)
+    gradient = jax.make_jaxpr(jax.grad(lambda *values: jnp.sin(call(*values))))(*OPS[op].draw(T))
+    name = f"jax_router.{op.partition(',')[0]}"
+    assert len(re.findall(rf"= {name}\[", str(gradient))) == selections
 
 
-def test_donation(rng):
-    """The scores' buffer becomes that of the values: all of the row are selected."""
-    scores = jnp.asarray(draw(rng, "logits", 5, 16))
-    want = np.sort(scores, axis=-1)[:, ::-1]
-    values, _ = jax.jit(partial(jax_router.topk_select, k=16), donate_argnums=0)(scores)
-    assert scores.is_deleted()
-    np.testing.assert_array_equal(values, want)
+def test_debug_nans_finds_the_nan():
+    """A NaN that is routed is an error where JAX looks for them, and none where the mask excludes the token."""
+    logits = OPS["activation_topk"].draw(T)[0]
+    logits[1, 2] = np.nan
+    with jax.debug_nans(True):
+        with pytest.raises(FloatingPointError, match="nan"):
+            jax.block_until_ready(jax.jit(native("activation_topk"))(logits))
+        weights, _ = jax.jit(native("activation_topk"))(logits, token_mask=np.arange(T) != 1)
+    np.testing.assert_array_equal(weights[1], 0)
 
 
-def test_x64(implementation, rng):
+def test_ids_of_64_bits(implementation, rng):
     """Dtypes do not change with the flag; 64-bit ids that int32 cannot hold are out of range, and do not wrap."""
     logits, lut = draw(rng, "logits", 4, 16), draw(rng, "lut", 12, 2)
     ops = {
@@ -200,8 +404,7 @@ def test_x64(implementation, rng):
         at = ops["route_at"](logits, routing.expert_ids.astype(jnp.int64) + 2**32)
         sizes = ops["expert_dispatch"](token_ids[:, None], 12).group_sizes
         _, indices = ops["topk_select"](logits, 4, lengths=lengths)
-        gradient = jax.grad(loss_of(implementation))(logits)
-        return (hashed.weights, routing.weights, at.weights, gradient), (
+        return (hashed.weights, routing.weights, at.weights), (
             hashed.expert_ids, routing.expert_ids, at.expert_ids, sizes, indices,
         )  # fmt: skip
 
@@ -219,68 +422,37 @@ def test_x64(implementation, rng):
     np.testing.assert_array_equal(ids, oracle_top_k(logits, 3))
 
 
-# What a program looks like
-
-
-def test_jaxpr_holds_one_equation(rng):
-    jaxpr = jax.make_jaxpr(lambda x, b: jax_router.activation_topk(x, b, top_k=3))(
-        draw(rng, "x", 5, 16), draw(rng, "bias", 16)
-    )
-    assert [equation.primitive.name for equation in jaxpr.eqns] == ["jax_router.activation_topk"]
+def test_jaxpr():
+    """One equation, which says what the op was given."""
+    with_bias = partial(jax_router.activation_topk, top_k=3, num_groups=4, top_groups=2)
+    (equation,) = jax.make_jaxpr(with_bias)(*OPS["activation_topk, bias"].draw(T)).eqns
+    assert equation.primitive.name == "jax_router.activation_topk"
+    text = str(equation)
+    for part in ("names=('logits', 'bias')", "top_k=3", "num_groups=4", "score_fn='sqrtsoftplus'"):
+        assert part in text, text
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_lowering_is_one_custom_call(platform, rng):
+def test_lowering_is_one_custom_call(platform):
     if isinstance(error := _ffi.load(platform), ImportError):
         pytest.skip(str(error))
-    traced = jax.jit(OPS["with bias"]).trace(draw(rng, "x", 5, 16), draw(rng, "bias", 16))
+    traced = jax.jit(OPS["activation_topk, bias"].call).trace(*OPS["activation_topk, bias"].draw(T))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     calls = re.findall(r"custom_call @([\w.]+)", text)
     assert calls == ["jax_router.activation_topk"]
     assert "chlo.top_k" not in text
 
 
-@pytest.mark.parametrize(
-    "op", ["activation_topk", "hash_router", "dense_router", "expert_dispatch", "topk_select lengths"]
-)
-def test_export(op, rng):
-    """One program for three platforms and any number of tokens."""
-    (tokens,) = export.symbolic_shape("tokens")
-    shapes = {
-        "activation_topk": [(tokens, 16)],
-        "hash_router": [(tokens,), (12, 2)],
-        "dense_router": [(tokens, 8), (16, 8)],
-        "expert_dispatch": [(tokens, 2)],
-        "topk_select lengths": [(tokens, 16), (tokens,)],
-    }[op]
-    names = {
-        "hash_router": ["token_ids", "lut"],
-        "expert_dispatch": ["ids"],
-        "topk_select lengths": ["logits", "lengths"],
-    }.get(op, ["x", "weight"])
-    dtypes = [draw(rng, name, 1).dtype for name in names]
-    platforms = ("cpu", "cuda", "tpu")
-    exported = export.export(
-        jax.jit(OPS[op]),
-        platforms=platforms,
-        disabled_checks=[export.DisabledSafetyCheck.custom_call(target) for target in jax_router.custom_call_targets()],
-    )(*map(jax.ShapeDtypeStruct, shapes, dtypes))
-    assert exported.platforms == platforms
-    for size in (1, 7):
-        values = [draw(rng, name, *[size if d is tokens else d for d in shape]) for name, shape in zip(names, shapes)]
-        got, want = exported.call(*values), jax.jit(OPS[op])(*values)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), tuple(got), tuple(want))
-
-
-def test_export_of_a_gradient(rng):
-    (tokens,) = export.symbolic_shape("tokens")
-    exported = export.export(
-        jax.jit(jax.grad(loss_of("auto"))),
-        platforms=("cpu", "cuda", "tpu"),
-        disabled_checks=[export.DisabledSafetyCheck.custom_call(target) for target in jax_router.custom_call_targets()],
-    )(jax.ShapeDtypeStruct((tokens, 16), np.float32))
-    x = draw(rng, "x", 6, 16)
-    np.testing.assert_allclose(exported.call(x), jax.jit(jax.grad(loss_of("reference")))(x), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("op", ["activation_topk, bias", "expert_dispatch"])
+def test_exported_programs_are_serialized(op):
+    """With the types that the ops return, and with their gradients."""
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers to serialize")
+    values, function = OPS[op].draw(T), jax.jit(OPS[op].call)
+    safe = [export.DisabledSafetyCheck.custom_call(target) for target in jax_router.custom_call_targets()]
+    program = export.export(function, disabled_checks=safe)(*values).serialize(vjp_order=1)
+    call = export.deserialize(program).call
+    assert type(call(*values)) is type(function(*values))
+    assert_close(OPS[op].derivative_of(call)(*values), OPS[op].derivative_of(function)(*values))
 
 
 def test_custom_call_targets():
@@ -288,9 +460,3 @@ def test_custom_call_targets():
     assert targets == tuple(sorted(targets))
     assert {"jax_router.activation_topk", "jax_router.route_cotangent"} <= set(targets)
     assert all(target.startswith("jax_router.") for target in targets)
-
-
-def test_eager_and_jitted_calls_agree(rng):
-    logits = draw(rng, "logits", 5, 16)
-    eager = jax_router.activation_topk(logits, top_k=3)
-    assert_same_routing(jax.jit(OPS["activation_topk"])(logits), eager, f64(logits))

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "macros.h"
+
 namespace jax_router {
 
 // Above these the reference implementation takes over; Python reads them from the native modules.
@@ -70,12 +72,24 @@ struct RouteAt {
   int32_t k;
   DType dtype;
   const void* logits;         // [rows, experts]
-  const int32_t* expert_ids;  // [rows, k], any values
-  float* weights;             // [rows, k]
-  int32_t* valid_ids;         // [rows, k]: the id, or -1 where it is outside [0, experts)
-  float* chosen_logits;       // optional, [rows, k], 0 where the id is outside
+  const int32_t* expert_ids;  // [rows, k], any values; with token_ids a table [vocab_size, k]
+  const int32_t* token_ids;   // optional, [rows]
+  int64_t vocab_size;
+  float* weights;        // [rows, k]
+  int32_t* valid_ids;    // [rows, k]: the id, or -1 where it is outside [0, experts)
+  float* chosen_logits;  // optional, [rows, k], 0 where the id is outside
   Scoring scoring;
 };
+
+// Where the ids of a row begin, or null if its token id is outside the table.
+JR_HOST_DEVICE const int32_t* ids_of_row(const RouteAt& op, int64_t row) {
+  if (op.token_ids == nullptr) return op.expert_ids + row * op.k;
+  const int64_t token_id = op.token_ids[row];
+  return token_id >= 0 && token_id < op.vocab_size ? op.expert_ids + token_id * op.k : nullptr;
+}
+
+// route_at with the ids of a table: a hash layer whose weights are scores.
+struct ScoredHashRouter : RouteAt {};
 
 // The pullback of weights(logits) at fixed ids: a dense [rows, experts] gradient, written once, zero where not chosen.
 // Equal ids in a row add up. ids outside [0, experts) contribute nothing.

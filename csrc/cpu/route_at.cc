@@ -15,8 +15,9 @@ void rows(const RouteAt& op, int64_t begin, int64_t end) {
       int32_t* const valid_ids = op.valid_ids + first * k;
       for (int64_t r = 0; r < count; ++r) {
         const auto* row = logits + (first + r) * op.experts;
+        const int32_t* const ids = ids_of_row(op, first + r);
         for (int64_t j = 0; j < k; ++j) {
-          const int32_t id = op.expert_ids[(first + r) * k + j];
+          const int32_t id = ids == nullptr ? -1 : ids[j];
           const bool valid = static_cast<uint32_t>(id) < static_cast<uint32_t>(op.experts);
           const float logit = valid ? to_f32(row[id]) : 0.0f;
           valid_ids[r * k + j] = valid ? id : -1;

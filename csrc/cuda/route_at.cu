@@ -1,9 +1,9 @@
 // route_at: the weights of given experts.
 //
-// A thread block owns a few tokens, one thread a choice: it loads the id, then the one logit, and the token's threads
-// share their scores through shared memory, to be added up in the order of activation_topk. Softmax without
-// renormalisation needs the whole row: there a warp owns a token.
-// Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
+// A thread block owns a few tokens, one thread a choice: it loads the id (where the ids are those of a table, which
+// stays in the L2, by the token's own id), then the one logit, and the token's threads share their scores through
+// shared memory, to be added up in the order of activation_topk. Softmax without renormalisation needs the whole row:
+// there a warp owns a token. Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
 #include <algorithm>
 
 #include "kernels.h"
@@ -17,8 +17,9 @@ constexpr int kThreads = 256;
 
 // The id, or -1 where the expert does not exist.
 __device__ __forceinline__ int load_expert(const RouteAt& op, int64_t token, int j) {
-  if (token >= op.rows) return -1;
-  const int expert = __ldg(op.expert_ids + token * op.k + j);
+  const int32_t* ids = token < op.rows ? ids_of_row(op, token) : nullptr;
+  if (ids == nullptr) return -1;
+  const int expert = __ldg(ids + j);
   return static_cast<uint32_t>(expert) < static_cast<uint32_t>(op.experts) ? expert : -1;
 }
 

@@ -50,6 +50,7 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, int64_t grain,
 
 struct Cpu {
   static constexpr std::initializer_list<ffi::Traits> kTraits{};
+  static constexpr bool kHasDenseRouter = false;
 
   template <typename Binding>
   static auto add_context(Binding binding) {

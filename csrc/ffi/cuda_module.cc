@@ -1,6 +1,8 @@
 // jax_router._cuda: the CUDA kernels as FFI handlers that XLA may capture into CUDA graphs.
 #include <cuda_runtime_api.h>
+#include <nanobind/stl/string.h>
 
+#include <limits>
 #include <string>
 #include <type_traits>
 
@@ -21,6 +23,7 @@ constexpr size_t kWorkspaceAlignment = 16;
 
 struct Cuda {
   static constexpr std::initializer_list<ffi::Traits> kTraits{ffi::Traits::kCmdBufferCompatible};
+  static constexpr bool kHasDenseRouter = true;
 
   template <typename Binding>
   static auto add_context(Binding binding) {
@@ -49,11 +52,28 @@ struct Cuda {
   }
 };
 
+bool fuses_dense_router(int64_t tokens, int64_t num_experts, int64_t hidden, int64_t top_k, int64_t num_groups,
+                        const std::string& dtype) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (num_experts > kMost || hidden > kMost || top_k > kMost) return false;
+  DenseRouter op{};
+  op.operand_dtype = dtype == "float32" ? DType::kF32 : dtype == "bfloat16" ? DType::kBF16 : DType::kF16;
+  op.hidden = static_cast<int32_t>(hidden);
+  op.select.rows = tokens;
+  op.select.experts = static_cast<int32_t>(num_experts);
+  op.select.k = static_cast<int32_t>(top_k);
+  op.select.groups.num_groups = static_cast<int32_t>(num_groups);
+  return cuda::fuses(op);
+}
+
 }  // namespace
 }  // namespace jax_router
 
 NB_MODULE(_cuda, module) {
+  namespace nb = nanobind;
   jax_router::define_module<jax_router::Cuda>(module);
   module.attr("max_select_k") = jax_router::cuda::kMaxSelectK;
   module.attr("architectures") = JAX_ROUTER_CUDA_ARCHITECTURES;
+  module.def("fuses_dense_router", jax_router::fuses_dense_router, nb::arg("tokens"), nb::arg("num_experts"),
+             nb::arg("hidden"), nb::arg("top_k"), nb::arg("num_groups"), nb::arg("dtype"));
 }

@@ -173,8 +173,8 @@ void read_logits(CallReader& call, Op& op) {
   op.logits = logits.untyped_data();
 }
 
-inline void read(CallReader& call, ActivationTopk& op) {
-  read_logits(call, op);
+// Everything of an ActivationTopk behind its logits.
+inline void read_selection(CallReader& call, ActivationTopk& op) {
   op.k = static_cast<int32_t>(call.attr<int64_t>("top_k"));
   op.bias = nullptr;
   op.bias_stride = 0;
@@ -193,16 +193,51 @@ inline void read(CallReader& call, ActivationTopk& op) {
   op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.k) : nullptr;
 }
 
+inline void read(CallReader& call, ActivationTopk& op) {
+  read_logits(call, op);
+  read_selection(call, op);
+}
+
+inline void read(CallReader& call, DenseRouter& op) {
+  const ffi::AnyBuffer x = call.operand();
+  const ffi::AnyBuffer weight = call.operand();
+  op.operand_dtype = call.dtype(x);
+  op.hidden = static_cast<int32_t>(axis_from_end(x, 0));
+  op.x = x.untyped_data();
+  op.weight = weight.untyped_data();
+  op.select.rows = leading_count(x, 1);
+  op.select.experts = op.hidden == 0 ? 0 : static_cast<int32_t>(weight.element_count() / op.hidden);
+  op.select.dtype = DType::kF32;
+  op.select.logits = nullptr;
+  op.logit_bias = call.attr<bool>("has_logit_bias") ? call.operand<float>(op.select.experts) : nullptr;
+  read_selection(call, op.select);
+}
+
+// Everything of a RouteAt behind its ids.
+inline void read_weighing(CallReader& call, RouteAt& op) {
+  op.scoring = read_scoring(call);
+  op.weights = call.result<float>(op.rows * op.k);
+  op.valid_ids = call.result<int32_t>(op.rows * op.k);
+  op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.k) : nullptr;
+}
+
 inline void read(CallReader& call, RouteAt& op) {
   read_logits(call, op);
   const ffi::AnyBuffer expert_ids = call.operand();
   op.k = static_cast<int32_t>(axis_from_end(expert_ids, 0));
   call.expect_count(expert_ids, op.rows * op.k);
   op.expert_ids = static_cast<const int32_t*>(expert_ids.untyped_data());
-  op.scoring = read_scoring(call);
-  op.weights = call.result<float>(op.rows * op.k);
-  op.valid_ids = call.result<int32_t>(op.rows * op.k);
-  op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.k) : nullptr;
+  read_weighing(call, op);
+}
+
+inline void read(CallReader& call, ScoredHashRouter& op) {
+  read_logits(call, op);
+  op.token_ids = call.operand<int32_t>(op.rows);
+  const ffi::AnyBuffer hash_lut = call.operand();
+  op.k = static_cast<int32_t>(call.result_axis_from_end(0));
+  op.vocab_size = op.k == 0 ? 0 : static_cast<int64_t>(hash_lut.element_count()) / op.k;
+  op.expert_ids = static_cast<const int32_t*>(hash_lut.untyped_data());
+  read_weighing(call, op);
 }
 
 inline void read(CallReader& call, RouteCotangent& op) {

@@ -2,6 +2,7 @@
 //   add_context(binding)   the binding with what the handlers need besides the call (a thread pool, a stream)
 //   kTraits                of its handlers
 //   run(op, context...)    the kernel, as an ffi::Error
+//   kHasDenseRouter        whether it has kernels that fuse the product and the selection
 #pragma once
 
 #include <utility>
@@ -33,9 +34,11 @@ void for_each_target(Visitor&& visit) {
   visit("hash_router", handler<Backend, HashRouter>);
   visit("activation_topk", handler<Backend, ActivationTopk>);
   visit("route_at", handler<Backend, RouteAt>);
+  visit("scored_hash_router", handler<Backend, ScoredHashRouter>);
   visit("route_cotangent", handler<Backend, RouteCotangent>);
   visit("topk_select", handler<Backend, TopkSelect>);
   visit("expert_dispatch", handler<Backend, ExpertDispatch>);
+  if constexpr (Backend::kHasDenseRouter) visit("dense_router", handler<Backend, DenseRouter>);
 }
 
 }  // namespace jax_router

@@ -1,0 +1,90 @@
+"""Sharding that is part of an array's type, in meshes with Explicit axes. Elsewhere nothing here does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+
+
+def align(values: Sequence[Array | None], core_ranks: Sequence[int]) -> list[Any]:
+    """The operands of an op, with their core axes whole on every device, and with their batch axes sharded alike.
+
+    Arguments:
+        values: the first one has the batch axes, and so have those with as many axes before their core; None stays.
+        core_ranks: the number of core axes of each, which are the last ones.
+    """
+    shardings = [None if value is None else jax.typeof(value).sharding for value in values]
+    sharded = [sharding for sharding in shardings if sharding is not None and any(sharding.spec)]
+    if not sharded:
+        return list(values)
+    batch_specs = [
+        () if sharding is None else tuple(sharding.spec)[: len(sharding.spec) - core]
+        for sharding, core in zip(shardings, core_ranks)
+    ]
+    merged = merge_specs(spec for spec in batch_specs if len(spec) == len(batch_specs[0]))
+
+    def aligned(value: Array, batch_spec: tuple[Any, ...]) -> Array:
+        batch = merged if len(batch_spec) == len(merged) else (None,) * len(batch_spec)
+        return _reshard(value, sharded[0].update(spec=(*batch, *[None] * (value.ndim - len(batch)))))
+
+    return [value if value is None else aligned(value, spec) for value, spec in zip(values, batch_specs)]
+
+
+def shard_last_axis_as(model: Array, value: Array) -> Array:
+    """An array `[E]` to be added to one of `[..., E]`: if it is sharded, then as that is."""
+    sharding = jax.typeof(value).sharding
+    last = jax.typeof(model).sharding.spec[-1:]
+    return _reshard(value, sharding.update(spec=last)) if any(sharding.spec) else value
+
+
+def take_rows(table: Array, rows: Array) -> Array:
+    """`table[rows]`, sharded as `rows` are, where the table is whole on every device."""
+    sharding = jax.typeof(rows).sharding
+    if all(axis is None for axis in sharding.spec):
+        return table[rows]
+    return table.at[rows].get(out_sharding=sharding.update(spec=(*sharding.spec, None)))
+
+
+def merge_specs(specs: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+    """How the axes that several operands share are sharded: as in the first operand that shards them.
+
+    A mesh axis shards one of the axes at most. XLA moves operands that are sharded otherwise.
+    """
+    first, *others = specs
+    merged = list(first)
+    for spec in others:
+        for index, entry in enumerate(spec):
+            if merged[index] is None and _mesh_axes(*merged).isdisjoint(_mesh_axes(entry)):
+                merged[index] = entry
+    return tuple(merged)
+
+
+def product_sharding(x: Array, weight: Array) -> Any:
+    """The sharding of `x @ weight.T`, or None where `jax.lax.dot_general` finds it.
+
+    It refuses where both are sharded over D, since the sums may end up anywhere: here they end up on every device, with
+    the tokens sharded as in x. And it refuses where one mesh axis shards both the tokens and the experts (FSDP): the
+    tokens stay sharded, so that the weight is gathered.
+    """
+    x_sharding, weight_sharding = jax.typeof(x).sharding, jax.typeof(weight).sharding
+    *tokens, x_hidden = x_sharding.spec
+    experts, weight_hidden = weight_sharding.spec
+    conflict = not _mesh_axes(*tokens).isdisjoint(_mesh_axes(experts))
+    if not conflict and (x_hidden is None or weight_hidden is None):
+        return None
+    return x_sharding.update(spec=(*tokens, None if conflict else experts))
+
+
+def _reshard(value: Array, sharding: Any) -> Array:
+    return value if jax.typeof(value).sharding.spec == sharding.spec else jax.sharding.reshard(value, sharding)
+
+
+def _mesh_axes(*axes: Any) -> set[str]:
+    """The mesh axes in entries of a PartitionSpec."""
+    names: set[str] = set()
+    for axis in axes:
+        names.update(axis if isinstance(axis, tuple) else () if axis is None else (axis,))
+    return names

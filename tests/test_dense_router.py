@@ -1,0 +1,120 @@
+"""Which programs hold the fused kernel of dense_router, and what holds of that kernel alone."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_router
+from cases import DTYPES, MODELS, TOKEN_COUNTS
+from jax_router import _ffi
+
+FUSED, UNFUSED = "jax_router.dense_router", "jax_router.activation_topk"
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    module = _ffi.load("cuda")
+    if isinstance(module, ImportError):
+        pytest.skip(str(module))
+    return module
+
+
+def bf16(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def calls(function, *operands, **shardings):
+    """The custom calls of this project in the program for CUDA."""
+    text = jax.jit(function, **shardings).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r"custom_call @(jax_router\.\w+)", text)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4-flash", "deepseek-v4-pro", "gpt-oss-120b"])
+def test_few_tokens_are_one_call(name, cuda):
+    model = MODELS[name]
+    route = partial(jax_router.dense_router, **model.options)
+    weight = bf16(model.num_experts, model.hidden_size)
+    assert calls(route, bf16(8, model.hidden_size), weight) == [FUSED]
+    assert calls(route, bf16(2, 4, model.hidden_size), weight) == [FUSED]
+    assert calls(jax.vmap(route, in_axes=(0, None)), bf16(2, 4, model.hidden_size), weight) == [FUSED]
+    assert calls(route, bf16(65, model.hidden_size), weight) == [UNFUSED]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "hidden", "options"),
+    [(256, 4097, {}), (1500, 4096, {}), (256, 4096, {"top_k": 30}), (60, 4096, {"num_groups": 6, "top_groups": 3})],
+)
+def test_other_sizes_are_a_product_and_a_selection(num_experts, hidden, options, cuda):
+    route = partial(jax_router.dense_router, **{"top_k": 6, "implementation": "native", **options})
+    assert calls(route, bf16(8, hidden), bf16(num_experts, hidden)) == [UNFUSED]
+
+
+def test_xla_sees_the_product_where_it_may_partition_it(cuda, devices):
+    """It can split it over D and E, which a kernel cannot; a device of its own computes alone."""
+    route = partial(jax_router.dense_router, top_k=6)
+    operands = bf16(8, 4096), bf16(256, 4096)
+    mesh = jax.make_mesh((len(devices),), ("d",), devices=devices)
+    shardings = NamedSharding(mesh, P(None, "d")), NamedSharding(mesh, P(None, "d"))
+    assert calls(route, *operands, in_shardings=shardings) == [UNFUSED]
+    specs = {"in_specs": (P("d"), P()), "out_specs": P("d")}
+    assert calls(jax.shard_map(route, mesh=mesh, **specs), bf16(8 * len(devices), 4096), operands[1]) == [FUSED]
+
+
+def test_exported_programs_run_anywhere(cuda):
+    """On GPUs that this installation has no kernel for, too."""
+    exported = export.export(
+        jax.jit(partial(jax_router.dense_router, top_k=6)),
+        platforms=("cuda",),
+        disabled_checks=[export.DisabledSafetyCheck.custom_call(UNFUSED)],
+    )(bf16(8, 4096), bf16(256, 4096))
+    assert FUSED not in exported.mlir_module()
+
+
+def test_gradient_selects_once(cuda):
+    """Forward: the fused call, which leaves the ids and the chosen logits. Backward: the gradient's kernel."""
+
+    def loss(x, weight):
+        return jax_router.dense_router(x, weight, top_k=6).weights.sum()
+
+    found = calls(jax.grad(loss, argnums=(0, 1)), bf16(8, 4096), bf16(256, 4096))
+    assert found == [FUSED, "jax_router.route_cotangent"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="XLA's product of another shape may sum in another order")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_experts", "hidden"), [(36, 8), (257, 2880), (384, 7168), (1024, 104)])
+def test_a_token_does_not_know_its_batch(num_experts, hidden, dtype, rng):
+    x = rng.normal(0, 1, (64, hidden)).astype(DTYPES[dtype])
+    weight = rng.normal(0, hidden**-0.5, (num_experts, hidden)).astype(DTYPES[dtype])
+    bias = rng.normal(0, 0.1, num_experts).astype(np.float32)
+    route = jax.jit(partial(jax_router.dense_router, top_k=6, implementation="native"))
+    whole = route(x, weight, bias)
+    for tokens in (1, 2, *TOKEN_COUNTS[:4]):
+        for mine, all_rows in zip(route(x[-tokens:], weight, bias), whole):
+            np.testing.assert_array_equal(mine, all_rows[-tokens:])
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel runs on a GPU")
+def test_calls_that_follow_each_other(rng):
+    """1000 calls of changing shapes, queued without waiting, from two threads' worth of programs: equal bits."""
+    programs = []
+    for tokens, name in ((1, "deepseek-v4-flash"), (64, "deepseek-v4-pro"), (17, "gpt-oss-120b")):
+        model = MODELS[name]
+        x = jnp.asarray(rng.normal(0, 1, (tokens, model.hidden_size)).astype(DTYPES["bf16"]))
+        weight = rng.normal(0, model.hidden_size**-0.5, (model.num_experts, model.hidden_size)).astype(DTYPES["bf16"])
+        route = jax.jit(partial(jax_router.dense_router, **model.options))
+        programs.append((route, x, jnp.asarray(weight)))
+    want = [route(x, weight) for route, x, weight in programs]
+    same = jax.jit(lambda a, b: jnp.all(a[0] == b[0]) & jnp.all(a[1] == b[1]))
+    verdicts = []
+    for call in range(1000):
+        route, x, weight = programs[call % 3]
+        verdicts.append(same(route(x, weight), want[call % 3]))
+    assert all(map(bool, verdicts))

@@ -1,0 +1,124 @@
+"""The examples compute what they say, with the collectives and the memory that they say."""
+
+import importlib.util
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_router
+from matrix import assert_close
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    if not EXAMPLES.exists():
+        pytest.skip(f"there is no {EXAMPLES}")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def expert_parallel(devices):
+    """The example, a mesh, and tokens and weights on it."""
+    example = load("expert_parallel")
+    mesh = jax.make_mesh((len(devices),), (example.AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
+    weights = example.random_weights(jax.random.key(0), 16, 8, 12)
+    x = jax.random.normal(jax.random.key(1), (64, 8))
+    with jax.default_matmul_precision("highest"):
+        yield example, mesh, example.shard(x, weights, mesh)
+
+
+def test_expert_parallel_is_the_dense_layer(expert_parallel):
+    """Results, routing and gradients; by all-to-all alone, but for the sum of the shared weight's gradient."""
+    example, mesh, operands = expert_parallel
+
+    def gradient(layer):
+        def loss(x, weights):
+            y, routing = layer(x, weights, top_k=3)
+            return (y**2).sum(), (y, routing)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*operands).compile()
+
+    layer = partial(example.expert_parallel, mesh=mesh)
+    compiled = gradient(layer)
+    assert_close(compiled(*operands), gradient(example.dense)(*operands), rtol=1e-4, atol=1e-5)
+    collectives, memory = example.cost(compiled)
+    assert collectives == {"all-to-all": 5, "all-reduce": 1}
+    collectives, less_memory = example.cost(jax.jit(partial(layer, top_k=3)).lower(*operands).compile())
+    assert collectives == {"all-to-all": 3}
+    assert 0 < less_memory < memory
+
+
+def test_expert_parallel_with_a_capacity(expert_parallel):
+    """Of the choices that a device sends to another, in the order of their experts, the first two are computed."""
+    example, mesh, (x, weights) = expert_parallel
+    y, routing = jax.jit(partial(example.expert_parallel, mesh=mesh, top_k=3, capacity=2))(x, weights)
+    ids, kept = np.asarray(routing.expert_ids), np.zeros(routing.weights.shape, bool)
+    devices = mesh.size
+    for source in range(devices):
+        tokens = range(source * len(x) // devices, (source + 1) * len(x) // devices)
+        choices = sorted((ids[token, j], token, j) for token in tokens for j in range(3))
+        for target in range(devices):
+            for _, token, j in [choice for choice in choices if choice[0] // (16 // devices) == target][:2]:
+                kept[token, j] = True
+    assert not kept.all()
+    want = np.zeros_like(x)
+    for token, j in zip(*np.nonzero(kept)):
+        inner = jax.nn.silu(x[token] @ weights.w_in[ids[token, j]])
+        want[token] += routing.weights[token, j] * (inner @ weights.w_out[ids[token, j]])
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_two_processes_train_as_one_does(platform):
+    """Real processes, with gloo or NCCL between them."""
+    if not EXAMPLES.exists():
+        pytest.skip(f"there is no {EXAMPLES}")
+    if platform == "cuda" and (jax.default_backend() != "gpu" or jax.local_device_count() < 2):
+        pytest.skip(f"needs two GPUs; this machine has {jax.local_device_count()} devices: {jax.local_devices()[0]}")
+    run = [sys.executable, EXAMPLES / "two_processes.py", "--platform", platform]
+    printed = subprocess.run(run, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    assert "10 of 10 shards" in printed.stdout
+
+
+@pytest.fixture
+def sharded_selection(devices):
+    example = load("sharded_selection")
+    return example, jax.make_mesh((len(devices),), (example.AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_topk_over_shards(k, sharded_selection, rng):
+    """Rows with many ties, of which a shard has fewer than 40 entries, and NaN."""
+    example, mesh = sharded_selection
+    scores = rng.integers(0, 20, (6, 64)).astype(np.float32)
+    scores[0], scores[1, ::7] = 3, np.nan
+    merged = example.over_shards(partial(example.topk_over_shards, k=k), mesh, P(None, example.AXIS))
+    assert_close(merged(scores), jax.jit(partial(jax_router.topk_select, k=k))(scores), rtol=0, atol=0)
+
+
+def test_route_over_shards(sharded_selection, rng):
+    """With ties at the k-th place; the gradient is that of the op."""
+    example, mesh = sharded_selection
+    logits, bias = rng.integers(-2, 3, (32, 64)).astype(np.float32), rng.integers(0, 2, 64).astype(np.float32)
+    specs = P(None, example.AXIS), P(example.AXIS)
+
+    def gradient(route):
+        def loss(logits):
+            routing = route(logits, bias)
+            return (routing.weights**2).sum(), routing
+
+        return jax.jit(jax.grad(loss, has_aux=True))(logits)
+
+    merged = example.over_shards(partial(example.route_over_shards, top_k=6), mesh, *specs)
+    assert_close(gradient(merged), gradient(partial(jax_router.activation_topk, top_k=6)))
