@@ -24,10 +24,10 @@ cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
 size_t workspace_bytes(const ExpertDispatch& op);
 cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream);
 
-// dense_router for few tokens. decode_supports looks at shapes, dtypes and options alone. x and weight must be aligned
-// to 16 bytes.
-bool decode_supports(const DenseRouter& op);
-size_t decode_workspace_bytes(const DenseRouter& op);
-cudaError_t launch_decode(const DenseRouter& op, void* workspace, cudaStream_t stream);
+// The fused dense_router, for few tokens; x and weight must be aligned to 16 bytes. `fuses` looks at shapes, dtypes and
+// options alone: where it says no, XLA's product and the kernel of activation_topk take over.
+bool fuses(const DenseRouter& op);
+size_t workspace_bytes(const DenseRouter& op);
+cudaError_t launch(const DenseRouter& op, void* workspace, cudaStream_t stream);
 
 }  // namespace jax_router::cuda

@@ -456,21 +456,21 @@ int shared_memory_of_block() {
 
 }  // namespace
 
-bool decode_supports(const DenseRouter& op) {
+bool fuses(const DenseRouter& op) {
   const ActivationTopk& select = op.select;
   return select.rows <= kMaxTokens && op.hidden % 8 == 0 && select.experts <= kMaxDecodeExperts &&
          select.k <= kMaxTileTopK<32> &&
          (select.groups.num_groups == 1 || tile_can_group(32, select.experts, select.groups.num_groups));
 }
 
-size_t decode_workspace_bytes(const DenseRouter& op) {
+size_t workspace_bytes(const DenseRouter& op) {
   return kSplits * static_cast<size_t>(op.select.rows) * ((op.select.experts + 1) / 2) * sizeof(Packet);
 }
 
-cudaError_t launch_decode(const DenseRouter& op, void* workspace, cudaStream_t stream) {
+cudaError_t launch(const DenseRouter& op, void* workspace, cudaStream_t stream) {
   const int64_t rows = op.select.rows;
   if (rows == 0 || op.select.k == 0) return cudaSuccess;
-  if (!decode_supports(op)) return cudaErrorNotSupported;
+  if (!fuses(op)) return cudaErrorNotSupported;
   // The copies move 16 bytes at a time.
   if (reinterpret_cast<uintptr_t>(op.x) % 16 != 0 || reinterpret_cast<uintptr_t>(op.weight) % 16 != 0) {
     return cudaErrorMisalignedAddress;
