@@ -90,13 +90,19 @@ def test_gradient_selects_once(cuda):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="XLA's product of another shape may sum in another order")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_experts", "hidden"), [(36, 8), (257, 2880), (384, 7168), (1024, 104)])
-def test_a_token_does_not_know_its_batch(num_experts, hidden, dtype, rng):
-    x = rng.normal(0, 1, (64, hidden)).astype(DTYPES[dtype])
+def test_a_token_does_not_know_its_batch(num_experts, hidden, dtype, cuda, rng):
+    sizes = {"num_experts": num_experts, "hidden": hidden, "top_k": 6, "num_groups": 1}
+    fused = [
+        tokens
+        for tokens in (1, 2, 7, 16, *TOKEN_COUNTS)
+        if cuda.fuses_dense_router(tokens=tokens, dtype=DTYPES[dtype].name, **sizes)
+    ]
+    x = rng.normal(0, 1, (max(fused), hidden)).astype(DTYPES[dtype])
     weight = rng.normal(0, hidden**-0.5, (num_experts, hidden)).astype(DTYPES[dtype])
     bias = rng.normal(0, 0.1, num_experts).astype(np.float32)
     route = jax.jit(partial(jax_router.dense_router, top_k=6, implementation="native"))
     whole = route(x, weight, bias)
-    for tokens in (1, 2, *TOKEN_COUNTS[:4]):
+    for tokens in fused:
         for mine, all_rows in zip(route(x[-tokens:], weight, bias), whole):
             np.testing.assert_array_equal(mine, all_rows[-tokens:])
 
