@@ -24,4 +24,8 @@ cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
 size_t workspace_bytes(const ExpertDispatch& op);
 cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream);
 
+// dense_router in one kernel, for more tokens than the decode path takes. Compute capability 9.0 only.
+bool prefill_supports(const DenseRouter& op);  // looks at the current device too; the launch fails where it is false
+cudaError_t launch_prefill(const DenseRouter& op, cudaStream_t stream);
+
 }  // namespace jax_router::cuda
