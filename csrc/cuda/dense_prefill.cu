@@ -32,23 +32,25 @@ struct Plan {
   int cluster;
   int whole_clusters;
   int splits;
-  int boxes;  // that the weight's part of a stage comes in: at least the most blocks that share it
+  int prefetch;     // how many steps ahead of its copy a part of x is brought into the L2 cache
+  int prefetchers;  // so many tiles bring the weight there between them
+  int boxes;        // that the weight's part of a stage comes in: at least the most blocks that share it
 };
 
 // A tile of kTokens x kExperts, of which one warpgroup computes kRowBlocks x kColumnBlocks blocks of 64 x kWidth.
-template <int kTokens_, int kExperts_, int kExtraThreads>
+template <int kTokens_, int kExperts_, int kExtraThreads, int kMostWidth = 256>
 struct Shape {
   static constexpr int kTokens = kTokens_;
   static constexpr int kExperts = kExperts_;
   static constexpr bool kSplitsExperts = kTokens == 64;  // between the warpgroups; else they split the tokens
   static constexpr int kColumns = kSplitsExperts ? kExperts / 2 : kExperts;  // of one warpgroup
-  static constexpr int kBlocks = kColumns > 256 ? 2 : 1;
+  static constexpr int kBlocks = kColumns > kMostWidth ? 2 : 1;
   static constexpr int kWidth = kColumns / kBlocks;
   static constexpr int kThreads = kConsumers + 128 + kExtraThreads;
 
   // Registers a thread: of a block at its launch, and then of those that multiply and of the others.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kMoreRegisters = kBlocks == 2 ? 232 : kThreads == 384 ? 208 : 168;
+  static constexpr int kMoreRegisters = kColumns == 384 ? (kThreads == 384 ? 232 : 224) : kThreads == 384 ? 208 : 168;
   static constexpr int kFewerRegisters =
       std::min(kRegisters, (kRegisters * kThreads - kMoreRegisters * kConsumers) / (kThreads - kConsumers) / 8 * 8);
 
@@ -72,6 +74,7 @@ struct Shape {
 
 // What a block has to do.
 struct Part {
+  int64_t tile;
   int64_t first_token;
   int split;
   int splits;
@@ -92,7 +95,8 @@ __device__ __forceinline__ Part part_of_block(const Plan& plan) {
   const int64_t first_tile = whole ? static_cast<int64_t>(cluster) * plan.cluster
                                    : static_cast<int64_t>(plan.whole_clusters) * plan.cluster +
                                          static_cast<int64_t>(cluster - plan.whole_clusters) * part.sharers;
-  part.first_token = (first_tile + rank - part.first_sharer) * kTokens;
+  part.tile = first_tile + rank - part.first_sharer;
+  part.first_token = part.tile * kTokens;
   return part;
 }
 
@@ -102,9 +106,16 @@ __device__ __forceinline__ void multiply(typename S::Shared& shared, int steps, 
                                          float (&sums)[S::kBlocks][S::kWidth / 2]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int group = static_cast<int>(threadIdx.x) / 128;
+  const auto release = [&](int slot) {
+    if (part.sharers == 1) {
+      if (lane == 0) mbarrier_arrive(&shared.empty[slot]);
+    } else if (lane < part.sharers) {
+      mbarrier_arrive_in_block(&shared.empty[slot], part.first_sharer + lane);
+    }
+  };
   int slot = 0;
-  uint32_t parity = 0;
   int last_slot = 0;
+  uint32_t parity = 0;
   for (int step = 0; step < steps; ++step) {
     typename S::Stage& stage = shared.stages[slot];
     mbarrier_wait(&shared.full[slot], parity);
@@ -121,14 +132,7 @@ __device__ __forceinline__ void multiply(typename S::Shared& shared, int steps, 
     }
     wgmma_commit();
     wgmma_wait<1>();
-    // The products of the step before are finished, so its stage may be filled again.
-    if (step > 0) {
-      if (part.sharers == 1) {
-        if (lane == 0) mbarrier_arrive(&shared.empty[last_slot]);
-      } else if (lane < part.sharers) {
-        mbarrier_arrive_in_block(&shared.empty[last_slot], part.first_sharer + lane);
-      }
-    }
+    if (step > 0) release(last_slot);  // the products of the step before are finished
     last_slot = slot;
     if (++slot == S::kStages) {
       slot = 0;
@@ -136,6 +140,7 @@ __device__ __forceinline__ void multiply(typename S::Shared& shared, int steps, 
     }
   }
   wgmma_wait<0>();
+  if (steps > 0) release(last_slot);
 }
 
 // Selects for the tokens first_row, first_row + 1... < rows of the tile, whose logits are complete in shared memory.
@@ -212,6 +217,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   cluster_arrive_relaxed();
   cluster_wait();
 
+  const auto sums_are_complete = [&] {
+    if (part.splits > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  };
   if (threadIdx.x >= kConsumers) {
     if constexpr (S::kFewerRegisters < S::kRegisters) lower_registers<S::kFewerRegisters>();
     if (threadIdx.x == kConsumers) {
@@ -219,9 +232,29 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       const auto everyone = static_cast<uint16_t>(((1 << part.sharers) - 1) << part.first_sharer);
       int slot = 0;
       uint32_t parity = 1;
-      for (int step = 0; step < steps; ++step) {
+      const auto wait_for_slot = [&] { mbarrier_wait(&shared.empty[slot], parity); };
+      const auto next_slot = [&] {
+        if (++slot == S::kStages) {
+          slot = 0;
+          parity ^= 1;
+        }
+      };
+      for (int step = 0; step < steps; ++step, next_slot()) {
+        if (step == S::kStages && plan.prefetch > 0) {
+          for (int64_t i = part.tile; i < steps; i += plan.prefetchers) {
+            for (int box = 0; box < plan.boxes; ++box) {
+              prefetch_box(weight_map, (first_step + static_cast<int>(i)) * kDepth, box * box_rows);
+            }
+          }
+          for (int i = step + 1; i < min(step + plan.prefetch, steps); ++i) {
+            prefetch_box(x_map, (first_step + i) * kDepth, static_cast<int>(part.first_token));
+          }
+        }
+        if (step >= S::kStages && step + plan.prefetch < steps && plan.prefetch > 0) {
+          prefetch_box(x_map, (first_step + step + plan.prefetch) * kDepth, static_cast<int>(part.first_token));
+        }
         typename S::Stage& stage = shared.stages[slot];
-        mbarrier_wait(&shared.empty[slot], parity);
+        wait_for_slot();
         mbarrier_expect_bytes(&shared.full[slot], sizeof(typename S::Stage));
         const int column = (first_step + step) * kDepth;
         copy_box(stage.x, x_map, column, static_cast<int>(part.first_token), &shared.full[slot]);
@@ -234,13 +267,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
             copy_box(destination, weight_map, column, box * box_rows, &shared.full[slot]);
           }
         }
-        if (++slot == S::kStages) {
-          slot = 0;
-          parity ^= 1;
-        }
       }
+      // This block may end only when the sharers have sent all their arrivals.
+      for (int i = 0; i < S::kStages; ++i, next_slot()) wait_for_slot();
     }
     __syncwarp();
+    // Not before, or a warp that is done early would take the registers that the others wait for.
+    sums_are_complete();
     if constexpr (S::kFewerRegisters < S::kRegisters) raise_registers<S::kRegisters>();
   } else {
     raise_registers<S::kMoreRegisters>();
@@ -285,18 +318,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     lower_registers<S::kRegisters>();
-  }
-  // No block ends before the others of its cluster have sent it their last arrivals and copies.
-  if (part.splits > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    cluster_arrive_relaxed();
-    __syncthreads();
+    sums_are_complete();
   }
 
-  const int own_rows = S::kTokens / part.splits;
-  const int first_row = part.split * own_rows;
+  const int first_row = part.split * S::kTokens / part.splits;
+  const int own_rows = (part.split + 1) * S::kTokens / part.splits - first_row;
   if (part.splits > 1) {
     constexpr int kQuads = S::kExperts / 4;
     for (int i = static_cast<int>(threadIdx.x); i < own_rows * kQuads; i += S::kThreads) {
@@ -358,7 +384,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     select(std::integral_constant<KeyMode, KeyMode::kLogits>{});
   }
   }
-  cluster_wait();
+  if (part.splits > 1) cluster_wait();
 #endif
 }
 
@@ -424,6 +450,29 @@ cudaError_t launch_shape(const DenseRouter& op, const Plan& plan, cudaStream_t s
   return cudaLaunchKernelEx(&config, route_tiles<S>, x_map, weight_map, op, plan);
 }
 
+#ifdef JR_PREFILL_TUNE
+template <class S>
+int capacity(int cluster_size) {
+  constexpr int kBytes = static_cast<int>(sizeof(typename S::Shared)) + 1023;
+  cudaFuncSetAttribute(route_tiles<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = cluster_size;
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster_size * 132);
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int n = -1;
+  cudaOccupancyMaxActiveClusters(&n, route_tiles<S>, &config);
+  return n;
+}
+extern "C" int jr_capacity(int cluster_size) { return capacity<Shape<128, 256, 0>>(cluster_size); }
+#endif
+
 bool device_is_hopper() {
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
@@ -449,17 +498,17 @@ cudaError_t launch_prefill(const DenseRouter& op, cudaStream_t stream) {
   if (op.select.rows == 0) return cudaSuccess;
   if (!prefill_supports(op)) return cudaErrorNotSupported;
 #ifdef JR_PREFILL_TUNE
-  const int tile = jr_tune[3] == 0 || jr_tune[3] == 3 || jr_tune[3] == 6 ? 128 : 64;
+  const int tile = jr_tune[3] < 5 ? 128 : 64;
   const int64_t tiles = (op.select.rows + tile - 1) / tile;
-  const Plan plan{jr_tune[0], (int)std::min<int64_t>(jr_tune[1], (tiles + jr_tune[0] - 1) / jr_tune[0]), jr_tune[2], jr_tune[4]};
+  const Plan plan{jr_tune[0], (int)std::min<int64_t>(jr_tune[1], (tiles + jr_tune[0] - 1) / jr_tune[0]), jr_tune[2], jr_tune[5], (int)std::min<int64_t>(tiles, 128), jr_tune[4]};
   switch (jr_tune[3]) {
     case 0: return launch_shape<Shape<128, 256, 0>>(op, plan, stream);
-    case 1: return launch_shape<Shape<64, 256, 0>>(op, plan, stream);
-    case 2: return launch_shape<Shape<64, 256, 256>>(op, plan, stream);
-    case 3: return launch_shape<Shape<128, 384, 0>>(op, plan, stream);
-    case 4: return launch_shape<Shape<64, 384, 0>>(op, plan, stream);
-    case 5: return launch_shape<Shape<64, 384, 128>>(op, plan, stream);
-    case 6: return launch_shape<Shape<128, 128, 0>>(op, plan, stream);
+    case 1: return launch_shape<Shape<128, 256, 256, 128>>(op, plan, stream);
+    case 2: return launch_shape<Shape<128, 384, 0>>(op, plan, stream);
+    case 3: return launch_shape<Shape<128, 384, 128>>(op, plan, stream);
+    case 4: return launch_shape<Shape<128, 128, 0>>(op, plan, stream);
+    case 5: return launch_shape<Shape<64, 256, 0>>(op, plan, stream);
+    case 6: return launch_shape<Shape<64, 384, 0>>(op, plan, stream);
   }
 #endif
   return cudaErrorNotSupported;

@@ -58,12 +58,6 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-#ifdef JR_PREFILL_DEBUG
-  for (int i = 0; !mbarrier_try_wait(barrier, parity); ++i) {
-    if (i == 1 << 18) __trap();
-  }
-  return;
-#endif
   while (!mbarrier_try_wait(barrier, parity)) {
   }
 }
@@ -90,6 +84,12 @@ __device__ __forceinline__ void copy_box_to_blocks(void* destination, const CUte
       "{%2, %3}], [%4], %5;" ::"r"(shared_address(destination)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
+}
+
+// Into the L2 cache only.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row)
+               : "memory");
 }
 
 // For all threads of a warpgroup.
