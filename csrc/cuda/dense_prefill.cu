@@ -21,7 +21,6 @@
 namespace jax_router::cuda {
 namespace {
 
-constexpr int kDepth = 64;  // hidden elements a stage: 128 bytes a row
 constexpr int kMaxCluster = 8;
 constexpr int kConsumers = 256;   // threads of the two warpgroups that multiply
 constexpr int kSharedBytes = 227 * 1024;
@@ -38,8 +37,9 @@ struct Plan {
 };
 
 // A tile of kTokens x kExperts, of which one warpgroup computes kRowBlocks x kColumnBlocks blocks of 64 x kWidth.
-template <int kTokens_, int kExperts_, int kExtraThreads, int kMostWidth = 256>
+template <int kTokens_, int kExperts_, int kExtraThreads, int kMostWidth = 256, int kDepth_ = 32>
 struct Shape {
+  static constexpr int kDepth = kDepth_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kExperts = kExperts_;
   static constexpr bool kSplitsExperts = kTokens == 64;  // between the warpgroups; else they split the tokens
@@ -59,14 +59,16 @@ struct Shape {
     uint16_t weight[kExperts * kDepth];
   };
   static constexpr int kPitch = kExperts + 8;  // of a row of sums: rows that are written together differ in their banks
-  static constexpr int kScratchBytes = kThreads / 32 * static_cast<int>(sizeof(SelectScratch<32>));
-  static constexpr int kStages = (kSharedBytes - 1024 - kScratchBytes - 128) / static_cast<int>(sizeof(Stage));
+  struct Results {
+    float sums[kTokens * kPitch];
+    SelectScratch<32> scratch[kThreads / 32];
+  };
+  static constexpr int kStages = (kSharedBytes - 1024 - 256) / static_cast<int>(sizeof(Stage));
   struct Shared {
     union {
       Stage stages[kStages];
-      float sums[kTokens * kPitch];
+      Results results;
     };
-    SelectScratch<32> scratch[kThreads / 32];
     uint64_t full[kStages];
     uint64_t empty[kStages];
   };
@@ -119,15 +121,15 @@ __device__ __forceinline__ void multiply(typename S::Shared& shared, int steps, 
   for (int step = 0; step < steps; ++step) {
     typename S::Stage& stage = shared.stages[slot];
     mbarrier_wait(&shared.full[slot], parity);
-    const uint64_t x = wgmma_descriptor(stage.x + (S::kSplitsExperts ? 0 : group * 64 * kDepth));
-    const uint64_t weight = wgmma_descriptor(stage.weight + (S::kSplitsExperts ? group * S::kColumns * kDepth : 0));
+    const uint64_t x = wgmma_descriptor<2 * S::kDepth>(stage.x + (S::kSplitsExperts ? 0 : group * 64 * S::kDepth));
+    const uint64_t weight = wgmma_descriptor<2 * S::kDepth>(stage.weight + (S::kSplitsExperts ? group * S::kColumns * S::kDepth : 0));
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
+    for (int k = 0; k < S::kDepth / 16; ++k) {
 #pragma unroll
       for (int b = 0; b < S::kBlocks; ++b) {
-        // 32 bytes on along the hidden axis, kWidth rows of 128 bytes on along the experts.
-        wgmma(T{}, sums[b], x + 2 * k, weight + 8 * S::kWidth * b + 2 * k);
+        // 32 bytes on along the hidden axis, kWidth rows on along the experts.
+        wgmma(T{}, sums[b], x + 2 * k, weight + S::kDepth / 8 * S::kWidth * b + 2 * k);
       }
     }
     wgmma_commit();
@@ -151,7 +153,7 @@ __device__ __forceinline__ void select_rows(const ActivationTopk& op, int64_t fi
   constexpr int kTiles = 32 / kLanes;  // of a warp
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int tile = static_cast<int>(threadIdx.x) % 32 / kLanes;
-  SelectScratch<kLanes>& scratch = reinterpret_cast<SelectScratch<kLanes>*>(&shared.scratch[warp])[tile];
+  SelectScratch<kLanes>& scratch = reinterpret_cast<SelectScratch<kLanes>*>(&shared.results.scratch[warp])[tile];
   const int64_t left = op.rows - first_token;
   rows = left < rows ? static_cast<int>(left) : rows;
 #pragma unroll 1
@@ -160,7 +162,7 @@ __device__ __forceinline__ void select_rows(const ActivationTopk& op, int64_t fi
     const int row = exists ? base + tile : base;
     const int64_t token = first_token + row;
     const bool wanted = exists && (op.token_mask == nullptr || op.token_mask[token]);
-    const float* logits_row = shared.sums + row * S::kPitch;
+    const float* logits_row = shared.results.sums + row * S::kPitch;
     float logits[kElements];
 #pragma unroll
     for (int c = 0; c < kElements / 4; ++c) {
@@ -195,12 +197,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = typename S::Shared;
   extern __shared__ char raw[];
-  auto& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  // By an offset, so that the compiler still knows it for shared memory.
+  auto& shared = *reinterpret_cast<Shared*>(raw + (0u - shared_address(raw)) % 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const Part part = part_of_block<S::kTokens>(plan);
   const int rank = static_cast<int>(block_of_cluster());
-  const int all_steps = (op.hidden + kDepth - 1) / kDepth;
+  const int all_steps = (op.hidden + S::kDepth - 1) / S::kDepth;
   const int first_step = part.split * all_steps / part.splits;
   const int steps = (part.split + 1) * all_steps / part.splits - first_step;
 
@@ -243,24 +246,24 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         if (step == S::kStages && plan.prefetch > 0) {
           for (int64_t i = part.tile; i < steps; i += plan.prefetchers) {
             for (int box = 0; box < plan.boxes; ++box) {
-              prefetch_box(weight_map, (first_step + static_cast<int>(i)) * kDepth, box * box_rows);
+              prefetch_box(weight_map, (first_step + static_cast<int>(i)) * S::kDepth, box * box_rows);
             }
           }
           for (int i = step + 1; i < min(step + plan.prefetch, steps); ++i) {
-            prefetch_box(x_map, (first_step + i) * kDepth, static_cast<int>(part.first_token));
+            prefetch_box(x_map, (first_step + i) * S::kDepth, static_cast<int>(part.first_token));
           }
         }
         if (step >= S::kStages && step + plan.prefetch < steps && plan.prefetch > 0) {
-          prefetch_box(x_map, (first_step + step + plan.prefetch) * kDepth, static_cast<int>(part.first_token));
+          prefetch_box(x_map, (first_step + step + plan.prefetch) * S::kDepth, static_cast<int>(part.first_token));
         }
         typename S::Stage& stage = shared.stages[slot];
         wait_for_slot();
         mbarrier_expect_bytes(&shared.full[slot], sizeof(typename S::Stage));
-        const int column = (first_step + step) * kDepth;
+        const int column = (first_step + step) * S::kDepth;
         copy_box(stage.x, x_map, column, static_cast<int>(part.first_token), &shared.full[slot]);
         const int boxes = plan.boxes / part.sharers;
         for (int box = (rank - part.first_sharer) * boxes, end = box + boxes; box < end; ++box) {
-          uint16_t* destination = stage.weight + box * box_rows * kDepth;
+          uint16_t* destination = stage.weight + box * box_rows * S::kDepth;
           if (part.sharers > 1) {
             copy_box_to_blocks(destination, weight_map, column, box * box_rows, &shared.full[slot], everyone);
           } else {
@@ -295,7 +298,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const float* logit_bias = part.split == 0 ? op.logit_bias : nullptr;
     const int first_row = (S::kSplitsExperts ? 0 : group * 64) + warp % 4 * 16 + lane / 4;
     const int first_column = (S::kSplitsExperts ? group * S::kColumns : 0) + lane % 4 * 2;
-    float* place = shared.sums + first_row * S::kPitch + first_column;
+    float* place = shared.results.sums + first_row * S::kPitch + first_column;
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
@@ -327,7 +330,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     constexpr int kQuads = S::kExperts / 4;
     for (int i = static_cast<int>(threadIdx.x); i < own_rows * kQuads; i += S::kThreads) {
       const int row = first_row + i / kQuads;
-      float* place = shared.sums + row * S::kPitch + i % kQuads * 4;
+      float* place = shared.results.sums + row * S::kPitch + i % kQuads * 4;
       float4 parts[kMaxCluster];
 #pragma unroll
       for (int s = 0; s < kMaxCluster; ++s) {
@@ -359,7 +362,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       const int row = first_row + i / op.select.experts;
       const int e = i % op.select.experts;
       if (part.first_token + row < op.select.rows) {
-        out[(part.first_token + row) * op.select.experts + e] = shared.sums[row * S::kPitch + e];
+        out[(part.first_token + row) * op.select.experts + e] = shared.results.sums[row * S::kPitch + e];
       }
     }
   }
@@ -403,28 +406,29 @@ EncodeTensorMap encode_tensor_map() {
   return function;
 }
 
-// Boxes of box_rows x kDepth of a matrix [rows, hidden].
-cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* matrix, int64_t rows, int hidden, int box_rows) {
+// Boxes of box_rows x depth of a matrix [rows, hidden].
+cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* matrix, int64_t rows, int hidden, int box_rows,
+                            int depth) {
   const EncodeTensorMap encode = encode_tensor_map();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(hidden), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(hidden) * 2};
-  const cuuint32_t box[] = {kDepth, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(depth), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
   const CUresult result =
       encode(&map, dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
              const_cast<void*>(matrix), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             depth == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <class S>
 cudaError_t launch_shape(const DenseRouter& op, const Plan& plan, cudaStream_t stream) {
   CUtensorMap x_map, weight_map;
-  cudaError_t error = make_tensor_map(x_map, op.operand_dtype, op.x, op.select.rows, op.hidden, S::kTokens);
+  cudaError_t error = make_tensor_map(x_map, op.operand_dtype, op.x, op.select.rows, op.hidden, S::kTokens, S::kDepth);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(weight_map, op.operand_dtype, op.weight, op.select.experts, op.hidden,
-                          S::kExperts / plan.boxes);
+                          S::kExperts / plan.boxes, S::kDepth);
   if (error != cudaSuccess) return error;
 
   constexpr int kBytes = static_cast<int>(sizeof(typename S::Shared)) + 1023;
@@ -470,7 +474,6 @@ int capacity(int cluster_size) {
   cudaOccupancyMaxActiveClusters(&n, route_tiles<S>, &config);
   return n;
 }
-extern "C" int jr_capacity(int cluster_size) { return capacity<Shape<128, 256, 0>>(cluster_size); }
 #endif
 
 bool device_is_hopper() {
@@ -490,6 +493,7 @@ bool prefill_supports(const DenseRouter& op) {
 }
 
 #ifdef JR_PREFILL_TUNE
+extern "C" int jr_capacity(int cluster_size) { return capacity<Shape<128, 256, 0>>(cluster_size); }
 extern "C" int jr_tune[8];
 int jr_tune[8] = {};
 #endif
@@ -503,12 +507,14 @@ cudaError_t launch_prefill(const DenseRouter& op, cudaStream_t stream) {
   const Plan plan{jr_tune[0], (int)std::min<int64_t>(jr_tune[1], (tiles + jr_tune[0] - 1) / jr_tune[0]), jr_tune[2], jr_tune[5], (int)std::min<int64_t>(tiles, 128), jr_tune[4]};
   switch (jr_tune[3]) {
     case 0: return launch_shape<Shape<128, 256, 0>>(op, plan, stream);
-    case 1: return launch_shape<Shape<128, 256, 256, 128>>(op, plan, stream);
-    case 2: return launch_shape<Shape<128, 384, 0>>(op, plan, stream);
-    case 3: return launch_shape<Shape<128, 384, 128>>(op, plan, stream);
+    case 1: return launch_shape<Shape<128, 256, 0, 256, 64>>(op, plan, stream);
+    case 2: return launch_shape<Shape<128, 384, 128>>(op, plan, stream);
+    case 3: return launch_shape<Shape<128, 384, 0, 256, 64>>(op, plan, stream);
     case 4: return launch_shape<Shape<128, 128, 0>>(op, plan, stream);
     case 5: return launch_shape<Shape<64, 256, 0>>(op, plan, stream);
     case 6: return launch_shape<Shape<64, 384, 0>>(op, plan, stream);
+    case 7: return launch_shape<Shape<64, 384, 0, 256, 64>>(op, plan, stream);
+    case 8: return launch_shape<Shape<64, 256, 0, 256, 64>>(op, plan, stream);
   }
 #endif
   return cudaErrorNotSupported;

@@ -110,13 +110,15 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Describes a matrix whose rows are 128 bytes of shared memory, swizzled by the copy engine in groups of 8 rows (1024
-// bytes). Adding n to a descriptor moves it by 16 n bytes.
+// Describes a matrix whose rows are kRowBytes (64 or 128) bytes of shared memory, swizzled by the copy engine in groups of
+// 8 rows. Adding n to a descriptor moves it by 16 n bytes.
+template <int kRowBytes>
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* matrix) {
-  constexpr uint64_t kGroupStride = 1024 / 16;
-  constexpr uint64_t kSwizzle128 = 1;
+  static_assert(kRowBytes == 64 || kRowBytes == 128);
+  constexpr uint64_t kGroupStride = 8 * kRowBytes / 16;
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
   return (static_cast<uint64_t>(shared_address(matrix)) & 0x3FFFF) >> 4 | 1ull << 16 | kGroupStride << 32 |
-         kSwizzle128 << 62;
+         kSwizzle << 62;
 }
 
 #define JR_TEN(tens)                                                                                       \
