@@ -66,6 +66,14 @@ __device__ __forceinline__ uint32_t remote_load(uint32_t address) {
   return value;
 }
 
+// Four neighbours, aligned to 16 bytes.
+__device__ __forceinline__ float4 remote_load_quad(uint32_t address) {
+  float4 v = {};
+  JR_CLUSTER_ASM("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z),
+                 "=f"(v.w) : "r"(address) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void remote_store(uint32_t address, uint64_t value) {
   JR_CLUSTER_ASM("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
 }

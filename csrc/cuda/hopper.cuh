@@ -86,12 +86,6 @@ __device__ __forceinline__ void copy_box_to_blocks(void* destination, const CUte
       : "memory");
 }
 
-// Into the L2 cache only.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row)
-               : "memory");
-}
-
 // For all threads of a warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
@@ -110,42 +104,36 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Describes a matrix whose rows are kRowBytes (64 or 128) bytes of shared memory, swizzled by the copy engine in groups of
-// 8 rows. Adding n to a descriptor moves it by 16 n bytes.
-template <int kRowBytes>
+// Describes a matrix whose rows are 128 bytes of shared memory, swizzled by the copy engine in groups of 8 rows (1024
+// bytes). Adding n to a descriptor moves it by 16 n bytes.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* matrix) {
-  static_assert(kRowBytes == 64 || kRowBytes == 128);
-  constexpr uint64_t kGroupStride = 8 * kRowBytes / 16;
-  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
+  constexpr uint64_t kGroupStride = 1024 / 16;
+  constexpr uint64_t kSwizzle128 = 1;
   return (static_cast<uint64_t>(shared_address(matrix)) & 0x3FFFF) >> 4 | 1ull << 16 | kGroupStride << 32 |
-         kSwizzle << 62;
+         kSwizzle128 << 62;
 }
 
-#define JR_TEN(tens)                                                                                       \
-  "%" tens "0, %" tens "1, %" tens "2, %" tens "3, %" tens "4, %" tens "5, %" tens "6, %" tens "7, %" tens \
-  "8, %" tens "9, "
+#define JR_TEN(tens)                                                                                                   \
+  "%" tens "0, %" tens "1, %" tens "2, %" tens "3, %" tens "4, %" tens "5, %" tens "6, %" tens "7, %" tens "8, %" tens \
+  "9, "
 #define JR_SIXTY JR_TEN("") JR_TEN("1") JR_TEN("2") JR_TEN("3") JR_TEN("4") JR_TEN("5")
 #define JR_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JR_F16(i) JR_F4(i), JR_F4(i + 4), JR_F4(i + 8), JR_F4(i + 12)
 #define JR_F32(i) JR_F16(i), JR_F16(i + 16)
-#define JR_WGMMA(columns, type, registers, a_operand, b_operand, ...)                                                 \
+#define JR_WGMMA(columns, type, registers, a_operand, b_operand, ...)                                              \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" registers "}, " a_operand \
-               ", " b_operand ", 1, 1, 1, 0, 0;"                                                                      \
-               : __VA_ARGS__                                                                                          \
+               ", " b_operand ", 1, 1, 1, 0, 0;"                                                                   \
+               : __VA_ARGS__                                                                                       \
                : "l"(a), "l"(b))
-#define JR_WGMMA_ALL(T, type)                                                                                        \
-  __device__ __forceinline__ void wgmma(T, float (&d)[64], uint64_t a, uint64_t b) {                                 \
-    JR_WGMMA("128", type, JR_SIXTY "%60, %61, %62, %63", "%64", "%65", JR_F32(0), JR_F32(32));                       \
-  }                                                                                                                  \
-  __device__ __forceinline__ void wgmma(T, float (&d)[96], uint64_t a, uint64_t b) {                                 \
-    JR_WGMMA("192", type, JR_SIXTY JR_TEN("6") JR_TEN("7") JR_TEN("8") "%90, %91, %92, %93, %94, %95", "%96", "%97", \
-             JR_F32(0), JR_F32(32), JR_F32(64));                                                                     \
-  }                                                                                                                  \
-  __device__ __forceinline__ void wgmma(T, float (&d)[128], uint64_t a, uint64_t b) {                                \
-    JR_WGMMA("256", type,                                                                                            \
-             JR_SIXTY JR_TEN("6") JR_TEN("7") JR_TEN("8") JR_TEN("9") JR_TEN("10") JR_TEN("11")                      \
-             "%120, %121, %122, %123, %124, %125, %126, %127",                                                       \
-             "%128", "%129", JR_F32(0), JR_F32(32), JR_F32(64), JR_F32(96));                                         \
+#define JR_WGMMA_ALL(T, type)                                                                  \
+  __device__ __forceinline__ void wgmma(T, float (&d)[64], uint64_t a, uint64_t b) {           \
+    JR_WGMMA("128", type, JR_SIXTY "%60, %61, %62, %63", "%64", "%65", JR_F32(0), JR_F32(32)); \
+  }                                                                                            \
+  __device__ __forceinline__ void wgmma(T, float (&d)[128], uint64_t a, uint64_t b) {          \
+    JR_WGMMA("256", type,                                                                      \
+             JR_SIXTY JR_TEN("6") JR_TEN("7") JR_TEN("8") JR_TEN("9") JR_TEN("10")             \
+                 JR_TEN("11") "%120, %121, %122, %123, %124, %125, %126, %127",                \
+             "%128", "%129", JR_F32(0), JR_F32(32), JR_F32(64), JR_F32(96));                   \
   }
 
 // wgmma(T{}, d, a, b): d += a @ b.T, 64 rows of a by 2 * size(d) rows of b, 16 deep. Element d[i] of a lane is of row
