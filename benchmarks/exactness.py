@@ -39,6 +39,7 @@ class Scenario:
     def inputs(self, key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array | None]:
         logits_key, bias_key = jax.random.split(key)
         logits = (2 * jax.random.normal(logits_key, (rows, self.num_experts), jnp.float32)).astype(self.dtype)
+        logits = jax.lax.optimization_barrier(logits)  # XLA would spare the oracle the rounding to bf16
         if self.bias_mean is None:
             return logits, None
         return logits, self.bias_mean + 0.1 * jax.random.normal(bias_key, (self.num_experts,), jnp.float32)

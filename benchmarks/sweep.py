@@ -159,12 +159,17 @@ def draw(selected: Sequence[Sweep], records: Sequence[Record], prefix: str, devi
     paths = []
     for op in dict.fromkeys(sweep.name.split("/")[0] for sweep in selected):
         panels = [sweep for sweep in selected if sweep.name.startswith(f"{op}/")]
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, sharey=True)
-        for axis, sweep in zip(axes[0], panels):
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        size = (5.2 * columns, 4.2 * rows + 0.4)
+        figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for axis, sweep in zip(axes.flat, panels):
             _draw_panel(axis, sweep, by_id)
-        axes[0][0].set_ylabel("time of a call [µs]")
-        figure.suptitle(f"{op} on {device}")
-        figure.tight_layout()
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("time of a call [µs]")
+        figure.suptitle(f"{op} on {device}\nsolid: jax_router, dashed: XLA, dotted: the floor")
         path = IMAGES / f"{prefix}-{op}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
@@ -174,17 +179,17 @@ def draw(selected: Sequence[Sweep], records: Sequence[Record], prefix: str, devi
 
 
 def _draw_panel(axis: Any, sweep: Sweep, by_id: dict[str, Record]) -> None:
-    several = sum(line.with_xla for line in sweep.lines) > 1
     for index, line in enumerate(sweep.lines):
         points = [(x, by_id[line.case(x).id]) for x in sweep.xs if line.case(x).id in by_id]
         figures = {
-            f"jax_router, {line.label}": ("o-", [record.us for _, record in points]),
-            f"XLA, {line.label}" if several else "XLA": ("x--", [record.xla_us for _, record in points]),
-            f"floor, {line.label}": (":", [record.floor_us for _, record in points]),
+            "o-": [record.us for _, record in points],
+            "x--": [record.xla_us for _, record in points] if line.with_xla else [],
+            ":": [record.floor_us for _, record in points],
         }
-        for label, (style, values) in figures.items():
-            known = [(x, us) for (x, _), us in zip(points, values) if us and (line.with_xla or style != "x--")]
+        for style, values in figures.items():
+            known = [(x, us) for (x, _), us in zip(points, values) if us]
             if known:
+                label = line.label if style == "o-" else None
                 axis.plot(*zip(*known), style, color=f"C{index}", label=label, markersize=4)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}" if x < 2**10 else f"{x / 2**10:.0f}k" if x < 2**20 else "1M")
