@@ -122,3 +122,18 @@ def test_route_over_shards(sharded_selection, rng):
 
     merged = example.over_shards(partial(example.route_over_shards, top_k=6), mesh, *specs)
     assert_close(gradient(merged), gradient(partial(jax_router.activation_topk, top_k=6)))
+
+
+def test_sparse_attention_selects_as_a_sort_does():
+    """While the cache grows past k: the same sets of keys, so the same tokens but for the order of the sums."""
+    example = load("sparse_attention")
+    state = example.random_state(jax.random.key(0), capacity=64, length=3, size=16, heads=2, index_size=8)
+    native, by_sort = (
+        jax.jit(partial(example.decode, select, 8, 12))(*state)[1]
+        for select in (example.select_native, example.select_by_sort)
+    )
+    np.testing.assert_allclose(native, by_sort, rtol=1e-4, atol=1e-5)
+    scores = jax.random.normal(jax.random.key(1), (64,))
+    for length in (0, 5, 8, 40):
+        places = np.asarray(example.select_native(scores, np.int32(length), 8))
+        assert set(places) == set(np.asarray(example.select_by_sort(scores, length, 8)))
