@@ -60,7 +60,7 @@ def test_xla_sees_the_product_where_it_may_partition_it(cuda, devices):
     """It can split it over D and E, which a kernel cannot; a device of its own computes alone."""
     route = partial(jax_router.dense_router, top_k=6)
     operands = bf16(8, 4096), bf16(256, 4096)
-    mesh = jax.make_mesh((len(devices),), ("d",), devices=devices)
+    mesh = jax.make_mesh((len(devices),), ("d",), (jax.sharding.AxisType.Auto,), devices=devices)
     shardings = NamedSharding(mesh, P(None, "d")), NamedSharding(mesh, P(None, "d"))
     assert calls(route, *operands, in_shardings=shardings) == [UNFUSED]
     specs = {"in_specs": (P("d"), P()), "out_specs": P("d")}
