@@ -18,6 +18,7 @@ from ._activation_topk import select, selection_operands
 from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
 from ._limits import native_limits
 from ._primitive import Op, Operand, Result
+from ._sharding import is_split
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -89,7 +90,8 @@ def dense_router(
     if _check.implementation(implementation) == "reference":
         return reference.dense_router(**operands, precision=precision, **dataclasses.asdict(selection))
     params = {"selection": selection, "precision": _hashable(precision), "selection_implementation": implementation}
-    if _is_split(operands["x"], 1) or _is_split(operands["weight"], 2):
+    if is_split(operands["x"], 1) or is_split(operands["weight"], 2):
+        # A kernel needs these axes whole; XLA multiplies where the parts are, and adds up or gathers the logits.
         return Routing(*_unfused(**operands, return_chosen=False, **params))
     return Routing(*_DENSE_ROUTER(operands, return_chosen=False, **params))
 
@@ -97,14 +99,6 @@ def dense_router(
 def _hashable(precision: Any) -> Any:
     """A pair of precisions may come as a list; the parameters of a primitive are hashable."""
     return tuple(precision) if isinstance(precision, list) else precision
-
-
-def _is_split(value: Array, core_rank: int) -> bool:
-    """Whether one of the last axes is split over devices, as far as its type says (Explicit mesh axes).
-
-    A kernel needs those axes whole; XLA multiplies where the parts are, and adds up or gathers the logits.
-    """
-    return any(axis is not None for axis in jax.typeof(value).sharding.spec[value.ndim - core_rank :])
 
 
 def product_operands(x: Any, weight: Any, logit_bias: Any) -> dict[str, Any]:

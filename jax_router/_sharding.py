@@ -33,6 +33,11 @@ def align(values: Sequence[Array | None], core_ranks: Sequence[int]) -> list[Any
     return [value if value is None else aligned(value, spec) for value, spec in zip(values, batch_specs)]
 
 
+def is_split(value: Array, core_rank: int) -> bool:
+    """Whether one of the last axes is split over devices."""
+    return any(axis is not None for axis in jax.typeof(value).sharding.spec[value.ndim - core_rank :])
+
+
 def shard_last_axis_as(model: Array, value: Array) -> Array:
     """An array `[E]` to be added to one of `[..., E]`: if it is sharded, then as that is."""
     sharding = jax.typeof(value).sharding
