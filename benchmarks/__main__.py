@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from .cases import cpu_cases, gpu_cases
-from .results import RESULTS, current_commit, device_name, save, slug, table
+from .results import RESULTS, current_commit, device_name, save, slug, table, write
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +54,7 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     if arguments.what == "exactness":
         found = list(exactness.counts(int(arguments.rows or (1e8 if on_gpu else 1e5)), device, commit))
-        exactness.save(found, arguments.out or RESULTS / f"{slug(device)}-exactness.json")
+        write(map(dataclasses.asdict, found), arguments.out or RESULTS / f"{slug(device)}-exactness.json")
         console.print(exactness.table(found, device))
         return 1 if any(count.wrong for count in found) else 0
     is_sweep = arguments.what == "sweep"

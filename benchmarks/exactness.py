@@ -7,9 +7,7 @@ are closer than f32 can tell may trade places; any other difference is a wrong c
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -109,12 +107,6 @@ def counts(rows: int, device: str, commit: str) -> Iterator[Count]:
             for batch in track(range(batches), description=f"{scenario.name:32}"):
                 total = [a + int(b) for a, b in zip(total, count(jax.random.key(batch)))]
         yield Count(scenario.name, batches * min(rows, _BATCH), *total, device=device, commit=commit)
-
-
-def save(found: list[Count], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(dataclasses.asdict(count)) for count in found)
-    path.write_text(f"[\n{lines}\n]\n")
 
 
 def table(found: list[Count], device: str) -> Table:

@@ -57,7 +57,12 @@ def save(records: Iterable[Record], path: Path) -> None:
     if path.exists():
         merged = {record["id"]: record for record in json.loads(path.read_text())}
     merged |= {record.id: dataclasses.asdict(record) for record in records}
-    lines = ",\n".join(json.dumps(merged[case_id], ensure_ascii=False) for case_id in sorted(merged, key=natural_order))
+    write((merged[case_id] for case_id in sorted(merged, key=natural_order)), path)
+
+
+def write(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes a JSON file with a record a line."""
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"[\n{lines}\n]\n")
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
 from . import _check, reference
 from ._derivative import selecting_jvp
 from ._limits import unsupported_selection
 from ._primitive import Op, Operand, Result
-from ._route_at import chosen_logits
+from ._route_at import chosen_logits, routing_results
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -115,8 +114,7 @@ def _reference(
 
 
 def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool) -> list[Result]:
-    k = (selection.top_k,)
-    return [Result(k, jnp.float32), Result(k, jnp.int32), *([Result(k, jnp.float32)] if return_chosen else [])]
+    return routing_results(selection.top_k, return_chosen)
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> str | None:

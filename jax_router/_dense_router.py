@@ -15,9 +15,10 @@ from jax.interpreters import ad
 
 from . import _check, reference
 from ._activation_topk import select, selection_operands
-from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
+from ._derivative import ROUTING, routing_tangents, zero_tangent
 from ._limits import native_limits
 from ._primitive import Op, Operand, Result
+from ._route_at import routing_results
 from ._sharding import is_split
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
@@ -135,8 +136,7 @@ def _unfused(
 
 
 def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool, **_: Any) -> list[Result]:
-    k = (selection.top_k,)
-    return [Result(k, jnp.float32), Result(k, jnp.int32), *([Result(k, jnp.float32)] if return_chosen else [])]
+    return routing_results(selection.top_k, return_chosen)
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any) -> str | None:
@@ -191,10 +191,4 @@ def _jvp(primals: dict[str, Any], tangents: dict[str, Any], *, return_chosen: bo
 
     logits, logits_dot = jax.jvp(logits_of, ({name: factors[name] for name in moving},), (moving,))
     residual = logits if scoring.needs_whole_row else chosen
-    result_tangents: list[Any] = [
-        weights_tangent(logits_dot, residual, expert_ids, scoring),
-        zero_tangent(expert_ids),
-    ]
-    if return_chosen:
-        result_tangents.append(weights_tangent(logits_dot, None, expert_ids, IDENTITY))
-    return results, result_tangents
+    return results, routing_tangents(logits_dot, residual, expert_ids, scoring, return_chosen)

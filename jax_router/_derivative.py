@@ -53,10 +53,15 @@ def selecting_jvp(op: Op, primals: dict[str, Any], tangents: dict[str, Any], how
     if isinstance(logits_dot, ad.Zero):
         return results, [zero_tangent(result) for result in results]
     residual = primals["logits"] if whole_row else chosen[0]
-    result_tangents: list[Any] = [weights_tangent(logits_dot, residual, expert_ids, how), zero_tangent(expert_ids)]
-    if wanted:
-        result_tangents.append(weights_tangent(logits_dot, None, expert_ids, IDENTITY))
-    return results, result_tangents
+    return results, routing_tangents(logits_dot, residual, expert_ids, how, wanted)
+
+
+def routing_tangents(
+    logits_dot: Array, residual: Array, expert_ids: Array, how: Scoring, return_chosen: bool
+) -> list[Any]:
+    """The tangents of what an op that routes returns: weights, ids and, if `return_chosen`, the chosen logits."""
+    weights_dot, ids_dot = weights_tangent(logits_dot, residual, expert_ids, how), zero_tangent(expert_ids)
+    return [weights_dot, ids_dot, *([weights_tangent(logits_dot, None, expert_ids, IDENTITY)] if return_chosen else [])]
 
 
 def zero_tangent(primal: Array) -> ad.Zero:

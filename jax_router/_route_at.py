@@ -91,8 +91,13 @@ def chosen_logits(logits: Array, expert_ids: Array) -> Array:
 
 
 def _results(avals: dict[str, Any], *, return_chosen: bool, **_: Any) -> list[Result]:
-    k = _ids_aval(avals).shape[-1:]
-    return [Result(k, jnp.float32), Result(k, jnp.int32), *([Result(k, jnp.float32)] if return_chosen else [])]
+    return routing_results(_ids_aval(avals).shape[-1], return_chosen)
+
+
+def routing_results(k: int, return_chosen: bool) -> list[Result]:
+    """What every op that routes returns: weights, ids and, if `return_chosen`, the chosen logits."""
+    weights, expert_ids = Result((k,), jnp.float32), Result((k,), jnp.int32)
+    return [weights, expert_ids, *([Result((k,), jnp.float32)] if return_chosen else [])]
 
 
 def _unsupported(platform: str, avals: dict[str, Any], **_: Any) -> str | None:
