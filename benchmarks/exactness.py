@@ -1,7 +1,8 @@
-"""Selection against a float64 oracle, over many random rows: how many ids differ, and whether rounding explains them.
+"""Selection against an oracle, over many rows: how many ids differ, and whether rounding explains them.
 
-The oracle computes scores and keys in float64 and sorts them. A kernel computes them in f32, so that two keys which
-are closer than f32 can tell may trade places; any other difference is a wrong choice.
+The router's oracle computes scores and keys in float64 and sorts them. A kernel computes them in f32, so that two keys
+which are closer than f32 can tell may trade places; any other difference is a wrong choice. Nothing is rounded in
+topk_select: there, any difference is one (`hard_rows.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from rich.progress import track
 from rich.table import Table
 
 from jax_router import activation_topk
+
+from . import hard_rows
 
 _BATCH = 2**18
 # Keys that differ by less count as equal, in units of 2^-24 times what was added up: the score is within 4 units in the
@@ -90,7 +93,7 @@ def _differences(scenario: Scenario, logits: jax.Array, bias: jax.Array | None, 
 
 
 def counts(rows: int, device: str, commit: str) -> Iterator[Count]:
-    """Counts every scenario over `rows` rows, in batches."""
+    """Counts every scenario over `rows` rows, in batches, and topk_select over its hard rows."""
     for scenario in SCENARIOS:
 
         @jax.jit
@@ -107,10 +110,12 @@ def counts(rows: int, device: str, commit: str) -> Iterator[Count]:
             for batch in track(range(batches), description=f"{scenario.name:32}"):
                 total = [a + int(b) for a, b in zip(total, count(jax.random.key(batch)))]
         yield Count(scenario.name, batches * min(rows, _BATCH), *total, device=device, commit=commit)
+    for dtype, checked, wrong in hard_rows.counts():
+        yield Count(f"topk_select, hard rows, {dtype}", checked, 0, wrong, device=device, commit=commit)
 
 
 def table(found: list[Count], device: str) -> Table:
-    result = Table(title=f"rows whose ids differ from a float64 oracle's, on {device}", title_justify="left")
+    result = Table(title=f"rows whose ids differ from an oracle's, on {device}", title_justify="left")
     result.add_column("rows of", no_wrap=True)
     for heading in ("rows", "closer than f32 rounding", "wrong"):
         result.add_column(heading, justify="right")
