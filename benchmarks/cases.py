@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from examples import sparse_attention
 from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
 from tests.cases import MODELS, Model
 
@@ -198,6 +199,35 @@ def topk_select_case(rows: int, length: int, k: int, *, dtype: Any = jnp.float32
     )
 
 
+def sparse_attention_case(length: int, k: int) -> Case:
+    """A step of decoding with sparse attention over a full cache, and the same with `jax.lax.top_k`."""
+    size, heads, index_size = 128, 4, 64
+    index_keys, keys = Spec((length, index_size)), Spec((length, size))
+
+    def contender(select):
+        def run(x, index_queries, head_weights, index_keys, keys, values):
+            weights = sparse_attention.Weights(index_queries, head_weights, index_key=None)
+            cache = sparse_attention.Cache(index_keys, keys, values, jnp.int32(length))
+            return sparse_attention.attend(select, k, weights, cache, x)
+
+        return Contender(run)
+
+    return Case(
+        f"sparse_attention_step/L{length}/k{k}",
+        (
+            Spec((size,)),
+            Spec((heads, size, index_size), scale=size**-0.5),
+            Spec((size, heads)),
+            index_keys,
+            keys,
+            keys,
+        ),
+        {NATIVE: contender(sparse_attention.select_native), XLA: contender(sparse_attention.select_by_sort)},
+        index_keys.nbytes + 2 * k * size * 4,
+        flops=2 * heads * index_keys.size,
+    )
+
+
 def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False) -> Case:
     hidden, num_experts = model.hidden_size, model.num_experts
     x = Spec((tokens, hidden), jnp.bfloat16)
@@ -271,6 +301,7 @@ def _variants() -> Iterator[Case]:
     for rows, length, k in ((1, 65536, 512), (64, 65536, 2048), (4096, 4096, 64), (65536, 256, 6)):
         yield topk_select_case(rows, length, k, is_sorted=True)
         yield topk_select_case(rows, length, k, dtype=jnp.bfloat16)
+    yield sparse_attention_case(65536, 512)
     for tokens in (1, 4096):
         yield dense_router_case(_FLASH, tokens, with_bias=True)
 

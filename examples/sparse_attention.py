@@ -55,12 +55,17 @@ def step(select, k: int, weights: Weights, cache: Cache, x: Array) -> tuple[Cach
         lax.dynamic_update_index_in_dim(array, row, cache.length, 0) for array, row in zip(cache[:3], rows, strict=True)
     )
     cache = Cache(*arrays, length)
+    return cache, attend(select, k, weights, cache, x)
+
+
+def attend(select, k: int, weights: Weights, cache: Cache, x: Array) -> Array:
+    """Attention from the token x `[D]` to the k keys that the indexer prefers."""
     queries = jnp.einsum("d,hdi->hi", x, weights.index_queries)
     scores = (x @ weights.head_weights) @ jax.nn.relu(queries @ cache.index_keys.T)
-    places = select(scores, length, k)
+    places = select(scores, cache.length, k)
     chosen = jnp.maximum(places, 0)
     logits = jnp.where(places >= 0, cache.keys[chosen] @ x / x.size**0.5, -jnp.inf)
-    return cache, jax.nn.softmax(logits) @ cache.values[chosen]
+    return jax.nn.softmax(logits) @ cache.values[chosen]
 
 
 def decode(select, k: int, steps: int, weights: Weights, cache: Cache, x: Array) -> tuple[Array, Array]:
