@@ -80,6 +80,8 @@ ROWS = {
     "medium rows": (4, 4096, 512),
     "a quarter of a row": (2, 8191, 2048),
     "no tile multiple": (2, 5003, 77),
+    "all of a medium row": (2, 8192, 8192),
+    "as many as a kernel takes": (2, 20000, 8192),
     "few long rows": (2, 65536, 1024),
     "one long row": (1, 262209, 2048),
 }
