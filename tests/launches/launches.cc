@@ -136,7 +136,8 @@ class Maker {
   }
   Content pick(const Content (&contents)[4]) { return contents[random_() % 4]; }
 
-  // The name of the next call: an op and its sizes, and of floating-point operands the type and the content.
+  // The name of the next call: an op and its sizes, and of floating-point operands the type and the content before
+  // these.
   using Sizes = std::initializer_list<std::pair<const char*, int64_t>>;
   void name(std::string op, Sizes sizes) {
     call_ = {};
@@ -144,8 +145,9 @@ class Maker {
     for (const auto& [what, size] : sizes) call_.name += std::string(" ") + what + std::to_string(size);
   }
   void name(const std::string& op, DType dtype, Content content, Sizes sizes) {
-    name(op + (dtype == DType::kF32 ? " f32" : dtype == DType::kBF16 ? " bf16" : " f16"), sizes);
-    call_.name += " content " + std::to_string(static_cast<int>(content));
+    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising"};
+    const char* type = dtype == DType::kF32 ? " f32" : dtype == DType::kBF16 ? " bf16" : " f16";
+    name(op + type + kContentNames[static_cast<int>(content)], sizes);
   }
 
   template <class T>
@@ -484,11 +486,11 @@ void topk_select_cases(const Visit& visit) {
                               {5, 40, 40},   {5, 256, 128},  {1030, 511, 33}, {1030, 1024, 100}};
   // In the registers of a block.
   constexpr Sizes kBlock[] = {{3, 300, 20},     {3, 1999, 6},     {3, 4000, 64},    {3, 8192, 17},
-                              {3, 1500, 300},   {3, 4001, 2048},  {3, 8000, 2000},  {133, 1000, 200},
+                              {3, 1500, 300},   {3, 4001, 700},   {3, 8000, 900},   {133, 1000, 200},
                               {133, 2001, 200}, {133, 4000, 500}, {133, 8000, 1400}};
   // Streamed through one block, or a cluster of 2, 4, 8 and 16.
-  constexpr Sizes kLong[] = {{133, 8999, 300}, {3, 9001, 700},   {3, 20001, 500},
-                             {2, 50000, 2048}, {1, 150001, 512}, {2, 262209, 8192}};
+  constexpr Sizes kLong[] = {{133, 8999, 300}, {3, 9001, 700},  {3, 20001, 500},
+                             {1, 40001, 2048}, {1, 65537, 512}, {2, 131073, 8192}};
   Maker make;
   for (DType dtype : kDTypes) {
     const auto visit_all = [&](const auto& all) {
@@ -525,8 +527,10 @@ void expert_dispatch_cases(const Visit& visit) {
   Maker make;
   for (int32_t experts : {36, 256, 4096})
     for (int32_t k : {1, 6})
-      for (int64_t choices : {1, 200, 5000, 30000, 40000})  // one block, clusters, a kernel that counts
+      for (int64_t choices : {1, 200, 1200, 8200, 40000})  // one block, clusters, a kernel that counts
         for (int64_t batch : {1, 3}) visit(expert_dispatch(make, batch, (choices + k - 1) / k, k, experts));
+  // As many choices a thread as there can be: in a cluster, and in blocks that go from tile to tile.
+  visit(expert_dispatch(make, 1, 5000, 6, 256));
   visit(expert_dispatch(make, 40, 6000, 6, 256));
 }
 
