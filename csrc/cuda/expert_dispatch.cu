@@ -196,6 +196,7 @@ __device__ TileChoices<kRounds> rank_tile(const Layout& layout, const Shared& sh
     shared.counts[2 * word] = sum & 0xFFFF;
     shared.counts[2 * word + 1] = sum >> 16;
   }
+  __syncwarp();  // counted() may hold a barrier that a warp's lanes must reach together
   counted();
   __syncthreads();
   uint32_t carry = 0;
