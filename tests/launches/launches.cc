@@ -487,10 +487,10 @@ void topk_select_cases(const Visit& visit) {
   // In the registers of a block.
   constexpr Sizes kBlock[] = {{3, 300, 20},     {3, 1999, 6},     {3, 4000, 64},    {3, 8192, 17},
                               {3, 1500, 300},   {3, 4001, 700},   {3, 8000, 900},   {133, 1000, 200},
-                              {133, 2001, 200}, {133, 4000, 500}, {133, 8000, 1400}};
+                              {265, 2001, 200}, {133, 4000, 500}, {265, 4001, 300}, {133, 8000, 1400}};
   // Streamed through one block, or a cluster of 2, 4, 8 and 16.
-  constexpr Sizes kLong[] = {{133, 8999, 300}, {3, 9001, 700},  {3, 20001, 500},
-                             {1, 40001, 2048}, {1, 65537, 512}, {2, 131073, 8192}};
+  constexpr Sizes kLong[] = {{133, 8999, 300}, {3, 9001, 700},  {3, 25001, 2048},
+                             {1, 40001, 512},  {1, 65537, 512}, {2, 131073, 8192}};
   Maker make;
   for (DType dtype : kDTypes) {
     const auto visit_all = [&](const auto& all) {
