@@ -1,13 +1,14 @@
-"""Selection against a float64 oracle, over many random rows: how many ids differ, and whether rounding explains them.
+"""Ids against a float64 oracle, over many random rows: how many differ, and whether rounding explains them.
 
-The oracle computes scores and keys in float64 and sorts them. A kernel computes them in f32, so that two keys which
-are closer than f32 can tell may trade places; any other difference is a wrong choice.
+The oracle computes products, scores and keys in float64 and sorts them. A kernel computes them in f32, so that two keys
+which are closer than f32 can tell may trade places; any other difference is a wrong choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,17 +16,12 @@ import jax.numpy as jnp
 from rich.progress import track
 from rich.table import Table
 
-from jax_router import activation_topk
-
-_BATCH = 2**18
-# Keys that differ by less count as equal, in units of 2^-24 times what was added up: the score is within 4 units in the
-# last place, and the sum is rounded once.
-_SLACK_ULPS = 10.0
+from jax_router import activation_topk, dense_router
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenario:
-    """Random rows of logits, and how they are routed."""
+class Selection:
+    """Random rows of logits, and how `activation_topk` routes them."""
 
     name: str
     num_experts: int = 256
@@ -34,22 +30,74 @@ class Scenario:
     dtype: Any = jnp.float32
     bias_mean: float | None = None  # None: no bias
 
-    def inputs(self, key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array | None]:
-        logits_key, bias_key = jax.random.split(key)
-        logits = (2 * jax.random.normal(logits_key, (rows, self.num_experts), jnp.float32)).astype(self.dtype)
-        logits = jax.lax.optimization_barrier(logits)  # XLA would spare the oracle the rounding to bf16
-        if self.bias_mean is None:
-            return logits, None
-        return logits, self.bias_mean + 0.1 * jax.random.normal(bias_key, (self.num_experts,), jnp.float32)
+    part = 1  # of the rows that are asked for, one in so many is counted
+    batch = 2**18  # rows that are routed and counted at once
+    # Keys that differ by less count as equal, in units of 2^-24 times what was added up: the score is within 4 units in
+    # the last place, and the sum is rounded once.
+    slack_ulps = 10.0
 
+    def differences(self, key: jax.Array, rows: int) -> jax.Array:
+        """The number of rows that differ by rounding alone, and of those that differ otherwise."""
+        logits_key, bias_key = jax.random.split(key)
+        logits = _rounded(2 * jax.random.normal(logits_key, (rows, self.num_experts), jnp.float32), self.dtype)
+        bias = None
+        if self.bias_mean is not None:
+            bias = self.bias_mean + 0.1 * jax.random.normal(bias_key, (self.num_experts,), jnp.float32)
+        expert_ids = activation_topk(
+            logits, bias, top_k=self.top_k, score_fn=self.score_fn, implementation="native"
+        ).expert_ids
+        x = logits.astype(jnp.float64)
+        scores = jax.nn.sigmoid(x) if self.score_fn == "sigmoid" else jnp.sqrt(jnp.logaddexp(x, 0.0))
+        keys, size = (x, jnp.zeros_like(x)) if bias is None else (scores + bias, scores + jnp.abs(bias.astype(x.dtype)))
+        return _differences(keys, self.slack_ulps * 2.0**-24 * size, expert_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Random tokens, and how `dense_router` routes them, so many a call: up to 64 are one kernel on a GPU."""
+
+    name: str
+    tokens: int
+    dtype: Any = jnp.bfloat16
+    hidden: int = 4096
+    num_experts: int = 256
+    top_k: int = 6
+    slack: float = 1e-6  # two logits that differ by less, relative to the larger, count as equal
+
+    part = 10  # the oracle multiplies in float64
+    batch = 2**14
+
+    def differences(self, key: jax.Array, rows: int) -> jax.Array:
+        """As for `Selection`."""
+        x_key, weight_key = jax.random.split(key)
+        x = _rounded(jax.random.normal(x_key, (rows, self.hidden), jnp.float32), self.dtype)
+        weight = jax.random.normal(weight_key, (self.num_experts, self.hidden), jnp.float32)
+        weight = _rounded(weight * self.hidden**-0.5, self.dtype)
+
+        def route(token: jax.Array) -> jax.Array:
+            return dense_router(token, weight, top_k=self.top_k, implementation="native").expert_ids
+
+        expert_ids = jax.lax.map(route, x, batch_size=self.tokens)
+        keys = x.astype(jnp.float64) @ weight.astype(jnp.float64).T
+        return _differences(keys, self.slack * jnp.abs(keys), expert_ids)
+
+
+# Each addition of a long f32 sum rounds by up to 2^-24, and their errors add up as a random walk does: four standard
+# deviations of one with steps of that size.
+_SUM_OF_4096 = 4 * 4096**0.5 * 2.0**-24
 
 SCENARIOS = (
-    Scenario("f32 logits"),
-    Scenario("f32 logits, bias", bias_mean=0.0),
-    Scenario("f32 logits, bias, sigmoid", score_fn="sigmoid", top_k=8, bias_mean=0.0),
-    Scenario("f32 logits, bias, 384 experts", num_experts=384, bias_mean=0.0),
-    Scenario("bf16 logits, bias", dtype=jnp.bfloat16, bias_mean=0.0),
-    Scenario("bf16 logits, bias near 8.08", dtype=jnp.bfloat16, bias_mean=8.08),
+    Selection("f32 logits"),
+    Selection("f32 logits, bias", bias_mean=0.0),
+    Selection("f32 logits, bias, sigmoid", score_fn="sigmoid", top_k=8, bias_mean=0.0),
+    Selection("f32 logits, bias, 384 experts", num_experts=384, bias_mean=0.0),
+    Selection("bf16 logits, bias", dtype=jnp.bfloat16, bias_mean=0.0),
+    Selection("bf16 logits, bias near 8.08", dtype=jnp.bfloat16, bias_mean=8.08),
+    Product("bf16 tokens, 64 a call", 64),
+    Product("f32 tokens, 64 a call", 64, jnp.float32),
+    # XLA's product, which adds up 4096 terms in one f32 sum.
+    Product("bf16 tokens, 16384 a call", 16384, slack=_SUM_OF_4096),
+    Product("f32 tokens, 16384 a call", 16384, jnp.float32, slack=_SUM_OF_4096),
 )
 
 
@@ -74,39 +122,35 @@ class Count:
     commit: str = ""
 
 
-def _differences(scenario: Scenario, logits: jax.Array, bias: jax.Array | None, expert_ids: jax.Array) -> jax.Array:
-    """The number of rows that differ by rounding alone, and of those that differ otherwise."""
-    x = logits.astype(jnp.float64)
-    scores = jax.nn.sigmoid(x) if scenario.score_fn == "sigmoid" else jnp.sqrt(jnp.logaddexp(x, 0.0))
-    keys, size = (x, jnp.zeros_like(x)) if bias is None else (scores + bias, scores + jnp.abs(bias.astype(x.dtype)))
-    _, wanted = jax.lax.top_k(keys, scenario.top_k)
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """In this dtype; XLA would spare an oracle that casts it to float64 the rounding."""
+    return jax.lax.optimization_barrier(x.astype(dtype))
+
+
+def _differences(keys: jax.Array, slack: jax.Array, expert_ids: jax.Array) -> jax.Array:
+    """The number of rows whose ids differ from those of the largest keys: by no more than `slack`, and otherwise."""
+    _, wanted = jax.lax.top_k(keys, expert_ids.shape[-1])
     differ = expert_ids != wanted
     distance = jnp.abs(jnp.take_along_axis(keys, expert_ids, -1) - jnp.take_along_axis(keys, wanted, -1))
-    slack = _SLACK_ULPS * 2.0**-24 * jnp.take_along_axis(size, wanted, -1)
     ordered = jnp.sort(expert_ids, axis=-1)
     repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1)
-    wrong = (differ & (distance > slack)).any(axis=-1) | repeated
+    wrong = (differ & (distance > jnp.take_along_axis(slack, wanted, -1))).any(axis=-1) | repeated
     return jnp.stack([(differ.any(axis=-1) & ~wrong).sum(), wrong.sum()])
 
 
-def counts(rows: int, device: str, commit: str) -> Iterator[Count]:
-    """Counts every scenario over `rows` rows, in batches."""
-    for scenario in SCENARIOS:
-
-        @jax.jit
-        def count(key: jax.Array, scenario: Scenario = scenario) -> jax.Array:
-            logits, bias = scenario.inputs(key, min(rows, _BATCH))
-            routing = activation_topk(
-                logits, bias, top_k=scenario.top_k, score_fn=scenario.score_fn, implementation="native"
-            )
-            return _differences(scenario, logits, bias, routing.expert_ids)
-
-        batches = -(-rows // min(rows, _BATCH))
+def counts(
+    rows: int, device: str, commit: str, scenarios: Iterable[Selection | Product] = SCENARIOS
+) -> Iterator[Count]:
+    """Counts every scenario over `rows` rows, or its part of them, in batches."""
+    for scenario in scenarios:
+        batch = min(-(-rows // scenario.part), scenario.batch)
+        batches = -(-rows // (scenario.part * batch))
+        count = jax.jit(partial(scenario.differences, rows=batch))
         total = [0, 0]
         with jax.enable_x64(True):
-            for batch in track(range(batches), description=f"{scenario.name:32}"):
-                total = [a + int(b) for a, b in zip(total, count(jax.random.key(batch)))]
-        yield Count(scenario.name, batches * min(rows, _BATCH), *total, device=device, commit=commit)
+            for seed in track(range(batches), description=f"{scenario.name:32}"):
+                total = [a + int(b) for a, b in zip(total, count(jax.random.key(seed)))]
+        yield Count(scenario.name, batches * batch, *total, device=device, commit=commit)
 
 
 def table(found: list[Count], device: str) -> Table:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .cases import NATIVE, Case, Spec
+from .cases import Case, Spec
 from .timing import Pool, contender_inputs
 
 LAYERS = 32
@@ -27,13 +27,13 @@ _WEIGHT = Spec((_WIDTH, _WIDTH), jnp.bfloat16, scale=_WIDTH**-0.5)
 
 
 class InJit:
-    """The programs of a case, compiled when made: two that differ by a number of calls."""
+    """The programs of one of a case's contenders, compiled when made: two that differ by a number of calls."""
 
-    def __init__(self, case: Case):
-        native = case.contenders[NATIVE]
-        call = native.run
+    def __init__(self, case: Case, name: str):
+        contender = case.contenders[name]
+        call = contender.run
         self.case = case
-        inputs = contender_inputs(native, case.inputs)
+        inputs = contender_inputs(contender, case.inputs)
         if case.is_decode:
             self._calls = LAYERS
             arguments = (_HIDDEN.struct, [_WEIGHT.struct] * LAYERS, [inputs] * LAYERS)

@@ -21,7 +21,7 @@ from .timing import Pool, Timing, compiled, kernel_timing, wall_timings
 
 _Item = TypeVar("_Item")
 _GPU_POOL, _CPU_POOL = 2**27, 2**24
-_IN_JIT = "in jit"
+_IN_JIT = {NATIVE: f"{NATIVE} in jit", XLA: f"{XLA} in jit"}
 
 
 class Peaks(NamedTuple):
@@ -107,15 +107,16 @@ class Benchmark:
             elif wanted:
                 futures[name] = threads.submit(compiled, contender, case.inputs)
         if has_extras:
-            futures[_IN_JIT] = threads.submit(InJit, case)
+            futures[_IN_JIT[NATIVE]] = threads.submit(InJit, case, NATIVE)
+            if self._with_rivals and case.is_decode:
+                futures[_IN_JIT[XLA]] = threads.submit(InJit, case, XLA)
         return futures
 
     def _record(self, case: Case, programs: Mapping[str, Future[Any]]) -> Record:
         drawn = self._pool.copies(case.inputs)
         copies: dict[str, Any] = {}
         prepared: dict[Any, Any] = {}
-        for name in programs:
-            contender = case.contenders[NATIVE if name == _IN_JIT else name]
+        for name, contender in case.contenders.items():
             if contender.prepare not in prepared:
                 prepare = jax.jit(contender.prepare)
                 prepared[contender.prepare] = [prepare(*inputs) for inputs in drawn]
@@ -133,12 +134,16 @@ class Benchmark:
             record.xla_us, record.xla_us_range = _figure(xla)
         record.others_us = {name: _rounded(us) for name, (us, *_) in timings.items() if name not in (NATIVE, XLA)}
         record.target_us = self._target_us(case, xla) if self._with_targets else None
-        if _IN_JIT in programs:
-            record.in_jit_us = _rounded(programs[_IN_JIT].result().us(self._pool, copies[_IN_JIT]))
+        in_jit = {
+            name: _rounded(programs[key].result().us(self._pool, copies[name]))
+            for name, key in _IN_JIT.items()
+            if key in programs
+        }
+        record.in_jit_us, record.xla_in_jit_us = in_jit.get(NATIVE), in_jit.get(XLA)
         return record
 
     def _timings(self, case: Case, programs: Mapping[str, Future[Any]], copies: Mapping[str, Any]) -> dict[str, Timing]:
-        runs = {name: future.result() for name, future in programs.items() if name != _IN_JIT}
+        runs = {name: programs[name].result() for name in case.contenders if name in programs}
         if not self._on_gpu:
             return wall_timings(runs, copies)
         timings = {}

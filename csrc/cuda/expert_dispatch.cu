@@ -1,12 +1,12 @@
 // expert_dispatch: a stable counting sort of expert ids.
 //
 // The choices of one sort (tokens * k ids in flat order) are cut into chunks, one a thread block, and a chunk into
-// tiles. A block ranks every choice of a tile among the earlier choices of the same expert in that tile (warp ballots,
-// then a scan over the warps' counts), orders the tile by expert in shared memory, and writes it out in runs:
-// token_index to where its expert's run of the whole sort has got to, slot back in flat order. What a block must know
-// of the others, the choices of each expert before its chunk, comes either through distributed shared memory, when one
-// cluster of blocks holds the whole sort (one launch), or from a counting kernel that runs before (two launches; the
-// second ranks its first tile while the first still counts).
+// tiles. A block ranks every choice of a tile among the earlier choices of the same expert in that tile (each warp with
+// a table of its own, then a scan over the warps' counts), orders the tile by expert in shared memory, and writes it
+// out in runs: token_index to where its expert's run of the whole sort has got to, slot back in flat order. What a
+// block must know of the others, the choices of each expert before its chunk, comes either through distributed shared
+// memory, when one cluster of blocks holds the whole sort (one launch), or from a counting kernel that runs before (two
+// launches; the second ranks its first tile while the first still counts).
 //
 // Ids outside [0, experts) count as one more expert, the last, which has no group and whose slots read -1.
 //
@@ -20,14 +20,25 @@
 namespace jax_router::cuda {
 namespace {
 
-constexpr int kRounds = 4;          // choices a thread holds at most
-constexpr int kMaxSortBlocks = 16;  // of a cluster that holds a whole sort
-constexpr int kClusterBlocks = 8;   // of the clusters that count the chunks of a long sort
-constexpr int kMaxClusters = 32;    // that count one long sort
+constexpr int kMaxSortBlocks = 16;   // of a cluster that holds a whole sort
+constexpr uint32_t kSortRounds = 4;  // choices a thread of these holds at most
+constexpr int kClusterBlocks = 8;    // of the clusters that count the chunks of a long sort
+
+// How a long sort is cut: into so many clusters of chunks at most, and choices a thread holds at most.
+struct Cut {
+  uint32_t clusters;
+  uint32_t rounds;
+};
+// One block a multiprocessor, which finds room there while the counting kernel still runs.
+constexpr Cut kOneWave{16, 6};
+// What is longer than one tile of each of these blocks.
+constexpr Cut kLonger{32, 4};
 // The tables of the warps' counts lie in shared memory beside each other, so many experts leave room for few warps.
 constexpr int kManyThreads = 512;
 constexpr int kFewThreads = 256;
 constexpr int kExpertsForManyThreads = 1024;
+// A warp finds the lanes with the same bin by a table of lane masks, over the bin's low bits if it has more than these.
+constexpr uint32_t kMaskBins = 512;
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // How one sort is laid over thread blocks.
@@ -39,8 +50,10 @@ struct Layout {
   uint32_t chunks;          // of one sort, a multiple of the cluster size
   uint32_t chunk_choices;   // choices of one chunk
   uint32_t rounds;          // choices a thread holds
+  uint32_t mask_bins;       // of a warp's table of lane masks
   uint32_t cluster_blocks;  // of the clusters that hold the sort or count its chunks
   bool one_cluster;         // a sort is one cluster's work, each block's chunk one tile
+  bool one_wave;            // cut as kOneWave says
   __device__ uint32_t token_of(uint32_t choice) const {
     return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
   }
@@ -50,25 +63,28 @@ struct Layout {
 
 // Shared memory of a block, one array after the other.
 struct Shared {
+  uint32_t* masks;       // [warps][mask_bins] the lanes whose bin has these low bits; 0 between uses
   uint32_t* counts;      // [columns] choices of each bin in this block's chunk (or tile)
   uint32_t* next_slot;   // [columns] slot of the tile's first choice of each bin
   uint32_t* tile_start;  // [columns] the same within the tile
   uint32_t* ordered;     // [threads * rounds] bin << 16 | choice within the tile, ordered by bin
-  uint16_t* ranks;       // [warps][columns]
+  uint16_t* ranks;       // [warps][columns] choices of each bin so far, then in earlier warps
 };
 
 __host__ __device__ size_t shared_bytes(const Layout& layout, int threads) {
-  return 12 * layout.columns + 4 * threads * kRounds + 2 * (threads / 32) * layout.columns;
+  return (threads / 32) * (4 * layout.mask_bins + 2 * layout.columns) + 12 * layout.columns +
+         4 * threads * layout.rounds;
 }
 
 __device__ Shared carve_shared(const Layout& layout, int threads) {
-  extern __shared__ uint32_t shared_memory[];
+  extern __shared__ __align__(16) uint32_t shared_memory[];
   Shared shared;
-  shared.counts = shared_memory;
+  shared.masks = shared_memory;
+  shared.counts = shared.masks + threads / 32 * layout.mask_bins;
   shared.next_slot = shared.counts + layout.columns;
   shared.tile_start = shared.next_slot + layout.columns;
   shared.ordered = shared.tile_start + layout.columns;
-  shared.ranks = reinterpret_cast<uint16_t*>(shared.ordered + threads * kRounds);
+  shared.ranks = reinterpret_cast<uint16_t*>(shared.ordered + threads * layout.rounds);
   return shared;
 }
 
@@ -104,69 +120,69 @@ __device__ uint32_t exclusive_sum(uint32_t x, uint32_t& total) {
 }
 
 // A tile in registers: choice `first + lane + 32 * r` of the tile, a run of 32 * rounds for each warp.
+template <uint32_t kRounds>
 struct TileChoices {
   uint32_t bin[kRounds];
   uint32_t rank[kRounds];  // among the tile's choices of the same bin
 };
 
-template <int kThreads>
 __device__ uint32_t place_in_tile(const Layout& layout, int round) {
   return (threadIdx.x / 32 * layout.rounds + round) * 32 + threadIdx.x % 32;
 }
 
-// Loads and ranks the choices [begin, end) and leaves counts, tile_start and ordered in shared memory. Calls counted()
-// as soon as this thread has done its part of counts.
-template <int kThreads, typename Counted>
-__device__ TileChoices rank_tile(const Layout& layout, const Shared& shared, const int32_t* expert_ids, uint32_t begin,
-                                 uint32_t end, Counted counted) {
+__device__ void clear_masks(const Layout& layout, const Shared& shared, int threads) {
+  uint4* masks = reinterpret_cast<uint4*>(shared.masks);
+  for (uint32_t i = threadIdx.x; i < threads / 32 * layout.mask_bins / 4; i += threads)
+    masks[i] = make_uint4(0, 0, 0, 0);
+}
+
+// Loads and ranks the choices [begin, end) and leaves counts, tile_start and ordered in shared memory. Needs clear
+// masks, and leaves them clear. Calls counted() when this thread has written its part of counts.
+template <int kThreads, uint32_t kRounds, typename Counted>
+__device__ TileChoices<kRounds> rank_tile(const Layout& layout, const Shared& shared, const int32_t* expert_ids,
+                                          uint32_t begin, uint32_t end, Counted counted) {
   constexpr int kWarps = kThreads / 32;
   const uint32_t past_end = layout.bins();
-  TileChoices tile;
+  TileChoices<kRounds> tile;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const uint32_t choice = begin + place_in_tile<kThreads>(layout, r);
+    const uint32_t choice = begin + place_in_tile(layout, r);
     tile.bin[r] = past_end;
     if (r < layout.rounds && choice < end) tile.bin[r] = min(static_cast<uint32_t>(expert_ids[choice]), layout.experts);
   }
   uint32_t* rank_words = reinterpret_cast<uint32_t*>(shared.ranks);
   const uint32_t words = layout.columns / 2;
   for (uint32_t i = threadIdx.x; i < kWarps * words; i += kThreads) rank_words[i] = 0;
-  for (uint32_t i = threadIdx.x; i < layout.columns; i += kThreads) shared.counts[i] = 0;
   __syncthreads();
 
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    if (tile.bin[r] < past_end) atomicAdd(&shared.counts[tile.bin[r]], 1);
-  }
-  counted();
   uint16_t* warp_counts = shared.ranks + threadIdx.x / 32 * layout.columns;
-  const uint32_t lanes_before = (1u << threadIdx.x % 32) - 1;
-  uint32_t peers[kRounds];  // the lanes with the same bin
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) peers[r] = kFullWarp;
-  for (uint32_t bit = 1; bit <= past_end; bit *= 2) {
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      if (r < layout.rounds) {
-        const bool set = (tile.bin[r] & bit) != 0;
-        const uint32_t ballot = __ballot_sync(kFullWarp, set);
-        peers[r] &= set ? ballot : ~ballot;
-      }
-    }
-  }
+  uint32_t* warp_masks = shared.masks + threadIdx.x / 32 * layout.mask_bins;
+  const uint32_t own_lane = 1u << threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     if (r < layout.rounds) {
-      const uint32_t before = warp_counts[tile.bin[r]];
-      tile.rank[r] = before + __popc(peers[r] & lanes_before);
+      const uint32_t bin = tile.bin[r];
+      uint32_t* mask = warp_masks + bin % kMaskBins;
+      atomicOr(mask, own_lane);
+      const uint32_t before = warp_counts[bin];
       __syncwarp();
-      if ((peers[r] & lanes_before) == 0) warp_counts[tile.bin[r]] = before + __popc(peers[r]);
+      uint32_t peers = *mask;  // the lanes with the same bin
+      for (uint32_t bit = kMaskBins; bit <= past_end; bit *= 2) {
+        const bool set = (bin & bit) != 0;
+        const uint32_t ballot = __ballot_sync(kFullWarp, set);
+        peers &= set ? ballot : ~ballot;
+      }
+      const uint32_t earlier = peers & (own_lane - 1);
+      tile.rank[r] = before + __popc(earlier);
+      __syncwarp();
+      *mask = 0;
+      if (earlier == 0) warp_counts[bin] = before + __popc(peers);
       __syncwarp();
     }
   }
   __syncthreads();
 
-  // A warp's counts become the sums over earlier warps, two bins a word.
+  // A warp's counts become the sums over earlier warps, two bins a word; the sums over all warps are the tile's.
   for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
     uint32_t counts[kWarps];
 #pragma unroll
@@ -177,7 +193,12 @@ __device__ TileChoices rank_tile(const Layout& layout, const Shared& shared, con
       rank_words[warp * words + word] = sum;
       sum += counts[warp];
     }
+    shared.counts[2 * word] = sum & 0xFFFF;
+    shared.counts[2 * word + 1] = sum >> 16;
   }
+  __syncwarp();  // counted() may hold a barrier that a warp's lanes must reach together
+  counted();
+  __syncthreads();
   uint32_t carry = 0;
   for (uint32_t first = 0; first < layout.bins(); first += kThreads) {
     const uint32_t bin = first + threadIdx.x;
@@ -192,22 +213,22 @@ __device__ TileChoices rank_tile(const Layout& layout, const Shared& shared, con
     const uint32_t bin = tile.bin[r];
     if (bin < past_end) {
       tile.rank[r] += warp_counts[bin];
-      shared.ordered[shared.tile_start[bin] + tile.rank[r]] = bin << 16 | place_in_tile<kThreads>(layout, r);
+      shared.ordered[shared.tile_start[bin] + tile.rank[r]] = bin << 16 | place_in_tile(layout, r);
     }
   }
   return tile;
 }
 
 // Writes the tile out. Needs next_slot, and a barrier before and after.
-template <int kThreads>
-__device__ void write_tile(const Layout& layout, const Shared& shared, const TileChoices& tile, uint32_t begin,
+template <int kThreads, uint32_t kRounds>
+__device__ void write_tile(const Layout& layout, const Shared& shared, const TileChoices<kRounds>& tile, uint32_t begin,
                            uint32_t end, int32_t* token_index, int32_t* slot) {
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     if (r < layout.rounds) {
       const uint32_t bin = tile.bin[r];
       if (bin < layout.bins()) {
-        slot[begin + place_in_tile<kThreads>(layout, r)] =
+        slot[begin + place_in_tile(layout, r)] =
             bin < layout.experts ? static_cast<int32_t>(shared.next_slot[bin] + tile.rank[r]) : -1;
       }
     }
@@ -271,8 +292,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Lay
   const uint32_t begin = min(chunk * layout.chunk_choices, layout.choices);
   const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
 
-  const TileChoices tile =
-      rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
+  clear_masks(layout, shared, kThreads);
+  const auto tile =
+      rank_tile<kThreads, kSortRounds>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
   cluster_wait();
   find_slots<kThreads>(
       layout, shared, [&](uint32_t bin) { return sum_over_cluster<kMaxSortBlocks>(shared.counts, bin); },
@@ -298,15 +320,16 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
 
   for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) counts[bin] = 0;
   __syncthreads();
-  for (uint32_t first = begin + threadIdx.x; first < end; first += kRounds * kThreads) {
-    uint32_t bin[kRounds];
+  constexpr int kLoads = 4;
+  for (uint32_t first = begin + threadIdx.x; first < end; first += kLoads * kThreads) {
+    uint32_t bin[kLoads];
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
+    for (int r = 0; r < kLoads; ++r) {
       const uint32_t choice = first + r * kThreads;
       bin[r] = choice < end ? min(static_cast<uint32_t>(expert_ids[choice]), layout.experts) : layout.bins();
     }
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
+    for (int r = 0; r < kLoads; ++r) {
       if (bin[r] < layout.bins()) atomicAdd(&counts[bin[r]], 1);
     }
   }
@@ -322,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
 }
 
 // Long sorts, second kernel: one block a chunk, tile after tile.
-template <int kThreads>
+template <int kThreads, uint32_t kClusters, uint32_t kRounds>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     sort_chunks(Layout layout, ExpertDispatch op, const uint32_t* chunk_counts, const uint32_t* cluster_counts) {
   const Shared shared = carve_shared(layout, kThreads);
@@ -335,15 +358,16 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   chunk_counts += static_cast<int64_t>(blockIdx.x) * layout.bins();
   cluster_counts += sort * layout.clusters() * layout.bins();
 
+  clear_masks(layout, shared, kThreads);
   uint32_t begin = chunk_begin;
   do {
     const uint32_t end = min(begin + tile_choices, chunk_end);
-    const TileChoices tile = rank_tile<kThreads>(layout, shared, op.expert_ids + offset, begin, end, [] {});
+    const auto tile = rank_tile<kThreads, kRounds>(layout, shared, op.expert_ids + offset, begin, end, [] {});
     if (begin == chunk_begin) {
       wait_for_earlier_kernel();
       const auto counts = [&](uint32_t bin) {
         const uint32_t before_in_cluster = chunk_counts[bin];
-        uint2 sum = sum_before_and_all<kMaxClusters>(
+        uint2 sum = sum_before_and_all<kClusters>(
             chunk / layout.cluster_blocks, layout.clusters(),
             [&](uint32_t cluster) { return cluster_counts[cluster * layout.bins() + bin]; });
         sum.x += before_in_cluster;
@@ -377,36 +401,46 @@ Layout make_layout(const ExpertDispatch& op) {
   layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
   layout.experts = op.experts;
   layout.columns = (op.experts + 2 + 1) / 2 * 2;
+  layout.mask_bins = std::min(kMaskBins, divide_up(layout.columns, 4) * 4);
   const bool clusters = device_has_clusters();
-  const int64_t tile = static_cast<int64_t>(threads) * kRounds;
-  layout.one_cluster = layout.choices <= tile * (clusters ? kMaxSortBlocks : 1);
+  const int64_t most = static_cast<int64_t>(threads) * kSortRounds * (clusters ? kMaxSortBlocks : 1);
+  layout.one_cluster = layout.choices <= most;
+  layout.one_wave = false;
+  uint32_t rounds = kSortRounds;
   if (layout.one_cluster) {
     layout.chunks = 1;
     while (layout.chunks < kMaxSortBlocks && clusters && layout.choices > layout.chunks * threads) layout.chunks *= 2;
     layout.cluster_blocks = layout.chunks;
   } else {
     layout.cluster_blocks = clusters ? kClusterBlocks : 1;
-    const int64_t enough = std::max<int64_t>(kMaxClusters / op.batch, 1);
-    layout.chunks =
-        std::min<int64_t>(enough, divide_up(layout.choices, layout.cluster_blocks * threads)) * layout.cluster_blocks;
+    const auto cut = [&](const Cut& at_most) {
+      const int64_t enough = std::max<int64_t>(at_most.clusters / op.batch, 1);
+      layout.chunks =
+          std::min<int64_t>(enough, divide_up(layout.choices, layout.cluster_blocks * threads)) * layout.cluster_blocks;
+      rounds = at_most.rounds;
+    };
+    cut(kOneWave);
+    layout.one_wave = divide_up(layout.choices, layout.chunks) <= threads * rounds;
+    if (!layout.one_wave) cut(kLonger);
   }
   layout.chunk_choices = divide_up(divide_up(layout.choices, layout.chunks), 32) * 32;
-  layout.rounds = std::min<uint32_t>(divide_up(layout.chunk_choices, threads), kRounds);
+  layout.rounds = std::min<uint32_t>(divide_up(layout.chunk_choices, threads), rounds);
   return layout;
+}
+
+template <typename Kernel>
+cudaError_t prepare(Kernel* kernel, size_t shared, int cluster) {
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess || cluster <= 8) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int cluster,
                           bool overlap, cudaStream_t stream, Arguments... arguments) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess) return error;
-  if (cluster > 8) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
@@ -422,21 +456,38 @@ cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int thr
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <int kThreads>
-cudaError_t launch_with(const Layout& layout, const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
+template <int kThreads, uint32_t kClusters, uint32_t kRounds>
+cudaError_t launch_long(const Layout& layout, const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
+  const auto sort = sort_chunks<kThreads, kClusters, kRounds>;
   const int64_t blocks = op.batch * layout.chunks;
-  const size_t shared = shared_bytes(layout, kThreads);
-  if (layout.one_cluster) {
-    return launch_blocks(sort_in_cluster<kThreads>, blocks, kThreads, shared, layout.chunks, false, stream, layout, op);
-  }
   uint32_t* chunk_counts = static_cast<uint32_t*>(workspace);
   uint32_t* cluster_counts = chunk_counts + blocks * layout.bins();
-  const cudaError_t error =
-      launch_blocks(count_chunks<kThreads>, blocks, kThreads, 4 * layout.bins(), layout.cluster_blocks, false, stream,
-                    layout, op, chunk_counts, cluster_counts);
+  const size_t count_shared = 4 * layout.bins();
+  const size_t sort_shared = shared_bytes(layout, kThreads);
+  // Both are prepared first: the second launch should follow the first as soon as it can.
+  cudaError_t error = prepare(count_chunks<kThreads>, count_shared, layout.cluster_blocks);
+  if (error == cudaSuccess) error = prepare(sort, sort_shared, 1);
   if (error != cudaSuccess) return error;
-  return launch_blocks(sort_chunks<kThreads>, blocks, kThreads, shared, 1, true, stream, layout, op,
+  error = launch_blocks(count_chunks<kThreads>, blocks, kThreads, count_shared, layout.cluster_blocks, false, stream,
+                        layout, op, chunk_counts, cluster_counts);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(sort, blocks, kThreads, sort_shared, 1, true, stream, layout, op,
                        static_cast<const uint32_t*>(chunk_counts), static_cast<const uint32_t*>(cluster_counts));
+}
+
+template <int kThreads>
+cudaError_t launch_with(const Layout& layout, const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
+  if (layout.one_cluster) {
+    const size_t shared = shared_bytes(layout, kThreads);
+    const cudaError_t error = prepare(sort_in_cluster<kThreads>, shared, layout.chunks);
+    if (error != cudaSuccess) return error;
+    return launch_blocks(sort_in_cluster<kThreads>, op.batch * layout.chunks, kThreads, shared, layout.chunks, false,
+                         stream, layout, op);
+  }
+  if (layout.one_wave) {
+    return launch_long<kThreads, kOneWave.clusters, kOneWave.rounds>(layout, op, workspace, stream);
+  }
+  return launch_long<kThreads, kLonger.clusters, kLonger.rounds>(layout, op, workspace, stream);
 }
 
 }  // namespace

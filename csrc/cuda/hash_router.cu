@@ -11,7 +11,7 @@ namespace jax_router::cuda {
 namespace {
 
 constexpr int kTokens = 2;
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
 template <int kWidth>
 struct Vector;

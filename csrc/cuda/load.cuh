@@ -32,17 +32,23 @@ __device__ __forceinline__ float load_one(const __half* p) {
 // Four neighbours at once; p must be aligned to all four.
 __device__ __forceinline__ float4 load_quad(const float* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
 
-__device__ __forceinline__ float4 load_quad(const __nv_bfloat16* p) {
-  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+// The same of 16-bit elements as they lie in memory, and as f32; for unpack_quad the pointer only names the type.
+template <class T>
+__device__ __forceinline__ uint2 load_packed_quad(const T* p) {
+  return __ldg(reinterpret_cast<const uint2*>(p));
+}
+__device__ __forceinline__ float4 unpack_quad(const __nv_bfloat16*, uint2 bits) {
   return make_float4(bits_float(bits.x << 16), bits_float(bits.x & 0xFFFF0000u), bits_float(bits.y << 16),
                      bits_float(bits.y & 0xFFFF0000u));
 }
-
-__device__ __forceinline__ float4 load_quad(const __half* p) {
-  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+__device__ __forceinline__ float4 unpack_quad(const __half*, uint2 bits) {
   const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&bits.x));
   const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&bits.y));
   return make_float4(low.x, low.y, high.x, high.y);
+}
+template <class T>
+__device__ __forceinline__ float4 load_quad(const T* p) {
+  return unpack_quad(p, load_packed_quad(p));
 }
 
 // Elements first .. first + 3 of a row of `length`, -inf where there is none. quads: rows_have_quads.
@@ -69,10 +75,25 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
   asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
   const int left = length - first;
   if (quads) {
+    // 16-bit quads stay packed until all loads are under way: the compiler would wait for some of them to unpack these.
+    constexpr bool kPacked = sizeof(T) == 2;
+    [[maybe_unused]] uint2 packed[kPacked ? kElements / 4 : 1];
+    if constexpr (kPacked) {
+#pragma unroll
+      for (int c = 0; c < kElements / 4; ++c) {
+        if (c < kFullChunks || 4 * kLanes * c < left) packed[c] = load_packed_quad(row + 4 * kLanes * c);
+      }
+    }
 #pragma unroll
     for (int c = 0; c < kElements / 4; ++c) {
       float4 quad = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-      if (c < kFullChunks || 4 * kLanes * c < left) quad = load_quad(row + 4 * kLanes * c);
+      if (c < kFullChunks || 4 * kLanes * c < left) {
+        if constexpr (kPacked) {
+          quad = unpack_quad(row, packed[c]);
+        } else {
+          quad = load_quad(row + 4 * kLanes * c);
+        }
+      }
       elements[4 * c + 0] = quad.x;
       elements[4 * c + 1] = quad.y;
       elements[4 * c + 2] = quad.z;

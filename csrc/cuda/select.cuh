@@ -191,6 +191,7 @@ __device__ __forceinline__ bool keep_best_groups(const Selection& selection, flo
   const bool all = selection.groups.top_groups == selection.groups.num_groups;
   const float last = scratch.values[selection.groups.top_groups - 1];
   const float next = all ? -INFINITY : scratch.values[selection.groups.top_groups];
+  __syncwarp();  // these are read: the scratch may be written again
   const bool doubtful = !(last - next > 2.0f * margin) || !(extreme <= kMostCertainKey);
   uint32_t doubts = __ballot_sync(kFullWarp, doubtful);
   if constexpr (kLanes < 32) doubts = doubts >> (threadIdx.x & 16) & 0xFFFF;
@@ -437,7 +438,10 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
       eligible = wanted ? existing_elements<kLanes, kFullChunks, kElements>(selection.experts) : 0;
       score_keys<false, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
     }
-    if constexpr (kMode == KeyMode::kGroups) keep_best_groups(selection, 0.0f, keys, eligible, scratch);
+    if constexpr (kMode == KeyMode::kGroups) {
+      __syncwarp();  // the first attempt has read the scratch
+      keep_best_groups(selection, 0.0f, keys, eligible, scratch);
+    }
     select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
     count = needed;
   }
