@@ -245,7 +245,7 @@ def test_dense_router(dtype, tokens, rng):
     assert_routes(got, logits + 0.0, token_mask=mask, top_k=6, score_fn="sigmoid")
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 200])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 128, 200])
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v4-pro", "gpt-oss-120b", "mixtral-8x7b"])
 def test_dense_router_of_models(name, tokens, rng):
     """bf16 with random operands, at the models' own sizes: float32 sums of another order, so close keys may swap."""

@@ -1,6 +1,6 @@
-// dense_router for up to 64 tokens: one kernel multiplies all tokens by the weight and selects each token's experts.
+// dense_router for up to 128 tokens: one kernel multiplies all tokens by the weight and selects each token's experts.
 //
-// A thread block owns 16 to 32 experts x one of kSplits slices of the hidden axis, for 16 or 64 tokens. Its warps take
+// A thread block owns 16 to 48 experts x one of kSplits slices of the hidden axis, for 16 or 64 tokens. Its warps take
 // turns along the slice, 128 bytes of every row at a time, each warp with its own copies to its own shared memory, so
 // that no warp waits for another before the sums. A lane then reads 16 bytes of a row, neighbouring hidden elements;
 // the tensor core instruction wants others, but any order of the inner axis gives the same sum as long as both operands
@@ -34,11 +34,11 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStepBytes = 128;  // of every row, for one warp
 constexpr int kStages = 2;       // steps of a warp that are under way at once
-constexpr int kMaxTokens = 64;
+constexpr int kMaxTokens = 128;
 constexpr int kMaxDecodeExperts = 1024;
 constexpr int kCandidates = 32;
 // What a block with 64 tokens may need. Where a device has less, blocks have 16 tokens.
-constexpr int kWideSharedMemory = 208 * 1024;
+constexpr int kWideSharedMemory = 227 * 1024;
 
 // Two neighbouring experts' partial logits of one token.
 struct alignas(16) Packet {
@@ -432,12 +432,18 @@ cudaError_t launch_tile(const DenseRouter& op, Packet* packets, cudaStream_t str
   return cudaGetLastError();
 }
 
-// Up to 384 experts, and 512 with 64 tokens a block, as many experts a block as make at most 128 blocks for each block
-// of tokens: an H100's 132 multiprocessors run these at once.
+// Up to 384 experts, and 512 with 64 tokens a block, as many experts a block as make at most 128 blocks: an H100's 132
+// multiprocessors run these at once. Beyond that, at most 128 blocks for each block of tokens.
 template <class T, int kTokenTiles, KeyMode kMode>
 cudaError_t launch_mode(const DenseRouter& op, Packet* packets, cudaStream_t stream) {
-  if (op.select.experts <= 256) return launch_tile<T, kTokenTiles, 2, kMode, 2, 0>(op, packets, stream);
-  if (op.select.experts <= 384) return launch_tile<T, kTokenTiles, 3, kMode, 3, 2>(op, packets, stream);
+  const int experts = op.select.experts;
+  if constexpr (kTokenTiles > 1) {
+    const bool two = op.select.rows > 16 * kTokenTiles;  // blocks of tokens
+    if (two && experts > 128 && experts <= 256) return launch_tile<T, kTokenTiles, 4, kMode, 2, 0>(op, packets, stream);
+    if (two && experts > 256 && experts <= 384) return launch_tile<T, kTokenTiles, 6, kMode, 3, 2>(op, packets, stream);
+  }
+  if (experts <= 256) return launch_tile<T, kTokenTiles, 2, kMode, 2, 0>(op, packets, stream);
+  if (experts <= 384) return launch_tile<T, kTokenTiles, 3, kMode, 3, 2>(op, packets, stream);
   return launch_tile<T, kTokenTiles, kTokenTiles == 1 ? 3 : 4, kMode, 8, 3>(op, packets, stream);
 }
 
@@ -463,11 +469,15 @@ bool supports(const DenseRouter& op) {
 }
 
 // Where it is faster than XLA's product and the kernel of activation_topk, as measured on an H100 for 1 to 64 tokens,
-// 64 to 1024 experts and hidden sizes from 2048 to 7168. XLA multiplies one token by a large weight as fast as this
-// kernel and needs no hand-over; beyond 512 experts the two are even up to 16 tokens, and then XLA is faster.
+// 64 to 1024 experts and hidden sizes from 2048 to 7168, and for 65 to 128 tokens, 160 to 384 experts and hidden sizes
+// from 4096 to 7168. XLA multiplies one token by a large weight as fast as this kernel and needs no hand-over; beyond
+// 512 experts the two are even up to 16 tokens, and then XLA is faster.
 bool pays(const DenseRouter& op) {
-  if (op.select.rows == 1) return op.select.experts <= 256 && op.operand_dtype != DType::kF32;
-  return op.select.experts <= 512 || op.select.rows <= 16;
+  const int experts = op.select.experts;
+  const bool short_type = op.operand_dtype != DType::kF32;
+  if (op.select.rows == 1) return experts <= 256 && short_type;
+  if (op.select.rows > 64) return experts > 128 && experts <= 384 && short_type;
+  return experts <= 512 || op.select.rows <= 16;
 }
 
 }  // namespace

@@ -508,7 +508,7 @@ void dense_router_cases(const Visit& visit) {
   Maker make;
   for (DType dtype : kDTypes) {
     for (Keys keys : kKeys) {
-      for (int64_t rows : {1, make.pick({2, 16}), make.pick({17, 64})}) {
+      for (int64_t rows : {1, make.pick({2, 16}), make.pick({17, 64}), make.pick({65, 128})}) {
         for (auto [experts, num_groups] :
              {Experts{36, 9}, {256, 8}, {257, 0}, {384, 12}, {512, 8}, {1023, 0}, {1024, 32}}) {
           if (keys == Keys::kGroups && num_groups == 0) continue;
@@ -657,7 +657,8 @@ int run_stress() {
   constexpr int kLaunches = 100, kRounds = 20;
   Maker make;
   std::vector<Call> calls;
-  for (auto [rows, hidden, experts] : {std::array{1, 4096, 256}, {64, 7168, 384}, {17, 2880, 128}, {8, 4096, 512}}) {
+  for (auto [rows, hidden, experts] :
+       {std::array{1, 4096, 256}, {64, 7168, 384}, {128, 7168, 384}, {17, 2880, 128}, {8, 4096, 512}}) {
     calls.push_back(
         dense_router(make, dense_sizes(DType::kBF16, rows, hidden, experts, 6, 1), Keys::kBias, Content::kOrdinary));
   }
