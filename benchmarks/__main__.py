@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from .cases import cpu_cases, gpu_cases
-from .results import RESULTS, current_commit, device_name, save, slug, table, write
+from .results import RESULTS, current_commit, device_name, save, slug, table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +29,10 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="GLOB", help="cases (or sweeps) whose id matches one, such as 'topk_select/*'"
+        "--only",
+        nargs="+",
+        metavar="GLOB",
+        help="cases (sweeps, scenarios) whose id matches one, such as 'topk_select/*'",
     )
     parser.add_argument("--quick", action="store_true", help="kernel time alone: no rivals besides XLA, no time in jit")
     parser.add_argument("--no-reference", action="store_true", help="do not time XLA and other rivals")
@@ -58,8 +60,16 @@ def main() -> int:
     on_gpu = jax.default_backend() == "gpu"
     console = Console(width=None if sys.stdout.isatty() else 200)
     if arguments.what == "exactness":
-        found = list(exactness.counts(int(arguments.rows or (1e8 if on_gpu else 1e5)), device, commit))
-        write(map(dataclasses.asdict, found), arguments.out or RESULTS / f"{slug(device)}-exactness.json")
+        scenarios = run.select(exactness.SCENARIOS, arguments.only, lambda scenario: scenario.name)
+        if arguments.list:
+            print("\n".join(scenario.name for scenario in scenarios))
+            return 0
+        rows = int(arguments.rows or (1e8 if on_gpu else 1e5))
+        path = arguments.out or RESULTS / f"{slug(device)}-exactness.json"
+        found = []
+        for scenario in scenarios:
+            found.append(exactness.Count(scenario.name, *scenario.count(rows), device=device, commit=commit))
+            save(found, path)
         console.print(exactness.table(found, device))
         return 1 if any(count.wrong for count in found) else 0
     is_sweep = arguments.what == "sweep"

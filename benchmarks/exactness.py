@@ -8,9 +8,8 @@ topk_select: there, any difference is one (`hard_rows.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,58 @@ from rich.progress import track
 from rich.table import Table
 
 from jax_router import activation_topk, dense_router
+from tests.cases import DTYPES
 
 from . import hard_rows
 
 
+@dataclasses.dataclass
+class Count:
+    """What a scenario found.
+
+    Attributes:
+        id: the scenario's name.
+        rows: how many were computed.
+        by_rounding: rows whose ids differ from the oracle's, all between keys that f32 cannot tell apart.
+        wrong: rows with any other difference.
+        device, jax, commit: where, with what, and of which state of this project.
+    """
+
+    id: str
+    rows: int
+    by_rounding: int
+    wrong: int
+    device: str
+    jax: str = jax.__version__
+    commit: str = ""
+
+
+class RandomRows:
+    """Rows that are drawn, computed and counted on the device, in batches."""
+
+    name: str
+    part: ClassVar[int]  # of the rows that are asked for, one in so many is counted
+    batch: ClassVar[int]
+
+    def differences(self, key: jax.Array, rows: int) -> jax.Array:
+        """The number of rows that differ by rounding alone, and of those that differ otherwise."""
+        raise NotImplementedError
+
+    def count(self, rows: int) -> tuple[int, int, int]:
+        """Rows, those that differ by rounding alone, and those that differ otherwise."""
+        batch = min(-(-rows // self.part), self.batch)
+        batches = -(-rows // (self.part * batch))
+        differences = jax.jit(partial(self.differences, rows=batch))
+        by_rounding = wrong = 0
+        with jax.enable_x64(True):
+            for seed in track(range(batches), description=f"{self.name:32}"):
+                found = differences(jax.random.key(seed))
+                by_rounding, wrong = by_rounding + int(found[0]), wrong + int(found[1])
+        return batches * batch, by_rounding, wrong
+
+
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class Selection(RandomRows):
     """Random rows of logits, and how `activation_topk` routes them."""
 
     name: str
@@ -33,14 +78,13 @@ class Selection:
     dtype: Any = jnp.float32
     bias_mean: float | None = None  # None: no bias
 
-    part = 1  # of the rows that are asked for, one in so many is counted
-    batch = 2**18  # rows that are routed and counted at once
+    part = 1
+    batch = 2**18
     # Keys that differ by less count as equal, in units of 2^-24 times what was added up: the score is within 4 units in
     # the last place, and the sum is rounded once.
     slack_ulps = 10.0
 
     def differences(self, key: jax.Array, rows: int) -> jax.Array:
-        """The number of rows that differ by rounding alone, and of those that differ otherwise."""
         logits_key, bias_key = jax.random.split(key)
         logits = _rounded(2 * jax.random.normal(logits_key, (rows, self.num_experts), jnp.float32), self.dtype)
         bias = None
@@ -56,7 +100,7 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Product(RandomRows):
     """Random tokens, and how `dense_router` routes them, so many a call: up to 64 are one kernel on a GPU."""
 
     name: str
@@ -71,7 +115,6 @@ class Product:
     batch = 2**14
 
     def differences(self, key: jax.Array, rows: int) -> jax.Array:
-        """As for `Selection`."""
         x_key, weight_key = jax.random.split(key)
         x = _rounded(jax.random.normal(x_key, (rows, self.hidden), jnp.float32), self.dtype)
         weight = jax.random.normal(weight_key, (self.num_experts, self.hidden), jnp.float32)
@@ -83,6 +126,22 @@ class Product:
         expert_ids = jax.lax.map(route, x, batch_size=self.tokens)
         keys = x.astype(jnp.float64) @ weight.astype(jnp.float64).T
         return _differences(keys, self.slack * jnp.abs(keys), expert_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardRows:
+    """Rows that are hard to select from, and what `topk_select` makes of them."""
+
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"topk_select, hard rows, {self.dtype}"
+
+    def count(self, rows: int) -> tuple[int, int, int]:
+        """As for `RandomRows`, but always the same rows."""
+        checked, wrong = hard_rows.count(self.dtype)
+        return checked, 0, wrong
 
 
 # Each addition of a long f32 sum rounds by up to 2^-24, and their errors add up as a random walk does: four standard
@@ -101,28 +160,8 @@ SCENARIOS = (
     # XLA's product, which adds up 4096 terms in one f32 sum.
     Product("bf16 tokens, 16384 a call", 16384, slack=_SUM_OF_4096),
     Product("f32 tokens, 16384 a call", 16384, jnp.float32, slack=_SUM_OF_4096),
+    *map(HardRows, DTYPES),
 )
-
-
-@dataclasses.dataclass
-class Count:
-    """What a scenario found.
-
-    Attributes:
-        scenario: its name.
-        rows: how many were routed.
-        by_rounding: rows whose ids differ from the oracle's, all between keys that f32 cannot tell apart.
-        wrong: rows with any other difference.
-        device, jax, commit: where, with what, and of which state of this project.
-    """
-
-    scenario: str
-    rows: int
-    by_rounding: int
-    wrong: int
-    device: str
-    jax: str = jax.__version__
-    commit: str = ""
 
 
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
@@ -141,28 +180,11 @@ def _differences(keys: jax.Array, slack: jax.Array, expert_ids: jax.Array) -> ja
     return jnp.stack([(differ.any(axis=-1) & ~wrong).sum(), wrong.sum()])
 
 
-def counts(
-    rows: int, device: str, commit: str, scenarios: Iterable[Selection | Product] = SCENARIOS
-) -> Iterator[Count]:
-    """Counts every scenario over `rows` rows, or its part of them, in batches; and topk_select over its hard rows."""
-    for scenario in scenarios:
-        batch = min(-(-rows // scenario.part), scenario.batch)
-        batches = -(-rows // (scenario.part * batch))
-        count = jax.jit(partial(scenario.differences, rows=batch))
-        total = [0, 0]
-        with jax.enable_x64(True):
-            for seed in track(range(batches), description=f"{scenario.name:32}"):
-                total = [a + int(b) for a, b in zip(total, count(jax.random.key(seed)))]
-        yield Count(scenario.name, batches * batch, *total, device=device, commit=commit)
-    for dtype, checked, wrong in hard_rows.counts():
-        yield Count(f"topk_select, hard rows, {dtype}", checked, 0, wrong, device=device, commit=commit)
-
-
 def table(found: list[Count], device: str) -> Table:
     result = Table(title=f"rows whose ids differ from an oracle's, on {device}", title_justify="left")
     result.add_column("rows of", no_wrap=True)
     for heading in ("rows", "closer than f32 rounding", "wrong"):
         result.add_column(heading, justify="right")
     for count in found:
-        result.add_row(count.scenario, f"{count.rows:,}", f"{count.by_rounding:,}", f"{count.wrong:,}")
+        result.add_row(count.id, f"{count.rows:,}", f"{count.by_rounding:,}", f"{count.wrong:,}")
     return result

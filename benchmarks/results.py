@@ -53,20 +53,15 @@ class Record:
     commit: str = ""
 
 
-def save(records: Iterable[Record], path: Path) -> None:
-    """Writes records to a file, one a line, sorted by id. Those that the file has of other cases stay."""
+def save(records: Iterable[Any], path: Path) -> None:
+    """Writes dataclasses with an id to a file, one a line, sorted by it. What the file has under other ids stays."""
     merged: dict[str, Mapping[str, Any]] = {}
     if path.exists():
         merged = {record["id"]: record for record in json.loads(path.read_text())}
     merged |= {record.id: dataclasses.asdict(record) for record in records}
-    write((merged[case_id] for case_id in sorted(merged, key=natural_order)), path)
-
-
-def write(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes a JSON file with a record a line."""
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    rows = ",\n".join(json.dumps(merged[key], ensure_ascii=False) for key in sorted(merged, key=natural_order))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"[\n{lines}\n]\n")
+    path.write_text(f"[\n{rows}\n]\n")
 
 
 def natural_order(case_id: str) -> list[Any]:
