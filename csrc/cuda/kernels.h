@@ -16,7 +16,8 @@ cudaError_t launch(const ActivationTopk& op, cudaStream_t stream);
 cudaError_t launch(const RouteAt& op, cudaStream_t stream);
 cudaError_t launch(const RouteCotangent& op, cudaStream_t stream);
 
-// Above this k, which every device of the process can do, the reference implementation takes over.
+// Above this k, which every device of the process can do, the reference implementation takes over. Starts CUDA, which
+// an import must not do.
 int max_select_k();
 cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
 
