@@ -291,7 +291,7 @@ def processes_of_all_ops():
             "JAX_DEBUG_KEY_REUSE": "1",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the tests' own process may hold a GPU's memory
         }
-        return [json.loads(subprocess.check_output(run, env=environment)) for _ in range(2)]
+        return [json.loads(subprocess.check_output(run, env=environment).splitlines()[-1]) for _ in range(2)]
 
 
 def persistent_cache(op):
