@@ -109,6 +109,68 @@ def test_a_token_does_not_know_its_batch(num_experts, hidden, dtype, cuda, rng):
             np.testing.assert_array_equal(mine, all_rows[-tokens:])
 
 
+MANY_TOKENS = (129, 360, 500, 840, 1000, 1681, 2100, 3000, 4095, 12288, 16300)
+MANY_TOKEN_OPTIONS = {
+    "logits": {"top_k": 6, "score_fn": "sqrtsoftplus", "scale": 1.5},
+    "k 16": {"top_k": 16, "score_fn": "softmax"},
+    "whole row": {"top_k": 3, "score_fn": "softmax", "renormalize": False},
+    "bias": {"top_k": 8, "score_fn": "sigmoid"},
+    "groups": {"top_k": 8, "score_fn": "sigmoid", "num_groups": 8, "top_groups": 4},
+}
+
+
+def fused_tokens(cuda, counts, dtype, num_experts, hidden, top_k=6, num_groups=1):
+    """Those of the numbers of tokens for which there is a fused kernel that is faster, on this machine."""
+    sizes = {"num_experts": num_experts, "hidden": hidden, "top_k": top_k, "num_groups": num_groups}
+    return [tokens for tokens in counts if cuda.fuses_dense_router(tokens=tokens, dtype=DTYPES[dtype].name, **sizes)]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel runs on a GPU")
+@pytest.mark.parametrize("name", MANY_TOKEN_OPTIONS)
+@pytest.mark.parametrize(
+    ("num_experts", "hidden", "dtype", "counts"),
+    [(256, 1032, "bf16", MANY_TOKENS), (256, 40, "f16", (129, 3000, 12288)), (130, 200, "bf16", (360, 2100))],
+)
+def test_many_tokens(num_experts, hidden, dtype, counts, name, cuda, rng):
+    """Integer operands make the logits exact, so that all bits are those of activation_topk; some rows hold a NaN."""
+    options = MANY_TOKEN_OPTIONS[name]
+    groups = options.get("num_groups", 1)
+    if num_experts % groups:
+        pytest.skip("no such groups")
+    logit_bias = rng.integers(-9, 10, num_experts).astype(np.float32) if name == "bias" else None
+    bias = rng.normal(0, 0.3, num_experts).astype(np.float32) if name in ("bias", "groups") else None
+    route = jax.jit(partial(jax_router.dense_router, implementation="native", **options))
+    select = jax.jit(partial(jax_router.activation_topk, implementation="native", **options))
+    weight = rng.integers(-3, 4, (num_experts, hidden)).astype(DTYPES[dtype])
+    counts = counts if name == "logits" else counts[::3]
+    for tokens in fused_tokens(cuda, counts, dtype, num_experts, hidden, options["top_k"], groups):
+        x = rng.integers(-3, 4, (tokens, hidden)).astype(DTYPES[dtype])
+        logits = np.float32(x) @ np.float32(weight).T + (0 if logit_bias is None else logit_bias) + 0.0
+        broken = rng.integers(0, tokens, 5)
+        x[broken, hidden // 2] = np.nan
+        logits[broken] = np.nan
+        mask = rng.random(tokens) < 0.9
+        got = route(x, weight, bias, logit_bias=logit_bias, token_mask=mask)
+        for mine, theirs in zip(got, select(logits, bias, token_mask=mask)):
+            np.testing.assert_array_equal(mine, theirs, err_msg=f"{tokens} tokens")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel runs on a GPU")
+@pytest.mark.parametrize("counts", [(129, 200, 360), (1100, 1680), (3400, 4320), (16300, 16896)])
+def test_a_token_does_not_know_its_batch_within_a_plan(counts, cuda, rng):
+    """The numbers of tokens that dense_prefill.cu divides alike."""
+    fused = fused_tokens(cuda, counts, "bf16", 256, 4096)
+    if len(fused) < 2:
+        pytest.skip("not fused on this machine")
+    x = rng.normal(0, 1, (max(fused), 4096)).astype(DTYPES["bf16"])
+    weight = rng.normal(0, 1 / 64, (256, 4096)).astype(DTYPES["bf16"])
+    route = jax.jit(partial(jax_router.dense_router, top_k=6, implementation="native"))
+    whole = route(x, weight)
+    for tokens in fused:
+        for mine, all_rows in zip(route(x[-tokens:], weight), whole):
+            np.testing.assert_array_equal(mine, all_rows[-tokens:])
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel runs on a GPU")
 def test_calls_that_follow_each_other(rng):
     """1000 calls of changing shapes, queued without waiting, from two threads' worth of programs: equal bits."""
