@@ -1,0 +1,405 @@
+// What `launches` launches: the ops of csrc/cuda/kernels.h on operands that lie in device memory, each buffer an
+// allocation of exactly its size, so that an access past its end shows.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/cuda/kernels.h"
+
+namespace jax_router::launches {
+
+inline int failures = 0;
+
+inline void fail(const std::string& what, const std::string& why) {
+  ++failures;
+  std::printf("FAILED %s: %s\n", what.c_str(), why.c_str());
+}
+
+// Nothing that follows would mean anything after such an error.
+inline void must(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  fail(what, cudaGetErrorString(status));
+  std::exit(2);
+}
+
+// Device memory.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : bytes_(bytes) {
+    void* data = nullptr;
+    must(cudaMalloc(&data, std::max<size_t>(bytes, 1)), "cudaMalloc");
+    data_.reset(data);
+  }
+  Buffer(const void* host, size_t bytes) : Buffer(bytes) {
+    must(cudaMemcpy(data(), host, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+
+  void* data() const { return data_.get(); }
+  void fill(int byte) const { must(cudaMemset(data(), byte, bytes_), "cudaMemset"); }
+  std::vector<char> read() const {
+    std::vector<char> host(bytes_);
+    must(cudaMemcpy(host.data(), data(), bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return host;
+  }
+
+ private:
+  struct Free {
+    void operator()(void* data) const { cudaFree(data); }
+  };
+  size_t bytes_;
+  std::unique_ptr<void, Free> data_;
+};
+
+// A call's results, each a buffer of its own.
+class Results {
+ public:
+  explicit Results(const std::vector<size_t>& bytes) : buffers_(bytes.begin(), bytes.end()) {}
+
+  template <class T>
+  T* get(size_t i) const {
+    return static_cast<T*>(buffers_[i].data());
+  }
+  void fill(int byte) const {
+    for (const Buffer& buffer : buffers_) buffer.fill(byte);
+  }
+  std::vector<std::vector<char>> read() const {
+    std::vector<std::vector<char>> bits;
+    for (const Buffer& buffer : buffers_) bits.push_back(buffer.read());
+    return bits;
+  }
+
+ private:
+  std::vector<Buffer> buffers_;
+};
+
+using Launch = std::function<cudaError_t(const Results&, void* workspace, cudaStream_t)>;
+
+// An op with its operands in device memory.
+struct Call {
+  std::string name;
+  std::vector<std::shared_ptr<Buffer>> operands;
+  std::vector<size_t> result_bytes;
+  size_t workspace_bytes = 0;
+  Launch launch;
+  int ids = -1;           // the result that holds ids, if they are such as
+  int64_t ids_below = 0;  // -1 <= id < ids_below
+};
+
+// What the floating-point numbers of an operand are.
+enum class Content {
+  kOrdinary,
+  kBits,    // any: NaN of both signs, infinities, denormals
+  kTies,    // one of four
+  kRising,  // neighbours in ascending order
+};
+constexpr Content kContents[] = {Content::kOrdinary, Content::kBits, Content::kTies, Content::kRising};
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+
+inline size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Makes calls. What does not decide which kernel runs is picked at random, alike in every run.
+class Maker {
+ public:
+  Maker() : words_(1 << 20) {
+    for (uint32_t& word : words_) word = random_();
+  }
+
+  template <class T>
+  T pick(std::initializer_list<T> choices) {
+    return choices.begin()[random_() % choices.size()];
+  }
+  Content pick(const Content (&contents)[4]) { return contents[random_() % 4]; }
+
+  // The name of the next call: an op and its sizes, and of floating-point operands the type and the content before
+  // these.
+  using Sizes = std::initializer_list<std::pair<const char*, int64_t>>;
+  void name(std::string op, Sizes sizes) {
+    call_ = {};
+    call_.name = std::move(op);
+    for (const auto& [what, size] : sizes) call_.name += std::string(" ") + what + std::to_string(size);
+  }
+  void name(const std::string& op, DType dtype, Content content, Sizes sizes) {
+    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising"};
+    const char* type = dtype == DType::kF32 ? " f32" : dtype == DType::kBF16 ? " bf16" : " f16";
+    name(op + type + kContentNames[static_cast<int>(content)], sizes);
+  }
+
+  template <class T>
+  const T* operand(const std::vector<T>& values) {
+    call_.operands.push_back(std::make_shared<Buffer>(values.data(), values.size() * sizeof(T)));
+    return static_cast<const T*>(call_.operands.back()->data());
+  }
+  const void* floats(DType dtype, int64_t count, Content content) {
+    if (dtype == DType::kF32) return operand(numbers<float>(count, content));
+    if (dtype == DType::kBF16) return operand(numbers<__nv_bfloat16>(count, content));
+    return operand(numbers<__half>(count, content));
+  }
+  const float* floats(int64_t count, Content content) { return operand(numbers<float>(count, content)); }
+
+  // Most of them below `bound`, some equal to it, some of any bits.
+  const int32_t* ids(int64_t count, int64_t bound) {
+    std::vector<int32_t> values(count);
+    for (int32_t& value : values) {
+      const uint32_t kind = random_() % 16;
+      value = static_cast<int32_t>(kind == 0 ? random_() : kind == 1 ? bound : random_() % bound);
+    }
+    return operand(values);
+  }
+  const int32_t* lengths(int64_t count, int64_t length, int64_t k) {
+    std::vector<int32_t> values(count);
+    for (int32_t& value : values) {
+      value = static_cast<int32_t>(pick<int64_t>({-5, 0, k - 1, k, k + 1, length - 1, length, length + 7}));
+    }
+    return operand(values);
+  }
+  const bool* mask(int64_t count) {
+    std::vector<uint8_t> values(count);
+    for (uint8_t& value : values) value = random_() % 4 != 0;
+    return reinterpret_cast<const bool*>(operand(values));
+  }
+
+  Scoring scoring() {
+    return {pick({ScoreFn::kSqrtSoftplus, ScoreFn::kSigmoid, ScoreFn::kSoftmax}), pick({false, true}), 2.5f};
+  }
+
+  // `launch` has a copy of the op, since its results differ from launch to launch.
+  Call finish(std::vector<size_t> result_bytes, Launch launch, size_t workspace_bytes = 0) {
+    call_.result_bytes = std::move(result_bytes);
+    call_.launch = std::move(launch);
+    call_.workspace_bytes = workspace_bytes;
+    return std::move(call_);
+  }
+  static Call with_ids(Call call, int result, int64_t below) {
+    call.ids = result;
+    call.ids_below = below;
+    return call;
+  }
+
+ private:
+  template <class T>
+  std::vector<T> numbers(int64_t count, Content content) {
+    std::vector<T> values(count);
+    const uint32_t first = random_();
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = words_[(first + i) % words_.size()];
+      if (content == Content::kBits) {
+        std::memcpy(static_cast<void*>(&values[i]), &bits, sizeof(T));
+      } else if (content == Content::kRising) {
+        const uint32_t rising = sizeof(T) == 4 ? 0x3F800000 + i % 0x400000 : 0x3C00 + i % 0x4000;
+        std::memcpy(static_cast<void*>(&values[i]), &rising, sizeof(T));
+      } else {
+        values[i] = T(content == Content::kTies ? static_cast<float>(bits % 4) : (bits >> 8) * 0x1p-21f - 4.0f);
+      }
+    }
+    return values;
+  }
+
+  std::mt19937 random_{1};
+  std::vector<uint32_t> words_;  // random, of which the numbers are made
+  Call call_;
+};
+
+inline Call hash_router(Maker& make, int64_t rows, int32_t k) {
+  make.name("hash_router", {{"N", rows}, {"k", k}});
+  HashRouter op{};
+  op.rows = rows;
+  op.vocab_size = 50;
+  op.k = k;
+  op.token_ids = make.ids(rows, op.vocab_size);
+  op.hash_lut = make.ids(op.vocab_size * k, 256);
+  op.scale = 1.5f;
+  const size_t choices = rows * k;
+  return make.finish({4 * choices, 4 * choices}, [op](const Results& results, void*, cudaStream_t stream) mutable {
+    op.weights = results.get<float>(0);
+    op.expert_ids = results.get<int32_t>(1);
+    return cuda::launch(op, stream);
+  });
+}
+
+// How the keys that select are made; with groups, of as many as given.
+enum class Keys { kLogits, kBias, kBiasOfToken, kGroups };
+constexpr Keys kKeys[] = {Keys::kLogits, Keys::kBias, Keys::kBiasOfToken, Keys::kGroups};
+
+// All of an ActivationTopk but logits and results.
+inline ActivationTopk selection(Maker& make, int64_t rows, int32_t experts, int32_t k, Keys keys, int32_t num_groups,
+                                Content content) {
+  ActivationTopk op{};
+  op.rows = rows;
+  op.experts = experts;
+  op.k = k;
+  op.scoring = make.scoring();
+  op.groups = {1, 1, make.pick({GroupScore::kTop2Sum, GroupScore::kMax})};
+  if (keys == Keys::kGroups) op.groups = {num_groups, (num_groups + 1) / 2, op.groups.score};
+  if (keys == Keys::kBiasOfToken) {
+    op.bias = make.floats(rows * experts, content);
+    op.bias_stride = experts;
+  } else if (keys == Keys::kBias || (keys == Keys::kGroups && make.pick({false, true}))) {
+    op.bias = make.floats(experts, content);
+  }
+  if (make.pick({false, true})) op.token_mask = make.mask(rows);
+  return op;
+}
+
+inline std::vector<size_t> result_bytes(const ActivationTopk& op) {
+  const size_t bytes = 4 * op.rows * op.k;
+  return {bytes, bytes, bytes};
+}
+
+inline void set_results(ActivationTopk& op, const Results& results) {
+  op.weights = results.get<float>(0);
+  op.expert_ids = results.get<int32_t>(1);
+  op.chosen_logits = results.get<float>(2);
+}
+
+inline Call activation_topk(Maker& make, DType dtype, int64_t rows, int32_t experts, int32_t k, Keys keys,
+                            int32_t num_groups, Content content) {
+  make.name("activation_topk", dtype, content,
+            {{"N", rows}, {"E", experts}, {"k", k}, {"keys ", static_cast<int>(keys)}, {"groups ", num_groups}});
+  ActivationTopk op = selection(make, rows, experts, k, keys, num_groups, content);
+  op.dtype = dtype;
+  op.logits = make.floats(dtype, rows * experts, content);
+  const auto launch = [op](const Results& results, void*, cudaStream_t stream) mutable {
+    set_results(op, results);
+    return cuda::launch(op, stream);
+  };
+  return Maker::with_ids(make.finish(result_bytes(op), launch), 1, experts);
+}
+
+inline Call dense_router(Maker& make, const DenseRouter& sizes, Keys keys, Content content) {
+  const ActivationTopk& select = sizes.select;
+  make.name("dense_router", sizes.operand_dtype, content,
+            {{"N", select.rows},
+             {"D", sizes.hidden},
+             {"E", select.experts},
+             {"k", select.k},
+             {"keys ", static_cast<int>(keys)},
+             {"groups ", select.groups.num_groups}});
+  DenseRouter op = sizes;
+  op.select = selection(make, select.rows, select.experts, select.k, keys, select.groups.num_groups, content);
+  op.x = make.floats(op.operand_dtype, select.rows * op.hidden, content);
+  op.weight = make.floats(op.operand_dtype, static_cast<int64_t>(select.experts) * op.hidden, content);
+  if (make.pick({false, true})) op.logit_bias = make.floats(select.experts, content);
+  const auto launch = [op](const Results& results, void* workspace, cudaStream_t stream) mutable {
+    set_results(op.select, results);
+    return cuda::launch(op, workspace, stream);
+  };
+  return Maker::with_ids(make.finish(result_bytes(op.select), launch, cuda::workspace_bytes(op)), 1, select.experts);
+}
+
+inline DenseRouter dense_sizes(DType dtype, int64_t rows, int32_t hidden, int32_t experts, int32_t k,
+                               int32_t num_groups) {
+  DenseRouter op{};
+  op.operand_dtype = dtype;
+  op.hidden = hidden;
+  op.select.rows = rows;
+  op.select.experts = experts;
+  op.select.k = k;
+  op.select.groups.num_groups = num_groups;
+  return op;
+}
+
+// With a vocabulary the ids are those of a table.
+inline Call route_at(Maker& make, DType dtype, int64_t rows, int32_t experts, int32_t k, int64_t vocab_size,
+                     Content content) {
+  make.name(vocab_size > 0 ? "route_at by token" : "route_at", dtype, content, {{"N", rows}, {"E", experts}, {"k", k}});
+  RouteAt op{};
+  op.rows = rows;
+  op.experts = experts;
+  op.k = k;
+  op.dtype = dtype;
+  op.logits = make.floats(dtype, rows * experts, content);
+  op.vocab_size = vocab_size;
+  if (vocab_size > 0) op.token_ids = make.ids(rows, vocab_size);
+  op.expert_ids = make.ids((vocab_size > 0 ? vocab_size : rows) * k, experts);
+  op.scoring = make.scoring();
+  const size_t bytes = 4 * rows * k;
+  const auto launch = [op](const Results& results, void*, cudaStream_t stream) mutable {
+    op.weights = results.get<float>(0);
+    op.valid_ids = results.get<int32_t>(1);
+    op.chosen_logits = results.get<float>(2);
+    return cuda::launch(op, stream);
+  };
+  return Maker::with_ids(make.finish({bytes, bytes, bytes}, launch), 1, experts);
+}
+
+inline Call route_cotangent(Maker& make, DType dtype, int64_t rows, int32_t experts, int32_t k, Scoring scoring,
+                            Content content) {
+  make.name("route_cotangent", dtype, content,
+            {{"N", rows}, {"E", experts}, {"k", k}, {"score_fn ", static_cast<int>(scoring.score_fn)}});
+  RouteCotangent op{};
+  op.rows = rows;
+  op.experts = experts;
+  op.k = k;
+  op.dtype = dtype;
+  op.scoring = scoring;
+  op.grad_weights = make.floats(rows * k, content);
+  if (scoring.needs_whole_row()) {
+    op.residual = make.floats(dtype, rows * experts, content);
+  } else if (scoring.score_fn != ScoreFn::kIdentity) {
+    op.residual = make.floats(rows * k, content);
+  }
+  op.expert_ids = make.ids(rows * k, experts);
+  return make.finish({rows * experts * size_of(dtype)},
+                     [op](const Results& results, void*, cudaStream_t stream) mutable {
+                       op.grad_logits = results.get<void>(0);
+                       return cuda::launch(op, stream);
+                     });
+}
+
+inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, int64_t k, bool sorted,
+                        bool has_lengths, Content content) {
+  make.name("topk_select", dtype, content,
+            {{"B", rows}, {"L", length}, {"k", k}, {"sorted ", sorted}, {"lengths ", has_lengths}});
+  TopkSelect op{};
+  op.rows = rows;
+  op.length = length;
+  op.k = k;
+  op.dtype = dtype;
+  op.sorted = sorted;
+  op.scores = make.floats(dtype, rows * length, content);
+  if (has_lengths) op.lengths = make.lengths(rows, length, k);
+  const auto launch = [op](const Results& results, void*, cudaStream_t stream) mutable {
+    op.values = results.get<void>(0);
+    op.indices = results.get<int32_t>(1);
+    return cuda::launch(op, stream);
+  };
+  return Maker::with_ids(make.finish({rows * k * size_of(dtype), 4 * static_cast<size_t>(rows * k)}, launch), 1,
+                         length);
+}
+
+inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts) {
+  make.name("expert_dispatch", {{"batch ", batch}, {"N", tokens}, {"E", experts}, {"k", k}});
+  ExpertDispatch op{};
+  op.batch = batch;
+  op.tokens = tokens;
+  op.k = k;
+  op.experts = experts;
+  op.expert_ids = make.ids(batch * tokens * k, experts);
+  const size_t choices = batch * tokens * k;
+  const auto launch = [op](const Results& results, void* workspace, cudaStream_t stream) mutable {
+    op.token_index = results.get<int32_t>(0);
+    op.slot = results.get<int32_t>(1);
+    op.group_sizes = results.get<int32_t>(2);
+    return cuda::launch(op, workspace, stream);
+  };
+  const std::vector<size_t> bytes{4 * choices, 4 * choices, 4 * static_cast<size_t>(batch * experts)};
+  return Maker::with_ids(make.finish(bytes, launch, cuda::workspace_bytes(op)), 1, tokens * k);
+}
+
+}  // namespace jax_router::launches
