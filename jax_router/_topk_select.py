@@ -69,7 +69,7 @@ def _results(avals: dict[str, Any], *, k: int, **_: Any) -> list[Result]:
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, k: int, **_: Any) -> str | None:
-    limit = native_limits(platform).max_select_k
+    limit = native_limits(platform).max_select_k()
     return f"at most k = {limit}, got {k}" if k > limit else None
 
 

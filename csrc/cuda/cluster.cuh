@@ -44,14 +44,21 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
+// What this thread wrote before it, whoever learns of what this thread or its block does after it sees.
+__device__ __forceinline__ void cluster_fence() { JR_CLUSTER_ASM("fence.acq_rel.cluster;" :: : "memory"); }
+
 // An arrival that says nothing about memory, and so does not wait for writes that are still under way.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   JR_CLUSTER_ASM("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
 }
 
+__device__ __forceinline__ uint32_t address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // The address of another block's variable, given this block's.
 __device__ __forceinline__ uint32_t address_in_block(const void* p, uint32_t block) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  uint32_t address = address_of(p);
   JR_CLUSTER_ASM("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
   return address;
 }
@@ -66,8 +73,32 @@ __device__ __forceinline__ uint32_t remote_load(uint32_t address) {
   return value;
 }
 
-__device__ __forceinline__ void remote_store(uint32_t address, uint64_t value) {
-  JR_CLUSTER_ASM("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+// A barrier in shared memory that counts arrivals, and the bytes that were announced with them: no fence is needed.
+using TransferBarrier = uint64_t;
+
+// By one thread, before any other uses it.
+__device__ __forceinline__ void init_transfers(TransferBarrier* barrier, uint32_t arrivals) {
+  JR_CLUSTER_ASM(
+      "mbarrier.init.shared::cta.b64 [%0], %1; fence.mbarrier_init.release.cluster;" ::"r"(address_of(barrier)),
+      "r"(arrivals) : "memory");
+}
+
+// Announces bytes to a block's barrier, and sends them: whoever waits at it sees them.
+__device__ __forceinline__ void announce(uint32_t barrier, uint32_t bytes) {
+  JR_CLUSTER_ASM("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void send(uint32_t address, uint64_t value, uint32_t barrier) {
+  JR_CLUSTER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
+                 "l"(value), "r"(barrier) : "memory");
+}
+
+// Until all have arrived and all bytes are there, for time number `phase`.
+__device__ __forceinline__ void wait_for_transfers(TransferBarrier* barrier, uint32_t phase) {
+  JR_CLUSTER_ASM(
+      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait; }" ::"r"(
+          address_of(barrier)),
+      "r"(phase % 2) : "memory");
 }
 
 __device__ __forceinline__ uint32_t remote_add(uint32_t address, uint32_t value) {

@@ -16,8 +16,9 @@ cudaError_t launch(const ActivationTopk& op, cudaStream_t stream);
 cudaError_t launch(const RouteAt& op, cudaStream_t stream);
 cudaError_t launch(const RouteCotangent& op, cudaStream_t stream);
 
-// The candidates of a row live in shared memory: above this k the reference implementation takes over.
-constexpr int kMaxSelectK = 8192;
+// Above this k, which every device of the process can do, the reference implementation takes over. Starts CUDA, which
+// an import must not do.
+int max_select_k();
 cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
 
 // These need scratch memory: as many bytes as workspace_bytes says, aligned to 16, with any content.

@@ -8,14 +8,16 @@
 // not unrolled, and what is needed twice is one function.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/order.h"
 
 namespace jax_router::cuda {
 
 constexpr uint64_t kNoPair = 0;
-constexpr uint64_t kLowestPair = uint64_t{1} << 32;  // no element's pair is smaller
+constexpr uint64_t kLowestPair = 1;  // no element's pair is smaller
 
 // How many of pairs[0..count) are larger than this one. `pairs` is shared memory, aligned to 16 bytes; if count is odd,
 // pairs[count] is 0.
@@ -30,17 +32,20 @@ __device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs
   return larger;
 }
 
+// What PairSelect::order needs besides the pairs.
+constexpr size_t ordering_bytes(int64_t size) { return sizeof(uint64_t) * size + sizeof(uint32_t) * (size / 2 + 2); }
+
 // A block's shared memory: this, then its pairs, then whatever the kernel wants.
 extern __shared__ uint4 block_shared_memory[];
 
-template <int kThreads>
+template <int kThreads, int kBinsOfThread = 2>
 struct alignas(16) PairSelect {
   static constexpr unsigned kFullWarp = 0xFFFFFFFFu;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kBins = 2 * kThreads;
+  static constexpr int kBins = kBinsOfThread * kThreads;
   static constexpr int kMostMembers = 64;  // of a bin, to be ranked by comparing each with all
   static constexpr int kMostOfBin = 12;    // of a bin, to be put in order so
-  static constexpr int kBinBits = kThreads == 1024 ? 11 : kThreads == 512 ? 10 : 9;
+  static constexpr int kBinBits = (kThreads == 1024 ? 10 : kThreads == 512 ? 9 : 8) + kBinsOfThread / 2;
   static_assert(kBins == 1 << kBinBits);
 
   alignas(16) uint32_t bins[kBins];
@@ -63,6 +68,13 @@ struct alignas(16) PairSelect {
       shared().key_max = 0;
       shared().key_min = 0xFFFFFFFFu;
       shared().members = 0;
+    }
+  }
+
+  static __device__ __forceinline__ void clear_bins() {
+#pragma unroll
+    for (int i = 0; i < kBins; i += 2 * kThreads) {
+      reinterpret_cast<uint2*>(shared().bins + i)[threadIdx.x] = make_uint2(0, 0);
     }
   }
 
@@ -89,7 +101,7 @@ struct alignas(16) PairSelect {
   static __device__ __noinline__ void scan(uint32_t* a, uint32_t size) {
     uint32_t carry = 0;
 #pragma unroll 1
-    for (uint32_t first = 0; first < size; first += kBins) {
+    for (uint32_t first = 0; first < size; first += 2 * kThreads) {
       const uint32_t i = first + 2 * threadIdx.x;
       uint2 two = {0, 0};
       if (i < size) two = *reinterpret_cast<const uint2*>(a + i);
@@ -101,15 +113,45 @@ struct alignas(16) PairSelect {
     }
   }
 
-  // Which of the bins holds number k of what was counted into them, in `found`. Ends with a barrier.
-  static __device__ __forceinline__ void find_bin(uint32_t k) {
-    const uint2 counts = reinterpret_cast<const uint2*>(shared().bins)[threadIdx.x];
-    const uint32_t before = exclusive_sum(counts.x + counts.y);
-    if (before < k && k <= before + counts.x + counts.y) {
-      const bool second = k > before + counts.x;
-      shared().found = {2 * threadIdx.x + second, before + (second ? counts.x : 0), second ? counts.y : counts.x};
+  // Which of the bins holds number k of what was counted into them, in `found`. With `starts`, each bin becomes the
+  // number of what lies in earlier ones, and the result is whether a bin up to the k-th's holds more than kMostMembers.
+  // Ends with a barrier.
+  static __device__ __forceinline__ bool find_bin(uint32_t k, bool starts) {
+    uint32_t counts[kBinsOfThread];
+    uint2* own = reinterpret_cast<uint2*>(shared().bins + kBinsOfThread * threadIdx.x);
+    uint32_t sum = 0, most = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsOfThread; i += 2) {
+      const uint2 two = own[i / 2];
+      counts[i] = two.x;
+      counts[i + 1] = two.y;
+      sum += two.x + two.y;
+      most = max(most, max(two.x, two.y));
     }
+    uint32_t before = exclusive_sum(sum);
+    const bool crowded = before < k && most > kMostMembers;
+    if (starts || (before < k && k <= before + sum)) {
+#pragma unroll
+      for (uint32_t i = 0; i < kBinsOfThread; ++i) {
+        const uint32_t bin = kBinsOfThread * threadIdx.x + i;
+        if (before < k && k <= before + counts[i]) shared().found = {bin, before, counts[i]};
+        if (starts) shared().bins[bin] = before;
+        before += counts[i];
+      }
+    }
+    if (starts) return __syncthreads_or(crowded) != 0;
     __syncthreads();
+    return false;
+  }
+
+  // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`.
+  template <class Body>
+  static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body) {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      const uint64_t pair = pairs()[i];
+      if (pair >= worst && pair <= best) body(pair);
+    }
   }
 
   // The smallest shift that brings every distance up to `span` into `bits` bits.
@@ -120,22 +162,19 @@ struct alignas(16) PairSelect {
     uint64_t best;  // no pair is larger
   };
 
-  // The k-th largest of pairs()[0..count), for indices < length; at least k of them are not kNoPair, and k > 0. All
-  // threads get it.
-  static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, uint32_t length, uint32_t slack) {
+  // The k-th largest of pairs()[0..count), whose indices have so many bits; at least k of them are not kNoPair, and
+  // k > 0. All threads get it.
+  static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, int index_bits, uint32_t slack) {
     uint64_t best = ~uint64_t{0}, worst = kLowestPair, overall_best = 0;
 #pragma unroll 1
     while (true) {
       uint32_t key_max = 0, key_min = 0xFFFFFFFFu;
-#pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-        const uint64_t pair = pairs()[i];
-        if (pair >= worst && pair <= best) {
-          key_max = max(key_max, pair_key(pair));
-          key_min = min(key_min, pair_key(pair));
-        }
-      }
-      reinterpret_cast<uint2*>(shared().bins)[threadIdx.x] = make_uint2(0, 0);
+      for_each(count, worst, best, [&](uint64_t pair) {
+        const uint32_t key = static_cast<uint32_t>(pair >> index_bits);
+        key_max = max(key_max, key);
+        key_min = min(key_min, key);
+      });
+      clear_bins();
       key_max = __reduce_max_sync(kFullWarp, key_max);
       key_min = __reduce_min_sync(kFullWarp, key_min);
       if (threadIdx.x % 32 == 0) {
@@ -143,18 +182,14 @@ struct alignas(16) PairSelect {
         atomicMin(&shared().key_min, key_min);
       }
       __syncthreads();
-      best = min(best, order_pair(shared().key_max, 0));
-      worst = max(worst, order_pair(shared().key_min, length - 1));
+      best = min(best, (static_cast<uint64_t>(shared().key_max) + 1 << index_bits) - 1);
+      worst = max(worst, static_cast<uint64_t>(shared().key_min) << index_bits);
       if (overall_best == 0) overall_best = best;
       const int shift = shift_for(best - worst);
-#pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-        const uint64_t pair = pairs()[i];
-        if (pair >= worst && pair <= best) atomicAdd(&shared().bins[(best - pair) >> shift], 1);
-      }
+      for_each(count, worst, best, [&](uint64_t pair) { atomicAdd(&shared().bins[(best - pair) >> shift], 1); });
       __syncthreads();
       init();
-      find_bin(k);
+      find_bin(k, false);
       k -= shared().found.before;
       best -= static_cast<uint64_t>(shared().found.bin) << shift;
       const uint64_t last = (uint64_t{1} << shift) - 1;
@@ -164,11 +199,7 @@ struct alignas(16) PairSelect {
       if (last_count > kMostMembers) continue;
       // So few that comparing each with all ends it. Their list is where the bins were.
       uint64_t* members = reinterpret_cast<uint64_t*>(shared().bins);
-#pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-        const uint64_t pair = pairs()[i];
-        if (pair >= worst && pair <= best) members[atomicAdd(&shared().members, 1)] = pair;
-      }
+      for_each(count, worst, best, [&](uint64_t pair) { members[atomicAdd(&shared().members, 1)] = pair; });
       if (threadIdx.x == 0) members[last_count] = kNoPair;
       __syncthreads();
       if (threadIdx.x < last_count) {
@@ -182,33 +213,35 @@ struct alignas(16) PairSelect {
 
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in
   // descending order if kByKey, else in ascending order of the index. Exactly `size` pairs are no smaller, and none is
-  // larger than `best`. `spare` has room for size pairs, `fine` for size words rounded up to an even number (if
-  // kByKey).
+  // larger than `best`. `spare` has room for ordering_bytes(size).
   template <bool kByKey, class Write>
   static __device__ __forceinline__ void order(uint32_t count, uint64_t bound, uint64_t best, uint32_t size,
-                                               uint32_t length, uint64_t* spare, uint32_t* fine, Write write) {
-    const auto for_each = [&](auto body) {
-#pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-        const uint64_t pair = pairs()[i];
-        if (pair >= bound) body(pair);
-      }
+                                               int index_bits, uint64_t* spare, Write write) {
+    const auto for_each_chosen = [&](auto body) {
+      for_each(count, bound, best, body);
       __syncthreads();
     };
     // Distance from the front.
-    const auto distance = [&](uint64_t pair) -> uint64_t { return kByKey ? best - pair : pair_index(pair); };
-    const int shift = shift_for(kByKey ? best - bound : length - 1);
+    const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
+    using Distance = std::conditional_t<kByKey, uint64_t, uint32_t>;
+    const auto distance = [&](uint64_t pair) -> Distance { return kByKey ? best - pair : ~pair & last_index; };
+    const int shift = shift_for(kByKey ? best - bound : last_index);
     uint32_t* bins = shared().bins;
-    clear(bins, kBins);
+    uint32_t* fine = reinterpret_cast<uint32_t*>(spare + size);
+    clear_bins();
     __syncthreads();
-    for_each([&](uint64_t pair) { atomicAdd(&bins[distance(pair) >> shift], 1); });
+    for_each_chosen([&](uint64_t pair) { atomicAdd(&bins[distance(pair) >> shift], 1); });
     scan(bins, kBins);
-    // Where a bin holds many pairs, those of n pairs are divided again, into n parts. Indices are spread well enough.
+    // Where a bin holds many pairs, all are divided again, into half as many parts as pairs. Indices are spread well
+    // enough.
     bool divide = false;
     if constexpr (kByKey) {
-      const uint32_t first = 2 * threadIdx.x;
-      const uint32_t end = first + 2 < kBins ? bins[first + 2] : size;
-      divide = __syncthreads_or(max(bins[first + 1] - bins[first], end - bins[first + 1]) > kMostOfBin) != 0;
+      uint32_t most = 0;
+#pragma unroll
+      for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
+        most = max(most, (bin + 1 < kBins ? bins[bin + 1] : size) - bins[bin]);
+      }
+      divide = __syncthreads_or(most > kMostOfBin) != 0;
     }
     uint32_t* starts = divide ? fine : bins;
     const auto part = [&](uint64_t pair) -> uint32_t {
@@ -218,15 +251,15 @@ struct alignas(16) PairSelect {
       const uint32_t end = bin + 1 < kBins ? bins[bin + 1] : size;
       const uint64_t rest = distance(pair) & ((uint64_t{1} << shift) - 1);
       const uint32_t fraction = static_cast<uint32_t>(shift > 16 ? rest >> (shift - 16) : rest << (16 - shift));
-      return start + (fraction * (end - start) >> 16);
+      return (start + (fraction * (end - start) >> 16)) / 2;
     };
     if (divide) {
-      clear(fine, size);
+      clear(fine, size / 2 + 1);
       __syncthreads();
-      for_each([&](uint64_t pair) { atomicAdd(&fine[part(pair)], 1); });
-      scan(fine, size);
+      for_each_chosen([&](uint64_t pair) { atomicAdd(&fine[part(pair)], 1); });
+      scan(fine, size / 2 + 1);
     }
-    for_each([&](uint64_t pair) { spare[atomicAdd(&starts[part(pair)], 1)] = pair; });
+    for_each_chosen([&](uint64_t pair) { spare[atomicAdd(&starts[part(pair)], 1)] = pair; });
     // Now starts[p] is where part p ends, and the next begins.
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {

@@ -3,15 +3,20 @@
 //
 // A row belongs to one thread block, or to a cluster of blocks that each take part of it. A block streams its part
 // through shared memory, a few vectors of 16 bytes a thread and step, and keeps what can still be among the k best: the
-// pairs (key, index) no smaller than a bound that comes from a sample, the first vectors of every thread. Few vectors
-// hold such an element, and only those are looked at one by one. The candidates of all blocks meet in the shared memory
-// of the cluster's first block, which selects exactly k of them, puts them in order and writes them.
+// pairs (key, index) no smaller than a bound that comes from a sample, the largest of the first vectors of every
+// thread. Few vectors hold such an element, and only those are looked at one by one. The candidates of all blocks meet
+// in the shared memory of the cluster's first block, which selects exactly k of them, puts them in order and writes
+// them.
 //
 // Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others, so
 // that the first vectors are a fair sample of rows that have a trend. Should the bound be wrong (fewer than k
 // candidates, or the k-th of them below some block's bound) or there be more candidates than fit, the row is read again
 // with a bound that is certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates; random rows
 // never need a second.
+//
+// Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
+// a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have
+// begun.
 //
 // Nothing but the row is read from device memory, and nothing but the result is written.
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
@@ -29,7 +34,7 @@ namespace {
 constexpr int kBatch = 4;   // vectors of a thread's step
 constexpr int kStages = 2;  // steps under way
 constexpr int kRing = kBatch * kStages;
-constexpr int kSampled = 4;  // vectors of a thread that the sample is taken from
+constexpr int kSampled = 4;  // vectors of a thread, at most, that the sample is taken from
 constexpr int kMaxClusterBlocks = 16;
 
 // How the rows are laid over the device.
@@ -41,6 +46,7 @@ struct Plan {
 
 // Shared memory that the other blocks of a cluster write to.
 struct Gathering {
+  TransferBarrier sent;                // what the others sent to the first block, or it to this one
   uint64_t doubts[kMaxClusterBlocks];  // in the first block: below this a block may have left candidates out
   uint64_t next_bound;                 // for reading the row again, or 0 if there is no need
   uint32_t count;                      // of candidates, those that found no room included
@@ -105,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
   using Select = PairSelect<kThreads>;
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
-  __shared__ uint32_t start;
+  __shared__ uint32_t sample_size, start;
 
   const int64_t row_index = blockIdx.x / plan.blocks;
   const uint32_t block = blockIdx.x % plan.blocks;
@@ -115,10 +121,17 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
   uint64_t* pairs = Select::pairs();
   uint4* ring = reinterpret_cast<uint4*>(pairs + plan.capacity);
   const Stream<T, kThreads> stream(row, length, block, plan.blocks, ring);
+  const auto format = PairFormat<T>::of(op);
 
   Select::init();
-  if (threadIdx.x == 0) gathering.count = 0;
-  __syncthreads();
+  if (threadIdx.x == 0) {
+    sample_size = 0;
+    gathering.count = 0;
+    if (plan.blocks > 1) {
+      init_transfers(&gathering.sent, block == 0 ? plan.blocks - 1 : 1);
+      if (block == 0) cluster_fence();
+    }
+  }
 
   // Room for `own` more candidates of each lane: the first one's place. Called by whole warps.
   const auto reserve = [&](uint32_t own) {
@@ -131,43 +144,57 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
   uint64_t bound = kLowestPair;
   typename Select::Kth kth = {0, 0};
   uint32_t count = 0;
-  bool first_reading = true;
+  uint32_t reading = 0;
   while (k != 0) {
 #pragma unroll 1
     for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
 
+    const bool first_reading = reading == 0;
     if (first_reading) {
+      __syncthreads();
+      if (plan.blocks > 1) cluster_arrive_relaxed();  // the other blocks may use what was set up above
       if (length > plan.capacity) {
         wait_for_fetches<0>();
-        // Where few elements are among the k best, the largest of a vector counts for all of the vector: at least as
-        // many elements reach any bound as maxima do.
-        const bool sparse = 4 * kElements * k < length;
+        // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
+        const uint32_t group = min(length / (2 * kElements * k), static_cast<uint32_t>(kSampled));
+        const auto exists = [&](uint32_t vector) {
+          return vector < stream.steps * kBatch && stream.index(vector) < stream.end;
+        };
+        uint32_t sampled = 0;  // vectors
+        uint64_t largest = kNoPair;
 #pragma unroll 1
-        for (uint32_t vector = 0; vector < kSampled; ++vector) {
-          const uint32_t i = stream.index(vector);
-          const bool inside = vector < stream.steps * kBatch && i < stream.end;
-          const uint32_t insiders = __popc(__ballot_sync(kFullWarp, inside));
-          if (threadIdx.x % 32 == 0) atomicAdd(&gathering.count, insiders);
-          const uint4 elements[1] = {*stream.slot(vector)};
-          const float one = element_of(elements[0], threadIdx.x % kElements, T{});
-          const float element = sparse ? largest_element<T>(elements) : one;
-          pairs[vector * kThreads + threadIdx.x] = inside ? order_pair(order_key(element), i) : kNoPair;
+        for (uint32_t vector = 0; vector < (group == 0 ? kSampled : group); ++vector) {
+          uint64_t pair = kNoPair;
+          if (exists(vector)) {
+            const uint4 elements[1] = {*stream.slot(vector)};
+            const float x =
+                group == 0 ? element_of(elements[0], threadIdx.x % kElements, T{}) : largest_element<T>(elements);
+            pair = format.pair(x, stream.index(vector));
+            ++sampled;
+          }
+          largest = max(largest, pair);
+          if (group == 0) pairs[vector * kThreads + threadIdx.x] = pair;
+        }
+        if (group != 0) pairs[threadIdx.x] = largest;
+        sampled = __reduce_add_sync(kFullWarp, sampled);
+        if (threadIdx.x % 32 == 0) atomicAdd(&sample_size, sampled);
+        __syncthreads();
+        const float groups = static_cast<float>(sample_size) / static_cast<float>(max(group, 1u));
+        const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
+        const float expected = __fdividef(static_cast<float>(k) * elements, static_cast<float>(length));
+        // Six standard deviations are left for chance. A group may hold several of those that are wanted.
+        const float wanted = expected + 6 * fast_sqrt(expected);
+        const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
+        const uint32_t rank = static_cast<uint32_t>(reached) + 2;
+        if (rank < static_cast<uint32_t>(groups)) {
+          bound =
+              Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8).pair;
         }
         __syncthreads();
-        const uint32_t size = gathering.count;
-        const float sampled = static_cast<float>(sparse ? size * kElements : size);
-        const float expected = __fdividef(static_cast<float>(k) * sampled, static_cast<float>(length));
-        // Five standard deviations are left for chance.
-        const uint32_t rank = static_cast<uint32_t>(expected + 5 * fast_sqrt(expected)) + 2;
-        if (rank < size) bound = Select::kth_largest(kSampled * kThreads, rank, length, rank / 8).pair;
-        __syncthreads();
-        if (threadIdx.x == 0) gathering.count = 0;
-        __syncthreads();
       }
-      if (plan.blocks > 1) cluster_arrive();  // from here on other blocks may add to this block's candidates
     }
 
-    const float bound_element = float_of_key(pair_key(bound));
+    const float bound_element = format.element(bound);
 #pragma unroll 1
     for (uint32_t step = 0; step < stream.steps; ++step) {
       wait_for_fetches<kStages - 1>();
@@ -181,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
         const auto pair_of = [&](uint32_t bit) {
           const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
           const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
-          return order_pair(order_key(as_float(element)), stream.index(vector) + e);
+          return format.pair(as_float(element), stream.index(vector) + e);
         };
         uint32_t mask = 0;
         if (reaches) {
@@ -206,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
       stream.fetch(step + kStages);
     }
     if (stream.has_edges && stream.edge < length) {
-      const uint64_t pair = order_pair(order_key(load_one(row + stream.edge)), stream.edge);
+      const uint64_t pair = format.pair(load_one(row + stream.edge), stream.edge);
       const uint32_t place = pair >= bound ? atomicAdd(&gathering.count, 1) : plan.capacity;
       if (place < plan.capacity) pairs[place] = pair;
     }
@@ -218,93 +245,123 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
       if (first_reading) cluster_wait();
       if (block != 0) {
         const uint32_t size = min(gathering.count, plan.capacity);
-        if (threadIdx.x == 0) {
-          start = remote_add(address_in_block(&gathering.count, 0), size);
-          remote_store(address_in_block(&gathering.doubts[block], 0), size < gathering.count ? kNoRoom : doubt);
-        }
+        if (threadIdx.x == 0) start = remote_add(address_in_block(&gathering.count, 0), size);
         __syncthreads();
+        const uint32_t sent = address_in_block(&gathering.sent, 0);
+        const uint32_t places = min(size, plan.capacity - min(start, plan.capacity));
+        if (threadIdx.x == 0) {
+          announce(address_of(&gathering.sent), sizeof(uint64_t));
+          announce(sent, (places + 1) * sizeof(uint64_t));
+          send(address_in_block(&gathering.doubts[block], 0), size < gathering.count ? kNoRoom : doubt, sent);
+        }
         const uint32_t first_place = address_in_block(pairs + start, 0);
 #pragma unroll 1
-        for (uint32_t i = threadIdx.x; i < size && start + i < plan.capacity; i += kThreads) {
-          remote_store(first_place + i * sizeof(uint64_t), pairs[i]);
+        for (uint32_t i = threadIdx.x; i < places; i += kThreads) {
+          send(first_place + i * sizeof(uint64_t), pairs[i], sent);
         }
+      } else {
+        wait_for_transfers(&gathering.sent, reading);
       }
-      cluster_arrive();
-      cluster_wait();
     }
 
-    uint64_t next_bound = kLowestPair;
     if (block == 0) {
       const bool all_here = gathering.count <= plan.capacity;
       count = min(gathering.count, plan.capacity);
+      bound = kLowestPair;
       if (count >= k) {
-        kth = Select::kth_largest(count, k, length, 0);
+        kth = Select::kth_largest(count, k, format.index_bits, 0);
         const int other = threadIdx.x % 32;
         const uint64_t its_doubt = other == 0 ? doubt : other < plan.blocks ? gathering.doubts[other] : 0;
         const bool exact = kth.pair >= its_doubt;
-        next_bound = __all_sync(kFullWarp, exact) && all_here ? 0 : kth.pair;
+        bound = __all_sync(kFullWarp, exact) && all_here ? 0 : kth.pair;
       }
+      if (threadIdx.x != 0 && threadIdx.x < plan.blocks) {
+        send(address_in_block(&gathering.next_bound, threadIdx.x), bound,
+             address_in_block(&gathering.sent, threadIdx.x));
+      }
+    } else {
+      wait_for_transfers(&gathering.sent, reading);
+      bound = gathering.next_bound;
     }
+    if (bound == 0) break;
+    ++reading;
     __syncthreads();
     if (threadIdx.x == 0) gathering.count = 0;
+    __syncthreads();
     if (plan.blocks > 1) {
-      if (block == 0 && threadIdx.x != 0 && threadIdx.x < plan.blocks) {
-        remote_store(address_in_block(&gathering.next_bound, threadIdx.x), next_bound);
-      }
       cluster_arrive();
-      if (next_bound != 0 || block != 0) cluster_wait();
-      if (block != 0) next_bound = gathering.next_bound;
-    } else {
-      __syncthreads();
+      cluster_wait();
     }
-    bound = next_bound;
-    if (bound == 0) break;
-    first_reading = false;
   }
   if (block != 0) return;
 
   if (k != 0) {
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
-    uint32_t* fine = reinterpret_cast<uint32_t*>(spare + k);
-    const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, pair); };
+    const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted) {
-      Select::template order<true>(count, kth.pair, kth.best, k, length, spare, fine, write);
+      Select::template order<true>(count, kth.pair, kth.best, k, format.index_bits, spare, write);
     } else {
-      Select::template order<false>(count, kth.pair, kth.best, k, length, spare, fine, write);
+      Select::template order<false>(count, kth.pair, kth.best, k, format.index_bits, spare, write);
     }
   }
 #pragma unroll 1
   for (uint32_t i = k + threadIdx.x; i < op.k; i += kThreads) write_nothing<T>(op, row_index, i);
-  if (plan.blocks > 1 && k != 0) cluster_wait();
 }
 
-template <int kThreads>
-size_t shared_bytes(const TopkSelect& op, const Plan& plan) {
-  const size_t ring = sizeof(uint4) * kRing * kThreads;
-  const size_t ordering = sizeof(uint64_t) * op.k + sizeof(uint32_t) * (op.k + 1);
-  return sizeof(PairSelect<kThreads>) + sizeof(uint64_t) * plan.capacity + std::max(ring, ordering);
+struct DeviceLimits {
+  int cluster_blocks;   // in a cluster, at most
+  size_t shared_bytes;  // of a block, at most
+};
+
+constexpr size_t shared_bytes(const TopkSelect& op, const Plan& plan) {
+  const size_t selection = plan.threads == 256 ? sizeof(PairSelect<256>) : sizeof(PairSelect<512>);
+  const size_t ring = sizeof(uint4) * kRing * plan.threads;
+  return selection + sizeof(uint64_t) * plan.capacity + std::max(ring, ordering_bytes(op.k));
 }
 
-Plan make_plan(const TopkSelect& op) {
+constexpr Plan make_plan(const TopkSelect& op, const DeviceLimits& device) {
   Plan plan{512, 1, 0};
   if (op.rows > kMultiprocessors && op.length <= 32768) plan.threads = 256;
-  // A cluster must have enough to share out: much, if its blocks are to take the last multiprocessors.
-  if (device_has_clusters() && op.length > 16384) {
-    const auto pays = [&](int64_t part) {
-      const int64_t blocks = 2 * plan.blocks * op.rows;
-      return part > 65536 ? blocks <= kMultiprocessors : part >= 16384 && blocks <= kMultiprocessors / 2;
-    };
-    while (plan.blocks < kMaxClusterBlocks && pays(op.length / plan.blocks)) plan.blocks *= 2;
-  }
+  // A cluster must have enough to share out, and larger ones are slow to start where many multiprocessors are taken.
+  const auto pays = [&](int64_t blocks) {
+    return blocks <= device.cluster_blocks && op.length > blocks * std::max<int64_t>(4096, 3 * op.k) &&
+           op.rows * blocks <= (blocks == 2 ? kMultiprocessors : kMultiprocessors / 2);
+  };
+  while (pays(2 * plan.blocks)) plan.blocks *= 2;
   const int64_t most = plan.blocks > 1 ? 4096 : 3072;  // so that a multiprocessor has room for two blocks
-  plan.capacity = static_cast<uint32_t>(op.k + std::min<int64_t>(std::max<int64_t>(2 * op.k, 4 * plan.threads), most));
-  plan.capacity = (plan.capacity + 1) / 2 * 2;
+  const auto capacity = [&](int64_t spare) { return static_cast<uint32_t>((op.k + spare + 1) / 2 * 2); };
+  plan.capacity = capacity(std::min<int64_t>(std::max<int64_t>(2 * op.k, kSampled * plan.threads), most));
+  if (shared_bytes(op, plan) > device.shared_bytes) {
+    plan.threads = 256;
+    plan.capacity = capacity(kSampled * plan.threads);
+  }
   return plan;
+}
+
+constexpr bool fits(int64_t k, size_t bytes) {
+  const TopkSelect op{1, 1 << 20, k, DType::kF32, nullptr, nullptr, nullptr, nullptr, true};
+  return shared_bytes(op, make_plan(op, {1, bytes})) + kStaticSharedBytes <= bytes;
+}
+static_assert(fits(kMaxSelectK, kSharedBytesOfMaxSelectK));
+static_assert(fits(kMaxSelectKOfAny, kLeastSharedBytes) && fits(kMaxSelectKOfAny / 2, kLeastSharedBytes));
+static_assert(fits(512, kLeastSharedBytes));
+
+// What a launch may ask of the current device. Clusters of more than 8 blocks need a whole H100 or more.
+DeviceLimits limits_of_device() {
+  int device = 0, multiprocessors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return {1, kLeastSharedBytes};
+  }
+  return {!device_has_clusters()                ? 1
+          : multiprocessors >= kMultiprocessors ? kMaxClusterBlocks
+                                                : 8,
+          shared_bytes_of_device(device)};
 }
 
 template <typename T, int kThreads>
 cudaError_t launch_rows(const TopkSelect& op, const Plan& plan, cudaStream_t stream) {
-  const size_t shared = shared_bytes<kThreads>(op, plan);
+  const size_t shared = shared_bytes(op, plan);
   const auto kernel = select_long_rows<T, kThreads>;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -327,7 +384,7 @@ cudaError_t launch_rows(const TopkSelect& op, const Plan& plan, cudaStream_t str
 }
 
 cudaError_t launch_long_rows(const TopkSelect& op, cudaStream_t stream) {
-  const Plan plan = make_plan(op);
+  const Plan plan = make_plan(op, limits_of_device());
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (plan.threads == 256) return launch_rows<T, 256>(op, plan, stream);
@@ -337,13 +394,25 @@ cudaError_t launch_long_rows(const TopkSelect& op, cudaStream_t stream) {
 
 }  // namespace
 
+int max_select_k() {
+  int devices = 0, k = kMaxSelectK;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
+  for (int device = 0; device < devices; ++device) {
+    if (shared_bytes_of_device(device) < kSharedBytesOfMaxSelectK) k = kMaxSelectKOfAny;
+  }
+  return k;
+}
+
 // Which kernel takes which rows, by where their times cross on an H100.
 cudaError_t launch(const TopkSelect& op, cudaStream_t stream) {
   if (op.rows == 0 || op.k == 0) return cudaSuccess;
   const bool few_rows = op.rows <= kMultiprocessors;
   if (op.length <= kMaxShortLength && op.k <= kMaxTileK) return launch_tile_rows(op, stream);
   // A warp for each row pays where rows are many, or so short that a block has nothing to share out.
-  if (op.length <= (op.rows >= 1024 ? kMaxShortLength : 256) && op.k <= kMaxWarpK) return launch_warp_rows(op, stream);
+  if (op.length <= (op.rows >= 1024 ? kMaxShortLength : 256) &&
+      op.k <= (op.sorted && op.length > kMaxShortLength / 2 ? kMaxFewK : kMaxWarpK)) {
+    return launch_warp_rows(op, stream);
+  }
   if (op.length <= kMaxBlockLength && op.k <= kMaxFewK) return launch_few_of_block_rows(op, stream);
   // The longest of these rows fill so many registers that few of them are under way at once.
   if (op.length <= (few_rows || op.k >= kMaxBlockLength / 6 ? kMaxBlockLength : kMaxBlockLength / 2)) {

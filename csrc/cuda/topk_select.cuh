@@ -3,8 +3,10 @@
 // several blocks (topk_select.cu, which also chooses).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/order.h"
 #include "kernels.h"
@@ -15,6 +17,20 @@ namespace jax_router::cuda {
 
 // The choices of a launch are measured on this device.
 constexpr int kMultiprocessors = 132;
+
+// The candidates of a row live in shared memory. What a block may have of it, an A100 at least, holds kMaxSelectK; that
+// of the smaller devices of its generation kMaxSelectKOfAny. Both less what the kernels declare as __shared__.
+constexpr int kMaxSelectK = 8192;
+constexpr int kMaxSelectKOfAny = 4096;
+constexpr size_t kSharedBytesOfMaxSelectK = 163 * 1024;
+constexpr size_t kLeastSharedBytes = 99 * 1024;
+constexpr size_t kStaticSharedBytes = 1024;
+
+inline size_t shared_bytes_of_device(int device) {
+  int bytes = 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) bytes = 0;
+  return std::max(static_cast<size_t>(bytes), kLeastSharedBytes);
+}
 
 // topk_select_short.cu: rows of up to kMaxShortLength; k up to kMaxTileK, or kMaxWarpK.
 constexpr int kMaxShortLength = 1024;
@@ -92,18 +108,44 @@ __device__ __forceinline__ void set_value(float* value, float x) { *value = x; }
 __device__ __forceinline__ void set_value(__nv_bfloat16* value, float x) { *value = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void set_value(__half* value, float x) { *value = __float2half_rn(x); }
 
+// The pairs of a row in as few bits as they need: order_key without the bits that a T does not have, and below it the
+// index, inverted. Larger is better, equal keys go to the lower index, and no pair is 0.
+template <typename T>
+struct PairFormat {
+  static constexpr int kKeyShift = std::is_same_v<T, float> ? 0 : std::is_same_v<T, __half> ? 13 : 16;
+  static constexpr uint32_t kNaN = 0xFFFFFFFFu >> kKeyShift;
+
+  int index_bits;  // from 1 to 32
+
+  __device__ __forceinline__ uint32_t last_index() const { return 0xFFFFFFFFu >> (32 - index_bits); }
+  static __device__ __forceinline__ PairFormat of(const TopkSelect& op) { return {64 - __clzll(op.length - 1)}; }
+
+  __device__ __forceinline__ uint64_t pair(float x, uint32_t index) const {
+    return static_cast<uint64_t>(order_key(x) >> kKeyShift) << index_bits | (last_index() - index);
+  }
+  __device__ __forceinline__ uint32_t index(uint64_t pair) const {
+    return last_index() - (static_cast<uint32_t>(pair) & last_index());
+  }
+  __device__ __forceinline__ bool is_nan(uint64_t pair) const { return pair >> index_bits == kNaN; }
+  // The element, or some NaN.
+  __device__ __forceinline__ float element(uint64_t pair) const {
+    const uint32_t key = static_cast<uint32_t>(pair >> index_bits) << kKeyShift;
+    return float_of_key(key >> 31 != 0 ? key : key | ((1u << kKeyShift) - 1));
+  }
+};
+
 // Result number `place` of a row: the element of this pair. A NaN keeps its own bits, which its key does not have.
 template <typename T>
 __device__ __forceinline__ void write_result(const TopkSelect& op, int64_t row_index, const T* row, int64_t place,
-                                             uint64_t pair) {
+                                             PairFormat<T> format, uint64_t pair) {
   T* value = static_cast<T*>(op.values) + row_index * op.k + place;
-  const uint32_t key = pair_key(pair);
-  if (key == 0xFFFFFFFFu) {
-    *value = row[pair_index(pair)];
+  const uint32_t index = format.index(pair);
+  if (format.is_nan(pair)) {
+    *value = row[index];
   } else {
-    set_value(value, bits_float(key >> 31 != 0 ? key ^ 0x80000000u : ~key));
+    set_value(value, format.element(pair));
   }
-  op.indices[row_index * op.k + place] = static_cast<int32_t>(pair_index(pair));
+  op.indices[row_index * op.k + place] = static_cast<int32_t>(index);
 }
 
 template <typename T>

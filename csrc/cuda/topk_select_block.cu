@@ -7,9 +7,10 @@
 //
 // Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
 // ranked, which gives the k-th pair, and all pairs no smaller are written, already in ascending order of the index.
+// Best first, the bins are in order too, and each element's place is its rank in its bin.
 //
 // Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection over the
-// pairs (key, index) takes over: slower, but the same for any row.
+// pairs (key, index) and PairSelect::order take over: slower, but the same for any row.
 //
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
 #include <algorithm>
@@ -21,6 +22,8 @@
 
 namespace jax_router::cuda {
 namespace {
+
+constexpr int kIndexBits = 32;  // the halves of a word need no shifts
 
 // -inf in every element of a word.
 template <typename T>
@@ -70,9 +73,9 @@ struct RegisterRow {
   __device__ __forceinline__ bool exists(int v) const { return index(v) < end; }
   __device__ __forceinline__ float element(int v, int e) const { return element_of(vectors[v], e, T{}); }
   __device__ __forceinline__ uint64_t pair(int v, int e) const {
-    return order_pair(order_key(element(v, e)), index(v) + e);
+    return PairFormat<T>{kIndexBits}.pair(element(v, e), index(v) + e);
   }
-  __device__ __forceinline__ uint64_t edge_pair() const { return order_pair(order_key(edge), edge_index); }
+  __device__ __forceinline__ uint64_t edge_pair() const { return PairFormat<T>{kIndexBits}.pair(edge, edge_index); }
 
   // The thread's largest element, NaN if one is.
   __device__ __forceinline__ float maximum() const { return max_nan(largest_element<T>(vectors), edge); }
@@ -108,7 +111,7 @@ struct RegisterRow {
   // A bound that at least k and at most `most` of the row's pairs reach, where the row has more than `most`. For all
   // threads together; `counts` is shared memory.
   __device__ __forceinline__ uint64_t bisect(uint32_t k, uint32_t most, uint32_t (&counts)[2][kThreads / 32]) const {
-    uint64_t low = uint64_t{1} << 32, high = ~uint64_t{0};
+    uint64_t low = kLowestPair, high = ~uint64_t{0};
 #pragma unroll 1
     for (int round = 0;; round ^= 1) {
       const uint64_t middle = low + (high - low) / 2;
@@ -143,6 +146,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   const T* data = static_cast<const T*>(op.scores) + row_index * op.length;
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
+  const PairFormat<T> format = {kIndexBits};
   const Row row(data, length);
   pairs[threadIdx.x] = 0;
   if (threadIdx.x < kMaxFewK) chosen_indices[threadIdx.x] = INT_MAX;
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
     for (; mask != 0 && place < kMost; ++place, mask &= mask - 1) {
       const int i = __ffs(mask) - 1;
       const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
-      pairs[place] = order_pair(order_key(load_one(data + index)), index);
+      pairs[place] = format.pair(load_one(data + index), index);
     }
     if (edge_reaches && place < kMost) pairs[place] = row.edge_pair();
     __syncthreads();
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   int place = 32 * warp < candidates ? count_larger(pair, pairs, candidates) : 0;
   const bool chosen = threadIdx.x < candidates && place < k;
   if (!op.sorted) {
-    const int index = static_cast<int>(pair_index(pair));
+    const int index = static_cast<int>(format.index(pair));
     if (chosen) chosen_indices[place] = index;
     __syncthreads();
     place = 0;
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
       }
     }
   }
-  if (chosen) write_result(op, row_index, data, place, pair);
+  if (chosen) write_result(op, row_index, data, place, format, pair);
   if (threadIdx.x >= k && threadIdx.x < op.k) write_nothing<T>(op, row_index, threadIdx.x);
 }
 
@@ -221,10 +225,14 @@ __device__ __forceinline__ void set_element(Half* value, uint4 vector, int e) {
   *reinterpret_cast<unsigned short*>(value) = static_cast<unsigned short>(e % 2 == 0 ? word : word >> 16);
 }
 
+// The bins are those of the whole row, and many.
+template <int kThreads>
+using BlockSelect = PairSelect<kThreads, 4>;
+
 template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads) select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
-  using Select = PairSelect<kThreads>;
+  using Select = BlockSelect<kThreads>;
   constexpr int kWarps = kThreads / 32;
   __shared__ uint32_t counts[2][kWarps];
   __shared__ uint32_t sizes[1 + kVectors * kWarps];  // how many are chosen: of the head, then by vector and warp
@@ -238,8 +246,9 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint32_t* bins = Select::shared().bins;
   uint64_t* pairs = Select::pairs();
+  const PairFormat<T> format = {kIndexBits};
   const Row row(data, length);
-  reinterpret_cast<uint2*>(bins)[threadIdx.x] = make_uint2(0, 0);
+  Select::clear_bins();
   Select::init();
   if (threadIdx.x == 0) count = 0;
   __syncthreads();
@@ -258,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
     }
     if (row.has_edge) atomicAdd(&bins[bin_of(row.edge)], 1);
     __syncthreads();
-    Select::find_bin(k);
+    const bool crowded = Select::find_bin(k, op.sorted);
     const auto found = Select::shared().found;
 
     const auto append = [&](uint64_t pair) {
@@ -288,10 +297,39 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
     __syncthreads();
     const uint64_t bound = exact_bound;
 
-    if (op.sorted) {
-      uint32_t largest = 0;
+    const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, data, place, format, pair); };
+    if (op.sorted && !crowded) {
+      // Several places are asked for before the first is used.
+      constexpr uint32_t kNowhere = 0xFFFFFFFFu;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t places[Row::kElements];
+#pragma unroll
+        for (int e = 0; e < Row::kElements; ++e) {
+          places[e] =
+              row.exists(v) && row.pair(v, e) >= bound ? atomicAdd(&bins[bin_of(row.element(v, e))], 1) : kNowhere;
+        }
+#pragma unroll
+        for (int e = 0; e < Row::kElements; ++e) {
+          if (places[e] != kNowhere) pairs[places[e]] = row.pair(v, e);
+        }
+      }
+      if (row.has_edge && row.edge_pair() >= bound) pairs[atomicAdd(&bins[bin_of(row.edge)], 1)] = row.edge_pair();
+      __syncthreads();
+      // Now bins[b] is where bin b ends, and the next begins.
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
+        const uint64_t pair = pairs[i];
+        const uint32_t bin = bin_of(format.element(pair));
+        uint32_t place = bin == 0 ? 0 : bins[bin - 1];
+#pragma unroll 4
+        for (uint32_t other = place, end = bins[bin]; other < end; ++other) place += pairs[other] > pair;
+        write(place, pair);
+      }
+    } else if (op.sorted) {
+      uint64_t best = 0;
       const auto keep = [&](uint64_t pair) {
-        largest = max(largest, pair_key(pair));
+        best = max(best, pair);
         if (pair >= bound) pairs[atomicAdd(&count, 1)] = pair;
       };
 #pragma unroll
@@ -302,14 +340,11 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
         }
       }
       if (row.has_edge) keep(row.edge_pair());
-      largest = __reduce_max_sync(kFullWarp, largest);
-      if (lane == 0) atomicMax(&Select::shared().key_max, largest);
+      const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(best >> format.index_bits));
+      if (lane == 0) atomicMax(&Select::shared().key_max, key_max);
       __syncthreads();
-      uint64_t* spare = pairs + op.k;
-      uint32_t* fine = reinterpret_cast<uint32_t*>(spare + op.k);
-      Select::template order<true>(
-          k, bound, order_pair(Select::shared().key_max, 0), k, length, spare, fine,
-          [&](uint32_t place, uint64_t pair) { write_result(op, row_index, data, place, pair); });
+      best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
+      Select::template order<true>(k, bound, best, k, format.index_bits, pairs + op.k, write);
     } else {
       const uint32_t mask = row.mask_of([&](int v, int e) { return row.pair(v, e) >= bound; });
       const auto mask_of_vector = [&](int v) { return mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };
@@ -357,13 +392,18 @@ cudaError_t launch_few(const TopkSelect& op, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Of select_many, to put so many in order.
+template <int kThreads>
+constexpr size_t shared_bytes(int64_t sorted) {
+  const size_t ordering = sizeof(uint64_t) * sorted + ordering_bytes(sorted);
+  return sizeof(BlockSelect<kThreads>) + std::max(sizeof(uint64_t) * (kThreads + 2), ordering);
+}
+static_assert(shared_bytes<1024>(kMaxSelectK) + kStaticSharedBytes <= kSharedBytesOfMaxSelectK);
+static_assert(shared_bytes<1024>(kMaxSelectKOfAny) + kStaticSharedBytes <= kLeastSharedBytes);
+
 template <typename T, int kThreads, int kVectors>
 cudaError_t launch_many(const TopkSelect& op, cudaStream_t stream) {
-  size_t shared = sizeof(PairSelect<kThreads>) + sizeof(uint64_t) * (kThreads + 2);
-  if (op.sorted) {
-    const size_t ordering = 2 * sizeof(uint64_t) * op.k + sizeof(uint32_t) * (op.k + 1);
-    shared = sizeof(PairSelect<kThreads>) + std::max(sizeof(uint64_t) * (kThreads + 2), ordering);
-  }
+  const size_t shared = shared_bytes<kThreads>(op.sorted ? op.k : 0);
   const auto kernel = select_many<T, kThreads, kVectors>;
   if (shared > 48 * 1024) {
     const cudaError_t error =
@@ -398,18 +438,26 @@ cudaError_t launch_few_of_block_rows(const TopkSelect& op, cudaStream_t stream) 
 cudaError_t launch_many_of_block_rows(const TopkSelect& op, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
-    // Few rows have many threads each; of many rows, several are to be under way on a multiprocessor.
-    if (op.rows <= kMultiprocessors) {
+    // Few rows have many threads each; of many rows, several are to be under way on a multiprocessor, unless there is
+    // much to put in order.
+    const bool is_long = op.length > kMaxBlockLength / 2;
+    const bool orders_many = op.sorted && op.k >= 512;
+    const bool some_rows = op.rows <= 2 * kMultiprocessors;
+    if (op.rows <= kMultiprocessors || (is_long && op.sorted && (some_rows || sizeof(T) == 2))) {
       if (vectors_of_thread<T>(op, 512) <= 1) return launch_many<T, 512, 1>(op, stream);
       if (vectors_of_thread<T>(op, 1024) <= 1) return launch_many<T, 1024, 1>(op, stream);
       if constexpr (sizeof(T) == 4) return launch_many<T, 1024, 2>(op, stream);
     }
     if (vectors_of_thread<T>(op, 256) <= 1) return launch_many<T, 256, 1>(op, stream);
-    if (vectors_of_thread<T>(op, 256) <= 2) return launch_many<T, 256, 2>(op, stream);
+    if (some_rows && vectors_of_thread<T>(op, 512) <= 1) return launch_many<T, 512, 1>(op, stream);
     if constexpr (sizeof(T) == 4) {
-      if (vectors_of_thread<T>(op, 256) <= 4) return launch_many<T, 256, 4>(op, stream);
+      if (vectors_of_thread<T>(op, 256) <= 2) return launch_many<T, 256, 2>(op, stream);
+      if (!is_long && (some_rows || orders_many)) return launch_many<T, 512, 2>(op, stream);
+      if (!is_long) return launch_many<T, 256, 4>(op, stream);
       return launch_many<T, 512, 4>(op, stream);
     } else {
+      if (!is_long && orders_many) return launch_many<T, 512, 1>(op, stream);
+      if (!is_long) return launch_many<T, 256, 2>(op, stream);
       return launch_many<T, 512, 2>(op, stream);
     }
   });

@@ -71,5 +71,5 @@ struct Cpu {
 
 NB_MODULE(_cpu, module) {
   jax_router::define_module<jax_router::Cpu>(module);
-  module.attr("max_select_k") = std::numeric_limits<int64_t>::max();
+  module.def("max_select_k", [] { return std::numeric_limits<int64_t>::max(); });
 }

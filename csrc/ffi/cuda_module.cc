@@ -72,7 +72,7 @@ bool fuses_dense_router(int64_t tokens, int64_t num_experts, int64_t hidden, int
 NB_MODULE(_cuda, module) {
   namespace nb = nanobind;
   jax_router::define_module<jax_router::Cuda>(module);
-  module.attr("max_select_k") = jax_router::cuda::kMaxSelectK;
+  module.def("max_select_k", jax_router::cuda::max_select_k);
   module.attr("architectures") = JAX_ROUTER_CUDA_ARCHITECTURES;
   module.def("fuses_dense_router", jax_router::fuses_dense_router, nb::arg("tokens"), nb::arg("num_experts"),
              nb::arg("hidden"), nb::arg("top_k"), nb::arg("num_groups"), nb::arg("dtype"));
