@@ -16,7 +16,7 @@
 //
 // Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
 // a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have
-// begun.
+// begun, and that none has ended.
 //
 // Nothing but the row is read from device memory, and nothing but the result is written.
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
@@ -48,6 +48,7 @@ struct Plan {
 struct Gathering {
   TransferBarrier sent;                // what the others sent to the first block, or it to this one
   uint64_t doubts[kMaxClusterBlocks];  // in the first block: below this a block may have left candidates out
+  uint64_t counts[kMaxClusterBlocks];  // in the first block: its count just after a block added to it
   uint64_t next_bound;                 // for reading the row again, or 0 if there is no need
   uint32_t count;                      // of candidates, those that found no room included
 };
@@ -251,8 +252,9 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
         const uint32_t places = min(size, plan.capacity - min(start, plan.capacity));
         if (threadIdx.x == 0) {
           announce(address_of(&gathering.sent), sizeof(uint64_t));
-          announce(sent, (places + 1) * sizeof(uint64_t));
+          announce(sent, (places + 2) * sizeof(uint64_t));
           send(address_in_block(&gathering.doubts[block], 0), size < gathering.count ? kNoRoom : doubt, sent);
+          send(address_in_block(&gathering.counts[block], 0), start + size, sent);
         }
         const uint32_t first_place = address_in_block(pairs + start, 0);
 #pragma unroll 1
@@ -265,15 +267,18 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
     }
 
     if (block == 0) {
-      const bool all_here = gathering.count <= plan.capacity;
-      count = min(gathering.count, plan.capacity);
+      const int other = threadIdx.x % 32;
+      // Whoever was the last to add, this block or another, knows them all.
+      const uint32_t known = other != 0 && other < plan.blocks ? static_cast<uint32_t>(gathering.counts[other])
+                                                               : *const_cast<volatile uint32_t*>(&gathering.count);
+      const uint32_t all = __reduce_max_sync(kFullWarp, known);
+      count = min(all, plan.capacity);
       bound = kLowestPair;
       if (count >= k) {
         kth = Select::kth_largest(count, k, format.index_bits, 0);
-        const int other = threadIdx.x % 32;
         const uint64_t its_doubt = other == 0 ? doubt : other < plan.blocks ? gathering.doubts[other] : 0;
         const bool exact = kth.pair >= its_doubt;
-        bound = __all_sync(kFullWarp, exact) && all_here ? 0 : kth.pair;
+        bound = __all_sync(kFullWarp, exact) && all <= plan.capacity ? 0 : kth.pair;
       }
       if (threadIdx.x != 0 && threadIdx.x < plan.blocks) {
         send(address_in_block(&gathering.next_bound, threadIdx.x), bound,
@@ -293,9 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
       cluster_wait();
     }
   }
-  if (block != 0) return;
-
-  if (k != 0) {
+  if (plan.blocks > 1) cluster_arrive_relaxed();
+  if (block == 0 && k != 0) {
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted) {
@@ -304,8 +308,11 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) select_long_rows(To
       Select::template order<false>(count, kth.pair, kth.best, k, format.index_bits, spare, write);
     }
   }
+  if (block == 0) {
 #pragma unroll 1
-  for (uint32_t i = k + threadIdx.x; i < op.k; i += kThreads) write_nothing<T>(op, row_index, i);
+    for (uint32_t i = k + threadIdx.x; i < op.k; i += kThreads) write_nothing<T>(op, row_index, i);
+  }
+  if (plan.blocks > 1) cluster_wait();
 }
 
 struct DeviceLimits {
