@@ -88,9 +88,9 @@ def main() -> int:
     benchmark = run.Benchmark(
         console,
         on_gpu=on_gpu,
-        quick=arguments.quick or is_sweep,
-        with_targets=not is_sweep,
+        quick=arguments.quick,
         with_rivals=not arguments.no_reference,
+        is_sweep=is_sweep,
     )
     records = []
     for record in benchmark.records(cases, device, commit):

@@ -298,9 +298,11 @@ def _variants() -> Iterator[Case]:
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16)
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16, with_bias=True)
     yield activation_topk_case(_V3, 65536)
-    for rows, length, k in ((1, 65536, 512), (64, 65536, 2048), (4096, 4096, 64), (65536, 256, 6)):
-        yield topk_select_case(rows, length, k, is_sorted=True)
-        yield topk_select_case(rows, length, k, dtype=jnp.bfloat16)
+    matches = (re.fullmatch(r"topk_select/B(\d+)/L(\d+)/k(\d+)", case_id) for case_id in TARGETS)
+    for sizes in (tuple(map(int, match.groups())) for match in matches if match):
+        yield topk_select_case(*sizes, is_sorted=True)
+        yield topk_select_case(*sizes, dtype=jnp.bfloat16)
+        yield topk_select_case(*sizes, dtype=jnp.bfloat16, is_sorted=True)
     yield sparse_attention_case(65536, 512)
     for tokens in (1, 4096):
         yield dense_router_case(_FLASH, tokens, with_bias=True)

@@ -56,10 +56,10 @@ class Benchmark:
         on_gpu: bool,
         quick: bool = False,
         with_rivals: bool = True,
-        with_targets: bool = True,
+        is_sweep: bool = False,
     ):
         self._console, self._on_gpu = console, on_gpu
-        self._quick, self._with_rivals, self._with_targets = quick, with_rivals, with_targets
+        self._quick, self._with_rivals, self._is_sweep = quick, with_rivals, is_sweep
         self._pool = Pool(_GPU_POOL if on_gpu else _CPU_POOL)
         self._xla: dict[str, Timing] = {}
         self.failures: dict[str, str] = {}
@@ -92,21 +92,23 @@ class Benchmark:
         return Progress(*columns, console=self._console, disable=not self._console.is_terminal)
 
     def _compile(self, threads: ThreadPoolExecutor, case: Case) -> dict[str, Future[Any]]:
-        """The case's programs. What costs time and has no target is left out."""
+        """The case's programs. What costs time and has no target is left out, unless it is to be drawn."""
         futures: dict[str, Future[Any]] = {}
-        has_extras = self._on_gpu and not self._quick and case.id in TARGETS
+        is_thorough = self._on_gpu and not self._quick
+        has_others = self._with_rivals and is_thorough and (self._is_sweep or case.id in TARGETS)
+        is_in_jit = is_thorough and not self._is_sweep and case.id in TARGETS
         for name, contender in case.contenders.items():
             if name == NATIVE:
                 wanted = True
             elif name == XLA:
                 wanted = self._with_rivals and (case.xla_id or case.id) not in self._xla
             else:
-                wanted = self._with_rivals and has_extras and (name != TORCH or bool(importlib.util.find_spec("torch")))
+                wanted = has_others and (name != TORCH or bool(importlib.util.find_spec("torch")))
             if wanted and name == TORCH:
                 futures[name] = threads.submit(lambda run=contender.run: run)
             elif wanted:
                 futures[name] = threads.submit(compiled, contender, case.inputs)
-        if has_extras:
+        if is_in_jit:
             futures[_IN_JIT[NATIVE]] = threads.submit(InJit, case, NATIVE)
             if self._with_rivals and case.is_decode:
                 futures[_IN_JIT[XLA]] = threads.submit(InJit, case, XLA)
@@ -133,7 +135,7 @@ class Benchmark:
         if xla:
             record.xla_us, record.xla_us_range = _figure(xla)
         record.others_us = {name: _rounded(us) for name, (us, *_) in timings.items() if name not in (NATIVE, XLA)}
-        record.target_us = self._target_us(case, xla) if self._with_targets else None
+        record.target_us = self._target_us(case, xla) if not self._is_sweep else None
         in_jit = {
             name: _rounded(programs[key].result().us(self._pool, copies[name]))
             for name, key in _IN_JIT.items()

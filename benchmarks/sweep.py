@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from tests.cases import MODELS
 
-from .cases import NATIVE, Case, activation_topk_case, dense_router_case, model_with, topk_select_case
+from .cases import NATIVE, XLA, Case, activation_topk_case, dense_router_case, model_with, topk_select_case
 from .results import Record
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -19,15 +19,18 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line in a picture: a case for every x, without XLA's figure unless `with_xla`."""
+    """A line in a picture: a case for every x, with XLA's figure or those of all rivals beside it, or of none."""
 
     label: str
     case_at: Callable[[int], Case]
-    with_xla: bool = True
+    rivals: Literal["XLA", "all", "none"] = "XLA"
 
     def case(self, x: int) -> Case:
         case = self.case_at(x)
-        return case if self.with_xla else dataclasses.replace(case, contenders={NATIVE: case.contenders[NATIVE]})
+        if self.rivals == "all":
+            return case
+        names = (NATIVE, XLA) if self.rivals == "XLA" else (NATIVE,)
+        return dataclasses.replace(case, contenders={name: case.contenders[name] for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             _powers(1, most, 4),
             (
                 Line("f32", lambda n: activation_topk_case(model_with(256, 6), n)),
-                Line("bf16", lambda n: activation_topk_case(model_with(256, 6), n, **bf16), with_xla=False),
+                Line("bf16", lambda n: activation_topk_case(model_with(256, 6), n, **bf16), rivals="none"),
             ),
         ),
         Sweep(
@@ -75,7 +78,7 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             (16, 32, 64, 72, 96, 128, 160, 192, 256, 257, 320, 384, 512, 768, 1024, 1536, 2048),
             (
                 Line("f32", lambda e: activation_topk_case(model_with(e, 6), tokens)),
-                Line("bf16", lambda e: activation_topk_case(model_with(e, 6), tokens, **bf16), with_xla=False),
+                Line("bf16", lambda e: activation_topk_case(model_with(e, 6), tokens, **bf16), rivals="none"),
             ),
         ),
         Sweep(
@@ -85,23 +88,19 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             (1, 2, 3, 4, 6, 8, 10, 12, 16),
             (
                 Line("no bias", lambda k: activation_topk_case(model_with(256, k), tokens)),
-                Line(
-                    "bias", lambda k: activation_topk_case(model_with(256, k), tokens, with_bias=True), with_xla=False
-                ),
+                Line("bias", lambda k: activation_topk_case(model_with(256, k), tokens, with_bias=True), rivals="none"),
             ),
         ),
         *(
             Sweep(
-                f"topk_select/length/{count}",
-                "1 row" if count == 1 else f"{count} rows",
+                f"topk_select_lengths/B{count}/k{k}",
+                f"{count} {'row' if count == 1 else 'rows'}, k = {k}",
                 "length of a row",
                 _powers(2**8, min(most_scores // count, 2**20) if on_gpu else 2**16, 4),
-                tuple(
-                    Line(f"k = {k}", lambda n, count=count, k=k: topk_select_case(count, n, min(k, n)))
-                    for k in (8, 64, 512, 2048)
-                ),
+                (Line(NATIVE, lambda n, count=count, k=k: topk_select_case(count, n, min(k, n)), rivals="all"),),
             )
             for count in row_counts
+            for k in (8, 64, 512, 2048)
         ),
         Sweep(
             "topk_select/k",
@@ -110,7 +109,7 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             (1, 6, 16, 64, 256, 512, 1000, 1024, 2048, 4096),
             (
                 Line("f32", lambda k: topk_select_case(rows, length, k)),
-                Line("bf16", lambda k: topk_select_case(rows, length, k, **bf16), with_xla=False),
+                Line("bf16", lambda k: topk_select_case(rows, length, k, **bf16), rivals="none"),
             ),
         ),
         Sweep(
@@ -120,7 +119,7 @@ def sweeps(on_gpu: bool) -> list[Sweep]:
             _powers(1, 2**12 if on_gpu else 2**8, 4),
             (
                 Line("ascending indices", lambda n: topk_select_case(n, 8192, 512)),
-                Line("best first", lambda n: topk_select_case(n, 8192, 512, is_sorted=True), with_xla=False),
+                Line("best first", lambda n: topk_select_case(n, 8192, 512, is_sorted=True), rivals="none"),
             ),
         ),
         Sweep(
@@ -143,7 +142,7 @@ def cases(selected: Iterable[Sweep]) -> list[Case]:
         for line in sweep.lines:
             for x in sweep.xs:
                 case = line.case(x)
-                if case.id not in found or line.with_xla:
+                if case.id not in found or len(case.contenders) > len(found[case.id].contenders):
                     found[case.id] = case
     return list(found.values())
 
@@ -159,7 +158,7 @@ def draw(selected: Sequence[Sweep], records: Sequence[Record], prefix: str, devi
     paths = []
     for op in dict.fromkeys(sweep.name.split("/")[0] for sweep in selected):
         panels = [sweep for sweep in selected if sweep.name.startswith(f"{op}/")]
-        columns = min(3, len(panels))
+        columns = min(4 if len(panels) > 6 else 3, len(panels))
         rows = -(-len(panels) // columns)
         size = (5.2 * columns, 4.2 * rows + 0.4)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -169,7 +168,7 @@ def draw(selected: Sequence[Sweep], records: Sequence[Record], prefix: str, devi
             axis.set_visible(False)
         for axis in axes[:, 0]:
             axis.set_ylabel("time of a call [µs]")
-        figure.suptitle(f"{op} on {device}\nsolid: jax_router, dashed: XLA, dotted: the floor")
+        figure.suptitle(f"{op.replace('_lengths', '')} on {device}\nsolid: jax_router, dashed: XLA, dotted: the floor")
         path = IMAGES / f"{prefix}-{op}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
@@ -183,7 +182,7 @@ def _draw_panel(axis: Any, sweep: Sweep, by_id: dict[str, Record]) -> None:
         points = [(x, by_id[line.case(x).id]) for x in sweep.xs if line.case(x).id in by_id]
         figures = {
             "o-": [record.us for _, record in points],
-            "x--": [record.xla_us for _, record in points] if line.with_xla else [],
+            "x--": [record.xla_us for _, record in points] if line.rivals != "none" else [],
             ":": [record.floor_us for _, record in points],
         }
         for style, values in figures.items():
@@ -191,6 +190,12 @@ def _draw_panel(axis: Any, sweep: Sweep, by_id: dict[str, Record]) -> None:
             if known:
                 label = line.label if style == "o-" else None
                 axis.plot(*zip(*known), style, color=f"C{index}", label=label, markersize=4)
+        others = (
+            dict.fromkeys(name for _, record in points for name in record.others_us) if line.rivals == "all" else ()
+        )
+        for number, name in enumerate(others, 1):
+            known = [(x, record.others_us[name]) for x, record in points if name in record.others_us]
+            axis.plot(*zip(*known), ".-.", color=f"C{index + number}", label=name, markersize=4)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}" if x < 2**10 else f"{x / 2**10:.0f}k" if x < 2**20 else "1M")
     axis.set_yscale("log")
