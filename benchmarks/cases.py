@@ -266,13 +266,15 @@ def _dense_case(hidden: int, num_experts: int, top_k: int, tokens: int) -> Case:
     return dense_router_case(dataclasses.replace(model_with(num_experts, top_k), hidden_size=hidden), tokens)
 
 
+_TOPK_SELECT_ID = r"topk_select/B(\d+)/L(\d+)/k(\d+)"
+
 _BUILDERS: dict[str, Callable[..., Case]] = {
     r"activation_topk/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: activation_topk_case(model_with(e, k), n),
     r"activation_topk/sigmoid/E(\d+)/k(\d+)/groups(\d+)-(\d+)/N(\d+)": _grouped_case,
     r"activation_topk_grad/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: activation_topk_grad_case(model_with(e, k), n),
     r"route_at/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: route_at_case(model_with(e, k), n),
     r"hash_router/V(\d+)/k(\d+)/N(\d+)": hash_router_case,
-    r"topk_select/B(\d+)/L(\d+)/k(\d+)": topk_select_case,
+    _TOPK_SELECT_ID: topk_select_case,
     r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": _dense_case,
     r"expert_dispatch/E(\d+)/k(\d+)/N(\d+)": expert_dispatch_case,
 }
@@ -298,11 +300,11 @@ def _variants() -> Iterator[Case]:
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16)
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16, with_bias=True)
     yield activation_topk_case(_V3, 65536)
-    matches = (re.fullmatch(r"topk_select/B(\d+)/L(\d+)/k(\d+)", case_id) for case_id in TARGETS)
-    for sizes in (tuple(map(int, match.groups())) for match in matches if match):
-        yield topk_select_case(*sizes, is_sorted=True)
-        yield topk_select_case(*sizes, dtype=jnp.bfloat16)
-        yield topk_select_case(*sizes, dtype=jnp.bfloat16, is_sorted=True)
+    for match in filter(None, (re.fullmatch(_TOPK_SELECT_ID, case_id) for case_id in TARGETS)):
+        rows, length, k = map(int, match.groups())
+        yield topk_select_case(rows, length, k, is_sorted=True)
+        yield topk_select_case(rows, length, k, dtype=jnp.bfloat16)
+        yield topk_select_case(rows, length, k, dtype=jnp.bfloat16, is_sorted=True)
     yield sparse_attention_case(65536, 512)
     for tokens in (1, 4096):
         yield dense_router_case(_FLASH, tokens, with_bias=True)

@@ -190,9 +190,9 @@ def _draw_panel(axis: Any, sweep: Sweep, by_id: dict[str, Record]) -> None:
             if known:
                 label = line.label if style == "o-" else None
                 axis.plot(*zip(*known), style, color=f"C{index}", label=label, markersize=4)
-        others = (
-            dict.fromkeys(name for _, record in points for name in record.others_us) if line.rivals == "all" else ()
-        )
+        if line.rivals != "all":
+            continue
+        others = dict.fromkeys(name for _, record in points for name in record.others_us)
         for number, name in enumerate(others, 1):
             known = [(x, record.others_us[name]) for x, record in points if name in record.others_us]
             axis.plot(*zip(*known), ".-.", color=f"C{index + number}", label=name, markersize=4)
