@@ -19,6 +19,15 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return result;
 }
 
+// NaN if one of them is.
+template <int kElements>
+__device__ __forceinline__ float largest_of(const float (&values)[kElements]) {
+  float largest = values[0];
+#pragma unroll
+  for (int i = 1; i < kElements; ++i) largest = max_nan(largest, values[i]);
+  return largest;
+}
+
 template <int kLanes>
 __device__ __forceinline__ float tile_max_nan(float value) {
 #pragma unroll
@@ -35,8 +44,12 @@ struct RowScore {
   __device__ __forceinline__ float operator()(float logit) const {
     if (score_fn == ScoreFn::kSqrtSoftplus) return sqrtsoftplus(logit);
     if (score_fn == ScoreFn::kSigmoid) return sigmoid(logit);
-    if (score_fn == ScoreFn::kSoftmax) return __fmul_rn(exp_nonpositive(__fadd_rn(logit, -shift)), inverse_sum);
+    if (score_fn == ScoreFn::kSoftmax) return softmax(logit);
     return logit;
+  }
+
+  __device__ __forceinline__ float softmax(float logit) const {
+    return __fmul_rn(exp_nonpositive(__fadd_rn(logit, -shift)), inverse_sum);
   }
 };
 
@@ -59,10 +72,7 @@ __device__ __forceinline__ RowScore softmax_of_sums(float sum, float shift) {
 template <int kLanes, int kElements>
 __device__ __forceinline__ RowScore softmax_of_tile(const float (&logits)[kElements]) {
   constexpr int kFold = 32 / kLanes;
-  float maximum = logits[0];
-#pragma unroll
-  for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, logits[i]);
-  const float shift = softmax_shift(tile_max_nan<kLanes>(maximum));
+  const float shift = softmax_shift(tile_max_nan<kLanes>(largest_of(logits)));
   float sums[kFold] = {};
 #pragma unroll
   for (int i = 0; i < kElements; i += 4) {
@@ -139,31 +149,23 @@ __device__ __forceinline__ float finish_weight(const RowScore& score, const Scor
   return finish_weight(scoring, k, chosen, rank, logit, score(logit), values, sync);
 }
 
-// Calls body with the function of a logit that is its score, chosen once for all of a loop.
-template <class Body>
-__device__ __forceinline__ void with_score(const RowScore& score, Body body) {
-  if (score.score_fn == ScoreFn::kSqrtSoftplus) {
-    body([](float x) { return sqrtsoftplus(x); });
-  } else if (score.score_fn == ScoreFn::kSigmoid) {
-    body([](float x) { return sigmoid(x); });
-  } else {
-    body(score);
-  }
-}
+// How good scores are. Cheap ones are to find out which experts need exact ones: two keys, exact or cheap, are in the
+// right order if they differ by more than score_margin + kKeyMargin times the larger of them. The margin is twice as
+// much as a score may be wrong by:
+//   sqrtsoftplus  kRough: 2^-9, at the logits whose exponential is next to nothing beside 1; kFine: exact
+//   sigmoid       kRough and kFine: 2^-21
+//   softmax       always exact
+// A cheap score is NaN where the exact one is, and infinite only for kRough, from a logit of 88.7 on.
+enum class Accuracy { kExact, kFine, kRough };
 
-// Cheap scores, to find out which experts need the exact one. Up to a logit of kMostRoughLogit two of them, and so two
-// keys of an exact and a rough score, are in the right order if they differ by more than rough_margin + kKeyMargin
-// times the larger key.
-//   sqrtsoftplus: its square has an absolute error below 2^-20.5, which for the smallest scores makes one of 2^-10.2
-//   sigmoid: an error below 2^-20
-//   softmax: exact, but for the rounding that kKeyMargin covers
-constexpr float kMostRoughLogit = 0x1p22f;
+// The four roundings of two sums score + bias, exact and cheap, are a quarter of this.
 constexpr float kKeyMargin = 0x1p-20f;
-// Keys beyond this, of experts that a bias takes out say, are left to exact scores where keys are added up.
-constexpr float kMostCertainKey = 16.0f;
 
-__device__ __forceinline__ float rough_margin(ScoreFn score_fn) {
-  return score_fn == ScoreFn::kSqrtSoftplus ? 0x1p-8f : 0x1p-18f;
+// 0 for exact scores.
+template <Accuracy kAccuracy>
+__device__ __forceinline__ float score_margin(ScoreFn score_fn) {
+  if (score_fn == ScoreFn::kSqrtSoftplus) return kAccuracy == Accuracy::kRough ? 0x1p-8f : 0.0f;
+  return score_fn == ScoreFn::kSigmoid && kAccuracy != Accuracy::kExact ? 0x1p-20f : 0.0f;
 }
 
 __device__ __forceinline__ float rough_exp2(float x) {
@@ -172,10 +174,11 @@ __device__ __forceinline__ float rough_exp2(float x) {
   return power;
 }
 
+// sqrt(ln(2)) * sqrt(log2(1 + exp(x)))
 __device__ __forceinline__ float rough_sqrtsoftplus(float x) {
   float log2;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(__fadd_rn(rough_exp2(__fmul_rn(fabsf(x), -1.44269504f)), 1.0f)));
-  return fast_sqrt(__fmaf_rn(log2, 0.693147181f, fmaxf(x, 0.0f)));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(__fadd_rn(rough_exp2(__fmul_rn(x, 1.44269504f)), 1.0f)));
+  return fast_sqrt(log2) * 0.832554611f;
 }
 
 __device__ __forceinline__ float rough_sigmoid(float x) {
@@ -184,14 +187,23 @@ __device__ __forceinline__ float rough_sigmoid(float x) {
   return reciprocal;
 }
 
-template <class Body>
-__device__ __forceinline__ void with_rough_score(const RowScore& score, Body body) {
+// Calls body with the function of a logit that is its score, chosen once for all of a loop. Not for kIdentity.
+template <Accuracy kAccuracy, class Body>
+__device__ __forceinline__ void with_score(const RowScore& score, Body body) {
   if (score.score_fn == ScoreFn::kSqrtSoftplus) {
-    body([](float x) { return rough_sqrtsoftplus(x); });
+    if constexpr (kAccuracy == Accuracy::kRough) {
+      body([](float x) { return rough_sqrtsoftplus(x); });
+    } else {
+      body([](float x) { return sqrtsoftplus(x); });
+    }
   } else if (score.score_fn == ScoreFn::kSigmoid) {
-    body([](float x) { return rough_sigmoid(x); });
+    if constexpr (kAccuracy == Accuracy::kExact) {
+      body([](float x) { return sigmoid(x); });
+    } else {
+      body([](float x) { return rough_sigmoid(x); });
+    }
   } else {
-    body(score);
+    body([&](float x) { return score.softmax(x); });
   }
 }
 

@@ -11,6 +11,7 @@
 //
 // Where the keys are scores + bias, the bound is one of cheap scores, lowered by what these may be wrong by, and only
 // the few that reach it get their exact keys. Groups go by cheap scores too, where these leave no doubt about them.
+// Where they are not good enough, the rounds go by exact scores of all experts.
 #pragma once
 
 #include <cmath>
@@ -77,21 +78,40 @@ __device__ __forceinline__ int expert_of(int lane, int element) {
   return (element >> 2) * (4 * kLanes) + 4 * lane + (element & 3);
 }
 
+// A sum below 2^24 of the terms whose condition holds. It is kept as the float with these bits, which is subnormal (or
+// next to that) and so exact: a multiprocessor adds twice as many floats at a time as it adds or compares integers.
+struct SumOfTrue {
+  float bits = 0.0f;
+
+  __device__ __forceinline__ void add_if_greater(uint64_t a, uint64_t b) {
+    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "l"(a), "l"(b));
+  }
+  __device__ __forceinline__ void add_if_greater(float a, float b) {
+    asm("{ .reg .pred p; setp.gt.f32 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "f"(a), "f"(b));
+  }
+  __device__ __forceinline__ void add_if_reaches(float a, float b, uint32_t term = 1) {
+    asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p add.f32 %0, %0, %3; }"
+        : "+f"(bits)
+        : "f"(a), "f"(b), "f"(bits_float(term)));
+  }
+  __device__ __forceinline__ uint32_t value() const { return float_bits(bits); }
+};
+
 // How many of the tile's pairs, of which `count` are not 0, are larger than this one.
 template <int kLanes>
 __device__ __forceinline__ int rank_of(uint64_t pair, const uint64_t (&pairs)[kLanes], int count) {
-  int rank = 0;
+  SumOfTrue rank;
 #pragma unroll 1
-  for (int begin = 0; begin < kLanes; begin += 8) {
-    if (!__any_sync(kFullWarp, begin < count)) break;
+  for (int begin = 0; begin < kLanes; begin += 16) {
+    if (begin > 0 && !__any_sync(kFullWarp, begin < count)) break;
 #pragma unroll
-    for (int i = begin; i < begin + 8; i += 2) {
+    for (int i = begin; i < begin + 16; i += 2) {
       const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + i);
-      asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(rank) : "l"(others.x), "l"(pair));
-      asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(rank) : "l"(others.y), "l"(pair));
+      rank.add_if_greater(others.x, pair);
+      rank.add_if_greater(others.y, pair);
     }
   }
-  return rank;
+  return static_cast<int>(rank.value());
 }
 
 // Whether the groups are whole runs of a tile's lanes, and no more than its lanes.
@@ -115,32 +135,29 @@ struct BestTwo {
   }
 };
 
-// Makes every expert outside the top_groups best groups ineligible. False, for the token, if rough keys leave in doubt
-// which groups these are: `margin` is as much as two of them, up to kMostCertainKey, may be in the wrong order by.
-template <int kLanes, int kElements>
-__device__ __forceinline__ bool keep_best_groups(const Selection& selection, float margin, float (&keys)[kElements],
-                                                 uint32_t& eligible, SelectScratch<kLanes>& scratch) {
-  constexpr int kChunks = kElements / 4;
-  const int lanes_a_group = selection.experts / selection.groups.num_groups / 4;
-  const int group_shift = __ffs(lanes_a_group) - 1;
+// log2 of how many neighbouring lanes share a group, a quad each, where tile_can_group: experts is 4 * num_groups times
+// this power of two.
+__device__ __forceinline__ int group_shift(const Selection& selection) {
+  return __clz(selection.groups.num_groups) - __clz(selection.experts) - 2;
+}
+
+// Writes the scores of the groups to scratch.values, and -inf behind them. quads: the best two keys of each of the
+// lane's quads. The result is the largest magnitude of the keys that the lane's groups go by.
+template <int kLanes, int kChunks>
+__device__ __forceinline__ float score_groups(const Selection& selection, BestTwo (&quads)[kChunks],
+                                              SelectScratch<kLanes>& scratch) {
+  const int shift = group_shift(selection);
+  const int lanes_a_group = 1 << shift;
   const int lane = tile_lane<kLanes>();
-  BestTwo two[kChunks];
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const float* quad = keys + 4 * c;
-    two[c] = {max_nan(quad[0], quad[1]), fminf(quad[0], quad[1])};
-    two[c].merge({max_nan(quad[2], quad[3]), fminf(quad[2], quad[3])});
-  }
   float extreme = 0.0f;
-  scratch.pairs[lane] = 0;
+  scratch.values[lane] = -INFINITY;
   __syncwarp();
   // The group that this lane's quad of chunk c belongs to, which `sharers` neighbouring lanes know about.
   const auto publish = [&](const BestTwo& of_group, int c, int sharers) {
-    const int group = (c * kLanes + lane) >> group_shift;
+    const int group = (c * kLanes + lane) >> shift;
     const bool sum = selection.groups.score == GroupScore::kTop2Sum;
-    const float score = sum ? __fadd_rn(of_group.best, of_group.second) : of_group.best;
     if (group < selection.groups.num_groups && (lane & (sharers - 1)) == 0) {
-      scratch.pairs[group] = order_pair(order_key(score), static_cast<uint32_t>(group));
+      scratch.values[group] = sum ? __fadd_rn(of_group.best, of_group.second) : of_group.best;
       extreme = fmaxf(extreme, fmaxf(fabsf(of_group.best), fabsf(of_group.second)));
     }
   };
@@ -154,48 +171,117 @@ __device__ __forceinline__ bool keep_best_groups(const Selection& selection, flo
       const bool upper = (lane & step) != 0;
 #pragma unroll
       for (int c = 0; c < half; ++c) {
-        const BestTwo sent = upper ? two[c] : two[half + c];
-        if (upper) two[c] = two[half + c];
-        two[c].merge(sent.of_lane(step));
+        const BestTwo sent = upper ? quads[c] : quads[half + c];
+        if (upper) quads[c] = quads[half + c];
+        quads[c].merge(sent.of_lane(step));
       }
       chunk += upper ? half : 0;
     }
     const int sharers = step;
-    while ((step /= 2) > 0) two[0].merge(two[0].of_lane(step));
-    publish(two[0], chunk, sharers);
+    while ((step /= 2) > 0) quads[0].merge(quads[0].of_lane(step));
+    publish(quads[0], chunk, sharers);
   } else {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      for (int step = 1; step < lanes_a_group; step *= 2) two[c].merge(two[c].of_lane(step));
-      publish(two[c], c, lanes_a_group);
+      for (int step = 1; step < lanes_a_group; step *= 2) quads[c].merge(quads[c].of_lane(step));
+      publish(quads[c], c, lanes_a_group);
     }
   }
   __syncwarp();
-  const uint64_t pair = scratch.pairs[lane];
-  const int rank = rank_of(pair, scratch.pairs, selection.groups.num_groups);
-  uint32_t kept = __ballot_sync(kFullWarp, pair != 0 && rank < selection.groups.top_groups);
-  if constexpr (kLanes < 32) kept = kept >> (threadIdx.x & 16) & 0xFFFF;
-  kept >>= lane >> group_shift;
+  return extreme;
+}
+
+// Whether the group of the lane's own number is one of the top_groups best, in the order of groups: that of their
+// scores, equal ones to the lower group, NaN first.
+template <int kLanes>
+__device__ __forceinline__ bool is_best_group(const Selection& selection, SelectScratch<kLanes>& scratch) {
+  const int lane = tile_lane<kLanes>();
+  const bool exists = lane < selection.groups.num_groups;
+  const uint64_t pair = exists ? order_pair(order_key(scratch.values[lane]), static_cast<uint32_t>(lane)) : 0;
+  scratch.pairs[lane] = pair;
+  __syncwarp();
+  const int rank = rank_of(pair, scratch.pairs, selection.groups.num_groups);  // by all lanes
+  return exists && rank < selection.groups.top_groups;
+}
+
+// The same without an order. `doubtful`, of any of the tile's lanes, says that the order or more exact scores decide:
+// that a group outside the best is at most `margin` below one of these, or that a score is no number to subtract from.
+template <int kLanes>
+__device__ __forceinline__ bool is_best_group(const Selection& selection, float margin,
+                                              const SelectScratch<kLanes>& scratch, bool& doubtful) {
+  const int lane = tile_lane<kLanes>();
+  const float score = scratch.values[lane];
+  const float rival_score = score - margin;
+  SumOfTrue better;
+  SumOfTrue rivals;  // and the group itself
+#pragma unroll 1
+  for (int begin = 0; begin < selection.groups.num_groups; begin += 8) {
+#pragma unroll
+    for (int i = begin; i < begin + 8; i += 4) {
+      const float4 others = *reinterpret_cast<const float4*>(scratch.values + i);
+      better.add_if_greater(others.x, score);
+      rivals.add_if_reaches(others.x, rival_score);
+      better.add_if_greater(others.y, score);
+      rivals.add_if_reaches(others.y, rival_score);
+      better.add_if_greater(others.z, score);
+      rivals.add_if_reaches(others.z, rival_score);
+      better.add_if_greater(others.w, score);
+      rivals.add_if_reaches(others.w, rival_score);
+    }
+  }
+  const bool best =
+      lane < selection.groups.num_groups && static_cast<int>(better.value()) < selection.groups.top_groups;
+  doubtful = (best && static_cast<int>(rivals.value()) > selection.groups.top_groups) || !(score < INFINITY);
+  return best;
+}
+
+// Makes every expert outside the top_groups best groups ineligible. The result is the largest of the keys that are
+// left. kExact: all is decided; kFine: `doubtful`, see is_best_group, says if not.
+template <Accuracy kAccuracy, int kLanes, int kElements>
+__device__ __forceinline__ float keep_best_groups(const Selection& selection, const float (&keys)[kElements],
+                                                  bool wanted, uint32_t& eligible, SelectScratch<kLanes>& scratch,
+                                                  bool& doubtful) {
+  static_assert(kAccuracy != Accuracy::kRough);
+  constexpr int kChunks = kElements / 4;
+  BestTwo quads[kChunks];
+  float maxima[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const int group = c * kLanes >> group_shift;  // of lane 0
-    const bool keep = group < 32 && (kept >> group & 1) != 0;
-    if (!keep) eligible &= ~(0xFu << (4 * c));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) keys[4 * c + j] = keep ? keys[4 * c + j] : -INFINITY;
+    const float* quad = keys + 4 * c;
+    quads[c] = {max_nan(quad[0], quad[1]), fminf(quad[0], quad[1])};
+    quads[c].merge({max_nan(quad[2], quad[3]), fminf(quad[2], quad[3])});
+    maxima[c] = quads[c].best;
   }
-  if (margin == 0.0f) return true;
-  // The last group that is kept and the next must be well apart.
-  if (pair != 0) scratch.values[rank] = float_of_key(pair_key(pair));
-  __syncwarp();
-  const bool all = selection.groups.top_groups == selection.groups.num_groups;
-  const float last = scratch.values[selection.groups.top_groups - 1];
-  const float next = all ? -INFINITY : scratch.values[selection.groups.top_groups];
-  __syncwarp();  // these are read: the scratch may be written again
-  const bool doubtful = !(last - next > 2.0f * margin) || !(extreme <= kMostCertainKey);
-  uint32_t doubts = __ballot_sync(kFullWarp, doubtful);
-  if constexpr (kLanes < 32) doubts = doubts >> (threadIdx.x & 16) & 0xFFFF;
-  return doubts == 0;
+  const float extreme = score_groups<kLanes>(selection, quads, scratch);
+  bool best;
+  if constexpr (kAccuracy == Accuracy::kExact) {
+    best = is_best_group(selection, scratch);
+  } else {
+    float margin = score_margin<kAccuracy>(selection.scoring.score_fn);
+    if (margin != 0.0f) {
+      // The largest of the warp: floats that are not negative are in the order of their bits.
+      const float largest = bits_float(__reduce_max_sync(kFullWarp, wanted ? float_bits(extreme) : 0));
+      // Of two sums of two keys: the errors of four scores, and the rounding of four keys and two sums, exact and
+      // cheap, which with that of the difference is 18 halves of a unit in the last place of the largest key.
+      margin = 2.0f * margin + 1.25f * kKeyMargin * largest;
+    }
+    best = is_best_group(selection, margin, scratch, doubtful);
+  }
+  uint32_t kept = __ballot_sync(kFullWarp, best);
+  if constexpr (kLanes < 32) kept >>= threadIdx.x & 16;
+  const int shift = group_shift(selection);
+  kept >>= tile_lane<kLanes>() >> shift;
+  float maximum = -INFINITY;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int group = c * kLanes >> shift;  // of lane 0; beyond 31 for quads that do not exist
+    if ((kept >> (group & 31) & 1) != 0) {
+      maximum = max_nan(maximum, maxima[c]);
+    } else {
+      eligible &= ~(0xFu << (4 * c));
+    }
+  }
+  return maximum;
 }
 
 // Sorts one value a lane within each kRun neighbouring lanes, the largest first, with a bitonic network.
@@ -259,24 +345,25 @@ __device__ __forceinline__ uint32_t existing_elements(int experts) {
   return existing;
 }
 
-// The keys of all the tile's elements, score + bias, -inf where they are not eligible.
-template <bool kRough, int kLanes, int kFullChunks, int kElements>
+// The keys of all the tile's elements, score + bias, -inf where they are not eligible. bias may be null, but not for
+// kRough.
+template <Accuracy kAccuracy, int kLanes, int kFullChunks, int kElements>
 __device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
                                            uint32_t eligible, const float* bias, float (&keys)[kElements]) {
-  if (bias != nullptr) load_tile<kLanes, kFullChunks>(bias, experts, rows_have_quads(bias, experts, 4), keys);
-  const auto score_all = [&](auto score_of) {
+  const bool biased = kAccuracy == Accuracy::kRough || bias != nullptr;
+  if (biased) load_tile<kLanes, kFullChunks>(bias, experts, rows_have_quads(bias, experts, 4), keys);
+  with_score<kAccuracy>(score, [&](auto score_of) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       const float s = score_of(logits[i]);
-      keys[i] = bias != nullptr ? __fadd_rn(s, keys[i]) : s;
+      if constexpr (kAccuracy == Accuracy::kRough) {
+        keys[i] = s + keys[i];  // in one instruction with the score's last
+      } else {
+        keys[i] = biased ? __fadd_rn(s, keys[i]) : s;
+      }
       if (i / 4 >= kFullChunks && (eligible >> i & 1) == 0) keys[i] = -INFINITY;
     }
-  };
-  if constexpr (kRough) {
-    with_rough_score(score, score_all);
-  } else {
-    with_score(score, score_all);
-  }
+  });
 }
 
 // Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
@@ -297,14 +384,14 @@ __device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], 
 #pragma unroll 1
   for (int attempt = 0;; ++attempt) {
     const float threshold = margin == 0.0f || probing ? bound : bound - margin - fabsf(bound) * kKeyMargin;
-    reaching = 0;
+    SumOfTrue lower_half;
+    SumOfTrue upper_half;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p or.b32 %0, %0, %3; }"
-          : "+r"(reaching)
-          : "f"(keys[i]), "f"(threshold), "r"(1u << i));
+    for (int i = 0; i < kElements / 2; ++i) {
+      lower_half.add_if_reaches(keys[i], threshold, 1u << i);
+      upper_half.add_if_reaches(keys[kElements / 2 + i], threshold, 1u << i);
     }
-    reaching &= eligible;
+    reaching = (lower_half.value() | upper_half.value() << (kElements / 2)) & eligible;
     // Where the lane's own start in the list: the sum of the counts of the lanes before it, bit by bit of these counts.
     const int own = __popc(reaching);
     position = 0;
@@ -335,8 +422,9 @@ __device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], 
     }
   }
   while (reaching != 0) {
-    candidates[position++] = expert_of<kLanes>(lane, __ffs(reaching) - 1);
-    reaching &= reaching - 1;
+    const int element = 31 - __clz(reaching);
+    candidates[position++] = expert_of<kLanes>(lane, element);
+    reaching ^= 1u << element;
   }
   return true;
 }
@@ -350,8 +438,7 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
   const int lane = tile_lane<kLanes>();
   const int k = selection.k;
   const Scoring& scoring = selection.scoring;
-  scratch.values[lane] = 0.0f;
-  __syncwarp();
+  __syncwarp();  // the candidates are there, and what else was in the scratch has been read
 
   const bool candidate = lane < count;
   int expert = 0;
@@ -363,13 +450,15 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
     logit = logit_at(expert);
     float key = logit;
     if constexpr (kMode != KeyMode::kLogits) {
-      const float offset = bias != nullptr ? __ldg(bias + expert) : 0.0f;
+      const bool biased = kMode == KeyMode::kScores || bias != nullptr;
+      const float offset = biased ? __ldg(bias + expert) : 0.0f;
       s = score(logit);
-      key = bias != nullptr ? __fadd_rn(s, offset) : s;
+      key = biased ? __fadd_rn(s, offset) : s;
     }
     pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
   }
   scratch.pairs[lane] = pair;
+  scratch.values[lane] = 0.0f;
   __syncwarp();
   const int rank = rank_of(pair, scratch.pairs, count);
 
@@ -388,7 +477,7 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
 //   kFullChunks  the tile's first so many quads are known to lie within the token's experts
 //   logits       in the layout above; -inf where the expert does not exist, anything if the token is not wanted
 //   wanted       false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
-//   bias         the token's own row of [experts] floats, or null; not used for kLogits
+//   bias         the token's own row of [experts] floats; null is possible for kGroups; not used for kLogits
 //   logit_at     logit_at(expert) gives any of the token's logits once more, to any lane of the tile
 template <KeyMode kMode, int kLanes, int kFullChunks = 0, int kElements, class LogitAt>
 __device__ __forceinline__ void select_token(const Selection& selection, const float (&logits)[kElements], bool wanted,
@@ -405,42 +494,51 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
     score = softmax_of_tile<kLanes>(logits);
   }
   float keys[kElements];
+  float maximum;
   float margin = 0.0f;
-  bool failed = false;
+  bool failed;  // whether the keys are not good enough, or one of them is NaN
   if constexpr (kMode == KeyMode::kLogits) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) keys[i] = logits[i];
-  } else if constexpr (kMode == KeyMode::kScores) {
-    score_keys<true, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
-    margin = rough_margin(scoring.score_fn);
-    float largest = logits[0];
-#pragma unroll
-    for (int i = 1; i < kElements; ++i) largest = fmaxf(largest, logits[i]);
-    failed = largest > kMostRoughLogit;
-  } else if (scoring.score_fn == ScoreFn::kSqrtSoftplus) {
-    score_keys<false, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
-    keep_best_groups(selection, 0.0f, keys, eligible, scratch);
   } else {
-    margin = rough_margin(scoring.score_fn);
-    score_keys<true, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
-    failed = !keep_best_groups(selection, margin + kMostCertainKey * kKeyMargin, keys, eligible, scratch);
+    constexpr Accuracy kAccuracy = kMode == KeyMode::kScores ? Accuracy::kRough : Accuracy::kFine;
+    margin = score_margin<kAccuracy>(scoring.score_fn);
+    score_keys<kAccuracy, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
   }
-  float maximum = keys[0];
-#pragma unroll
-  for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, keys[i]);
-  if (!wanted) maximum = -INFINITY;  // whatever the token's logits are, they must not slow its neighbour down
-  failed = __any_sync(kFullWarp, (wanted && failed) || maximum != maximum);
+  if constexpr (kMode == KeyMode::kGroups) {
+    maximum = keep_best_groups<Accuracy::kFine>(selection, keys, wanted, eligible, scratch, failed);
+  } else {
+    maximum = largest_of(keys);
+    failed = kMode == KeyMode::kScores ? !(maximum < INFINITY) : maximum != maximum;
+  }
+  failed = __any_sync(kFullWarp, wanted && failed);
 
   int count = 0;
   const int needed = wanted ? k : 0;
-  if (failed || !list_candidates<kLanes>(keys, eligible, maximum, k, needed, margin, scratch.candidates, count)) {
+  const auto list = [&] {
+    // Whatever the logits of a token that is not wanted are, they must not slow its neighbour down.
+    if (!wanted) maximum = -INFINITY;
+    return list_candidates<kLanes>(keys, eligible, maximum, k, needed, margin, scratch.candidates, count);
+  };
+  if (failed || !list()) {
     if constexpr (kMode != KeyMode::kLogits) {
       eligible = wanted ? existing_elements<kLanes, kFullChunks, kElements>(selection.experts) : 0;
-      score_keys<false, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+      with_score<Accuracy::kExact>(score, [&](auto score_of) {
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          keys[i] = -INFINITY;
+          if ((eligible >> i & 1) != 0) {
+            // The logits are read anew, so that they need no registers until here.
+            const int expert = expert_of<kLanes>(lane, i);
+            const float s = score_of(logit_at(expert));
+            keys[i] = bias != nullptr ? __fadd_rn(s, __ldg(bias + expert)) : s;
+          }
+        }
+      });
     }
     if constexpr (kMode == KeyMode::kGroups) {
-      __syncwarp();  // the first attempt has read the scratch
-      keep_best_groups(selection, 0.0f, keys, eligible, scratch);
+      __syncwarp();  // the scratch has been read
+      keep_best_groups<Accuracy::kExact>(selection, keys, wanted, eligible, scratch, failed);
     }
     select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
     count = needed;

@@ -180,7 +180,8 @@ __device__ __forceinline__ void select_long_token(const Selection& selection, bo
     load_tile<32, 0>(row + begin, experts, quads, logits);
     const uint32_t eligible = existing_elements<32, 0, kElements>(experts);
     if (scored) {
-      score_keys<false, 32, 0>(experts, score, logits, eligible, bias == nullptr ? nullptr : bias + begin, keys);
+      score_keys<Accuracy::kExact, 32, 0>(experts, score, logits, eligible, bias == nullptr ? nullptr : bias + begin,
+                                          keys);
     }
 #pragma unroll
     for (int i = 0; i < kElements; i += 4) {

@@ -50,9 +50,7 @@ __global__ void __launch_bounds__(kThreads) select_tile_rows(const TopkSelect op
   }
   const int k = min(static_cast<int>(op.k), length);
 
-  float maximum = keys[0];
-#pragma unroll
-  for (int i = 1; i < kElements; ++i) maximum = max_nan(maximum, keys[i]);
+  const float maximum = largest_of(keys);
   int count = 0;
   if (__any_sync(kFullWarp, maximum != maximum) ||
       !list_candidates<kLanes>(keys, eligible, maximum, max(k, 1), k, 0.0f, scratch.candidates, count)) {
