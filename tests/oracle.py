@@ -58,8 +58,10 @@ def selection_keys(logits, bias, score_fn, num_groups=1):
     if bias is None and num_groups == 1:
         return f64(logits), np.zeros(np.shape(logits))
     s, b = scores(logits, score_fn), 0.0 if bias is None else f64(bias)
-    finite = np.where(np.isfinite(s + b), np.abs(s) + np.abs(b), 0)
-    return s + b, 1e-6 * finite + 2e-38  # kernels may flush denormal scores to zero
+    with np.errstate(invalid="ignore"):  # of infinities that cancel
+        keys = s + b
+    finite = np.where(np.isfinite(keys), np.abs(s) + np.abs(b), 0)
+    return keys, 1e-6 * finite + 2e-38  # kernels may flush denormal scores to zero
 
 
 def expert_ids(logits, bias, top_k_, score_fn, num_groups=1, top_groups=1, group_score="top2_sum"):

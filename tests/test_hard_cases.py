@@ -12,7 +12,7 @@ import pytest
 
 import jax_router
 from cases import DTYPES
-from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, f64, scores, select, weights_at
+from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, expert_ids, f64, scores, select, weights_at
 from oracle import top_k as oracle_top_k
 
 NEGATIVE_NAN = np.array(0xFFC00000, np.uint32).view(np.float32)
@@ -127,6 +127,19 @@ def test_bias_that_makes_ties(implementation):
     np.testing.assert_array_equal(routing.expert_ids, [[0, 1, 2, 3, 4, 5]])
 
 
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 8, "top_groups": 4}])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid"])
+@pytest.mark.parametrize("steps", [30, 3000, 1 << 20])
+def test_keys_of_bias_alone(steps, score_fn, groups, implementation, rng):
+    """Scores of 0 and biases in steps of 2^-22, whose sums of two are exact: so are the ids, however near the keys."""
+    logits = np.full((4100, 256), -INF, np.float32)
+    bias = (1 + rng.integers(0, steps, logits.shape) * 2.0**-22).astype(np.float32)
+    want = expert_ids(logits, bias, 8, score_fn, **groups)
+    route = op("activation_topk", top_k=8, score_fn=score_fn, implementation=implementation, **groups)
+    for rows in (slice(None), slice(0, 40)):
+        np.testing.assert_array_equal(route(logits[rows], bias[rows]).expert_ids, want[rows])
+
+
 # 4. Underflow and overflow of scores
 
 SCORE_EDGES = np.array(
@@ -142,6 +155,19 @@ def test_sqrtsoftplus_edges(implementation):
         np.float32([[INF], [-INF]])
     )
     np.testing.assert_array_equal(infinite.weights, [[INF], [0]])
+
+
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid"])
+def test_large_logits_with_a_bias(score_fn, implementation, rng):
+    """Logits around those whose exponential overflows, far beyond, and infinite, with biases of all sizes."""
+    logits = rng.normal(0, 1, (4100, 64)) * np.repeat([40.0, 100.0, 1e4, 1e30], 1025)[:, None]
+    logits = np.where(rng.random(logits.shape) < 0.01, INF, logits).astype(np.float32)
+    bias = rng.normal(0, 1, logits.shape) * np.tile([1.0, 1e3, 1e30, INF], 1025)[:, None]
+    bias = bias.astype(np.float32)
+    options = {"top_k": 6, "score_fn": score_fn, "renormalize": False}
+    route = op("activation_topk", implementation=implementation, **options)
+    for rows in (slice(None), slice(0, 40)):
+        assert_routes(route(logits[rows], bias[rows]), logits[rows], bias[rows], **options)
 
 
 def test_row_where_every_weight_underflows(implementation):

@@ -74,7 +74,7 @@ def test_groups(num_experts, num_groups, top_groups, top_k, group_score, rng):
 
 @pytest.mark.parametrize("rows", [2900, 4200])  # few and many
 def test_groups_that_are_hard_to_tell_apart(rows, rng):
-    """Equal groups, groups apart by rounding alone, groups without eligible experts, far biases, and NaN."""
+    """Equal groups, groups apart by rounding alone, groups without eligible experts, far and infinite biases, NaN."""
     model = MODELS["deepseek-v3"]
     logits = model.logits(rng, 4200)
     logits[:600] = np.tile(logits[:600, :32], 8)  # all groups are equal
@@ -85,7 +85,8 @@ def test_groups_that_are_hard_to_tell_apart(rows, rng):
     bias[:1800] = np.tile(bias[:1800, :32], 8)
     bias[2000:2400, rng.permutation(256)[:128]] = -1e5
     bias[2400:2800, :96] = -np.inf
-    bias[2800:2900, 50] = 1e4
+    bias[2800:2850, 50] = 1e4
+    bias[2850:2900, 10::32] = np.inf  # in every group
     assert_activation_topk(logits[:rows], bias[:rows], **model.options)
 
 

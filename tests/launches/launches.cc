@@ -59,7 +59,9 @@ void activation_topk_cases(const Visit& visit) {
                               make.pick(kContents)));
         visit(activation_topk(make, dtype, 1025, experts, make.pick({6, 16}), keys, num_groups, Content::kTies));
         if (experts > 512) continue;
-        visit(activation_topk(make, dtype, 4097, experts, make.pick({1, 6, 8}), keys, num_groups, Content::kBits));
+        // Rows whose cheap scores do, and rows where they do not.
+        for (Content content : {Content::kOrdinary, Content::kBits})
+          visit(activation_topk(make, dtype, 4097, experts, make.pick({1, 6, 8}), keys, num_groups, content));
       }
       // More: rows in shared memory.
       for (Content content : kContents) {
