@@ -101,7 +101,7 @@ class Selection(RandomRows):
 
 @dataclasses.dataclass(frozen=True)
 class Product(RandomRows):
-    """Random tokens, and how `dense_router` routes them, so many a call: up to 64 are one kernel on a GPU."""
+    """Random tokens, and how `dense_router` routes them, so many a call."""
 
     name: str
     tokens: int
@@ -155,7 +155,9 @@ SCENARIOS = (
     Selection("f32 logits, bias, 384 experts", num_experts=384, bias_mean=0.0),
     Selection("bf16 logits, bias", dtype=jnp.bfloat16, bias_mean=0.0),
     Selection("bf16 logits, bias near 8.08", dtype=jnp.bfloat16, bias_mean=8.08),
+    # These are one kernel each on an H100.
     Product("bf16 tokens, 64 a call", 64),
+    Product("bf16 tokens, 4096 a call", 4096),
     Product("f32 tokens, 64 a call", 64, jnp.float32),
     # XLA's product, which adds up 4096 terms in one f32 sum.
     Product("bf16 tokens, 16384 a call", 16384, slack=_SUM_OF_4096),

@@ -43,9 +43,9 @@ def dense_router(
     """The experts of each token from its hidden state: `activation_topk(x @ weight.T + logit_bias, bias, ...)`.
 
     The product is accumulated in f32. On a GPU one kernel does it all, and the logits never reach device memory, where
-    that is faster: the sizes are in `csrc/cuda/dense_router.cu`. Elsewhere the product is XLA's, and the selection the
-    kernel of `activation_topk`; so it is where XLA partitions the program, because it can then split the product
-    itself, and in exported programs.
+    that is faster: the sizes are in `csrc/cuda/dense_router.cu` and `dense_prefill.cu`. Elsewhere the product is
+    XLA's, and the selection the kernel of `activation_topk`; so it is where XLA partitions the program, because it can
+    then split the product itself, and in exported programs.
 
     Args:
         x: f32, bf16 or f16 `[..., D]`.

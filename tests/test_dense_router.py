@@ -46,7 +46,18 @@ def test_few_tokens_are_one_call(name, cuda):
     assert calls(jax.vmap(route, in_axes=(0, None)), bf16(2, 4, model.hidden_size), weight) == [FUSED]
     assert calls(route, bf16(65, model.hidden_size), weight) == [FUSED if model.num_experts > 128 else UNFUSED]
     assert calls(route, bf16(128, model.hidden_size), weight) == [FUSED if model.num_experts > 128 else UNFUSED]
-    assert calls(route, bf16(129, model.hidden_size), weight) == [UNFUSED]
+
+
+def test_many_tokens_are_one_call_where_a_kernel_is_faster(cuda):
+    """That kernel is for compute capability 9.0 alone."""
+    route = partial(jax_router.dense_router, top_k=6)
+    fuses = partial(cuda.fuses_dense_router, hidden=4096, top_k=6, num_groups=1, dtype="bfloat16")
+    for tokens in (129, 512, 4096, 16384):
+        expected = FUSED if fuses(tokens=tokens, num_experts=256) else UNFUSED
+        assert calls(route, bf16(tokens, 4096), bf16(256, 4096)) == [expected]
+    hopper = jax.default_backend() == "gpu" and {d.compute_capability for d in jax.devices()} == {"9.0"}
+    assert fuses(tokens=512, num_experts=256) == (hopper and "90a" in cuda.architectures)
+    assert not fuses(tokens=512, num_experts=257)
 
 
 @pytest.mark.parametrize(
@@ -89,16 +100,17 @@ def test_gradient_selects_once(cuda):
     assert found == [FUSED, "jax_router.route_cotangent"]
 
 
+def fused_tokens(cuda, counts, dtype, num_experts, hidden):
+    """Those of the numbers of tokens for which there is a fused kernel that is faster, on this machine."""
+    fuses = partial(cuda.fuses_dense_router, num_experts=num_experts, hidden=hidden, top_k=6, num_groups=1)
+    return [tokens for tokens in counts if fuses(tokens=tokens, dtype=DTYPES[dtype].name)]
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="XLA's product of another shape may sum in another order")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_experts", "hidden"), [(36, 8), (200, 1032), (257, 2880), (384, 7168), (1024, 104)])
 def test_a_token_does_not_know_its_batch(num_experts, hidden, dtype, cuda, rng):
-    sizes = {"num_experts": num_experts, "hidden": hidden, "top_k": 6, "num_groups": 1}
-    fused = [
-        tokens
-        for tokens in (1, 2, 7, 16, *TOKEN_COUNTS, 96, 128)
-        if cuda.fuses_dense_router(tokens=tokens, dtype=DTYPES[dtype].name, **sizes)
-    ]
+    fused = fused_tokens(cuda, (1, 2, 7, 16, *TOKEN_COUNTS, 96, 128), dtype, num_experts, hidden)
     x = rng.normal(0, 1, (max(fused), hidden)).astype(DTYPES[dtype])
     weight = rng.normal(0, hidden**-0.5, (num_experts, hidden)).astype(DTYPES[dtype])
     bias = rng.normal(0, 0.1, num_experts).astype(np.float32)
@@ -109,11 +121,75 @@ def test_a_token_does_not_know_its_batch(num_experts, hidden, dtype, cuda, rng):
             np.testing.assert_array_equal(mine, all_rows[-tokens:])
 
 
+MANY_TOKENS = {
+    "logits": {"top_k": 6, "score_fn": "sqrtsoftplus", "scale": 1.5},
+    "k 16": {"top_k": 16, "score_fn": "softmax"},
+    "whole row": {"top_k": 3, "score_fn": "softmax", "renormalize": False},
+    "bias": {"top_k": 8, "score_fn": "sigmoid"},
+    "groups": {"top_k": 8, "score_fn": "sigmoid", "num_groups": 8, "top_groups": 4},
+}
+
+
+@pytest.mark.parametrize("name", MANY_TOKENS)
+@pytest.mark.parametrize(
+    ("num_experts", "hidden", "dtype", "counts"),
+    [
+        (256, 1032, "bf16", (129, 500, 840, 1000, 1681, 2100, 3000, 4095, 4400, 8200, 16300)),
+        (256, 40, "f16", (130, 3000, 5000)),
+        (250, 200, "bf16", (360, 4300)),
+        (121, 8, "f16", (129, 4099)),
+        (301, 72, "bf16", (700,)),
+    ],
+)
+def test_many_tokens(num_experts, hidden, dtype, counts, name, rng):
+    """Integer operands make the logits exact, so that all bits are those of activation_topk; some rows hold a NaN."""
+    options = MANY_TOKENS[name]
+    if num_experts % options.get("num_groups", 1):
+        pytest.skip("no such groups")
+    logit_bias = rng.integers(-9, 10, num_experts).astype(np.float32) if name == "bias" else None
+    bias = rng.normal(0, 0.3, num_experts).astype(np.float32) if name in ("bias", "groups") else None
+    route = jax.jit(partial(jax_router.dense_router, **options))
+    select = jax.jit(partial(jax_router.activation_topk, **options))
+    weight = rng.integers(-3, 4, (num_experts, hidden)).astype(DTYPES[dtype])
+    on_gpu = jax.default_backend() == "gpu"
+    for tokens in counts if on_gpu and name == "logits" else counts[::3] if on_gpu else counts[:1]:
+        x = rng.integers(-3, 4, (tokens, hidden)).astype(DTYPES[dtype])
+        logits = np.float32(x) @ np.float32(weight).T + (0 if logit_bias is None else logit_bias) + 0.0
+        broken = rng.integers(0, tokens, 5)
+        x[broken, hidden // 2] = np.nan
+        logits[broken] = np.nan
+        mask = rng.random(tokens) < 0.9
+        got = route(x, weight, bias, logit_bias=logit_bias, token_mask=mask)
+        for mine, theirs in zip(got, select(logits, bias, token_mask=mask)):
+            np.testing.assert_array_equal(mine, theirs, err_msg=f"{tokens} tokens")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel runs on a GPU")
+@pytest.mark.parametrize("counts", [(129, 200, 360), (1100, 1680), (3400, 4096, 4320), (8000, 8192)])
+def test_a_token_does_not_know_its_batch_within_a_plan(counts, cuda, rng):
+    """Numbers of tokens that dense_prefill.cu divides alike."""
+    fused = fused_tokens(cuda, counts, "bf16", 256, 4096)
+    if len(fused) < 2:
+        pytest.skip("not fused on this machine")
+    x = rng.normal(0, 1, (max(fused), 4096)).astype(DTYPES["bf16"])
+    weight = rng.normal(0, 1 / 64, (256, 4096)).astype(DTYPES["bf16"])
+    route = jax.jit(partial(jax_router.dense_router, top_k=6, implementation="native"))
+    whole = route(x, weight)
+    for tokens in fused:
+        for mine, all_rows in zip(route(x[-tokens:], weight), whole):
+            np.testing.assert_array_equal(mine, all_rows[-tokens:])
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel runs on a GPU")
 def test_calls_that_follow_each_other(rng):
     """1000 calls of changing shapes, queued without waiting, from two threads' worth of programs: equal bits."""
     programs = []
-    for tokens, name in ((1, "deepseek-v4-flash"), (128, "deepseek-v4-pro"), (17, "gpt-oss-120b")):
+    for tokens, name in (
+        (1, "deepseek-v4-flash"),
+        (128, "deepseek-v4-pro"),
+        (600, "deepseek-v4-flash"),
+        (17, "gpt-oss-120b"),
+    ):
         model = MODELS[name]
         x = jnp.asarray(rng.normal(0, 1, (tokens, model.hidden_size)).astype(DTYPES["bf16"]))
         weight = rng.normal(0, model.hidden_size**-0.5, (model.num_experts, model.hidden_size)).astype(DTYPES["bf16"])
@@ -123,6 +199,6 @@ def test_calls_that_follow_each_other(rng):
     same = jax.jit(lambda a, b: jnp.all(a[0] == b[0]) & jnp.all(a[1] == b[1]))
     verdicts = []
     for call in range(1000):
-        route, x, weight = programs[call % 3]
-        verdicts.append(same(route(x, weight), want[call % 3]))
+        route, x, weight = programs[call % len(programs)]
+        verdicts.append(same(route(x, weight), want[call % len(programs)]))
     assert all(map(bool, verdicts))

@@ -88,6 +88,11 @@ __device__ __forceinline__ void announce(uint32_t barrier, uint32_t bytes) {
   JR_CLUSTER_ASM("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier),
                  "r"(bytes) : "memory");
 }
+// Arrives at a block's barrier. Says nothing about ordinary writes to memory: a release at the scope of the cluster
+// would cost a fence.
+__device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
+  JR_CLUSTER_ASM("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void send(uint32_t address, uint64_t value, uint32_t barrier) {
   JR_CLUSTER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
                  "l"(value), "r"(barrier) : "memory");

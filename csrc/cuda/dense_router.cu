@@ -22,6 +22,7 @@
 #include <algorithm>
 
 #include "../common/order.h"
+#include "dense_prefill.h"
 #include "kernels.h"
 #include "load.cuh"
 #include "select.cuh"
@@ -482,20 +483,22 @@ bool pays(const DenseRouter& op) {
 
 }  // namespace
 
-bool fuses(const DenseRouter& op) { return supports(op) && pays(op); }
+bool fuses(const DenseRouter& op) { return op.select.rows > kMaxTokens ? prefill_fuses(op) : supports(op) && pays(op); }
 
 size_t workspace_bytes(const DenseRouter& op) {
+  if (op.select.rows > kMaxTokens) return 0;
   return kSplits * static_cast<size_t>(op.select.rows) * ((op.select.experts + 1) / 2) * sizeof(Packet);
 }
 
 cudaError_t launch(const DenseRouter& op, void* workspace, cudaStream_t stream) {
   const int64_t rows = op.select.rows;
   if (rows == 0 || op.select.k == 0) return cudaSuccess;
-  if (!supports(op)) return cudaErrorNotSupported;
   // The copies move 16 bytes at a time.
   if (reinterpret_cast<uintptr_t>(op.x) % 16 != 0 || reinterpret_cast<uintptr_t>(op.weight) % 16 != 0) {
     return cudaErrorMisalignedAddress;
   }
+  if (rows > kMaxTokens) return launch_prefill(op, stream);
+  if (!supports(op)) return cudaErrorNotSupported;
   auto* packets = static_cast<Packet*>(workspace);
   const bool wide = rows > 16 && shared_memory_of_block() >= kWideSharedMemory;
   return with_type(op.operand_dtype, [&](auto type) {

@@ -137,6 +137,16 @@ void dense_router_cases(const Visit& visit) {
           if (cuda::fuses(sizes)) visit(dense_router(make, sizes, keys, make.pick(kContents)));
         }
       }
+      // Many tokens: tiles of every size, one to four parts of the hidden axis, half warps and warps that select.
+      for (int64_t rows : {make.pick({129, 250}), make.pick({500, 600}), make.pick({700, 1000}),
+                           make.pick({1500, 2100}), make.pick({3000, 4100}), make.pick({5000, 9000})}) {
+        for (auto [experts, num_groups] : {Experts{121, 0}, {250, 0}, {256, 8}}) {
+          if (keys == Keys::kGroups && num_groups == 0) continue;
+          const DenseRouter sizes = dense_sizes(dtype, rows, make.pick({8, 136, 1032}), experts,
+                                                make.pick({1, 6, 8, 16}), keys == Keys::kGroups ? num_groups : 1);
+          if (cuda::fuses(sizes)) visit(dense_router(make, sizes, keys, make.pick(kContents)));
+        }
+      }
     }
   }
 }
@@ -275,10 +285,15 @@ int run_stress() {
   constexpr int kLaunches = 100, kRounds = 20;
   Maker make;
   std::vector<Call> calls;
-  for (auto [rows, hidden, experts] :
-       {std::array{1, 4096, 256}, {64, 7168, 384}, {128, 7168, 384}, {17, 2880, 128}, {8, 4096, 512}}) {
-    calls.push_back(
-        dense_router(make, dense_sizes(DType::kBF16, rows, hidden, experts, 6, 1), Keys::kBias, Content::kOrdinary));
+  for (auto [rows, hidden, experts] : {std::array{1, 4096, 256},
+                                       {64, 7168, 384},
+                                       {128, 7168, 384},
+                                       {17, 2880, 128},
+                                       {8, 4096, 512},
+                                       {1000, 2048, 256},
+                                       {4096, 1024, 256}}) {
+    const DenseRouter sizes = dense_sizes(DType::kBF16, rows, hidden, experts, 6, 1);
+    if (cuda::fuses(sizes)) calls.push_back(dense_router(make, sizes, Keys::kBias, Content::kOrdinary));
   }
   calls.push_back(dense_router(make, dense_sizes(DType::kF32, 5, 1024, 64, 4, 1), Keys::kLogits, Content::kOrdinary));
   calls.push_back(topk_select(make, DType::kF32, 1, 262209, 2048, false, false, Content::kOrdinary));

@@ -1,0 +1,128 @@
+// The instructions of compute capability 9.0a that a fused matrix product is made of: copies of boxes of a matrix,
+// warpgroup matrix products, and registers that move between warpgroups. Each is a thin wrapper; what they promise is
+// in the PTX manual. To be called only where __CUDA_ARCH_FEAT_SM90_ALL is defined.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cluster.cuh"
+
+namespace jax_router::cuda {
+
+// A box of the matrix into shared memory, announced to `barrier`; what lies outside the matrix becomes zero.
+__device__ __forceinline__ void copy_box(void* destination, const CUtensorMap& map, int column, int row,
+                                         TransferBarrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(address_of(destination)),
+      "l"(&map), "r"(column), "r"(row), "r"(address_of(barrier))
+      : "memory");
+}
+
+// To the same place, and to the same barrier, in every block of the cluster whose bit is set in `blocks`.
+__device__ __forceinline__ void copy_box_to_blocks(void* destination, const CUtensorMap& map, int column, int row,
+                                                   TransferBarrier* barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3}], [%4], %5;" ::"r"(address_of(destination)),
+      "l"(&map), "r"(column), "r"(row), "r"(address_of(barrier)), "h"(blocks)
+      : "memory");
+}
+
+// Makes this thread's ordinary writes to shared memory visible to the copy engine.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// From here into the shared memory of any block of the cluster; `barrier` is one of that block.
+__device__ __forceinline__ void copy_in_cluster(uint32_t destination, const void* from, uint32_t bytes,
+                                                uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "r"(address_of(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// For all threads of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Describes a matrix at a multiple of 1024 bytes whose rows are 128 bytes of shared memory, swizzled by the copy
+// engine: its low half, to which n is added to move it by 16 n bytes, and all of it.
+__device__ __forceinline__ uint32_t wgmma_place(const void* matrix) { return address_of(matrix) >> 4 | 1u << 16; }
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t place) { return 64ull << 32 | 1ull << 62 | place; }
+
+#define JR_2(tens) "%" tens "0, %" tens "1"
+#define JR_4(tens) JR_2(tens) ", %" tens "2, %" tens "3"
+#define JR_6(tens) JR_4(tens) ", %" tens "4, %" tens "5"
+#define JR_8(tens) JR_6(tens) ", %" tens "6, %" tens "7"
+#define JR_10(tens) JR_8(tens) ", %" tens "8, %" tens "9"
+#define JR_20 JR_10("") ", " JR_10("1")
+#define JR_30 JR_20 ", " JR_10("2")
+#define JR_50 JR_30 ", " JR_10("3") ", " JR_10("4")
+#define JR_60 JR_50 ", " JR_10("5")
+#define JR_70 JR_60 ", " JR_10("6")
+#define JR_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JR_D8(i) JR_D4(i), JR_D4(i + 4)
+#define JR_D16(i) JR_D8(i), JR_D8(i + 8)
+#define JR_D20(i) JR_D16(i), JR_D4(i + 16)
+#define JR_D48(i) JR_D16(i), JR_D16(i + 16), JR_D16(i + 32)
+#define JR_WGMMA(T, type, columns, registers, a_operand, b_operand, accumulate_operand, ...)                          \
+  __device__ __forceinline__ void wgmma(T, float (&d)[columns / 2], uint64_t a, uint64_t b, bool accumulate) {        \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, " accumulate_operand                             \
+                 ", 0;\n"                                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, " a_operand \
+                 ", " b_operand ", accumulate, 1, 1, 0, 0;\n}"                                                        \
+                 : __VA_ARGS__                                                                                        \
+                 : "l"(a), "l"(b), "r"(static_cast<uint32_t>(accumulate)));                                           \
+  }
+#define JR_WGMMAS(T, type)                                                                 \
+  JR_WGMMA(T, type, 24, JR_10("") ", " JR_2("1"), "%12", "%13", "%14", JR_D8(0), JR_D4(8)) \
+  JR_WGMMA(T, type, 40, JR_20, "%20", "%21", "%22", JR_D20(0))                             \
+  JR_WGMMA(T, type, 56, JR_20 ", " JR_8("2"), "%28", "%29", "%30", JR_D20(0), JR_D8(20))   \
+  JR_WGMMA(T, type, 72, JR_30 ", " JR_6("3"), "%36", "%37", "%38", JR_D16(0), JR_D20(16))  \
+  JR_WGMMA(T, type, 112, JR_50 ", " JR_6("5"), "%56", "%57", "%58", JR_D48(0), JR_D8(48))  \
+  JR_WGMMA(T, type, 128, JR_60 ", " JR_4("6"), "%64", "%65", "%66", JR_D48(0), JR_D16(48)) \
+  JR_WGMMA(T, type, 144, JR_70 ", " JR_2("7"), "%72", "%73", "%74", JR_D48(0), JR_D16(48), JR_D8(64))
+
+// wgmma(T{}, d, a, b, accumulate): d = a @ b.T, or d += a @ b.T; 64 rows of a by 2 * size(d) rows of b, 16 deep.
+// Element d[i] of a lane is of row 16 * (warp % 4) + lane / 4 + (i & 2) * 4 and column i / 4 * 8 + lane % 4 * 2 + i
+// % 2.
+JR_WGMMAS(__nv_bfloat16, "bf16")
+JR_WGMMAS(__half, "f16")
+
+#undef JR_WGMMAS
+#undef JR_WGMMA
+#undef JR_D48
+#undef JR_D20
+#undef JR_D16
+#undef JR_D8
+#undef JR_D4
+#undef JR_70
+#undef JR_60
+#undef JR_50
+#undef JR_30
+#undef JR_20
+#undef JR_10
+#undef JR_8
+#undef JR_6
+#undef JR_4
+#undef JR_2
+
+}  // namespace jax_router::cuda
