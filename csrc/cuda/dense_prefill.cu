@@ -337,7 +337,7 @@ __device__ __forceinline__ void add_parts(const DenseRouter& op, const Parts& pa
     for (int c = 0; c < kElements / 4; ++c) {
       const float* sums = parts.of(s, c * kChunk / kBlockExperts, row) + c * kChunk % kBlockExperts;
       quads[s][c] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-      if (c * kChunk + first < experts) quads[s][c] = *reinterpret_cast<const float4*>(sums + first);
+      if (exists && c * kChunk + first < experts) quads[s][c] = *reinterpret_cast<const float4*>(sums + first);
     }
   }
 #pragma unroll
@@ -394,8 +394,8 @@ __device__ __forceinline__ void select_rows(const DenseRouter& op, const Plan& p
   for (int base = warp * kTiles; base < rows; base += kWarps * kTiles) {
     if (parts.pieces != nullptr) wait_for_transfers(&parts.pieces[base >> parts.piece_bits], 0);
     if (base + kWarps * kTiles >= rows) arrive();
-    const bool exists = base + tile < rows;
-    const int row = exists ? base + tile : base;
+    const int row = base + tile;
+    const bool exists = row < rows;
     const int64_t token = first_token + parts.first_row + row;
     const bool wanted = exists && (select.token_mask == nullptr || select.token_mask[token]);
     float logits[kMaxPrefillExperts / kLanes];
@@ -408,7 +408,7 @@ __device__ __forceinline__ void select_rows(const DenseRouter& op, const Plan& p
     }
     __syncwarp();
     const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits, exists ? token * select.k : -1};
-    const float* bias = select.bias == nullptr ? nullptr : select.bias + token * select.bias_stride;
+    const float* bias = select.bias == nullptr ? nullptr : select.bias + (exists ? token * select.bias_stride : 0);
     select_token<kMode, kLanes>(
         Selection{select.experts, select.k, select.scoring, select.groups}, logits, wanted, bias,
         [&](int expert) { return parts.of(0, expert / kBlockExperts, row)[expert % kBlockExperts]; }, output, scratch);
@@ -446,15 +446,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_arrive_relaxed();
   cluster_wait();
 
-  const auto sums_are_complete = [&] {
-    fence_copies();
-    __syncthreads();
-    if (!plan.apart) {
-      // Other blocks may multiply from what is to be overwritten.
-      cluster_arrive_relaxed();
-      cluster_wait();
-    }
-  };
   if (warp < kCopier) {
     raise_registers<kMoreRegisters>();
     with_tokens(plan.tokens, [&](auto tokens) {
@@ -465,15 +456,22 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply<__half, kTokens>(ring, work);
       }
     });
-    lower_registers<kRegisters>();
-    sums_are_complete();
   } else {
     lower_registers<kFewerRegisters>();
     if (warp == kCopier && lane == 0) copier.go_on();
     __syncwarp();
-    sums_are_complete();
-    // Not before, or a warp that is done early would take the registers that the others wait for.
+  }
+  fence_copies();
+  __syncthreads();
+  if (warp < kCopier) {
+    lower_registers<kRegisters>();
+  } else {
     raise_registers<kRegisters>();
+  }
+  if (!plan.apart) {
+    // Other blocks may multiply from what is to be overwritten.
+    cluster_arrive_relaxed();
+    cluster_wait();
   }
 
   const int64_t left = op.select.rows - work.first_token;
