@@ -415,10 +415,9 @@ __device__ __forceinline__ void select_rows(const DenseRouter& op, const Plan& p
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    route_tiles(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
-                const __grid_constant__ DenseRouter op, const Plan plan) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// What a block does.
+__device__ __forceinline__ void route_tile(const CUtensorMap& x_map, const CUtensorMap& weight_map,
+                                           const DenseRouter& op, const Plan& plan) {
   extern __shared__ char raw[];
   __shared__ TransferBarrier full[kMaxStages];
   __shared__ TransferBarrier empty[kMaxStages];
@@ -495,7 +494,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncwarp();
   if (parts.pieces != nullptr) cluster_wait();
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kOnHopper = true;
+#else
+constexpr bool kOnHopper = false;
 #endif
+
+__global__ void __launch_bounds__(kThreads, 1)
+    route_tiles(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
+                const __grid_constant__ DenseRouter op, const Plan plan) {
+  if constexpr (kOnHopper) route_tile(x_map, weight_map, op, plan);
 }
 
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
