@@ -25,8 +25,8 @@ cudaError_t launch(const TopkSelect& op, cudaStream_t stream);
 size_t workspace_bytes(const ExpertDispatch& op);
 cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream);
 
-// The fused dense_router, for few tokens; x and weight must be aligned to 16 bytes. `fuses` looks at shapes, dtypes and
-// options alone: where it says no, XLA's product and the kernel of activation_topk take over.
+// The fused dense_router; x and weight must be aligned to 16 bytes. `fuses` looks at shapes, dtypes, options and the
+// process's devices: where it says no, XLA's product and the kernel of activation_topk take over.
 bool fuses(const DenseRouter& op);
 size_t workspace_bytes(const DenseRouter& op);
 cudaError_t launch(const DenseRouter& op, void* workspace, cudaStream_t stream);
