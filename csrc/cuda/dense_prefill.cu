@@ -25,7 +25,6 @@
 #include "cluster.cuh"
 #include "dense_prefill.h"
 #include "hopper.cuh"
-#include "load.cuh"
 #include "select.cuh"
 
 namespace jax_router::cuda {
@@ -606,7 +605,7 @@ bool devices_can() {
 // An H100 has room for so many clusters of 1, 2, 4 and 8 blocks at a time.
 constexpr int kClusters[] = {132, 66, 30, 15};
 
-// In the order of preference, of those of which one wave has all tokens; the last is for any number of waves.
+// In the order of preference, of those of which one wave has all tokens; the last is for all that is more.
 struct Choice {
   int tokens;
   int split_bits;
