@@ -60,9 +60,9 @@ bool fuses_dense_router(int64_t tokens, int64_t num_experts, int64_t hidden, int
   op.operand_dtype = dtype == "float32" ? DType::kF32 : dtype == "bfloat16" ? DType::kBF16 : DType::kF16;
   op.hidden = static_cast<int32_t>(hidden);
   op.select.rows = tokens;
-  op.select.experts = static_cast<int32_t>(num_experts);
-  op.select.k = static_cast<int32_t>(top_k);
-  op.select.groups.num_groups = static_cast<int32_t>(num_groups);
+  op.select.selection.experts = static_cast<int32_t>(num_experts);
+  op.select.selection.k = static_cast<int32_t>(top_k);
+  op.select.selection.groups.num_groups = static_cast<int32_t>(num_groups);
   return cuda::fuses(op);
 }
 

@@ -165,36 +165,36 @@ inline void read(CallReader& call, HashRouter& op) {
 
 // The first operand of the ops that route by logits.
 template <typename Op>
-void read_logits(CallReader& call, Op& op) {
+void read_logits(CallReader& call, Op& op, int32_t& experts) {
   const ffi::AnyBuffer logits = call.operand();
   op.rows = leading_count(logits, 1);
-  op.experts = static_cast<int32_t>(axis_from_end(logits, 0));
+  experts = static_cast<int32_t>(axis_from_end(logits, 0));
   op.dtype = call.dtype(logits);
   op.logits = logits.untyped_data();
 }
 
 // Everything of an ActivationTopk behind its logits.
 inline void read_selection(CallReader& call, ActivationTopk& op) {
-  op.k = static_cast<int32_t>(call.attr<int64_t>("top_k"));
+  op.selection.k = static_cast<int32_t>(call.attr<int64_t>("top_k"));
   op.bias = nullptr;
   op.bias_stride = 0;
   if (call.attr<bool>("has_bias")) {
     const ffi::AnyBuffer bias = call.operand();
-    const bool shared = static_cast<int64_t>(bias.element_count()) == op.experts;
-    op.bias_stride = shared ? 0 : op.experts;
-    if (!shared) call.expect_count(bias, op.rows * op.experts);
+    const bool shared = static_cast<int64_t>(bias.element_count()) == op.selection.experts;
+    op.bias_stride = shared ? 0 : op.selection.experts;
+    if (!shared) call.expect_count(bias, op.rows * op.selection.experts);
     op.bias = static_cast<const float*>(bias.untyped_data());
   }
   op.token_mask = call.attr<bool>("has_token_mask") ? call.operand<bool>(op.rows) : nullptr;
-  op.scoring = read_scoring(call);
-  op.groups = read_groups(call);
-  op.weights = call.result<float>(op.rows * op.k);
-  op.expert_ids = call.result<int32_t>(op.rows * op.k);
-  op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.k) : nullptr;
+  op.selection.scoring = read_scoring(call);
+  op.selection.groups = read_groups(call);
+  op.weights = call.result<float>(op.rows * op.selection.k);
+  op.expert_ids = call.result<int32_t>(op.rows * op.selection.k);
+  op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.selection.k) : nullptr;
 }
 
 inline void read(CallReader& call, ActivationTopk& op) {
-  read_logits(call, op);
+  read_logits(call, op, op.selection.experts);
   read_selection(call, op);
 }
 
@@ -206,10 +206,10 @@ inline void read(CallReader& call, DenseRouter& op) {
   op.x = x.untyped_data();
   op.weight = weight.untyped_data();
   op.select.rows = leading_count(x, 1);
-  op.select.experts = op.hidden == 0 ? 0 : static_cast<int32_t>(weight.element_count() / op.hidden);
+  op.select.selection.experts = op.hidden == 0 ? 0 : static_cast<int32_t>(weight.element_count() / op.hidden);
   op.select.dtype = DType::kF32;
   op.select.logits = nullptr;
-  op.logit_bias = call.attr<bool>("has_logit_bias") ? call.operand<float>(op.select.experts) : nullptr;
+  op.logit_bias = call.attr<bool>("has_logit_bias") ? call.operand<float>(op.select.selection.experts) : nullptr;
   read_selection(call, op.select);
 }
 
@@ -222,7 +222,7 @@ inline void read_weighing(CallReader& call, RouteAt& op) {
 }
 
 inline void read(CallReader& call, RouteAt& op) {
-  read_logits(call, op);
+  read_logits(call, op, op.experts);
   const ffi::AnyBuffer expert_ids = call.operand();
   op.k = static_cast<int32_t>(axis_from_end(expert_ids, 0));
   call.expect_count(expert_ids, op.rows * op.k);
@@ -231,7 +231,7 @@ inline void read(CallReader& call, RouteAt& op) {
 }
 
 inline void read(CallReader& call, ScoredHashRouter& op) {
-  read_logits(call, op);
+  read_logits(call, op, op.experts);
   op.token_ids = call.operand<int32_t>(op.rows);
   const ffi::AnyBuffer hash_lut = call.operand();
   op.k = static_cast<int32_t>(call.result_axis_from_end(0));
