@@ -18,12 +18,20 @@ constexpr bool kNeedsWorkspace = false;
 template <typename Op>
 constexpr bool kNeedsWorkspace<Op, std::void_t<decltype(cuda::workspace_bytes(std::declval<const Op&>()))>> = true;
 
+// Whether an op's launcher takes none.
+template <typename Op, typename = void>
+constexpr bool kNeedsNoWorkspace = false;
+template <typename Op>
+constexpr bool kNeedsNoWorkspace<
+    Op, std::void_t<decltype(cuda::launch(std::declval<const Op&>(), std::declval<cudaStream_t>()))>> = true;
+
 // The most that XLA grants; it refuses to allocate at all when asked for more.
 constexpr size_t kWorkspaceAlignment = 16;
 
 struct Cuda {
   static constexpr std::initializer_list<ffi::Traits> kTraits{ffi::Traits::kCmdBufferCompatible};
-  static constexpr bool kHasDenseRouter = true;
+  template <typename Op>
+  static constexpr bool kHas = kNeedsWorkspace<Op> || kNeedsNoWorkspace<Op>;
 
   template <typename Binding>
   static auto add_context(Binding binding) {
