@@ -2,6 +2,8 @@
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #include "../cuda/kernels.h"
 #include "module.h"
@@ -10,12 +12,20 @@
 namespace jax_router {
 namespace {
 
+template <typename Op, typename = void>
+constexpr bool kHasPlan = false;
+template <typename Op>
+constexpr bool
+    kHasPlan<Op, std::void_t<decltype(cuda::planned(std::declval<const Op&>(), std::declval<const cuda::Device&>()))>> =
+        true;
+
 // The most that XLA grants; it refuses to allocate at all when asked for more.
 constexpr size_t kWorkspaceAlignment = 16;
 
 struct Cuda {
   static constexpr std::initializer_list<ffi::Traits> kTraits{ffi::Traits::kCmdBufferCompatible};
-  static constexpr bool kHasDenseRouter = true;
+  template <typename Op>
+  static constexpr bool kHas = kHasPlan<Op>;
 
   template <typename Binding>
   static auto add_context(Binding binding) {
