@@ -144,15 +144,16 @@ def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, 
     x, weight = avals["x"], avals["weight"]
     if precision is not None and x.dtype == np.float32:
         return "the fused kernels multiply f32 operands to f32 accuracy"
-    fuses = native_limits(platform).fuses_dense_router(
-        tokens=prod(x.shape[:-1]),
-        num_experts=weight.shape[0],
-        hidden=weight.shape[1],
-        top_k=selection.top_k,
-        num_groups=selection.num_groups,
-        dtype=x.dtype.name,
-    )
-    return None if fuses else "no fused kernel is faster"
+    sizes = {
+        "tokens": prod(x.shape[:-1]),
+        "num_experts": weight.shape[0],
+        "hidden": weight.shape[1],
+        "top_k": selection.top_k,
+        "num_groups": selection.num_groups,
+        "dtype": x.dtype.name,
+    }
+    module = native_limits(platform)
+    return module.dense_router_unsupported(**sizes) or (None if module.dense_router_pays(**sizes) else "it is slower")
 
 
 _DENSE_ROUTER = Op(

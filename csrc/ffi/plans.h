@@ -4,6 +4,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -43,7 +44,7 @@ class Sizes {
     throw std::invalid_argument("dtype must be f32, bf16 or f16, got " + name);
   }
   void finish() const {
-    if (taken_ != nb::len(values_)) throw std::invalid_argument("sizes that the op does not have");
+    if (taken_ != values_.size()) throw std::invalid_argument("sizes that the op does not have");
   }
 
  private:
@@ -134,10 +135,8 @@ inline cuda::Device device_of(const std::optional<nb::dict>& description) {
   return {capability, number("multiprocessors"), number("shared_bytes"), capability >= 90, capability == 90};
 }
 
-struct Plans {
-  std::optional<std::string> chosen;
-  std::vector<std::string> all;
-};
+// The name of the plan that would be taken, if any, and of all that could be.
+using Plans = std::pair<std::optional<std::string>, std::vector<std::string>>;
 
 inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
   const cuda::Device on = device_of(device);
@@ -146,8 +145,8 @@ inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& de
     take_sizes(sizes, op);
     sizes.finish();
     Plans found;
-    if (const auto plan = cuda::planned(op, on)) found.chosen = cuda::name(op, *plan);
-    for (const auto& plan : plans(op, on)) found.all.push_back(cuda::name(op, plan));
+    if (const auto plan = cuda::planned(op, on)) found.first = cuda::name(op, *plan);
+    for (const auto& plan : plans(op, on)) found.second.push_back(cuda::name(op, plan));
     return found;
   });
 }
@@ -168,7 +167,7 @@ inline DenseRouter dense_router_of(int64_t tokens, int64_t num_experts, int64_t 
 }
 
 inline void define_plans(nb::module_& module) {
-  module.def("max_select_k", cuda::max_select_k);
+  module.def("max_select_k", [] { return cuda::max_select_k(); });
   const auto dense = [&](const char* name, auto ask) {
     module.def(
         name,
@@ -181,14 +180,7 @@ inline void define_plans(nb::module_& module) {
   };
   dense("dense_router_unsupported", cuda::why_not_fused_anywhere);
   dense("dense_router_pays", cuda::pays_everywhere);
-  // The plan that would be taken, or None, and all that could be.
-  module.def(
-      "plans",
-      [](const std::string& op, const std::optional<nb::dict>& device, const nb::kwargs& sizes) {
-        const Plans found = plans_of(op, device, sizes);
-        return std::pair(nb::cast(found.chosen), nb::cast(found.all));
-      },
-      nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
+  module.def("plans", plans_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
   // Every kernel of an op, as plans name it before their comma.
   module.def(
       "instances",
