@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from jax import Array
@@ -79,7 +78,7 @@ def activation_topk(
         group_score=group_score,
     )
     if _check.implementation(implementation) == "reference":
-        return reference.activation_topk(logits, **operands, **dataclasses.asdict(selection))
+        return reference.activation_topk(logits, **operands, **selection.options)
     return Routing(*select({"logits": logits, **operands}, selection, implementation))
 
 
@@ -109,7 +108,7 @@ def _reference(
     selection: Selection,
     return_chosen: bool,
 ) -> list[Array]:
-    routing = reference.activation_topk(logits, bias, token_mask=token_mask, **dataclasses.asdict(selection))
+    routing = reference.activation_topk(logits, bias, token_mask=token_mask, **selection.options)
     return [*routing, *([chosen_logits(logits, routing.expert_ids)] if return_chosen else [])]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from math import prod
 from typing import Any
 
@@ -89,7 +88,7 @@ def dense_router(
     )
     operands.update(selection_inputs)
     if _check.implementation(implementation) == "reference":
-        return reference.dense_router(**operands, precision=precision, **dataclasses.asdict(selection))
+        return reference.dense_router(**operands, precision=precision, **selection.options)
     params = {"selection": selection, "precision": _hashable(precision), "selection_implementation": implementation}
     if is_split(operands["x"], 1) or is_split(operands["weight"], 2):
         # A kernel needs these axes whole; XLA multiplies where the parts are, and adds up or gathers the logits.

@@ -279,7 +279,7 @@ def _attributes(params: Mapping[str, Any]) -> dict[str, Any]:
     attributes: dict[str, Any] = {}
     for name, value in params.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            attributes.update(_attributes(dataclasses.asdict(value)))
+            attributes.update(_attributes(vars(value)))
         elif isinstance(value, (bool, np.bool_)):
             attributes[name] = np.bool_(value)
         elif isinstance(value, (int, np.integer)):

@@ -55,14 +55,12 @@ def route_at(
     logits = _check.float_array("logits", logits)
     expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
     _check.same_shape("expert_ids", expert_ids, (*logits.shape[:-1], expert_ids.shape[-1]))
-    options = _check.scoring(score_fn, renormalize, scale)
+    scoring = _check.scoring(score_fn, renormalize, scale)
     if _check.implementation(implementation) == "reference":
-        return reference.route_at(logits, expert_ids, **options)
+        return reference.route_at(logits, expert_ids, **scoring.options)
     expert_ids = _check.as_int32_ids(expert_ids, logits.shape[-1])
     operands = {"logits": logits, "expert_ids": expert_ids}
-    weights, expert_ids = _ROUTE_AT(
-        operands, scoring=Scoring(**options), return_chosen=False, implementation=implementation
-    )
+    weights, expert_ids = _ROUTE_AT(operands, scoring=scoring, return_chosen=False, implementation=implementation)
     return Routing(weights, expert_ids)
 
 
