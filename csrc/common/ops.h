@@ -39,6 +39,14 @@ struct Groups {
   GroupScore score;
 };
 
+// Which of a token's experts are chosen, and how their logits become weights.
+struct Selection {
+  int32_t experts;
+  int32_t k;
+  Scoring scoring;
+  Groups groups;
+};
+
 struct HashRouter {
   int64_t rows;
   int64_t vocab_size;
@@ -52,9 +60,8 @@ struct HashRouter {
 
 struct ActivationTopk {
   int64_t rows;
-  int32_t experts;
-  int32_t k;
   DType dtype;
+  Selection selection;
   const void* logits;      // [rows, experts]
   const float* bias;       // optional; row r starts at bias + r * bias_stride
   int64_t bias_stride;     // 0: one bias for all rows; experts: one a row
@@ -62,8 +69,6 @@ struct ActivationTopk {
   float* weights;          // [rows, k]
   int32_t* expert_ids;     // [rows, k]
   float* chosen_logits;    // optional, [rows, k]: what the derivative needs (0 where the id is -1)
-  Scoring scoring;
-  Groups groups;
 };
 
 struct RouteAt {

@@ -54,8 +54,9 @@ void run_rows(const Op& op, double nanoseconds_per_row, const ParallelFor& paral
 // The costs are rough, of one row on one core: they only choose how much work is worth a thread.
 
 void run(const ActivationTopk& op, const ParallelFor& parallel_for) {
-  const bool scores_all = op.bias != nullptr || op.groups.num_groups > 1 || op.scoring.needs_whole_row();
-  run_rows(op, 50.0 + (scores_all ? 2.5 : 1.0) * op.experts + 5.0 * op.k, parallel_for);
+  const bool scores_all =
+      op.bias != nullptr || op.selection.groups.num_groups > 1 || op.selection.scoring.needs_whole_row();
+  run_rows(op, 50.0 + (scores_all ? 2.5 : 1.0) * op.selection.experts + 5.0 * op.selection.k, parallel_for);
 }
 
 void run(const RouteAt& op, const ParallelFor& parallel_for) {

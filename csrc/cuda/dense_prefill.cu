@@ -327,7 +327,7 @@ __device__ __forceinline__ void add_parts(const DenseRouter& op, const Parts& pa
                                           float (&logits)[kElements]) {
   constexpr int kChunk = 4 * kLanes;  // experts, all of one sharer
   static_assert(kBlockExperts % kChunk == 0);
-  const int experts = op.select.experts;
+  const int experts = op.select.selection.experts;
   const int first = 4 * tile_lane<kLanes>();
   float4 quads[kSplits][kElements / 4];
 #pragma unroll
@@ -406,10 +406,11 @@ __device__ __forceinline__ void select_rows(const DenseRouter& op, const Plan& p
       add_parts<4, kLanes>(op, parts, row, exists, logits);
     }
     __syncwarp();
-    const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits, exists ? token * select.k : -1};
+    const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
+                             exists ? token * select.selection.k : -1};
     const float* bias = select.bias == nullptr ? nullptr : select.bias + (exists ? token * select.bias_stride : 0);
     select_token<kMode, kLanes>(
-        Selection{select.experts, select.k, select.scoring, select.groups}, logits, wanted, bias,
+        select.selection, logits, wanted, bias,
         [&](int expert) { return parts.of(0, expert / kBlockExperts, row)[expert % kBlockExperts]; }, output, scratch);
   }
 }
@@ -484,7 +485,7 @@ __device__ __forceinline__ void route_tile(const CUtensorMap& x_map, const CUten
       select_rows<kMode, 16>(op, plan, parts, work.first_token, scratches);
     }
   };
-  if (op.select.groups.num_groups > 1) {
+  if (op.select.selection.groups.num_groups > 1) {
     select(std::integral_constant<KeyMode, KeyMode::kGroups>{});
   } else if (op.select.bias != nullptr) {
     select(std::integral_constant<KeyMode, KeyMode::kScores>{});
@@ -556,7 +557,8 @@ cudaError_t launch_plan(const DenseRouter& op, Plan plan, cudaStream_t stream) {
   CUtensorMap x_map, weight_map;
   cudaError_t error = make_tensor_map(x_map, op.operand_dtype, op.x, op.select.rows, op.hidden, plan.tokens);
   if (error != cudaSuccess) return error;
-  error = make_tensor_map(weight_map, op.operand_dtype, op.weight, op.select.experts, op.hidden, kBlockExperts);
+  error =
+      make_tensor_map(weight_map, op.operand_dtype, op.weight, op.select.selection.experts, op.hidden, kBlockExperts);
   if (error != cudaSuccess) return error;
 
   cudaFuncAttributes attributes;
@@ -615,13 +617,13 @@ constexpr Choice kChoices[] = {{24, 2}, {40, 2},  {56, 2},  {72, 2},  {56, 1},
 
 Plan choose(const DenseRouter& op) {
   Plan plan{};
-  plan.sharer_bits = op.select.experts > kBlockExperts;
+  plan.sharer_bits = op.select.selection.experts > kBlockExperts;
   for (const Choice& choice : kChoices) {
     plan.tokens = choice.tokens;
     plan.split_bits = choice.split_bits;
     if (op.select.rows <= int64_t{plan.tokens} * kClusters[plan.cluster_bits()]) break;
   }
-  plan.half_warps = op.select.k <= kMaxTileTopK<16> && plan.split_bits < 2 && plan.share() > kWarps;
+  plan.half_warps = op.select.selection.k <= kMaxTileTopK<16> && plan.split_bits < 2 && plan.share() > kWarps;
   return plan;
 }
 
@@ -629,8 +631,10 @@ Plan choose(const DenseRouter& op) {
 bool supports(const DenseRouter& op) {
   const ActivationTopk& select = op.select;
   return op.operand_dtype != DType::kF32 && op.hidden % 8 == 0 && op.hidden > 0 &&
-         select.experts <= kMaxPrefillExperts && select.k <= kMaxTileTopK<32> && select.rows <= INT32_MAX - 1024 &&
-         (select.groups.num_groups == 1 || tile_can_group(32, select.experts, select.groups.num_groups)) &&
+         select.selection.experts <= kMaxPrefillExperts && select.selection.k <= kMaxTileTopK<32> &&
+         select.rows <= INT32_MAX - 1024 &&
+         (select.selection.groups.num_groups == 1 ||
+          tile_can_group(32, select.selection.experts, select.selection.groups.num_groups)) &&
          devices_can();
 }
 
@@ -640,7 +644,7 @@ bool supports(const DenseRouter& op) {
 bool pays(const DenseRouter& op) {
   const Plan plan = choose(op);
   const int64_t room = int64_t{plan.tokens} * kClusters[plan.cluster_bits()];
-  if (op.select.experts * 8 <= (kBlockExperts << plan.sharer_bits) * 7) return false;
+  if (op.select.selection.experts * 8 <= (kBlockExperts << plan.sharer_bits) * 7) return false;
   if (plan.split_bits > 0) return true;
   return plan.sharer_bits > 0 && op.select.rows <= room && op.select.rows * 10 >= room * 9;
 }

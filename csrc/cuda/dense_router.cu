@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   const ActivationTopk& select = op.select;
-  const Selection selection{select.experts, select.k, select.scoring, select.groups};
+  const Selection& selection = select.selection;
 #pragma unroll 1
   for (int token = blocks - 1 - block; token < rows; token += blocks) {
     const float* bias = select.bias == nullptr ? nullptr : select.bias + token * select.bias_stride;
@@ -301,8 +301,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < kExpertsOfThread; ++j) {
       const int e = j * kThreads + thread;
-      logit_offset[j] = op.logit_bias != nullptr && e < select.experts ? __ldg(op.logit_bias + e) : 0.0f;
-      key_offset[j] = kMode == KeyMode::kScores && e < select.experts ? __ldg(bias + e) : 0.0f;
+      logit_offset[j] = op.logit_bias != nullptr && e < selection.experts ? __ldg(op.logit_bias + e) : 0.0f;
+      key_offset[j] = kMode == KeyMode::kScores && e < selection.experts ? __ldg(bias + e) : 0.0f;
     }
     const bool wanted = select.token_mask == nullptr || select.token_mask[token];
     if (thread == 0) candidates_listed = 0;
@@ -345,14 +345,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 
     // The k-th largest of 32 maxima is a bound that all of the k best reach, and only a few others.
-    const RowScore score{select.scoring.score_fn};
-    bool listed = kMode != KeyMode::kGroups && !needs_softmax<kMode>(select.scoring);
+    const RowScore score{selection.scoring.score_fn};
+    bool listed = kMode != KeyMode::kGroups && !needs_softmax<kMode>(selection.scoring);
     if (listed) {
       float maximum = -INFINITY;
 #pragma unroll
       for (int j = 0; j < kExpertsOfThread; ++j) {
         if constexpr (kMode == KeyMode::kScores) keys[j] = __fadd_rn(score(keys[j]), key_offset[j]);
-        if (j * kThreads + thread < select.experts) maximum = max_nan(maximum, keys[j]);
+        if (j * kThreads + thread < selection.experts) maximum = max_nan(maximum, keys[j]);
       }
 #pragma unroll
       for (int step = 1; step < kThreads / 32; step *= 2) {
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < kExpertsOfThread; ++j) {
         const int e = j * kThreads + thread;
-        if (keys[j] >= bound && e < select.experts) {
+        if (keys[j] >= bound && e < selection.experts) {
           // In any order: the ranking makes one.
           const int place = atomicAdd(&candidates_listed, 1);
           if (place < kCandidates) scratch.candidates[place] = e;
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 0) {
       const auto logit_at = [&](int expert) { return token_logits[expert]; };
       const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
-                               static_cast<int64_t>(token) * select.k};
+                               static_cast<int64_t>(token) * selection.k};
       const int count = candidates_listed;
       if (listed && count <= kCandidates) {
         finish_token<kMode, 32>(selection, score, wanted ? count : 0, wanted, bias, logit_at, output, scratch);
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4 * kChunks; ++i) {
           const int e = expert_of<32>(lane, i);
-          logits[i] = e < select.experts ? token_logits[e] : -INFINITY;
+          logits[i] = e < selection.experts ? token_logits[e] : -INFINITY;
         }
         select_token<kMode, 32, kFullChunks>(selection, logits, wanted, bias, logit_at, output, scratch);
       }
@@ -422,13 +422,13 @@ cudaError_t launch_tile(const DenseRouter& op, Packet* packets, cudaStream_t str
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const int rows = static_cast<int>(op.select.rows);
-  const dim3 grid((op.select.experts + kExperts - 1) / kExperts, kSplits, (rows + kTokens - 1) / kTokens);
+  const dim3 grid((op.select.selection.experts + kExperts - 1) / kExperts, kSplits, (rows + kTokens - 1) / kTokens);
   const Product product{static_cast<const char*>(op.x),
                         static_cast<const char*>(op.weight),
                         packets,
                         op.hidden * static_cast<uint32_t>(sizeof(T)),
                         rows,
-                        op.select.experts};
+                        op.select.selection.experts};
   kernel<<<grid, kThreads, kSharedBytes, stream>>>(product, op);
   return cudaGetLastError();
 }
@@ -437,7 +437,7 @@ cudaError_t launch_tile(const DenseRouter& op, Packet* packets, cudaStream_t str
 // multiprocessors run these at once. Beyond that, at most 128 blocks for each block of tokens.
 template <class T, int kTokenTiles, KeyMode kMode>
 cudaError_t launch_mode(const DenseRouter& op, Packet* packets, cudaStream_t stream) {
-  const int experts = op.select.experts;
+  const int experts = op.select.selection.experts;
   if constexpr (kTokenTiles > 1) {
     const bool two = op.select.rows > 16 * kTokenTiles;  // blocks of tokens
     if (two && experts > 128 && experts <= 256) return launch_tile<T, kTokenTiles, 4, kMode, 2, 0>(op, packets, stream);
@@ -450,7 +450,8 @@ cudaError_t launch_mode(const DenseRouter& op, Packet* packets, cudaStream_t str
 
 template <class T, int kTokenTiles>
 cudaError_t launch_tokens(const DenseRouter& op, Packet* packets, cudaStream_t stream) {
-  if (op.select.groups.num_groups > 1) return launch_mode<T, kTokenTiles, KeyMode::kGroups>(op, packets, stream);
+  if (op.select.selection.groups.num_groups > 1)
+    return launch_mode<T, kTokenTiles, KeyMode::kGroups>(op, packets, stream);
   if (op.select.bias != nullptr) return launch_mode<T, kTokenTiles, KeyMode::kScores>(op, packets, stream);
   return launch_mode<T, kTokenTiles, KeyMode::kLogits>(op, packets, stream);
 }
@@ -463,10 +464,10 @@ int shared_memory_of_block() {
 
 // What the kernel can do.
 bool supports(const DenseRouter& op) {
-  const ActivationTopk& select = op.select;
-  return select.rows <= kMaxTokens && op.hidden % 8 == 0 && select.experts <= kMaxDecodeExperts &&
-         select.k <= kMaxTileTopK<32> &&
-         (select.groups.num_groups == 1 || tile_can_group(32, select.experts, select.groups.num_groups));
+  const Selection& selection = op.select.selection;
+  return op.select.rows <= kMaxTokens && op.hidden % 8 == 0 && selection.experts <= kMaxDecodeExperts &&
+         selection.k <= kMaxTileTopK<32> &&
+         (selection.groups.num_groups == 1 || tile_can_group(32, selection.experts, selection.groups.num_groups));
 }
 
 // Where it is faster than XLA's product and the kernel of activation_topk, as measured on an H100 for 1 to 64 tokens,
@@ -474,7 +475,7 @@ bool supports(const DenseRouter& op) {
 // from 4096 to 7168. XLA multiplies one token by a large weight as fast as this kernel and needs no hand-over; beyond
 // 512 experts the two are even up to 16 tokens, and then XLA is faster.
 bool pays(const DenseRouter& op) {
-  const int experts = op.select.experts;
+  const int experts = op.select.selection.experts;
   const bool short_type = op.operand_dtype != DType::kF32;
   if (op.select.rows == 1) return experts <= 256 && short_type;
   if (op.select.rows > 64) return experts > 128 && experts <= 384 && short_type;
@@ -487,12 +488,12 @@ bool fuses(const DenseRouter& op) { return op.select.rows > kMaxTokens ? prefill
 
 size_t workspace_bytes(const DenseRouter& op) {
   if (op.select.rows > kMaxTokens) return 0;
-  return kSplits * static_cast<size_t>(op.select.rows) * ((op.select.experts + 1) / 2) * sizeof(Packet);
+  return kSplits * static_cast<size_t>(op.select.rows) * ((op.select.selection.experts + 1) / 2) * sizeof(Packet);
 }
 
 cudaError_t launch(const DenseRouter& op, void* workspace, cudaStream_t stream) {
   const int64_t rows = op.select.rows;
-  if (rows == 0 || op.select.k == 0) return cudaSuccess;
+  if (rows == 0 || op.select.selection.k == 0) return cudaSuccess;
   // The copies move 16 bytes at a time.
   if (reinterpret_cast<uintptr_t>(op.x) % 16 != 0 || reinterpret_cast<uintptr_t>(op.weight) % 16 != 0) {
     return cudaErrorMisalignedAddress;

@@ -37,14 +37,6 @@ enum class KeyMode {
   kGroups,  // score + bias, within the best groups; see tile_can_group
 };
 
-// The options of a launch, the same for all tokens.
-struct Selection {
-  int experts;
-  int k;
-  Scoring scoring;
-  Groups groups;
-};
-
 // Where a token's results go: its k values start at `place` of each array. place < 0: nowhere, the tile has no token
 // and only keeps its warp company. chosen_logits is optional.
 struct TokenOutput {

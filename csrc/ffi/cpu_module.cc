@@ -5,6 +5,8 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <type_traits>
+#include <utility>
 
 #include "../cpu/kernels.h"
 #include "module.h"
@@ -48,9 +50,16 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, int64_t grain,
   shared->finished.wait(lock, [&] { return shared->done == chunks; });
 }
 
+template <typename Op, typename = void>
+constexpr bool kHasKernel = false;
+template <typename Op>
+constexpr bool
+    kHasKernel<Op, std::void_t<decltype(cpu::run(std::declval<const Op&>(), std::declval<cpu::ParallelFor>()))>> = true;
+
 struct Cpu {
   static constexpr std::initializer_list<ffi::Traits> kTraits{};
-  static constexpr bool kHasDenseRouter = false;
+  template <typename Op>
+  static constexpr bool kHas = kHasKernel<Op>;
 
   template <typename Binding>
   static auto add_context(Binding binding) {

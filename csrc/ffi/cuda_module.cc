@@ -18,12 +18,20 @@ constexpr bool kNeedsWorkspace = false;
 template <typename Op>
 constexpr bool kNeedsWorkspace<Op, std::void_t<decltype(cuda::workspace_bytes(std::declval<const Op&>()))>> = true;
 
+// Whether an op's launcher takes none.
+template <typename Op, typename = void>
+constexpr bool kNeedsNoWorkspace = false;
+template <typename Op>
+constexpr bool kNeedsNoWorkspace<
+    Op, std::void_t<decltype(cuda::launch(std::declval<const Op&>(), std::declval<cudaStream_t>()))>> = true;
+
 // The most that XLA grants; it refuses to allocate at all when asked for more.
 constexpr size_t kWorkspaceAlignment = 16;
 
 struct Cuda {
   static constexpr std::initializer_list<ffi::Traits> kTraits{ffi::Traits::kCmdBufferCompatible};
-  static constexpr bool kHasDenseRouter = true;
+  template <typename Op>
+  static constexpr bool kHas = kNeedsWorkspace<Op> || kNeedsNoWorkspace<Op>;
 
   template <typename Binding>
   static auto add_context(Binding binding) {
@@ -60,9 +68,9 @@ bool fuses_dense_router(int64_t tokens, int64_t num_experts, int64_t hidden, int
   op.operand_dtype = dtype == "float32" ? DType::kF32 : dtype == "bfloat16" ? DType::kBF16 : DType::kF16;
   op.hidden = static_cast<int32_t>(hidden);
   op.select.rows = tokens;
-  op.select.experts = static_cast<int32_t>(num_experts);
-  op.select.k = static_cast<int32_t>(top_k);
-  op.select.groups.num_groups = static_cast<int32_t>(num_groups);
+  op.select.selection.experts = static_cast<int32_t>(num_experts);
+  op.select.selection.k = static_cast<int32_t>(top_k);
+  op.select.selection.groups.num_groups = static_cast<int32_t>(num_groups);
   return cuda::fuses(op);
 }
 

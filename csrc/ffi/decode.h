@@ -1,287 +1,234 @@
-// From XLA FFI call frames to the structs of common/ops.h, the same for CPU and CUDA. Attribute names are the parameter
-// names of the Python primitives; an operand that was not given is absent from the call, and its has_* attribute is
-// false. Leading axes are rows, however many there are; operands that all rows share may come flattened.
+// From XLA's call frames to the structs of common/ops.h, the same for CPU and CUDA: for each op the name of its target,
+// and a function that reads what the target is called with. That function is all there is to say of a target: call.h
+// makes a declaration of it, which the native modules export and Python compares with its own. Attribute names are the
+// parameter names of the Python primitives.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <string>
-#include <string_view>
+#include <iterator>
+#include <limits>
+#include <tuple>
 
 #include "../common/ops.h"
-#include "xla/ffi/api/ffi.h"
+#include "call.h"
 
 namespace jax_router {
 
-namespace ffi = xla::ffi;
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
 
-// The size of axis `axis` counted from the last one, which is 0; 1 where there is no such axis.
-inline int64_t axis_from_end(const ffi::AnyBuffer& buffer, size_t axis) {
-  const auto dims = buffer.dimensions();
-  return axis < dims.size() ? dims[dims.size() - 1 - axis] : 1;
-}
-
-// The product of all axes but the last `core_rank`.
-inline int64_t leading_count(const ffi::AnyBuffer& buffer, size_t core_rank) {
-  const auto dims = buffer.dimensions();
-  int64_t count = 1;
-  for (size_t i = 0; i + core_rank < dims.size(); ++i) count *= dims[i];
-  return count;
-}
-
-// Reads operands and results in their order and attributes by name, and keeps the first error.
-class CallReader {
- public:
-  CallReader(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs)
-      : args_(args), rets_(rets), attrs_(attrs) {}
-
-  ffi::Error error() const { return error_; }
-  bool failed() const { return error_.failure(); }
-
-  template <typename T>
-  T attr(std::string_view name) {
-    ffi::ErrorOr<T> value = attrs_.get<T>(name);
-    if (value.has_error()) {
-      fail(std::string("attribute ") + std::string(name) + ": " + value.error().message());
-      return T{};
-    }
-    return *value;
-  }
-
-  bool has_result() const { return next_result_ < rets_.size(); }
-
-  ffi::AnyBuffer operand() {
-    ffi::ErrorOr<ffi::AnyBuffer> buffer = args_.get<ffi::AnyBuffer>(next_operand_++);
-    if (buffer.has_error()) {
-      fail("missing operand " + std::to_string(next_operand_ - 1));
-      return ffi::AnyBuffer(&kNoBuffer);
-    }
-    return *buffer;
-  }
-
-  // The next result as a pointer to `count` elements.
-  template <typename T>
-  T* result(int64_t count) {
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets_.get<ffi::AnyBuffer>(next_result_++);
-    if (buffer.has_error()) {
-      fail("missing result " + std::to_string(next_result_ - 1));
-      return nullptr;
-    }
-    expect_count(**buffer, count);
-    return static_cast<T*>((*buffer)->untyped_data());
-  }
-
-  template <typename T>
-  const T* operand(int64_t count) {
-    const ffi::AnyBuffer buffer = operand();
-    expect_count(buffer, count);
-    return static_cast<const T*>(buffer.untyped_data());
-  }
-
-  DType dtype(const ffi::AnyBuffer& buffer) { return dtype(buffer.element_type()); }
-
-  // The dtype of the next result.
-  DType result_dtype() {
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets_.get<ffi::AnyBuffer>(next_result_);
-    return buffer.has_error() ? DType::kF32 : dtype((*buffer)->element_type());
-  }
-
-  int64_t result_axis_from_end(size_t axis) {
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets_.get<ffi::AnyBuffer>(next_result_);
-    return buffer.has_error() ? 0 : axis_from_end(**buffer, axis);
-  }
-
-  void expect_count(const ffi::AnyBuffer& buffer, int64_t count) {
-    const auto got = static_cast<int64_t>(buffer.element_count());
-    if (got != count) {
-      fail("a buffer has " + std::to_string(got) + " elements where " + std::to_string(count) + " were expected");
-    }
-  }
-
-  void fail(const std::string& message) {
-    if (error_.success()) error_ = ffi::Error::InvalidArgument("jax_router: " + message);
-  }
-
- private:
-  DType dtype(ffi::DataType element_type) {
-    switch (element_type) {
-      case ffi::DataType::F32:
-        return DType::kF32;
-      case ffi::DataType::BF16:
-        return DType::kBF16;
-      case ffi::DataType::F16:
-        return DType::kF16;
-      default:
-        fail("floating operands must be f32, bf16 or f16");
-        return DType::kF32;
-    }
-  }
-
-  static constexpr XLA_FFI_Buffer kNoBuffer{
-      XLA_FFI_Buffer_STRUCT_SIZE, nullptr, XLA_FFI_DataType_INVALID, nullptr, 0, nullptr};
-
-  ffi::RemainingArgs args_;
-  ffi::RemainingRets rets_;
-  ffi::Dictionary attrs_;
-  size_t next_operand_ = 0;
-  size_t next_result_ = 0;
-  ffi::Error error_ = ffi::Error::Success();
+constexpr Choice<ScoreFn> kScoreFns[] = {
+    {"sqrtsoftplus", ScoreFn::kSqrtSoftplus},
+    {"sigmoid", ScoreFn::kSigmoid},
+    {"softmax", ScoreFn::kSoftmax},
+    {"identity", ScoreFn::kIdentity},
 };
+constexpr Choice<GroupScore> kGroupScores[] = {{"top2_sum", GroupScore::kTop2Sum}, {"max", GroupScore::kMax}};
 
-inline Scoring read_scoring(CallReader& call) {
-  Scoring scoring{ScoreFn::kIdentity, call.attr<bool>("renormalize"), call.attr<float>("scale")};
-  const auto name = call.attr<std::string_view>("score_fn");
-  if (name == "sqrtsoftplus") {
-    scoring.score_fn = ScoreFn::kSqrtSoftplus;
-  } else if (name == "sigmoid") {
-    scoring.score_fn = ScoreFn::kSigmoid;
-  } else if (name == "softmax") {
-    scoring.score_fn = ScoreFn::kSoftmax;
-  } else if (name != "identity") {
-    call.fail("unknown score_fn " + std::string(name));
-  }
+inline Scoring read_scoring(Call& call, bool with_identity = false) {
+  Scoring scoring;
+  scoring.score_fn = call.choice("score_fn", kScoreFns, std::size(kScoreFns) - (with_identity ? 0 : 1));
+  scoring.renormalize = call.flag("renormalize");
+  scoring.scale = call.number("scale");
   return scoring;
 }
 
-inline Groups read_groups(CallReader& call) {
-  const auto name = call.attr<std::string_view>("group_score");
-  if (name != "top2_sum" && name != "max") call.fail("unknown group_score " + std::string(name));
-  return {static_cast<int32_t>(call.attr<int64_t>("num_groups")),
-          static_cast<int32_t>(call.attr<int64_t>("top_groups")),
-          name == "max" ? GroupScore::kMax : GroupScore::kTop2Sum};
+inline Groups read_groups(Call& call, int32_t experts) {
+  Groups groups;
+  groups.num_groups = call.integer<int32_t>("num_groups", {1, experts, " (the experts)"});
+  groups.top_groups = call.integer<int32_t>("top_groups", {1, groups.num_groups, " (num_groups)"});
+  groups.score = call.choice("group_score", kGroupScores);
+  return groups;
 }
 
-inline void read(CallReader& call, HashRouter& op) {
-  const ffi::AnyBuffer token_ids = call.operand();
-  const ffi::AnyBuffer hash_lut = call.operand();
-  op.rows = leading_count(token_ids, 0);
-  op.k = static_cast<int32_t>(call.result_axis_from_end(0));
-  op.vocab_size = op.k == 0 ? 0 : static_cast<int64_t>(hash_lut.element_count()) / op.k;
-  op.token_ids = static_cast<const int32_t*>(token_ids.untyped_data());
-  op.hash_lut = static_cast<const int32_t*>(hash_lut.untyped_data());
-  op.scale = call.attr<float>("scale");
-  op.weights = call.result<float>(op.rows * op.k);
-  op.expert_ids = call.result<int32_t>(op.rows * op.k);
-}
+template <typename Op>
+struct Target;
+
+template <>
+struct Target<HashRouter> {
+  static constexpr const char* kName = "hash_router";
+
+  static void read(Call& call, HashRouter& op) {
+    const Argument token_ids = call.operand("token_ids");
+    const Argument hash_lut = call.operand("hash_lut");
+    const Argument weights = call.result("weights");
+    op.rows = token_ids.rows(0);
+    op.k = weights.size<int32_t>(0, {1, kMaxTopK});
+    op.token_ids = token_ids.numbers<int32_t>(op.rows, {});
+    op.vocab_size = hash_lut.table<int64_t>(wire<int32_t>(), op.k, {0, kMaxInt64});
+    op.hash_lut = static_cast<const int32_t*>(hash_lut.data());
+    op.scale = call.number("scale");
+    op.weights = weights.numbers<float>(op.rows, {op.k});
+    op.expert_ids = call.result("expert_ids").numbers<int32_t>(op.rows, {op.k});
+  }
+};
 
 // The first operand of the ops that route by logits.
 template <typename Op>
-void read_logits(CallReader& call, Op& op) {
-  const ffi::AnyBuffer logits = call.operand();
-  op.rows = leading_count(logits, 1);
-  op.experts = static_cast<int32_t>(axis_from_end(logits, 0));
-  op.dtype = call.dtype(logits);
-  op.logits = logits.untyped_data();
+void read_logits(Call& call, Op& op, int32_t& experts, const Range& range) {
+  const Argument logits = call.operand("logits");
+  op.rows = logits.rows(1);
+  experts = logits.size<int32_t>(0, range);
+  op.dtype = logits.float_dtype();
+  op.logits = logits.data();
 }
 
 // Everything of an ActivationTopk behind its logits.
-inline void read_selection(CallReader& call, ActivationTopk& op) {
-  op.k = static_cast<int32_t>(call.attr<int64_t>("top_k"));
-  op.bias = nullptr;
-  op.bias_stride = 0;
-  if (call.attr<bool>("has_bias")) {
-    const ffi::AnyBuffer bias = call.operand();
-    const bool shared = static_cast<int64_t>(bias.element_count()) == op.experts;
-    op.bias_stride = shared ? 0 : op.experts;
-    if (!shared) call.expect_count(bias, op.rows * op.experts);
-    op.bias = static_cast<const float*>(bias.untyped_data());
+inline void read_selection(Call& call, ActivationTopk& op) {
+  Selection& selection = op.selection;
+  selection.groups = read_groups(call, selection.experts);
+  const int64_t eligible = int64_t{selection.experts} / selection.groups.num_groups * selection.groups.top_groups;
+  selection.k = call.integer<int32_t>("top_k", {1, std::min<int64_t>(eligible, kMaxTopK)});
+  selection.scoring = read_scoring(call);
+  const Argument bias = call.optional_operand("bias");
+  const bool shared = bias.is_one_row_of(selection.experts);
+  op.bias = bias.numbers<float>(shared ? 1 : op.rows, {selection.experts});
+  op.bias_stride = shared ? 0 : selection.experts;
+  op.token_mask = call.optional_operand("token_mask").numbers<bool>(op.rows, {});
+  op.weights = call.result("weights").numbers<float>(op.rows, {selection.k});
+  op.expert_ids = call.result("expert_ids").numbers<int32_t>(op.rows, {selection.k});
+  op.chosen_logits = call.optional_result("chosen_logits").numbers<float>(op.rows, {selection.k});
+}
+
+template <>
+struct Target<ActivationTopk> {
+  static constexpr const char* kName = "activation_topk";
+
+  static void read(Call& call, ActivationTopk& op) {
+    read_logits(call, op, op.selection.experts, {1, kMaxExperts});
+    read_selection(call, op);
   }
-  op.token_mask = call.attr<bool>("has_token_mask") ? call.operand<bool>(op.rows) : nullptr;
-  op.scoring = read_scoring(call);
-  op.groups = read_groups(call);
-  op.weights = call.result<float>(op.rows * op.k);
-  op.expert_ids = call.result<int32_t>(op.rows * op.k);
-  op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.k) : nullptr;
-}
+};
 
-inline void read(CallReader& call, ActivationTopk& op) {
-  read_logits(call, op);
-  read_selection(call, op);
-}
+template <>
+struct Target<DenseRouter> {
+  static constexpr const char* kName = "dense_router";
 
-inline void read(CallReader& call, DenseRouter& op) {
-  const ffi::AnyBuffer x = call.operand();
-  const ffi::AnyBuffer weight = call.operand();
-  op.operand_dtype = call.dtype(x);
-  op.hidden = static_cast<int32_t>(axis_from_end(x, 0));
-  op.x = x.untyped_data();
-  op.weight = weight.untyped_data();
-  op.select.rows = leading_count(x, 1);
-  op.select.experts = op.hidden == 0 ? 0 : static_cast<int32_t>(weight.element_count() / op.hidden);
-  op.select.dtype = DType::kF32;
-  op.select.logits = nullptr;
-  op.logit_bias = call.attr<bool>("has_logit_bias") ? call.operand<float>(op.select.experts) : nullptr;
-  read_selection(call, op.select);
-}
-
-// Everything of a RouteAt behind its ids.
-inline void read_weighing(CallReader& call, RouteAt& op) {
-  op.scoring = read_scoring(call);
-  op.weights = call.result<float>(op.rows * op.k);
-  op.valid_ids = call.result<int32_t>(op.rows * op.k);
-  op.chosen_logits = call.has_result() ? call.result<float>(op.rows * op.k) : nullptr;
-}
-
-inline void read(CallReader& call, RouteAt& op) {
-  read_logits(call, op);
-  const ffi::AnyBuffer expert_ids = call.operand();
-  op.k = static_cast<int32_t>(axis_from_end(expert_ids, 0));
-  call.expect_count(expert_ids, op.rows * op.k);
-  op.expert_ids = static_cast<const int32_t*>(expert_ids.untyped_data());
-  read_weighing(call, op);
-}
-
-inline void read(CallReader& call, ScoredHashRouter& op) {
-  read_logits(call, op);
-  op.token_ids = call.operand<int32_t>(op.rows);
-  const ffi::AnyBuffer hash_lut = call.operand();
-  op.k = static_cast<int32_t>(call.result_axis_from_end(0));
-  op.vocab_size = op.k == 0 ? 0 : static_cast<int64_t>(hash_lut.element_count()) / op.k;
-  op.expert_ids = static_cast<const int32_t*>(hash_lut.untyped_data());
-  read_weighing(call, op);
-}
-
-inline void read(CallReader& call, RouteCotangent& op) {
-  const ffi::AnyBuffer grad_weights = call.operand();
-  op.rows = leading_count(grad_weights, 1);
-  op.k = static_cast<int32_t>(axis_from_end(grad_weights, 0));
-  op.experts = static_cast<int32_t>(call.attr<int64_t>("num_experts"));
-  op.scoring = read_scoring(call);
-  op.grad_weights = static_cast<const float*>(grad_weights.untyped_data());
-  op.expert_ids = call.operand<int32_t>(op.rows * op.k);
-  op.residual = nullptr;
-  if (call.attr<bool>("has_residual")) {
-    op.residual = call.operand<void>(op.rows * (op.scoring.needs_whole_row() ? op.experts : op.k));
-  } else if (op.scoring.score_fn != ScoreFn::kIdentity) {
-    call.fail("a residual is missing");
+  static void read(Call& call, DenseRouter& op) {
+    const Argument x = call.operand("x");
+    const Argument weight = call.operand("weight");
+    op.operand_dtype = x.float_dtype();
+    op.hidden = x.size<int32_t>(0, {1, kMaxInt32});
+    op.x = x.data();
+    op.weight = weight.data();
+    op.select.rows = x.rows(1);
+    op.select.selection.experts = weight.table<int32_t>(wire(op.operand_dtype), op.hidden, {1, kMaxExperts});
+    op.select.dtype = DType::kF32;
+    op.select.logits = nullptr;
+    op.logit_bias = call.optional_operand("logit_bias").numbers<float>(1, {op.select.selection.experts});
+    read_selection(call, op.select);
   }
-  op.dtype = call.result_dtype();
-  op.grad_logits = call.result<void>(op.rows * op.experts);
+};
+
+// Everything of a RouteAt behind its ids; `weights` is its first result.
+inline void read_weighing(Call& call, const Argument& weights, RouteAt& op) {
+  op.scoring = read_scoring(call);
+  op.weights = weights.numbers<float>(op.rows, {op.k});
+  op.valid_ids = call.result("expert_ids").numbers<int32_t>(op.rows, {op.k});
+  op.chosen_logits = call.optional_result("chosen_logits").numbers<float>(op.rows, {op.k});
 }
 
-inline void read(CallReader& call, TopkSelect& op) {
-  const ffi::AnyBuffer scores = call.operand();
-  op.rows = leading_count(scores, 1);
-  op.length = axis_from_end(scores, 0);
-  op.dtype = call.dtype(scores);
-  op.scores = scores.untyped_data();
-  op.k = call.attr<int64_t>("k");
-  op.sorted = call.attr<bool>("sorted");
-  op.lengths = call.attr<bool>("has_lengths") ? call.operand<int32_t>(op.rows) : nullptr;
-  op.values = call.result<void>(op.rows * op.k);
-  op.indices = call.result<int32_t>(op.rows * op.k);
+template <>
+struct Target<RouteAt> {
+  static constexpr const char* kName = "route_at";
+
+  static void read(Call& call, RouteAt& op) {
+    read_logits(call, op, op.experts, {0, kMaxExperts});
+    const Argument expert_ids = call.operand("expert_ids");
+    op.k = expert_ids.size<int32_t>(0, {0, kMaxTopK});
+    op.expert_ids = expert_ids.numbers<int32_t>(op.rows, {op.k});
+    read_weighing(call, call.result("weights"), op);
+  }
+};
+
+template <>
+struct Target<ScoredHashRouter> {
+  static constexpr const char* kName = "scored_hash_router";
+
+  static void read(Call& call, ScoredHashRouter& op) {
+    read_logits(call, op, op.experts, {0, kMaxExperts});
+    op.token_ids = call.operand("token_ids").numbers<int32_t>(op.rows, {});
+    const Argument hash_lut = call.operand("hash_lut");
+    const Argument weights = call.result("weights");
+    op.k = weights.size<int32_t>(0, {1, kMaxTopK});
+    op.vocab_size = hash_lut.table<int64_t>(wire<int32_t>(), op.k, {0, kMaxInt64});
+    op.expert_ids = static_cast<const int32_t*>(hash_lut.data());
+    read_weighing(call, weights, op);
+  }
+};
+
+template <>
+struct Target<RouteCotangent> {
+  static constexpr const char* kName = "route_cotangent";
+
+  static void read(Call& call, RouteCotangent& op) {
+    const Argument grad_weights = call.operand("grad_weights");
+    const Argument expert_ids = call.operand("expert_ids");
+    const Argument residual = call.optional_operand("residual");
+    const Argument grad_logits = call.result("grad_logits");
+    op.rows = grad_weights.rows(1);
+    op.k = grad_weights.size<int32_t>(0, {0, kMaxInt32});
+    op.experts = call.integer<int32_t>("num_experts", {0, kMaxInt32});
+    op.scoring = read_scoring(call, true);
+    op.dtype = grad_logits.float_dtype();
+    op.grad_weights = grad_weights.numbers<float>(op.rows, {op.k});
+    op.expert_ids = expert_ids.numbers<int32_t>(op.rows, {op.k});
+    op.residual = op.scoring.needs_whole_row() ? residual.numbers(op.dtype, op.rows, {op.experts})
+                                               : residual.numbers<float>(op.rows, {op.k});
+    if (op.scoring.score_fn != ScoreFn::kIdentity && !residual.given()) {
+      call.must_be("has_residual", "true where score_fn is not identity", "false");
+    }
+    op.grad_logits = grad_logits.numbers(op.dtype, op.rows, {op.experts});
+  }
+};
+
+template <>
+struct Target<TopkSelect> {
+  static constexpr const char* kName = "topk_select";
+
+  static void read(Call& call, TopkSelect& op) {
+    const Argument scores = call.operand("scores");
+    op.rows = scores.rows(1);
+    op.length = scores.size<int64_t>(0, {1, kMaxInt32});
+    op.dtype = scores.float_dtype();
+    op.scores = scores.data();
+    op.k = call.integer<int64_t>("k", {1, op.length, " (the length of a row)"});
+    op.sorted = call.flag("sorted");
+    op.lengths = call.optional_operand("lengths").numbers<int32_t>(op.rows, {});
+    op.values = call.result("values").numbers(op.dtype, op.rows, {op.k});
+    op.indices = call.result("indices").numbers<int32_t>(op.rows, {op.k});
+  }
+};
+
+template <>
+struct Target<ExpertDispatch> {
+  static constexpr const char* kName = "expert_dispatch";
+
+  static void read(Call& call, ExpertDispatch& op) {
+    const Argument expert_ids = call.operand("expert_ids");
+    op.batch = expert_ids.rows(2);
+    op.k = expert_ids.size<int32_t>(0, {1, kMaxInt32});
+    op.tokens = expert_ids.size<int64_t>(1, {0, kMaxInt32 / op.k});
+    op.experts = call.integer<int32_t>("num_experts", {1, kMaxExperts});
+    op.expert_ids = expert_ids.numbers<int32_t>(op.batch, {op.tokens, op.k});
+    op.token_index = call.result("token_index").numbers<int32_t>(op.batch, {op.tokens * op.k});
+    op.slot = call.result("slot").numbers<int32_t>(op.batch, {op.tokens, op.k});
+    op.group_sizes = call.result("group_sizes").numbers<int32_t>(op.batch, {op.experts});
+  }
+};
+
+template <typename Op>
+Declaration declaration() {
+  Declaration result;
+  Call call(result);
+  Op op{};
+  Target<Op>::read(call, op);
+  return result;
 }
 
-inline void read(CallReader& call, ExpertDispatch& op) {
-  const ffi::AnyBuffer expert_ids = call.operand();
-  op.batch = leading_count(expert_ids, 2);
-  op.tokens = axis_from_end(expert_ids, 1);
-  op.k = static_cast<int32_t>(axis_from_end(expert_ids, 0));
-  op.experts = static_cast<int32_t>(call.attr<int64_t>("num_experts"));
-  op.expert_ids = static_cast<const int32_t*>(expert_ids.untyped_data());
-  const int64_t choices = op.batch * op.tokens * op.k;
-  op.token_index = call.result<int32_t>(choices);
-  op.slot = call.result<int32_t>(choices);
-  op.group_sizes = call.result<int32_t>(op.batch * op.experts);
-}
+// Every op there is. A backend serves those that it has a kernel for.
+using Ops = std::tuple<HashRouter, ActivationTopk, RouteAt, ScoredHashRouter, RouteCotangent, TopkSelect,
+                       ExpertDispatch, DenseRouter>;
 
 }  // namespace jax_router

@@ -1,8 +1,8 @@
-// The list of custom-call targets: one handler an op, made for a backend. A backend is a type with
+// The custom-call targets of a backend: one handler for each op that it has a kernel for. A backend is a type with
 //   add_context(binding)   the binding with what the handlers need besides the call (a thread pool, a stream)
 //   kTraits                of its handlers
+//   kHas<Op>               whether it has a kernel
 //   run(op, context...)    the kernel, as an ffi::Error
-//   kHasDenseRouter        whether it has kernels that fuse the product and the selection
 #pragma once
 
 #include <utility>
@@ -15,11 +15,13 @@ namespace jax_router {
 template <typename Backend, typename Op>
 XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
   static auto* const bound = [] {
-    auto run = [](ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs, auto... context) {
-      CallReader call(args, rets, attrs);
+    auto run = [](ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes,
+                  auto... context) {
+      Call call(Target<Op>::kName, operands, results, attributes);
       Op op{};
-      read(call, op);
-      return call.failed() ? call.error() : Backend::run(op, std::move(context)...);
+      Target<Op>::read(call, op);
+      const ffi::Error error = call.finish();
+      return error.failure() ? error : Backend::run(op, std::move(context)...);
     };
     return Backend::add_context(ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs())
         .To(run, Backend::kTraits)
@@ -28,17 +30,19 @@ XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
   return bound->Call(frame);
 }
 
-// Calls visit(name, handler) for every target of a backend.
+// Calls visit(name, handler, declaration) for every target of a backend.
+template <typename Backend, typename Visitor, typename... AllOps>
+void for_each_target(Visitor&& visit, const std::tuple<AllOps...>&) {
+  const auto visit_op = [&](auto op) {
+    using Op = decltype(op);
+    if constexpr (Backend::template kHas<Op>) visit(Target<Op>::kName, handler<Backend, Op>, declaration<Op>());
+  };
+  (visit_op(AllOps{}), ...);
+}
+
 template <typename Backend, typename Visitor>
 void for_each_target(Visitor&& visit) {
-  visit("hash_router", handler<Backend, HashRouter>);
-  visit("activation_topk", handler<Backend, ActivationTopk>);
-  visit("route_at", handler<Backend, RouteAt>);
-  visit("scored_hash_router", handler<Backend, ScoredHashRouter>);
-  visit("route_cotangent", handler<Backend, RouteCotangent>);
-  visit("topk_select", handler<Backend, TopkSelect>);
-  visit("expert_dispatch", handler<Backend, ExpertDispatch>);
-  if constexpr (Backend::kHasDenseRouter) visit("dense_router", handler<Backend, DenseRouter>);
+  for_each_target<Backend>(visit, Ops{});
 }
 
 }  // namespace jax_router

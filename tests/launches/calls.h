@@ -241,11 +241,11 @@ inline ActivationTopk selection(Maker& make, int64_t rows, int32_t experts, int3
                                 Content content) {
   ActivationTopk op{};
   op.rows = rows;
-  op.experts = experts;
-  op.k = k;
-  op.scoring = make.scoring();
-  op.groups = {1, 1, make.pick({GroupScore::kTop2Sum, GroupScore::kMax})};
-  if (keys == Keys::kGroups) op.groups = {num_groups, (num_groups + 1) / 2, op.groups.score};
+  op.selection.experts = experts;
+  op.selection.k = k;
+  op.selection.scoring = make.scoring();
+  op.selection.groups = {1, 1, make.pick({GroupScore::kTop2Sum, GroupScore::kMax})};
+  if (keys == Keys::kGroups) op.selection.groups = {num_groups, (num_groups + 1) / 2, op.selection.groups.score};
   if (keys == Keys::kBiasOfToken) {
     op.bias = make.floats(rows * experts, content);
     op.bias_stride = experts;
@@ -257,7 +257,7 @@ inline ActivationTopk selection(Maker& make, int64_t rows, int32_t experts, int3
 }
 
 inline std::vector<size_t> result_bytes(const ActivationTopk& op) {
-  const size_t bytes = 4 * op.rows * op.k;
+  const size_t bytes = 4 * op.rows * op.selection.k;
   return {bytes, bytes, bytes};
 }
 
@@ -286,20 +286,22 @@ inline Call dense_router(Maker& make, const DenseRouter& sizes, Keys keys, Conte
   make.name("dense_router", sizes.operand_dtype, content,
             {{"N", select.rows},
              {"D", sizes.hidden},
-             {"E", select.experts},
-             {"k", select.k},
+             {"E", select.selection.experts},
+             {"k", select.selection.k},
              {"keys ", static_cast<int>(keys)},
-             {"groups ", select.groups.num_groups}});
+             {"groups ", select.selection.groups.num_groups}});
   DenseRouter op = sizes;
-  op.select = selection(make, select.rows, select.experts, select.k, keys, select.groups.num_groups, content);
+  op.select = selection(make, select.rows, select.selection.experts, select.selection.k, keys,
+                        select.selection.groups.num_groups, content);
   op.x = make.floats(op.operand_dtype, select.rows * op.hidden, content);
-  op.weight = make.floats(op.operand_dtype, static_cast<int64_t>(select.experts) * op.hidden, content);
-  if (make.pick({false, true})) op.logit_bias = make.floats(select.experts, content);
+  op.weight = make.floats(op.operand_dtype, static_cast<int64_t>(select.selection.experts) * op.hidden, content);
+  if (make.pick({false, true})) op.logit_bias = make.floats(select.selection.experts, content);
   const auto launch = [op](const Results& results, void* workspace, cudaStream_t stream) mutable {
     set_results(op.select, results);
     return cuda::launch(op, workspace, stream);
   };
-  return Maker::with_ids(make.finish(result_bytes(op.select), launch, cuda::workspace_bytes(op)), 1, select.experts);
+  return Maker::with_ids(make.finish(result_bytes(op.select), launch, cuda::workspace_bytes(op)), 1,
+                         select.selection.experts);
 }
 
 inline DenseRouter dense_sizes(DType dtype, int64_t rows, int32_t hidden, int32_t experts, int32_t k,
@@ -308,9 +310,9 @@ inline DenseRouter dense_sizes(DType dtype, int64_t rows, int32_t hidden, int32_
   op.operand_dtype = dtype;
   op.hidden = hidden;
   op.select.rows = rows;
-  op.select.experts = experts;
-  op.select.k = k;
-  op.select.groups.num_groups = num_groups;
+  op.select.selection.experts = experts;
+  op.select.selection.k = k;
+  op.select.selection.groups.num_groups = num_groups;
   return op;
 }
 
