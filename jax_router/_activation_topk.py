@@ -8,9 +8,9 @@ from jax import Array
 
 from . import _check, reference
 from ._derivative import selecting_jvp
-from ._limits import unsupported_selection
+from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
-from ._route_at import chosen_logits, routing_results
+from ._route_at import ROUTING_RESULTS, chosen_logits, routing_result_types
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -77,9 +77,7 @@ def activation_topk(
         top_groups=top_groups,
         group_score=group_score,
     )
-    if _check.implementation(implementation) == "reference":
-        return reference.activation_topk(logits, **operands, **selection.options)
-    return Routing(*select({"logits": logits, **operands}, selection, implementation))
+    return Routing(*select({"logits": logits, **operands}, selection, _check.implementation(implementation)))
 
 
 def select(
@@ -112,8 +110,8 @@ def _reference(
     return [*routing, *([chosen_logits(logits, routing.expert_ids)] if return_chosen else [])]
 
 
-def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool) -> list[Result]:
-    return routing_results(selection.top_k, return_chosen)
+def _result_types(avals: dict[str, Any], *, selection: Selection, return_chosen: bool) -> list[Result]:
+    return routing_result_types(selection.top_k, return_chosen)
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> str | None:
@@ -127,8 +125,10 @@ _ACTIVATION_TOPK = Op(
         "bias": Operand(1, batched="either", optional=True),
         "token_mask": Operand(0, optional=True),
     },
-    results=_results,
+    results=ROUTING_RESULTS,
+    result_types=_result_types,
     reference=_reference,
+    attributes={"selection": Selection},
     unsupported=_unsupported,
 )
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from . import _check, reference
+from . import _check
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._hash_router import hash_router
+from ._logits import router_logits
 from ._route_at import scored_hash_router
 from ._topk_select import topk_select
 from ._types import GroupScore, ScoreFn, Selection
@@ -199,7 +200,7 @@ class Router(nnx.Module):
             return self._hash(x, token_ids, token_mask, return_logits)
         if not return_logits:
             return dense_router(*self._product(x), self.bias[...], token_mask=token_mask, **config.selection)
-        logits = reference.router_logits(*self._product(x))
+        logits = router_logits(*self._product(x))
         return activation_topk(logits, self.bias[...], token_mask=token_mask, **config.selection), logits
 
     def _product(self, x: Array) -> tuple[Array, Array]:
@@ -217,7 +218,7 @@ class Router(nnx.Module):
             token_ids = jnp.where(token_mask, token_ids, -1)
         if config.hash_weights == "uniform":
             return hash_router(token_ids, self.hash_lut[...], scale=config.scale)
-        logits = reference.router_logits(*self._product(x))
+        logits = router_logits(*self._product(x))
         token_ids = _check.as_int32_ids(token_ids, self.hash_lut.shape[0])
         routing = scored_hash_router(logits, token_ids, self.hash_lut[...], config._selection.scoring)
         return (routing, logits) if return_logits else routing
