@@ -255,6 +255,29 @@ def test_reference_in_an_explicit_mesh(op, devices):
         assert_close(results, jax.jit(function)(*values))
 
 
+def test_without_a_kernel_in_an_explicit_mesh(devices):
+    """The lowering of what no kernel takes: more experts than one can, with operands that vmap shards apart."""
+    mesh = make_mesh(devices, ("d",), "Explicit")
+    rng = np.random.default_rng(0)
+    logits, masks = rng.normal(0, 1, (5, 5000)).astype(np.float32), rng.random((16, 5)) < 0.5
+    function = MASKED.derivative_of(jax.vmap(MASKED.call, in_axes=(None, 0)))
+    with jax.set_mesh(mesh):
+        results = jax.jit(function)(put(mesh, logits, ()), put(mesh, masks, ("d",)))
+    assert results[0].expert_ids.sharding.spec == P("d", None, None)
+    assert_close(results, jax.jit(function)(logits, masks), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dispatch_of_tokens_in_several_axes(mode, implementation, devices):
+    """One sort of all tokens, whichever of their axes is sharded."""
+    mesh = make_mesh(devices, ("d",), mode)
+    (ids,) = OPS["expert_dispatch"].draw(3, 8)
+    dispatch = jax.jit(partial(OPS["expert_dispatch"].call, implementation=implementation))
+    with jax.set_mesh(mesh):
+        results = dispatch(put(mesh, ids, (None, "d")))
+    assert_close(results, dispatch(ids))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("modes", [("Auto", "Explicit"), ("Explicit", "Auto"), ("Explicit", "Explicit")], ids="-".join)
 def test_mixed_meshes(modes, check_vma, devices):
