@@ -3,14 +3,14 @@
 // without groups the logits themselves are the keys, and only the chosen ones are scored.
 #include "chosen.h"
 #include "convert.h"
-#include "narrow.h"
 #include "rows.h"
 #include "select.h"
+#include "short_rows.h"
 
 namespace jax_router::cpu::JR_ISA {
 namespace {
 
-static_assert(kRowsPerBlock <= NarrowTopK::kRows, "a block is selected at once");
+static_assert(kRowsPerBlock <= ShortRowsTopK::kRows, "a block is selected at once");
 static_assert(kMaxExperts <= kChunk, "a row is one chunk");
 
 template <typename T>
@@ -77,9 +77,9 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
   const bool grouped = op.groups.num_groups > 1;
   const bool scored = op.bias != nullptr || grouped;
   const bool whole_row = op.scoring.score_fn == ScoreFn::kSoftmax && (scored || !op.scoring.renormalize);
-  const bool narrow = NarrowTopK::pays(end - begin, op.experts, k);
+  const bool are_short = ShortRowsTopK::pays(end - begin, op.experts, k);
   TopK select(op.experts, grouped && op.groups.top_groups > k ? op.groups.top_groups : k);
-  NarrowTopK narrow_select(narrow ? op.experts : 0);
+  ShortRowsTopK select_short(are_short ? op.experts : 0);
   ChosenRows chosen(op.scoring, k);
   alignas(64) float scores[kMaxExperts];
   alignas(64) uint32_t keys[kChunk];
@@ -106,15 +106,15 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
         } else {
           load_keys(row, op.experts, keys);
         }
-        if (narrow) {
-          narrow_select.set(r, keys);
+        if (are_short) {
+          select_short.set(r, keys);
         } else {
           select.reset(k);
           select.push(keys, op.experts, 0);
           select.finish(true, expert_ids + r * k);
         }
       }
-      if (narrow) narrow_select.finish(count, k, expert_ids);
+      if (are_short) select_short.finish(count, k, expert_ids);
       for (int64_t r = 0; r < count; ++r) {
         const bool masked = mask != nullptr && !mask[r];
         const auto* row = logits + (first + r) * op.experts;
