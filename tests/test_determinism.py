@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
-from cases import DTYPES, MODELS
 from matrix import OPS, Case
+from models import DTYPES, MODELS
 
 BATCHES = (1, 2, 31, 64, 65, 130)
 
@@ -27,7 +27,7 @@ def test_a_token_is_routed_alike_in_any_batch(name, rng):
     """Decode and prefill kernels, and every place within a block of tokens, give the same bits."""
     model = MODELS[name]
     logits, bias = model.logits(rng, max(BATCHES)), model.bias(rng)
-    route = jax.jit(partial(jax_router.activation_topk, implementation="native", **model.options))
+    route = jax.jit(partial(jax_router.activation_topk, implementation="native", **model.selection))
     whole = route(logits, bias)
     for size in BATCHES:
         start = max(BATCHES) - size
@@ -66,7 +66,7 @@ def test_dense_router_repeats(tokens, rng):
     model = MODELS["deepseek-v4-flash"]
     x = jnp.asarray(rng.normal(0, 1, (tokens, 4096)).astype(DTYPES["bf16"]))
     weight = jnp.asarray(rng.normal(0, 1 / 64, (256, 4096)).astype(DTYPES["bf16"]))
-    route = jax.jit(partial(jax_router.dense_router, implementation="native", **model.options))
+    route = jax.jit(partial(jax_router.dense_router, implementation="native", **model.selection))
     want = route(x, weight)
     for _ in range(20):
         assert_same_bits(route(x, weight), want)

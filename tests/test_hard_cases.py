@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_router
-from cases import DTYPES
+from models import DTYPES
 from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, expert_ids, f64, scores, select, weights_at
 from oracle import top_k as oracle_top_k
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jax_router
-from cases import DTYPES, EXPERT_COUNTS, MODELS, ODD_EXPERT_COUNTS, ROWS, TOKEN_COUNTS
+from cases import EXPERT_COUNTS, ODD_EXPERT_COUNTS, ROWS, TOKEN_COUNTS
+from models import DTYPES, MODELS
 from oracle import (
     assert_routes,
     assert_same_ids,
@@ -48,7 +49,7 @@ HALF_PRECISION = [
 def test_models(name, dtype, rng):
     model = MODELS[name]
     logits = model.logits(rng, 2, 65, dtype=DTYPES[dtype])
-    assert_activation_topk(logits, model.bias(rng), token_mask=rng.random((2, 65)) < 0.8, **model.options)
+    assert_activation_topk(logits, model.bias(rng), token_mask=rng.random((2, 65)) < 0.8, **model.selection)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -87,7 +88,7 @@ def test_groups_that_are_hard_to_tell_apart(rows, rng):
     bias[2400:2800, :96] = -np.inf
     bias[2800:2850, 50] = 1e4
     bias[2850:2900, 10::32] = np.inf  # in every group
-    assert_activation_topk(logits[:rows], bias[:rows], **model.options)
+    assert_activation_topk(logits[:rows], bias[:rows], **model.selection)
 
 
 @pytest.mark.parametrize("top_groups", [1, 3])
@@ -256,10 +257,10 @@ def test_dense_router_of_models(name, tokens, rng):
     weight = rng.normal(0, model.hidden_size**-0.5, (model.num_experts, model.hidden_size)).astype(dtype)
     logit_bias = rng.normal(0, 1, model.num_experts).astype(np.float32) if model.has_logit_bias else None
     bias = model.bias(rng)
-    native, _ = native_and_reference("dense_router", **model.options)
+    native, _ = native_and_reference("dense_router", **model.selection)
     got = native(x, weight, bias, logit_bias=logit_bias)
     logits = f64(x) @ f64(weight).T + (0 if logit_bias is None else logit_bias)
-    plain = jax.jit(partial(jax_router.reference.activation_topk, **model.options))
+    plain = jax.jit(partial(jax_router.reference.activation_topk, **model.selection))
     want = plain(logits.astype(np.float32), bias)
     keys, slack = selection_keys(logits, bias, model.score_fn, model.num_groups)
     assert_same_routing(got, want, keys, slack + 1e-4, rtol=1e-4)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import DTYPES, EXPERT_COUNTS, MODELS, ODD_EXPERT_COUNTS, ROWS
+from cases import EXPERT_COUNTS, ODD_EXPERT_COUNTS, ROWS
 from jax_router import reference
+from models import DTYPES, MODELS
 from oracle import activation_topk as oracle_activation_topk
 from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, f64, order_keys, scores, select, weights_at
 
@@ -60,8 +61,8 @@ def test_models(name, rng):
     model = MODELS[name]
     logits, bias = model.logits(rng, 3, 32), model.bias(rng)
     mask = rng.random((3, 32)) < 0.8
-    routing = reference_jit("activation_topk", **model.options)(logits, bias, token_mask=mask)
-    assert_routes(routing, logits, bias, token_mask=mask, **model.options)
+    routing = reference_jit("activation_topk", **model.selection)(logits, bias, token_mask=mask)
+    assert_routes(routing, logits, bias, token_mask=mask, **model.selection)
     np.testing.assert_array_equal(routing.expert_ids[~mask], -1)
     np.testing.assert_array_equal(routing.weights[~mask], 0)
 
@@ -70,8 +71,8 @@ def test_models(name, rng):
 def test_half_precision_logits_are_scored_in_float32(dtype, rng):
     model = MODELS["deepseek-v4-flash"]
     logits = model.logits(rng, 64, dtype=DTYPES[dtype])
-    routing = reference_jit("activation_topk", **model.options)(logits)
-    assert_routes(routing, logits, **model.options)
+    routing = reference_jit("activation_topk", **model.selection)(logits)
+    assert_routes(routing, logits, **model.selection)
 
 
 def test_selection_of_groups_by_hand():
