@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_router
-from cases import DTYPES, MODELS, TOKEN_COUNTS
+from cases import TOKEN_COUNTS
 from jax_router import _native
+from models import DTYPES, MODELS
 
 FUSED, UNFUSED = "jax_router.dense_router", "jax_router.activation_topk"
 
@@ -44,7 +45,7 @@ def calls(function, *operands, **shardings):
 @pytest.mark.parametrize("name", ["deepseek-v4-flash", "deepseek-v4-pro", "gpt-oss-120b"])
 def test_few_tokens_are_one_call(name, cuda):
     model = MODELS[name]
-    route = partial(jax_router.dense_router, **model.options)
+    route = partial(jax_router.dense_router, **model.selection)
     weight = bf16(model.num_experts, model.hidden_size)
     assert calls(route, bf16(8, model.hidden_size), weight) == [FUSED]
     assert calls(route, bf16(2, 4, model.hidden_size), weight) == [FUSED]
@@ -198,7 +199,7 @@ def test_calls_that_follow_each_other(rng):
         model = MODELS[name]
         x = jnp.asarray(rng.normal(0, 1, (tokens, model.hidden_size)).astype(DTYPES["bf16"]))
         weight = rng.normal(0, model.hidden_size**-0.5, (model.num_experts, model.hidden_size)).astype(DTYPES["bf16"])
-        route = jax.jit(partial(jax_router.dense_router, **model.options))
+        route = jax.jit(partial(jax_router.dense_router, **model.selection))
         programs.append((route, x, jnp.asarray(weight)))
     want = [route(x, weight) for route, x, weight in programs]
     same = jax.jit(lambda a, b: jnp.all(a[0] == b[0]) & jnp.all(a[1] == b[1]))
