@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../common/ops.h"
 #include "device.h"
@@ -61,26 +62,34 @@ cudaError_t launch(const Op& op, cudaStream_t stream, MakeWorkspace make_workspa
   return run(op, *plan, workspace, stream);
 }
 
-// The k that every device of the process can do.
+// The devices that a program is lowered for: those of this process, or where there is none, one like that which the
+// tables were measured on, without the kernels that are for it alone.
+inline std::vector<Device> lowered_for() {
+  constexpr Device kMeasured{90, 132, 227 * 1024, true, false};
+  return devices().empty() ? std::vector{kMeasured} : devices();
+}
+
+// The k that all of them can do.
 inline int max_select_k() {
   int k = kMaxSelectK;
-  for (const Device& device : devices()) k = std::min(k, max_select_k(device));
+  for (const Device& device : lowered_for()) k = std::min(k, max_select_k(device));
   return k;
 }
 
-// Why some device of the process cannot compute a dense_router in one kernel; empty where all can.
+// Why one of them cannot compute a dense_router in one kernel; empty where all can.
 inline std::string why_not_fused_anywhere(const DenseRouter& op) {
   const std::string reason = why_not_fused(op);
   if (!reason.empty()) return reason;
-  for (const Device& device : devices()) {
+  for (const Device& device : lowered_for()) {
     if (!planned(op, device)) return "no fused kernel for so many tokens and experts on every device of this process";
   }
-  return devices().empty() ? "no CUDA device" : "";
+  return "";
 }
 
 // Whether that is faster on all of them than XLA's product and the kernel of activation_topk.
 inline bool pays_everywhere(const DenseRouter& op) {
-  return std::all_of(devices().begin(), devices().end(), [&](const Device& device) {
+  const std::vector<Device> all = lowered_for();
+  return std::all_of(all.begin(), all.end(), [&](const Device& device) {
     const auto plan = planned(op, device);
     return plan && (!ForcedPlan<DenseRouter>::get().empty() || pays(op, *plan, device));
   });
