@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from examples import sparse_attention
 from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
-from tests.cases import MODELS, Model
+from support.models import MODELS, Model
+from support.programs import load_example
+
+sparse_attention = load_example("sparse_attention")
 
 NATIVE, XLA, TORCH = "jax_router", "xla", "torch.topk"
 TARGETS: dict[str, dict[str, Any]] = {
@@ -114,7 +116,7 @@ def activation_topk_case(model: Model, tokens: int, *, dtype: Any = jnp.float32,
     logits = Spec((tokens, model.num_experts), dtype)
 
     def run(logits, bias=None, *, implementation):
-        return activation_topk(logits, bias, implementation=implementation, **model.options)
+        return activation_topk(logits, bias, implementation=implementation, **model.selection)
 
     return Case(
         f"activation_topk/{scored}E{model.num_experts}/k{model.top_k}/{groups}N{tokens}{variant}",
@@ -131,7 +133,7 @@ def activation_topk_grad_case(model: Model, tokens: int) -> Case:
     def contender(implementation):
         def pullback(logits):
             def weights(logits):
-                return activation_topk(logits, implementation=implementation, **model.options).weights
+                return activation_topk(logits, implementation=implementation, **model.selection).weights
 
             return jax.vjp(weights, logits)[1]
 
@@ -234,7 +236,7 @@ def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False) -> 
     weight = Spec((num_experts, hidden), jnp.bfloat16, scale=hidden**-0.5)
 
     def run(x, weight, bias=None, *, implementation):
-        return dense_router(x, weight, bias, implementation=implementation, **model.options)
+        return dense_router(x, weight, bias, implementation=implementation, **model.selection)
 
     return Case(
         f"dense_router/bf16/D{hidden}/E{num_experts}/k{model.top_k}/N{tokens}" + ("/bias" if with_bias else ""),

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jax_router import activation_topk, dense_router
-from tests.cases import DTYPES
+from support.models import DTYPES
 
 from . import hard_rows
 

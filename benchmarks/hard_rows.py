@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from jax_router import topk_select
-from tests.cases import DTYPES
-from tests.oracle import select
+from support.models import DTYPES
+from support.oracle import select
 
 SIZES = ((256, 6), (1000, 100), (4096, 64), (8191, 2048), (16384, 512), (40001, 600), (131072, 2048), (262209, 2048))
 _MOST_ROWS, _MOST_SCORES = 300, 2**21  # of a batch

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from tests.cases import MODELS
+from support.models import MODELS
 
 from .cases import NATIVE, XLA, Case, activation_topk_case, dense_router_case, model_with, topk_select_case
 from .results import Record

@@ -1,11 +1,11 @@
 """A mixture-of-experts router, native to JAX: CUDA and CPU kernels under jit, grad, vmap and sharding."""
 
-from . import reference
+from . import _primitive, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._expert_dispatch import expert_dispatch
-from ._ffi import custom_call_targets
 from ._hash_router import hash_router
+from ._native import custom_call_targets
 from ._route_at import route_at
 from ._topk_select import topk_select
 from ._types import Dispatch, Routing
@@ -30,3 +30,5 @@ __all__ = [
     "route_at",
     "topk_select",
 ]
+
+_primitive.use_kernels()  # here, where all ops exist

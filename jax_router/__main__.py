@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from . import _ffi
+from . import _native
 from ._version import __version__
 
 
@@ -53,17 +53,17 @@ def _info() -> int:
     lines = [
         ("jax_router", f"{__version__} in {Path(__file__).parent}"),
         ("JAX", f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {platform.python_version()}"),
-        ("XLA FFI API", "{}.{}, of this jaxlib".format(*_ffi.runtime_ffi_api())),
+        ("XLA FFI API", "{}.{}, of this jaxlib".format(*_native.runtime_ffi_api())),
     ]
-    for name in ("cpu", "cuda"):
-        module = _ffi.load(name)
+    for name in _native.PLATFORMS:
+        module = _native.load(name)
         if isinstance(module, ImportError):
             lines.append((f"{name} kernels", f"not loaded: {module}"))
             continue
         architectures = f", for {module.architectures}" if name == "cuda" else ""
         lines.append((f"{name} kernels", "built for XLA FFI API {}.{}".format(*module.ffi_api_version) + architectures))
     lines += [("device", f"{device.platform}: {device.device_kind}") for device in jax.devices()]
-    lines.append(("custom calls", " ".join(_ffi.custom_call_targets())))
+    lines.append(("custom calls", " ".join(_native.custom_call_targets())))
     for name, text in lines:
         print(f"{name:<13} {text}")
     return 0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from jax import Array
 
 from . import _check, reference
 from ._derivative import selecting_jvp
-from ._limits import unsupported_selection
+from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
-from ._route_at import chosen_logits, routing_results
+from ._route_at import ROUTING_RESULTS, chosen_logits, routing_result_types
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -78,9 +77,7 @@ def activation_topk(
         top_groups=top_groups,
         group_score=group_score,
     )
-    if _check.implementation(implementation) == "reference":
-        return reference.activation_topk(logits, **operands, **dataclasses.asdict(selection))
-    return Routing(*select({"logits": logits, **operands}, selection, implementation))
+    return Routing(*select({"logits": logits, **operands}, selection, _check.implementation(implementation)))
 
 
 def select(
@@ -109,12 +106,12 @@ def _reference(
     selection: Selection,
     return_chosen: bool,
 ) -> list[Array]:
-    routing = reference.activation_topk(logits, bias, token_mask=token_mask, **dataclasses.asdict(selection))
+    routing = reference.activation_topk(logits, bias, token_mask=token_mask, **selection.options)
     return [*routing, *([chosen_logits(logits, routing.expert_ids)] if return_chosen else [])]
 
 
-def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool) -> list[Result]:
-    return routing_results(selection.top_k, return_chosen)
+def _result_types(avals: dict[str, Any], *, selection: Selection, return_chosen: bool) -> list[Result]:
+    return routing_result_types(selection.top_k, return_chosen)
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> str | None:
@@ -128,8 +125,10 @@ _ACTIVATION_TOPK = Op(
         "bias": Operand(1, batched="either", optional=True),
         "token_mask": Operand(0, optional=True),
     },
-    results=_results,
+    results=ROUTING_RESULTS,
+    result_types=_result_types,
     reference=_reference,
+    attributes={"selection": Selection},
     unsupported=_unsupported,
 )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._types import GroupScore, Implementation, ScoreFn, Selection
+from ._types import GroupScore, Implementation, ScoreFn, Scoring, Selection
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -26,7 +26,7 @@ def float_array(name: str, value: Any, *, min_rank: int = 1) -> Array:
 
 
 def int_array(name: str, value: Any, *, min_rank: int = 0) -> Array:
-    """An array of any integer dtype. bool is none."""
+    """An array of any integer dtype; bool does not count as one."""
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
@@ -105,27 +105,19 @@ def implementation(value: Any) -> str:
     return choice("implementation", value, get_args(Implementation))
 
 
-def scoring(score_fn: Any, renormalize: Any, scale: Any) -> dict[str, Any]:
-    """The checked options of a Scoring."""
-    return {
-        "score_fn": choice("score_fn", score_fn, get_args(ScoreFn)),
-        "renormalize": static_bool("renormalize", renormalize),
-        "scale": static_float("scale", scale),
-    }
+def scoring(score_fn: Any, renormalize: Any, scale: Any) -> Scoring:
+    """A Scoring of checked options."""
+    return Scoring(
+        score_fn=choice("score_fn", score_fn, get_args(ScoreFn)),
+        renormalize=static_bool("renormalize", renormalize),
+        scale=static_float("scale", scale),
+    )
 
 
 def selection(
-    num_experts: int,
-    *,
-    top_k: Any,
-    score_fn: Any,
-    renormalize: Any,
-    scale: Any,
-    num_groups: Any,
-    top_groups: Any,
-    group_score: Any,
+    num_experts: int, *, top_k: Any, num_groups: Any, top_groups: Any, group_score: Any, **scoring_options: Any
 ) -> Selection:
-    """The checked options of a Selection among `num_experts`."""
+    """A Selection among `num_experts`, of checked options."""
     num_groups = static_int("num_groups", num_groups, 1, num_experts, " (num_experts)")
     top_groups = static_int("top_groups", top_groups, 1, num_groups, " (num_groups)")
     group_score = choice("group_score", group_score, get_args(GroupScore))
@@ -140,11 +132,11 @@ def selection(
     eligible = top_groups * experts_a_group
     where = f" (the experts of {top_groups} of {num_groups} groups)" if num_groups > 1 else " (num_experts)"
     return Selection(
+        scoring=scoring(**scoring_options),
         top_k=static_int("top_k", top_k, 1, eligible, where),
         num_groups=num_groups,
         top_groups=top_groups,
         group_score=group_score,
-        **scoring(score_fn, renormalize, scale),
     )
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+from functools import partial
 from math import prod
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.interpreters import ad
 
-from . import _check, reference
+from . import _check
 from ._activation_topk import select, selection_operands
-from ._derivative import ROUTING, routing_tangents, zero_tangent
-from ._limits import native_limits
+from ._derivative import selecting_jvp
+from ._logits import router_logits
+from ._native import native_module
 from ._primitive import Op, Operand, Result
-from ._route_at import routing_results
-from ._sharding import is_split
+from ._route_at import ROUTING_RESULTS, routing_result_types
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -43,9 +40,8 @@ def dense_router(
     """The experts of each token from its hidden state: `activation_topk(x @ weight.T + logit_bias, bias, ...)`.
 
     The product is accumulated in f32. On a GPU one kernel does it all, and the logits never reach device memory, where
-    that is faster: the sizes are in `csrc/cuda/dense_router.cu` and `dense_prefill.cu`. Elsewhere the product is
-    XLA's, and the selection the kernel of `activation_topk`; so it is where XLA partitions the program, because it can
-    then split the product itself, and in exported programs.
+    that is faster than a product of XLA's and the kernel of `activation_topk`. Elsewhere these two do it; so they do
+    where XLA partitions the program, because it can then split the product itself, and in exported programs.
 
     Args:
         x: f32, bf16 or f16 `[..., D]`.
@@ -61,7 +57,8 @@ def dense_router(
         top_groups: how many groups stay eligible.
         group_score: `"top2_sum"` or `"max"`.
         token_mask: bool `[...]`; where False the ids are -1 and the weights 0.
-        implementation: `"auto"`, `"native"` or `"reference"`.
+        implementation: `"auto"`, `"native"` or `"reference"`. "native" means kernels throughout: the fused one, or
+            XLA's product and the kernel of `activation_topk`, or an error that says what is missing.
 
     Returns:
         `Routing(weights, expert_ids)`: f32 `[..., top_k]` and int32 `[..., top_k]`.
@@ -88,18 +85,15 @@ def dense_router(
         group_score=group_score,
     )
     operands.update(selection_inputs)
-    if _check.implementation(implementation) == "reference":
-        return reference.dense_router(**operands, precision=precision, **dataclasses.asdict(selection))
-    params = {"selection": selection, "precision": _hashable(precision), "selection_implementation": implementation}
-    if is_split(operands["x"], 1) or is_split(operands["weight"], 2):
-        # A kernel needs these axes whole; XLA multiplies where the parts are, and adds up or gathers the logits.
-        return Routing(*_unfused(**operands, return_chosen=False, **params))
-    return Routing(*_DENSE_ROUTER(operands, return_chosen=False, **params))
-
-
-def _hashable(precision: Any) -> Any:
-    """A pair of precisions may come as a list; the parameters of a primitive are hashable."""
-    return tuple(precision) if isinstance(precision, list) else precision
+    return Routing(
+        *_DENSE_ROUTER(
+            operands,
+            selection=selection,
+            precision=tuple(precision) if isinstance(precision, list) else precision,  # hashable, as all parameters
+            return_chosen=False,
+            implementation=_check.implementation(implementation),
+        )
+    )
 
 
 def product_operands(x: Any, weight: Any, logit_bias: Any) -> dict[str, Any]:
@@ -118,7 +112,7 @@ def product_operands(x: Any, weight: Any, logit_bias: Any) -> dict[str, Any]:
     return {"x": x, "weight": weight, "logit_bias": logit_bias}
 
 
-def _unfused(
+def _product_and_selection(
     x: Array,
     weight: Array,
     logit_bias: Array | None = None,
@@ -127,32 +121,40 @@ def _unfused(
     *,
     selection: Selection,
     precision: Any,
-    selection_implementation: str,
     return_chosen: bool,
+    implementation: str,
 ) -> list[Array]:
-    logits = reference.router_logits(x, weight, logit_bias, precision=precision)
+    logits = router_logits(x, weight, logit_bias, precision=precision)
     operands = {"logits": logits, "bias": bias, "token_mask": token_mask}
-    return select(operands, selection, selection_implementation, return_chosen=return_chosen)
+    return select(operands, selection, implementation, return_chosen=return_chosen)
 
 
-def _results(avals: dict[str, Any], *, selection: Selection, return_chosen: bool, **_: Any) -> list[Result]:
-    return routing_results(selection.top_k, return_chosen)
+def _result_types(avals: dict[str, Any], *, selection: Selection, return_chosen: bool, **_: Any) -> list[Result]:
+    return routing_result_types(selection.top_k, return_chosen)
+
+
+def _size(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """The case as the native module wants to know it."""
+    x, (num_experts, hidden) = avals["x"], avals["weight"].shape
+    return {
+        "tokens": prod(x.shape[:-1]),
+        "num_experts": num_experts,
+        "hidden": hidden,
+        "top_k": selection.top_k,
+        "num_groups": selection.num_groups,
+        "dtype": x.dtype.name,
+    }
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any) -> str | None:
-    """Why the fused kernels do not take a case: they cannot, or XLA's product and the selection kernel are faster."""
-    x, weight = avals["x"], avals["weight"]
-    if precision is not None and x.dtype == np.float32:
+    if precision is not None and avals["x"].dtype == np.float32:
         return "the fused kernels multiply f32 operands to f32 accuracy"
-    fuses = native_limits(platform).fuses_dense_router(
-        tokens=prod(x.shape[:-1]),
-        num_experts=weight.shape[0],
-        hidden=weight.shape[1],
-        top_k=selection.top_k,
-        num_groups=selection.num_groups,
-        dtype=x.dtype.name,
-    )
-    return None if fuses else "no fused kernel is faster"
+    return native_module(platform).dense_router_unsupported(**_size(avals, selection)) or None
+
+
+def _pays(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> bool:
+    """Whether a fused kernel is faster than XLA's product and the kernel of activation_topk."""
+    return native_module(platform).dense_router_pays(**_size(avals, selection))
 
 
 _DENSE_ROUTER = Op(
@@ -164,31 +166,19 @@ _DENSE_ROUTER = Op(
         "bias": Operand(1, batched="either", optional=True),
         "token_mask": Operand(0, optional=True),
     },
-    results=_results,
-    reference=_unfused,
+    results=ROUTING_RESULTS,
+    result_types=_result_types,
+    reference=_product_and_selection,
+    composed=True,
+    attributes={"selection": Selection},
+    platforms=("cuda",),
     unsupported=_unsupported,
-    prefers_partitioning=True,
+    pays=_pays,
 )
 
 
 @_DENSE_ROUTER.def_jvp
-def _jvp(primals: dict[str, Any], tangents: dict[str, Any], *, return_chosen: bool, **params: Any):
-    """The weights depend on the logits, those on x, weight and logit_bias; nothing flows through the selection.
-
-    What the backward pass needs are the ids and the chosen logits; for softmax without renormalisation it multiplies
-    once more.
-    """
-    scoring = params["selection"].scoring
-    weights, expert_ids, chosen = checkpoint_name(_DENSE_ROUTER(primals, return_chosen=True, **params), ROUTING)
-    results = [weights, expert_ids, *([chosen] if return_chosen else [])]
-    factors = {name: primals[name] for name in ("x", "weight", "logit_bias") if name in primals}
-    moving = {name: tangents[name] for name in factors if not isinstance(tangents[name], ad.Zero)}
-    if not moving:
-        return results, [zero_tangent(result) for result in results]
-
-    def logits_of(moved):
-        return reference.router_logits(**{**factors, **moved}, precision=params["precision"])
-
-    logits, logits_dot = jax.jvp(logits_of, ({name: factors[name] for name in moving},), (moving,))
-    residual = logits if scoring.needs_whole_row else chosen
-    return results, routing_tangents(logits_dot, residual, expert_ids, scoring, return_chosen)
+def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
+    scoring, logits_of = params["selection"].scoring, partial(router_logits, precision=params["precision"])
+    factors = ("x", "weight", "logit_bias")
+    return selecting_jvp(_DENSE_ROUTER, primals, tangents, scoring, logits_of, factors, **params)

@@ -7,10 +7,14 @@ renormalisation). Two primitives are all it takes, linear and each the other's t
     route_cotangent:  g [..., k], z, ids -> J(z)^T g at the ids      [..., E], zero elsewhere
 
 `score_fn="identity"`, which needs no z, makes them the derivative of plain top-k.
+
+The second has kernels, and `implementation` goes through all rules: where an op insists on its kernel, so does its
+gradient. The first has none, nor have derivatives of second order: XLA compiles their reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,37 +35,51 @@ ROUTING = "jax_router.routing"
 IDENTITY = Scoring("identity", renormalize=False, scale=1.0)
 
 
-def weights_tangent(tangent: Array, residual: Array | None, expert_ids: Array, scoring: Scoring) -> Array:
+def weights_tangent(
+    tangent: Array, residual: Array | None, expert_ids: Array, scoring: Scoring, implementation: str
+) -> Array:
     """The tangent of the weights at fixed ids, f32, from the tangent of the logits."""
     operands = {"tangent": tangent, "residual": residual, "expert_ids": expert_ids}
-    return _TANGENT(operands, scoring=scoring)[0]
+    return _TANGENT(operands, scoring=scoring, implementation=implementation)[0]
 
 
-def selecting_jvp(op: Op, primals: dict[str, Any], tangents: dict[str, Any], how: Scoring, /, **params: Any):
-    """The derivative rule of an op that routes by its operand `logits`.
+def selecting_jvp(
+    op: Op,
+    primals: dict[str, Any],
+    tangents: dict[str, Any],
+    how: Scoring,
+    logits_of: Callable[..., Array] = lambda logits: logits,
+    factors: Sequence[str] = ("logits",),
+    /,
+    *,
+    return_chosen: bool,
+    implementation: str,
+    **params: Any,
+):
+    """The derivative rule of an op that routes: its results are weights, ids and, if `return_chosen`, chosen logits.
 
-    Its results are weights, ids and, with `return_chosen`, the chosen logits. Nothing flows through the selection or to
-    any other operand.
+    The logits are `logits_of(**operands)` of the operands that `factors` names. Nothing flows through the selection, or
+    to another operand. The backward pass needs the ids and the chosen logits; for softmax without renormalisation,
+    all logits.
     """
     whole_row = how.needs_whole_row
-    wanted = params.pop("return_chosen")
     weights, expert_ids, *chosen = checkpoint_name(
-        op(primals, return_chosen=wanted or not whole_row, **params), ROUTING
+        op(primals, return_chosen=return_chosen or not whole_row, implementation=implementation, **params), ROUTING
     )
-    logits_dot = tangents["logits"]
-    results = [weights, expert_ids, *(chosen if wanted else [])]
-    if isinstance(logits_dot, ad.Zero):
+    results = [weights, expert_ids, *(chosen if return_chosen else [])]
+    given = {name: primals[name] for name in factors if name in primals}
+    moving = {name: tangents[name] for name in given if not isinstance(tangents[name], ad.Zero)}
+    if not moving:
         return results, [zero_tangent(result) for result in results]
-    residual = primals["logits"] if whole_row else chosen[0]
-    return results, routing_tangents(logits_dot, residual, expert_ids, how, wanted)
+    at = {name: given[name] for name in moving}
+    logits, logits_dot = jax.jvp(lambda moved: logits_of(**{**given, **moved}), (at,), (moving,))
 
+    def tangent_of(residual: Array | None, scoring: Scoring) -> Array:
+        return weights_tangent(logits_dot, residual, expert_ids, scoring, implementation)
 
-def routing_tangents(
-    logits_dot: Array, residual: Array, expert_ids: Array, how: Scoring, return_chosen: bool
-) -> list[Any]:
-    """The tangents of what an op that routes returns: weights, ids and, if `return_chosen`, the chosen logits."""
-    weights_dot, ids_dot = weights_tangent(logits_dot, residual, expert_ids, how), zero_tangent(expert_ids)
-    return [weights_dot, ids_dot, *([weights_tangent(logits_dot, None, expert_ids, IDENTITY)] if return_chosen else [])]
+    weights_dot = tangent_of(logits if whole_row else chosen[0], how)
+    chosen_dot = [tangent_of(None, IDENTITY)] if return_chosen else []
+    return results, [weights_dot, zero_tangent(expert_ids), *chosen_dot]
 
 
 def zero_tangent(primal: Array) -> ad.Zero:
@@ -106,17 +124,16 @@ def _cotangent_reference(
     return [jnp.where(here, chosen_bar[..., None], 0.0).sum(axis=-2).astype(dtype)]
 
 
-def _jvp(op: Op, linear: str, primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
+def _jvp(op: Op, linear: str, primals: dict[str, Any], tangents: dict[str, Any], *, implementation: str, **params: Any):
     """Linear in one operand; the dependence on the residual goes through the reference."""
-    (result,) = op(primals, **params)
+    (result,) = op(primals, implementation=implementation, **params)
     terms = []
     if not isinstance(tangents[linear], ad.Zero):
-        terms += op({**primals, linear: tangents[linear]}, **params)
+        terms += op({**primals, linear: tangents[linear]}, implementation=implementation, **params)
     if "residual" in primals and not isinstance(tangents["residual"], ad.Zero):
-        options = {name: value for name, value in params.items() if name != "implementation"}
 
         def of_residual(residual):
-            return op.reference(**{**primals, "residual": residual}, **options)[0]
+            return op({**primals, "residual": residual}, implementation="reference", **params)[0]
 
         terms.append(jax.jvp(of_residual, (primals["residual"],), (tangents["residual"],))[1])
     return [result], [sum(terms[1:], terms[0]) if terms else zero_tangent(result)]
@@ -125,15 +142,19 @@ def _jvp(op: Op, linear: str, primals: dict[str, Any], tangents: dict[str, Any],
 _TANGENT = Op(
     name="route_tangent",
     operands={"tangent": Operand(1), "expert_ids": Operand(1), "residual": Operand(1, optional=True)},
-    results=lambda avals, **_: [Result(avals["expert_ids"].shape[-1:], jnp.float32)],
+    results=("weights_tangent",),
+    result_types=lambda avals, **_: [Result(avals["expert_ids"].shape[-1:], jnp.float32)],
     reference=_tangent_reference,
+    platforms=(),
 )
 
 _COTANGENT = Op(
     name="route_cotangent",
     operands={"grad_weights": Operand(1), "expert_ids": Operand(1), "residual": Operand(1, optional=True)},
-    results=lambda avals, num_experts, dtype, **_: [Result((num_experts,), dtype)],
+    results=("grad_logits",),
+    result_types=lambda avals, num_experts, dtype, **_: [Result((num_experts,), dtype)],
     reference=_cotangent_reference,
+    attributes={"scoring": Scoring, "num_experts": int},
 )
 
 _TANGENT.def_jvp(partial(_jvp, _TANGENT, "tangent"))
@@ -141,15 +162,15 @@ _COTANGENT.def_jvp(partial(_jvp, _COTANGENT, "grad_weights"))
 
 
 @partial(_TANGENT.def_transpose, "tangent")
-def _tangent_transpose(cotangent: Array, operands: dict[str, Any], *, scoring: Scoring, implementation: str) -> Array:
+def _tangent_transpose(cotangent: Array, operands: dict[str, Any], **params: Any) -> Array:
     aval = operands["tangent"].aval
-    return _COTANGENT(
-        {**operands, "grad_weights": cotangent}, scoring=scoring, num_experts=aval.shape[-1], dtype=aval.dtype
-    )[0]
+    return _COTANGENT({**operands, "grad_weights": cotangent}, num_experts=aval.shape[-1], dtype=aval.dtype, **params)[
+        0
+    ]
 
 
 @partial(_COTANGENT.def_transpose, "grad_weights")
 def _cotangent_transpose(
-    cotangent: Array, operands: dict[str, Any], *, scoring: Scoring, num_experts: int, dtype: Any, implementation: str
+    cotangent: Array, operands: dict[str, Any], *, num_experts: int, dtype: Any, **params: Any
 ) -> Array:
-    return _TANGENT({**operands, "tangent": cotangent}, scoring=scoring)[0]
+    return _TANGENT({**operands, "tangent": cotangent}, **params)[0]

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _check, reference
-from ._limits import unsupported_selection
+from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
+from ._sharding import align
 from ._types import Dispatch, Implementation
 
 
@@ -41,11 +42,10 @@ def expert_dispatch(expert_ids: Array, num_experts: int, *, implementation: Impl
     if expert_ids.shape[-1] < 1:
         raise ValueError(f"expert_ids must have at least one choice a token, got shape {expert_ids.shape}")
     expert_ids = _check.as_int32_ids(expert_ids, num_experts)
-    if _check.implementation(implementation) == "reference":
-        return reference.expert_dispatch(expert_ids, num_experts)
-    tokens = expert_ids.reshape(prod(expert_ids.shape[:-1]), expert_ids.shape[-1])
+    (whole,) = align([expert_ids], [expert_ids.ndim])
+    tokens = whole.reshape(prod(whole.shape[:-1]), whole.shape[-1])
     token_index, slot, group_sizes = _EXPERT_DISPATCH(
-        {"expert_ids": tokens}, num_experts=num_experts, implementation=implementation
+        {"expert_ids": tokens}, num_experts=num_experts, implementation=_check.implementation(implementation)
     )
     return Dispatch(token_index, slot.reshape(expert_ids.shape), group_sizes)
 
@@ -58,7 +58,7 @@ def _reference(expert_ids: Array, *, num_experts: int) -> Dispatch:
     return sort(expert_ids)
 
 
-def _results(avals: dict[str, Any], *, num_experts: int) -> list[Result]:
+def _result_types(avals: dict[str, Any], *, num_experts: int) -> list[Result]:
     tokens, k = avals["expert_ids"].shape[-2:]
     return [
         Result((tokens * k,), jnp.int32),
@@ -74,7 +74,9 @@ def _unsupported(platform: str, avals: dict[str, Any], *, num_experts: int) -> s
 _EXPERT_DISPATCH = Op(
     name="expert_dispatch",
     operands={"expert_ids": Operand(2)},
-    results=_results,
+    results=("token_index", "slot", "group_sizes"),
+    result_types=_result_types,
     reference=_reference,
+    attributes={"num_experts": int},
     unsupported=_unsupported,
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from . import _check, reference
-from ._limits import unsupported_selection
+from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
+from ._sharding import with_rows_as
 from ._types import Implementation, Routing
 
 
@@ -43,13 +45,31 @@ def hash_router(
     scale = _check.static_float("scale", scale)
     token_ids = _check.as_int32_ids(token_ids, hash_lut.shape[0])
     hash_lut = _check.as_int32_ids(hash_lut, jnp.iinfo(jnp.int32).max)
-    if _check.implementation(implementation) == "reference":
-        return reference.hash_router(token_ids, hash_lut, scale=scale)
     operands = {"token_ids": token_ids, "hash_lut": hash_lut}
-    return Routing(*_HASH_ROUTER(operands, scale=scale, implementation=implementation))
+    return Routing(*_HASH_ROUTER(operands, scale=scale, implementation=_check.implementation(implementation)))
 
 
-def _results(avals: dict[str, Any], **_: Any) -> list[Result]:
+def hash_reference(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:
+    """The reference, on token ids that may be sharded."""
+    return with_rows_as(token_ids, partial(reference.hash_router, scale=scale))(token_ids, hash_lut)
+
+
+def share_table_again(operands: dict[str, Array]) -> dict[str, Array]:
+    """The tables `[B, V, k]` of B problems as one `[B * V, k]`, and the token ids of each as rows of its part."""
+    token_ids, tables = operands["token_ids"], operands["hash_lut"]
+    problems, vocab_size, k = tables.shape
+    if problems * vocab_size > jnp.iinfo(jnp.int32).max:
+        raise NotImplementedError(
+            f"hash_router(implementation='native') under vmap: {problems} tables of {vocab_size} rows have more rows "
+            "than int32 can number"
+        )
+    first_rows = jnp.arange(problems, dtype=jnp.int32).reshape(problems, *[1] * (token_ids.ndim - 1)) * vocab_size
+    inside = (token_ids >= 0) & (token_ids < vocab_size)
+    rows = jnp.where(inside, first_rows + token_ids, -1)
+    return {**operands, "token_ids": rows, "hash_lut": tables.reshape(problems * vocab_size, k)}
+
+
+def _result_types(avals: dict[str, Any], **_: Any) -> list[Result]:
     k = avals["hash_lut"].shape[-1:]
     return [Result(k, jnp.float32), Result(k, jnp.int32)]
 
@@ -61,7 +81,10 @@ def _unsupported(platform: str, avals: dict[str, Any], **_: Any) -> str | None:
 _HASH_ROUTER = Op(
     name="hash_router",
     operands={"token_ids": Operand(0), "hash_lut": Operand(2, batched="never")},
-    results=_results,
-    reference=reference.hash_router,
+    results=("weights", "expert_ids"),
+    result_types=_result_types,
+    reference=hash_reference,
+    attributes={"scale": float},
     unsupported=_unsupported,
+    share_again=share_table_again,
 )

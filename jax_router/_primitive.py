@@ -17,8 +17,8 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
 
-from . import _ffi
-from ._sharding import align, merge_specs
+from . import _native
+from ._sharding import align, is_split, merge_specs
 
 
 class Operand(NamedTuple):
@@ -27,7 +27,7 @@ class Operand(NamedTuple):
     Attributes:
         core_rank: the number of trailing axes that belong to one problem; the axes before them are batch axes.
         batched: whether it has the batch axes: "always", "never" (all rows share it) or "either".
-        optional: whether it may be None. The kernels then get an attribute `has_<name>`.
+        optional: whether it may be None. An attribute `has_<name>` tells the kernels.
     """
 
     core_rank: int
@@ -46,8 +46,15 @@ class Result(NamedTuple):
     dtype: Any
 
 
-def everything_supported(platform: str, avals: Mapping[str, Any], **params: Any) -> str | None:
+def _supports_everything(platform: str, avals: Mapping[str, Any], **params: Any) -> str | None:
     return None
+
+
+def _always_pays(platform: str, avals: Mapping[str, Any], **params: Any) -> bool:
+    return True
+
+
+OPS: list[Op] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +64,36 @@ class Op:
     Attributes:
         name: of the primitive and of the custom-call targets.
         operands: by name, in order; the first always has the batch axes.
-        results: from the operands' avals (a dict by name) and the parameters to the results, in order.
+        results: the names, in order; one that only some calls ask for has a "?" behind it.
+        result_types: from the operands' avals (a dict by name) and the parameters to the results, in order.
         reference: the mathematics, on operands by keyword and parameters, for any number of batch axes.
-        unsupported: from a platform, the operands' avals and the parameters to the reason why the native kernels cannot
-            compute this case, or None.
-        prefers_partitioning: whether the reference is what XLA should see where it partitions the program, because it
-            can split the work further than over batch axes, and in exported programs, which may run anywhere.
+        attributes: the parameters that the kernels read, by name, and their types: bool, int, float, str, or a
+            dataclass of such, whose fields are attributes by their own names. What other parameters say concerns Python
+            alone, or shows in the results, as a dtype does.
+        platforms: those that have kernels of the op.
+        unsupported: from a platform, the operands' avals and the parameters to the reason why the kernels cannot
+            compute a case, or None.
+        pays: from the same to whether the kernels, where they can compute a case, are worth it.
+        composed: whether `reference` is made of other ops; it then takes `implementation` for them. XLA sees these
+            instead of a kernel where axes are split over devices or XLA may split them, because it can split further
+            than over batch axes, and in exported programs, which may run anywhere.
+        share_again: what the kernels take where vmap maps an operand that all rows of a problem share. From operands by
+            name, of which that one, and those with batch axes, have a leading axis for the problems, to operands of
+            which all rows of all problems share it again; raises NotImplementedError where there are none. "auto" takes
+            the reference there, which leaves the mapped axis sharded as it is.
     """
 
     name: str
     operands: Mapping[str, Operand]
-    results: Callable[..., Sequence[Result]]
+    results: tuple[str, ...]
+    result_types: Callable[..., Sequence[Result]]
     reference: Callable[..., Sequence[Array]]
-    unsupported: Callable[..., str | None] = everything_supported
-    prefers_partitioning: bool = False
+    attributes: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    platforms: Sequence[str] = _native.PLATFORMS
+    unsupported: Callable[..., str | None] = _supports_everything
+    pays: Callable[..., bool] = _always_pays
+    composed: bool = False
+    share_again: Callable[[dict[str, Array]], dict[str, Array]] | None = None
     primitive: Primitive = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,17 +102,41 @@ class Op:
         primitive.def_impl(partial(xla.apply_primitive, primitive))
         primitive.def_abstract_eval(self._abstract_eval)
         batching.primitive_batchers[primitive] = self._batch
-        mlir.register_lowering(primitive, self._lower_reference)
-        for platform in _ffi.platforms_of(self.name):
-            mlir.register_lowering(primitive, partial(self._lower_native, platform), platform=platform)
+        mlir.register_lowering(primitive, self._lower_without_module)
         object.__setattr__(self, "primitive", primitive)
+        OPS.append(self)
 
-    def __call__(self, operands: Mapping[str, Any], *, implementation: str = "auto", **params: Any) -> list[Array]:
-        """Binds the primitive to operands by name. `implementation` is "auto" or "native"."""
+    def __call__(self, operands: Mapping[str, Any], *, implementation: str, **params: Any) -> list[Array]:
+        """The results for operands by name, of which optional ones may be None or left out.
+
+        `implementation` is what the caller of a public function asked for:
+            "reference": the reference, which JAX maps and differentiates as it does any other function.
+            "auto": a kernel where there is one and it pays, and else the reference.
+            "native": a kernel, or an error. Of a composed op: kernels throughout, its own or those of the ops that it
+                is made of. (An op that has kernels on no platform has nothing but its reference to offer.)
+        """
         given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
-        aligned = align(list(given.values()), [self.operands[name].core_rank for name in given])
-        values = _vary_over_the_same_axes(aligned)
+        split = any(is_split(value, self.operands[name].core_rank) for name, value in given.items())
+        if implementation == "reference" or (self.composed and split):
+            return self._run_reference(given, implementation, **params)
+        values = _vary_over_the_same_axes(list(self._aligned(given).values()))
         return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
+
+    def declaration(self) -> _native.Declaration:
+        """How the kernels are called."""
+        return {
+            "operands": tuple(name + "?" * operand.optional for name, operand in self.operands.items()),
+            "results": self.results,
+            "attributes": _native.attribute_types(self._sent),
+        }
+
+    @property
+    def _sent(self) -> dict[str, type]:
+        """What is sent with a call: the attributes, and which of the optional operands it has."""
+        return {
+            **self.attributes,
+            **{f"has_{name}": bool for name, operand in self.operands.items() if operand.optional},
+        }
 
     def def_jvp(self, rule: Callable[..., Any]) -> None:
         """`rule(primals, tangents, **params)`, both by operand name, returns the results and their tangents."""
@@ -133,53 +180,99 @@ class Op:
                 weak_type=False,
                 sharding=first.sharding.update(spec=(*spec, *[None] * len(result.core_shape))),
             )
-            for result in self.results(dict(zip(names, avals)), **params)
+            for result in self.result_types(dict(zip(names, avals)), **params)
         ]
 
-    def _run_reference(self, *values, names, implementation, **params):
-        return list(self.reference(**dict(zip(names, values)), **params))
+    def _aligned(self, operands: Mapping[str, Array]) -> dict[str, Array]:
+        values = align(list(operands.values()), [self.operands[name].core_rank for name in operands])
+        return dict(zip(operands, values))
 
-    def _lower_reference(self, ctx, *values, names, implementation, **params):
-        if implementation == "native":
-            platforms = " and ".join(ctx.platforms or ctx.module_context.platforms)
-            raise NotImplementedError(
-                f"{self.name}(implementation='native'): no native kernel for {platforms}. {_ffi.how_to_get_kernels()}"
-            )
-        run = partial(self._run_reference, names=names, implementation=implementation, **params)
+    def _run_reference(self, operands: Mapping[str, Array], implementation: str, **params: Any) -> list[Array]:
+        if self.composed:
+            return list(self.reference(**operands, implementation=implementation, **params))
+        return list(self.reference(**self._aligned(operands), **params))
+
+    def _run_without_kernel(self, why: str, *values, names, implementation, **params):
+        """The reference, unless the caller insists on a kernel."""
+        if implementation == "native" and self.platforms and not self.composed:
+            raise NotImplementedError(f"{self.name}(implementation='native'){why}")
+        return self._run_reference(dict(zip(names, values)), implementation, **params)
+
+    def _lower_without_kernel(self, why, ctx, *values, **params):
+        run = partial(self._run_without_kernel, why, **params)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *values)
 
-    def _lower_native(self, platform, ctx, *values, names, implementation, **params):
-        if self.prefers_partitioning and _may_be_partitioned(ctx):
-            return self._lower_reference(ctx, *values, names=names, implementation=implementation, **params)
-        reason = self.unsupported(platform, dict(zip(names, ctx.avals_in)), **params)
-        if reason is not None and implementation == "native":
-            raise NotImplementedError(f"{self.name}(implementation='native') on {platform}: {reason}")
+    def _lower_without_module(self, ctx, *values, **params):
+        platforms = " and ".join(ctx.platforms or ctx.module_context.platforms)
+        why = f": no native kernel for {platforms}. {_native.how_to_get_kernels()}"
+        return self._lower_without_kernel(why, ctx, *values, **params)
+
+    def lower(self, platform, ctx, *values, **params):
+        """The lowering rule for a platform whose native module is registered."""
+        reason = self._reason_against_kernels(platform, ctx, **params)
         if reason is not None:
-            return self._lower_reference(ctx, *values, names=names, implementation=implementation, **params)
+            return self._lower_without_kernel(f" on {platform}: {reason}", ctx, *values, **params)
+        return self._lower_to_kernels(ctx, *values, **params)
+
+    def _reason_against_kernels(self, platform, ctx, *, names, implementation, **params) -> str | None:
+        """Why a platform's kernels do not compute a case. All that decides between them and the reference is here."""
+        avals = dict(zip(names, ctx.avals_in))
+        if self.composed and _may_be_partitioned(ctx):
+            return "XLA may partition the program"
+        if reason := self.unsupported(platform, avals, **params):
+            return reason
+        insists = implementation == "native" and not self.composed
+        return None if insists or self.pays(platform, avals, **params) else "the kernels do not pay"
+
+    def _lower_to_kernels(self, ctx, *values, names, implementation, **params):
         call = _Call(self, names, ctx.avals_in, ctx.avals_out)
-        present = {f"has_{name}": name in names for name, operand in self.operands.items() if operand.optional}
-        lower = jax.ffi.ffi_lowering(_ffi.target_name(self.name), extra_attributes=call.sharding_attributes())
+        has = {f"has_{name}": name in names for name in self.operands}
+        lower = jax.ffi.ffi_lowering(_native.target_name(self.name), extra_attributes=call.sharding_attributes())
         results = lower(
             ctx.replace(avals_in=call.avals_in, avals_out=call.avals_out),
             *map(_reshape, values, ctx.avals_in, call.avals_in),
-            **_attributes({**params, **present}),
+            **_native.attribute_values(self._sent, {**params, **has}),
         )
         return list(map(_reshape, results, call.avals_out, ctx.avals_out))
 
-    def _batch(self, values, dims, *, names, **params):
-        if any(dim is not None and self.operands[name].batched == "never" for name, dim in zip(names, dims)):
-            run = partial(self._run_reference, names=names, **params)
-            results = jax.vmap(run, in_axes=tuple(dims))(*values)
+    def _batch(self, values, dims, *, names, implementation, **params):
+        mapped = [name for name, dim in zip(names, dims) if dim is not None]
+        no_longer_shared = [name for name in mapped if self.operands[name].batched == "never"]
+        params.update(names=names, implementation=implementation)
+        if not no_longer_shared:
+            results = self.primitive.bind(*self._add_batch_axes(values, dims, names).values(), **params)
+        elif self.share_again and implementation == "native":
+            operands = self.share_again(self._add_batch_axes(values, dims, names))
+            results = self.primitive.bind(*operands.values(), **params)
         else:
-            size = next(value.shape[dim] for value, dim in zip(values, dims) if dim is not None)
-            first_shape = _without_axis(values[0].shape, dims[0])
-            batch_shape = first_shape[: len(first_shape) - self.operands[names[0]].core_rank]
-            batched = [
-                _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
-                for name, value, dim in zip(names, values, dims)
-            ]
-            results = self.primitive.bind(*batched, names=names, **params)
+            why = f": no kernel takes a mapped {' and '.join(no_longer_shared)}"
+            run = partial(self._run_without_kernel, why, **params)
+            results = jax.vmap(run, in_axes=tuple(dims))(*values)
         return results, [0] * len(results)
+
+    def _add_batch_axes(self, values, dims, names) -> dict[str, Array]:
+        size = next(value.shape[dim] for value, dim in zip(values, dims) if dim is not None)
+        first_shape = _without_axis(values[0].shape, dims[0])
+        batch_shape = first_shape[: len(first_shape) - self.operands[names[0]].core_rank]
+        return {
+            name: _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
+            for name, value, dim in zip(names, values, dims)
+        }
+
+
+def use_kernels() -> None:
+    """Once all ops exist: lowers them to the kernels of the native modules that are there.
+
+    Raises:
+        ImportError: a module does not have the ops that Python takes it to have.
+    """
+    for platform in _native.PLATFORMS:
+        if isinstance(_native.load(platform), ImportError):
+            continue
+        ops = [op for op in OPS if platform in op.platforms]
+        _native.register(platform, {op.name: op.declaration() for op in ops})
+        for op in ops:
+            mlir.register_lowering(op.primitive, partial(op.lower, platform), platform=platform)
 
 
 class _Call:
@@ -265,30 +358,11 @@ def _add_batch_axis(operand: Operand, value: Array, dim: int | None, size: int, 
         return value
     if dim is not None:
         value = jnp.moveaxis(value, dim, 0)
+        if operand.batched == "never":
+            return value
         if not operand.has_batch_axes(len(shape), len(batch_shape)):
             value = value.reshape(size, *[1] * len(batch_shape), *shape)
     return jnp.broadcast_to(value, (size, *batch_shape, *shape[len(shape) - operand.core_rank :]))
-
-
-def _attributes(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as typed FFI attributes.
-
-    JAX caches attributes by Python equality, so every number gets its type here. Parameters of other types concern
-    Python alone, or show in the results as a dtype does.
-    """
-    attributes: dict[str, Any] = {}
-    for name, value in params.items():
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            attributes.update(_attributes(dataclasses.asdict(value)))
-        elif isinstance(value, (bool, np.bool_)):
-            attributes[name] = np.bool_(value)
-        elif isinstance(value, (int, np.integer)):
-            attributes[name] = np.int64(value)
-        elif isinstance(value, (float, np.floating)):
-            attributes[name] = np.float32(value)
-        elif isinstance(value, str):
-            attributes[name] = value
-    return attributes
 
 
 def _vary_over_the_same_axes(values: list[Array]) -> list[Array]:

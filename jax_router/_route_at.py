@@ -10,7 +10,8 @@ from jax import Array
 
 from . import _check, reference
 from ._derivative import selecting_jvp
-from ._limits import unsupported_selection
+from ._hash_router import hash_reference, share_table_again
+from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
 from ._types import Implementation, Routing, ScoreFn, Scoring
 
@@ -55,24 +56,23 @@ def route_at(
     logits = _check.float_array("logits", logits)
     expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
     _check.same_shape("expert_ids", expert_ids, (*logits.shape[:-1], expert_ids.shape[-1]))
-    options = _check.scoring(score_fn, renormalize, scale)
-    if _check.implementation(implementation) == "reference":
-        return reference.route_at(logits, expert_ids, **options)
+    scoring = _check.scoring(score_fn, renormalize, scale)
     expert_ids = _check.as_int32_ids(expert_ids, logits.shape[-1])
     operands = {"logits": logits, "expert_ids": expert_ids}
-    weights, expert_ids = _ROUTE_AT(
-        operands, scoring=Scoring(**options), return_chosen=False, implementation=implementation
+    return Routing(
+        *_ROUTE_AT(operands, scoring=scoring, return_chosen=False, implementation=_check.implementation(implementation))
     )
-    return Routing(weights, expert_ids)
 
 
-def scored_hash_router(logits: Array, token_ids: Array, hash_lut: Array, scoring: Scoring) -> Routing:
+def scored_hash_router(
+    logits: Array, token_ids: Array, hash_lut: Array, scoring: Scoring, implementation: Implementation = "auto"
+) -> Routing:
     """`route_at(logits, hash_lut[token_ids])` in one kernel, for int32 ids.
 
     A token id outside the table has no experts.
     """
     operands = {"logits": logits, "token_ids": token_ids, "hash_lut": hash_lut}
-    return Routing(*_SCORED_HASH_ROUTER(operands, scoring=scoring, return_chosen=False))
+    return Routing(*_SCORED_HASH_ROUTER(operands, scoring=scoring, return_chosen=False, implementation=implementation))
 
 
 def _reference(logits: Array, expert_ids: Array, *, scoring: Scoring, return_chosen: bool) -> list[Array]:
@@ -81,7 +81,7 @@ def _reference(logits: Array, expert_ids: Array, *, scoring: Scoring, return_cho
 
 
 def _scored_hash_reference(logits: Array, token_ids: Array, hash_lut: Array, **params: Any) -> list[Array]:
-    return _reference(logits, reference.hash_router(token_ids, hash_lut).expert_ids, **params)
+    return _reference(logits, hash_reference(token_ids, hash_lut).expert_ids, **params)
 
 
 def chosen_logits(logits: Array, expert_ids: Array) -> Array:
@@ -90,12 +90,16 @@ def chosen_logits(logits: Array, expert_ids: Array) -> Array:
     return jnp.where(expert_ids >= 0, chosen, 0.0)
 
 
-def _results(avals: dict[str, Any], *, return_chosen: bool, **_: Any) -> list[Result]:
-    return routing_results(_ids_aval(avals).shape[-1], return_chosen)
+def _result_types(avals: dict[str, Any], *, return_chosen: bool, **_: Any) -> list[Result]:
+    return routing_result_types(_ids_aval(avals).shape[-1], return_chosen)
 
 
-def routing_results(k: int, return_chosen: bool) -> list[Result]:
-    """What every op that routes returns: weights, ids and, if `return_chosen`, the chosen logits."""
+# What every op that routes returns.
+ROUTING_RESULTS = ("weights", "expert_ids", "chosen_logits?")
+
+
+def routing_result_types(k: int, return_chosen: bool) -> list[Result]:
+    """Of weights, ids and, if `return_chosen`, the chosen logits."""
     weights, expert_ids = Result((k,), jnp.float32), Result((k,), jnp.int32)
     return [weights, expert_ids, *([Result((k,), jnp.float32)] if return_chosen else [])]
 
@@ -111,8 +115,10 @@ def _ids_aval(avals: dict[str, Any]) -> Any:
 _ROUTE_AT = Op(
     name="route_at",
     operands={"logits": Operand(1), "expert_ids": Operand(1)},
-    results=_results,
+    results=ROUTING_RESULTS,
+    result_types=_result_types,
     reference=_reference,
+    attributes={"scoring": Scoring},
     unsupported=_unsupported,
 )
 
@@ -120,9 +126,12 @@ _ROUTE_AT = Op(
 _SCORED_HASH_ROUTER = Op(
     name="scored_hash_router",
     operands={"logits": Operand(1), "token_ids": Operand(0), "hash_lut": Operand(2, batched="never")},
-    results=_results,
+    results=ROUTING_RESULTS,
+    result_types=_result_types,
     reference=_scored_hash_reference,
+    attributes={"scoring": Scoring},
     unsupported=_unsupported,
+    share_again=share_table_again,
 )
 
 

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax import Array
 
 
-def align(values: Sequence[Array | None], core_ranks: Sequence[int]) -> list[Any]:
+def align(values: Sequence[Array], core_ranks: Sequence[int]) -> list[Array]:
     """The operands of an op, with their core axes whole on every device, and with their batch axes sharded alike.
 
     Arguments:
-        values: the first one has the batch axes, and so have those with as many axes before their core; None stays.
+        values: the first one has the batch axes, and so have those with as many axes before their core.
         core_ranks: the number of core axes of each, which are the last ones.
     """
-    shardings = [None if value is None else jax.typeof(value).sharding for value in values]
-    sharded = [sharding for sharding in shardings if sharding is not None and any(sharding.spec)]
+    shardings = [jax.typeof(value).sharding for value in values]
+    sharded = [sharding for sharding in shardings if any(sharding.spec)]
     if not sharded:
         return list(values)
-    batch_specs = [
-        () if sharding is None else tuple(sharding.spec)[: len(sharding.spec) - core]
-        for sharding, core in zip(shardings, core_ranks)
-    ]
+    batch_specs = [tuple(sharding.spec)[: len(sharding.spec) - core] for sharding, core in zip(shardings, core_ranks)]
     merged = merge_specs(spec for spec in batch_specs if len(spec) == len(batch_specs[0]))
 
     def aligned(value: Array, batch_spec: tuple[Any, ...]) -> Array:
         batch = merged if len(batch_spec) == len(merged) else (None,) * len(batch_spec)
         return _reshard(value, sharded[0].update(spec=(*batch, *[None] * (value.ndim - len(batch)))))
 
-    return [value if value is None else aligned(value, spec) for value, spec in zip(values, batch_specs)]
+    return [aligned(value, spec) for value, spec in zip(values, batch_specs)]
 
 
 def is_split(value: Array, core_rank: int) -> bool:
@@ -45,12 +42,16 @@ def shard_last_axis_as(model: Array, value: Array) -> Array:
     return _reshard(value, sharding.update(spec=last)) if any(sharding.spec) else value
 
 
-def take_rows(table: Array, rows: Array) -> Array:
-    """`table[rows]`, sharded as `rows` are, where the table is whole on every device."""
-    sharding = jax.typeof(rows).sharding
-    if all(axis is None for axis in sharding.spec):
-        return table[rows]
-    return table.at[rows].get(out_sharding=sharding.update(spec=(*sharding.spec, None)))
+def with_rows_as(model: Array, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose results are rows, one for each element of `model`: sharded as that is.
+
+    JAX asks for it where it cannot know how a result is sharded, as it cannot for rows that are taken from a table.
+    """
+    sharding = jax.typeof(model).sharding
+    if not any(sharding.spec):
+        return function
+    rows = sharding.update(spec=(*sharding.spec, None))
+    return jax.sharding.auto_axes(function, axes=tuple(_mesh_axes(*sharding.spec)), out_sharding=rows)
 
 
 def merge_specs(specs: Iterable[Sequence[Any]]) -> tuple[Any, ...]:

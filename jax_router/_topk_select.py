@@ -11,7 +11,7 @@ from jax.interpreters import ad
 
 from . import _check, reference
 from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
-from ._limits import native_limits
+from ._native import native_module
 from ._primitive import Op, Operand, Result
 from ._types import Implementation
 
@@ -57,27 +57,27 @@ def topk_select(
         if lengths.dtype != jnp.int32:
             bound = min(length, jnp.iinfo(lengths.dtype).max)
             lengths = jnp.clip(lengths, 0, bound).astype(jnp.int32)
-    if _check.implementation(implementation) == "reference":
-        return reference.topk_select(scores, k, lengths=lengths, sorted=sorted)
     operands = {"scores": scores, "lengths": lengths}
-    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=implementation)
+    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=_check.implementation(implementation))
     return values, indices
 
 
-def _results(avals: dict[str, Any], *, k: int, **_: Any) -> list[Result]:
+def _result_types(avals: dict[str, Any], *, k: int, **_: Any) -> list[Result]:
     return [Result((k,), avals["scores"].dtype), Result((k,), jnp.int32)]
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, k: int, **_: Any) -> str | None:
-    limit = native_limits(platform).max_select_k()
+    limit = native_module(platform).max_select_k()
     return f"at most k = {limit}, got {k}" if k > limit else None
 
 
 _TOPK_SELECT = Op(
     name="topk_select",
     operands={"scores": Operand(1), "lengths": Operand(0, optional=True)},
-    results=_results,
+    results=("values", "indices"),
+    result_types=_result_types,
     reference=reference.topk_select,
+    attributes={"k": int, "sorted": bool},
     unsupported=_unsupported,
 )
 
@@ -89,5 +89,6 @@ def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
     if isinstance(scores_dot, ad.Zero):
         values_dot: Any = zero_tangent(values)
     else:
-        values_dot = weights_tangent(scores_dot, None, indices, IDENTITY).astype(values.dtype)
+        tangent = weights_tangent(scores_dot, None, indices, IDENTITY, params["implementation"])
+        values_dot = tangent.astype(values.dtype)
     return [values, indices], [values_dot, zero_tangent(indices)]

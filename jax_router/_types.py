@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,7 @@ class Scoring:
     @property
     def options(self) -> dict[str, Any]:
         """As keyword arguments."""
-        return {"score_fn": self.score_fn, "renormalize": self.renormalize, "scale": self.scale}
+        return dataclasses.asdict(self)
 
     @property
     def needs_whole_row(self) -> bool:
@@ -66,14 +67,17 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Selection(Scoring):
-    """A Scoring and which experts it is applied to: the `top_k` best, among the `top_groups` best groups."""
+class Selection:
+    """Which experts a Scoring is applied to: the `top_k` best, among the `top_groups` best groups."""
 
+    scoring: Scoring = Scoring()
     top_k: int = 1
     num_groups: int = 1
     top_groups: int = 1
     group_score: str = "top2_sum"
 
     @property
-    def scoring(self) -> Scoring:
-        return Scoring(**self.options)
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments, those of the scoring among them."""
+        options = dataclasses.asdict(self)
+        return {**options.pop("scoring"), **options}

@@ -1,7 +1,8 @@
 """Every op in plain jax.numpy: the specification, the oracle of the tests, and what runs where there is no kernel.
 
 The functions take what the public ones take (without `implementation`) and return the same; arguments are validated
-by the public functions alone. All arithmetic is f32 after the load.
+by the public functions alone, which also reshard those of meshes with Explicit axes. All arithmetic is f32 after the
+load.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._sharding import align, product_sharding, shard_last_axis_as, take_rows
+from ._logits import router_logits
 from ._types import Dispatch, GroupScore, Routing, ScoreFn
 
 _RENORMALIZE_EPSILON = 1e-20
@@ -65,13 +66,12 @@ _SCORE_FNS = {"sqrtsoftplus": sqrtsoftplus, "sigmoid": sigmoid, "softmax": softm
 
 def hash_router(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:
     """See `jax_router.hash_router`."""
-    token_ids, hash_lut = align((token_ids, hash_lut), (0, 2))
     vocab_size, k = hash_lut.shape
-    valid = ((token_ids >= 0) & (token_ids < vocab_size))[..., None]
-    rows = take_rows(hash_lut, jnp.where(valid[..., 0], token_ids, 0))
-    expert_ids = jnp.where(valid, rows, -1)
-    weights = jnp.where(valid, jnp.float32(scale) / jnp.float32(k), jnp.float32(0))
-    return Routing(jnp.broadcast_to(weights, expert_ids.shape), expert_ids.astype(jnp.int32))
+    valid = (token_ids >= 0) & (token_ids < vocab_size)
+    rows = hash_lut[jnp.where(valid, token_ids, 0)].astype(jnp.int32)
+    expert_ids = jnp.where(valid[..., None], rows, -1)
+    weights = jnp.where(valid[..., None], jnp.float32(scale) / jnp.float32(k), jnp.float32(0))
+    return Routing(jnp.broadcast_to(weights, expert_ids.shape), expert_ids)
 
 
 def activation_topk(
@@ -88,7 +88,6 @@ def activation_topk(
     token_mask: Array | None = None,
 ) -> Routing:
     """See `jax_router.activation_topk`."""
-    logits, bias, token_mask = align((logits, bias, token_mask), (1, 1, 0))
     keys = logits = logits.astype(jnp.float32)
     if bias is not None or num_groups > 1:
         keys = _SCORE_FNS[score_fn](logits)
@@ -124,7 +123,6 @@ def route_at(
     scale: float = 1.0,
 ) -> Routing:
     """See `jax_router.route_at`."""
-    logits, expert_ids = align((logits, expert_ids), (1, 1))
     num_experts = logits.shape[-1]
     valid = (expert_ids >= 0) & (expert_ids < num_experts)
     expert_ids = jnp.where(valid, expert_ids, -1).astype(jnp.int32)
@@ -168,7 +166,6 @@ def _divide_jvp(primals, tangents):
 
 def topk_select(scores: Array, k: int, *, lengths: Array | None = None, sorted: bool = True) -> tuple[Array, Array]:
     """See `jax_router.topk_select`."""
-    scores, lengths = align((scores, lengths), (1, 0))
     length = scores.shape[-1]
     scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)  # a NaN with the sign bit would sort below -inf
     ordered = lax.stop_gradient(scores)
@@ -217,26 +214,8 @@ def dense_router(
     )
 
 
-def router_logits(
-    x: Array, weight: Array, logit_bias: Array | None = None, *, precision: lax.PrecisionLike = None
-) -> Array:
-    """`x @ weight.T + logit_bias` in f32; of f32 operands to f32 accuracy unless `precision` asks for less."""
-    if precision is None and x.dtype == jnp.float32:
-        precision = lax.Precision.HIGHEST
-    logits = lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        out_sharding=product_sharding(x, weight),
-    )
-    return logits if logit_bias is None else logits + shard_last_axis_as(logits, logit_bias)
-
-
 def expert_dispatch(expert_ids: Array, num_experts: int) -> Dispatch:
     """See `jax_router.expert_dispatch`."""
-    (expert_ids,) = align((expert_ids,), (expert_ids.ndim,))
     flat = expert_ids.reshape(-1)
     group = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.int32)
     choices = jnp.arange(flat.size, dtype=jnp.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from . import _check, reference
+from . import _check
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._hash_router import hash_router
+from ._logits import router_logits
 from ._route_at import scored_hash_router
 from ._topk_select import topk_select
-from ._types import GroupScore, ScoreFn, Scoring
+from ._types import GroupScore, ScoreFn, Selection
 
 Initializer = Callable[..., Array]
 
@@ -34,18 +36,38 @@ class HashTable(nnx.Variable[Array]):
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """What a Router is.
+    """What a Router is: its sizes, its options, and whether it is dense or hash. Frozen and hashable.
+
+    A token's experts are the `top_k` with the best keys, among the `top_groups` best of `num_groups` groups; their
+    weights are their scores, divided by their sum if `renormalize`, times `scale`. `activation_topk` has the formulas.
+
+    Example::
+
+        >>> from jax_router import RouterConfig
+        >>> deepseek_v3 = RouterConfig(
+        ...     hidden_size=7168, num_experts=256, top_k=8, score_fn="sigmoid", num_groups=8, top_groups=4, scale=2.5
+        ... )
 
     Attributes:
         hidden_size: D, of the hidden states.
         num_experts: E.
-        top_k: experts a token.
-        score_fn, renormalize, scale, num_groups, top_groups, group_score: see `activation_topk`.
-        mode: `"dense"` (by the hidden state) or `"hash"` (by the token id).
+        top_k: the number of experts a token, from 1 to the number of experts in `top_groups` groups.
+        score_fn: `"sqrtsoftplus"` (default), `"sigmoid"` or `"softmax"`.
+        renormalize: whether the weights of a token are divided by their sum; default True.
+        scale: a number that all weights are multiplied by; default 1.
+        num_groups: the number of groups of experts, which divides E; default 1, no groups.
+        top_groups: how many groups stay eligible; default 1.
+        group_score: of a group, `"top2_sum"` (default) or `"max"` of its keys.
+        mode: `"dense"` (default), by the hidden state, or `"hash"`, by the token id.
         vocab_size: V, of the token ids; needed by `"hash"`.
-        hash_weights: in a hash layer, `"uniform"` (scale / k) or `"scored"` (the scores of the table's experts).
-        dtype: of the product's operands; None takes that of the hidden states.
-        param_dtype: of the weight.
+        hash_weights: in a hash layer, `"uniform"` (default), scale / k, or `"scored"`, by the scores of the table's
+            experts.
+        dtype: of the product's operands; default None takes that of the hidden states.
+        param_dtype: of the weight; default float32.
+
+    Raises:
+        TypeError: an option has a wrong type.
+        ValueError: an option has a wrong value, or does not go with another one.
     """
 
     hidden_size: int
@@ -69,28 +91,29 @@ class RouterConfig:
         _check.static_int("num_experts", self.num_experts, 1, None)
         _check.choice("mode", self.mode, ("dense", "hash"))
         _check.choice("hash_weights", self.hash_weights, ("uniform", "scored"))
-        _check.selection(self.num_experts, **self.selection)
+        self._selection  # checks the options  # noqa: B018
         if self.mode == "hash":
             if self.vocab_size is None:
                 raise ValueError("vocab_size must be an int for mode='hash', got None")
             _check.static_int("vocab_size", self.vocab_size, 1, None)
 
+    @functools.cached_property
+    def _selection(self) -> Selection:
+        return _check.selection(self.num_experts, **{name: getattr(self, name) for name in Selection().options})
+
     @property
     def scoring(self) -> dict[str, Any]:
-        return {"score_fn": self.score_fn, "renormalize": self.renormalize, "scale": self.scale}
+        """The options of `route_at`, as keyword arguments."""
+        return self._selection.scoring.options
 
     @property
     def selection(self) -> dict[str, Any]:
-        return {
-            **self.scoring,
-            "top_k": self.top_k,
-            "num_groups": self.num_groups,
-            "top_groups": self.top_groups,
-            "group_score": self.group_score,
-        }
+        """The options of `activation_topk`, as keyword arguments."""
+        return self._selection.options
 
     @property
     def has_weight(self) -> bool:
+        """Whether a router has a weight: not if it is hash with uniform weights."""
         return self.mode == "dense" or self.hash_weights == "scored"
 
 
@@ -177,7 +200,7 @@ class Router(nnx.Module):
             return self._hash(x, token_ids, token_mask, return_logits)
         if not return_logits:
             return dense_router(*self._product(x), self.bias[...], token_mask=token_mask, **config.selection)
-        logits = reference.router_logits(*self._product(x))
+        logits = router_logits(*self._product(x))
         return activation_topk(logits, self.bias[...], token_mask=token_mask, **config.selection), logits
 
     def _product(self, x: Array) -> tuple[Array, Array]:
@@ -195,7 +218,7 @@ class Router(nnx.Module):
             token_ids = jnp.where(token_mask, token_ids, -1)
         if config.hash_weights == "uniform":
             return hash_router(token_ids, self.hash_lut[...], scale=config.scale)
-        logits = reference.router_logits(*self._product(x))
+        logits = router_logits(*self._product(x))
         token_ids = _check.as_int32_ids(token_ids, self.hash_lut.shape[0])
-        routing = scored_hash_router(logits, token_ids, self.hash_lut[...], Scoring(**config.scoring))
+        routing = scored_hash_router(logits, token_ids, self.hash_lut[...], config._selection.scoring)
         return (routing, logits) if return_logits else routing

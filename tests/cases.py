@@ -1,67 +1,6 @@
-"""The named cases of the tests: the routers of real models, and the sizes that broke other kernels."""
+"""The sizes that broke other kernels, rows for topk_select, and the operands of the ops by name."""
 
-from dataclasses import dataclass
-from typing import Any
-
-import ml_dtypes
 import numpy as np
-
-DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
-
-
-@dataclass(frozen=True)
-class Model:
-    """The router of a model, as its configuration file has it."""
-
-    hidden_size: int
-    num_experts: int
-    top_k: int
-    score_fn: str
-    renormalize: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-    group_score: str = "top2_sum"
-    has_bias: bool = False
-    has_logit_bias: bool = False
-    vocab_size: int | None = None  # of a model with hash layers
-
-    @property
-    def scoring(self) -> dict[str, Any]:
-        return {"score_fn": self.score_fn, "renormalize": self.renormalize, "scale": self.scale}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of activation_topk."""
-        return {
-            **self.scoring,
-            "top_k": self.top_k,
-            "num_groups": self.num_groups,
-            "top_groups": self.top_groups,
-            "group_score": self.group_score,
-        }
-
-    def logits(self, rng: np.random.Generator, *leading: int, dtype: Any = np.float32) -> np.ndarray:
-        """Logits as a trained gate has them: a few units wide."""
-        return rng.normal(0, 2, (*leading, self.num_experts)).astype(np.float32).astype(dtype)
-
-    def bias(self, rng: np.random.Generator) -> np.ndarray | None:
-        return rng.normal(0, 0.1, self.num_experts).astype(np.float32) if self.has_bias else None
-
-
-MODELS = {
-    "deepseek-v2": Model(5120, 160, 6, "softmax", False, 16.0, num_groups=8, top_groups=3, group_score="max"),
-    "deepseek-v3": Model(7168, 256, 8, "sigmoid", True, 2.5, num_groups=8, top_groups=4, has_bias=True),
-    "deepseek-v4-flash": Model(4096, 256, 6, "sqrtsoftplus", True, 1.5, has_bias=True, vocab_size=129280),
-    "deepseek-v4-pro": Model(7168, 384, 6, "sqrtsoftplus", True, 2.5, has_bias=True, vocab_size=129280),
-    "glm-4.5": Model(5120, 160, 8, "sigmoid", True, 2.5, has_bias=True),
-    "gpt-oss-120b": Model(2880, 128, 4, "softmax", has_logit_bias=True),
-    "kimi-k2": Model(7168, 384, 8, "sigmoid", True, 2.827, has_bias=True),
-    "llama-4-maverick": Model(5120, 128, 1, "sigmoid", False),
-    "mixtral-8x7b": Model(4096, 8, 2, "softmax"),
-    "olmoe": Model(2048, 64, 8, "softmax", False),
-    "qwen3-30b-a3b": Model(2048, 128, 8, "softmax"),
-}
 
 EXPERT_COUNTS = (36, 72, 108, 132, 144, 160, 192, 288, 320, 384, 448, 512, 576, 896, 1024)
 ODD_EXPERT_COUNTS = (1, 3, 7, 17, 33, 65, 129, 255, 257, 1023)

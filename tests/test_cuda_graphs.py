@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jax_router import _ffi
+from jax_router import _native
 
 STEPS, CALLS = 100, 6  # of decode_loop.py: steps, and our calls in each
 
@@ -56,7 +56,7 @@ def metadata_of(handler):
 @pytest.mark.parametrize(("platform", "traits"), [("cpu", 0), ("cuda", 1)])
 def test_traits(platform, traits):
     """Every CUDA handler says that it is compatible with command buffers (bit 0), and was built for the API it says."""
-    module = _ffi.load(platform)
+    module = _native.load(platform)
     if isinstance(module, ImportError):
         pytest.skip(str(module))
     for name, handler in module.targets().items():

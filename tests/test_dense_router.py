@@ -12,18 +12,24 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_router
-from cases import DTYPES, MODELS, TOKEN_COUNTS
-from jax_router import _ffi
+from cases import TOKEN_COUNTS
+from jax_router import _native
+from models import DTYPES, MODELS
 
 FUSED, UNFUSED = "jax_router.dense_router", "jax_router.activation_topk"
 
 
 @pytest.fixture(scope="module")
 def cuda():
-    module = _ffi.load("cuda")
+    module = _native.load("cuda")
     if isinstance(module, ImportError):
         pytest.skip(str(module))
     return module
+
+
+def fuses(cuda, **size):
+    """Whether the native module fuses a size: it can, and it is faster."""
+    return not cuda.dense_router_unsupported(**size) and cuda.dense_router_pays(**size)
 
 
 def bf16(*shape):
@@ -39,7 +45,7 @@ def calls(function, *operands, **shardings):
 @pytest.mark.parametrize("name", ["deepseek-v4-flash", "deepseek-v4-pro", "gpt-oss-120b"])
 def test_few_tokens_are_one_call(name, cuda):
     model = MODELS[name]
-    route = partial(jax_router.dense_router, **model.options)
+    route = partial(jax_router.dense_router, **model.selection)
     weight = bf16(model.num_experts, model.hidden_size)
     assert calls(route, bf16(8, model.hidden_size), weight) == [FUSED]
     assert calls(route, bf16(2, 4, model.hidden_size), weight) == [FUSED]
@@ -51,13 +57,13 @@ def test_few_tokens_are_one_call(name, cuda):
 def test_many_tokens_are_one_call_where_a_kernel_is_faster(cuda):
     """That kernel is for compute capability 9.0 alone."""
     route = partial(jax_router.dense_router, top_k=6)
-    fuses = partial(cuda.fuses_dense_router, hidden=4096, top_k=6, num_groups=1, dtype="bfloat16")
+    fused = partial(fuses, cuda, hidden=4096, top_k=6, num_groups=1, dtype="bfloat16")
     for tokens in (129, 512, 4096, 16384):
-        expected = FUSED if fuses(tokens=tokens, num_experts=256) else UNFUSED
+        expected = FUSED if fused(tokens=tokens, num_experts=256) else UNFUSED
         assert calls(route, bf16(tokens, 4096), bf16(256, 4096)) == [expected]
     hopper = jax.default_backend() == "gpu" and {d.compute_capability for d in jax.devices()} == {"9.0"}
-    assert fuses(tokens=512, num_experts=256) == (hopper and "90a" in cuda.architectures)
-    assert not fuses(tokens=512, num_experts=257)
+    assert fused(tokens=512, num_experts=256) == (hopper and "90a" in cuda.architectures)
+    assert not fused(tokens=512, num_experts=257)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +108,8 @@ def test_gradient_selects_once(cuda):
 
 def fused_tokens(cuda, counts, dtype, num_experts, hidden):
     """Those of the numbers of tokens for which there is a fused kernel that is faster, on this machine."""
-    fuses = partial(cuda.fuses_dense_router, num_experts=num_experts, hidden=hidden, top_k=6, num_groups=1)
-    return [tokens for tokens in counts if fuses(tokens=tokens, dtype=DTYPES[dtype].name)]
+    size = {"num_experts": num_experts, "hidden": hidden, "top_k": 6, "num_groups": 1, "dtype": DTYPES[dtype].name}
+    return [tokens for tokens in counts if fuses(cuda, tokens=tokens, **size)]
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="XLA's product of another shape may sum in another order")
@@ -193,7 +199,7 @@ def test_calls_that_follow_each_other(rng):
         model = MODELS[name]
         x = jnp.asarray(rng.normal(0, 1, (tokens, model.hidden_size)).astype(DTYPES["bf16"]))
         weight = rng.normal(0, model.hidden_size**-0.5, (model.num_experts, model.hidden_size)).astype(DTYPES["bf16"])
-        route = jax.jit(partial(jax_router.dense_router, **model.options))
+        route = jax.jit(partial(jax_router.dense_router, **model.selection))
         programs.append((route, x, jnp.asarray(weight)))
     want = [route(x, weight) for route, x, weight in programs]
     same = jax.jit(lambda a, b: jnp.all(a[0] == b[0]) & jnp.all(a[1] == b[1]))

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
-from cases import DTYPES, MODELS
 from matrix import OPS, Case
+from models import DTYPES, MODELS
 
-BATCHES = (1, 2, 31, 64, 65, 130)
+# Tokens of a batch. On a GPU there are kernels for up to 1024, for fewer than 4096 and for more.
+BATCHES = (1, 2, 31, 64, 65, 130, 1100, 4200)
 
 
 def assert_same_bits(got, want):
@@ -24,10 +25,10 @@ def assert_same_bits(got, want):
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v4-flash", "olmoe"])
 def test_a_token_is_routed_alike_in_any_batch(name, rng):
-    """Decode and prefill kernels, and every place within a block of tokens, give the same bits."""
+    """In a batch of any size, at another place in it, and with NaN in all other tokens."""
     model = MODELS[name]
     logits, bias = model.logits(rng, max(BATCHES)), model.bias(rng)
-    route = jax.jit(partial(jax_router.activation_topk, implementation="native", **model.options))
+    route = jax.jit(partial(jax_router.activation_topk, implementation="native", **model.selection))
     whole = route(logits, bias)
     for size in BATCHES:
         start = max(BATCHES) - size
@@ -50,13 +51,15 @@ def test_a_gradient_row_is_the_same_in_any_batch(rng):
         assert_same_bits(gradient(logits[rows], ids[rows], cotangent[rows]), whole[rows])
 
 
-@pytest.mark.parametrize(("length", "k"), [(4096, 512), (40000, 600)])
-def test_a_row_is_selected_alike_in_any_batch(length, k, rng):
-    """Few rows and many rows take different kernels; half precision has ties at the k-th place."""
-    x = rng.normal(0, 1, (140, length)).astype(DTYPES["bf16"])
+@pytest.mark.parametrize(
+    ("rows", "length", "k"), [(4200, 200, 6), (1100, 700, 100), (140, 4096, 512), (140, 40000, 600)]
+)
+def test_a_row_is_selected_alike_in_any_batch(rows, length, k, rng):
+    """On a GPU few and many rows of a length take different kernels; half precision has ties at the k-th place."""
+    x = rng.normal(0, 1, (rows, length)).astype(DTYPES["bf16"])
     select = jax.jit(partial(jax_router.topk_select, k=k, implementation="native"))
     whole = select(x)
-    for size in (1, 2, 33):
+    for size in (1, 2, 33, rows // 2):
         assert_same_bits(select(x[-size:]), [array[-size:] for array in whole])
 
 
@@ -66,14 +69,14 @@ def test_dense_router_repeats(tokens, rng):
     model = MODELS["deepseek-v4-flash"]
     x = jnp.asarray(rng.normal(0, 1, (tokens, 4096)).astype(DTYPES["bf16"]))
     weight = jnp.asarray(rng.normal(0, 1 / 64, (256, 4096)).astype(DTYPES["bf16"]))
-    route = jax.jit(partial(jax_router.dense_router, implementation="native", **model.options))
+    route = jax.jit(partial(jax_router.dense_router, implementation="native", **model.selection))
     want = route(x, weight)
     for _ in range(20):
         assert_same_bits(route(x, weight), want)
 
 
-def test_dense_router_decodes_alike_in_any_batch(rng):
-    """One program gives a token the same bits whatever the other 63 rows hold."""
+def test_dense_router_looks_at_no_other_token(rng):
+    """One program gives a token the same bits whatever the other 63 hold. (In test_dense_router.py: in any batch.)"""
     x = rng.normal(0, 1, (64, 1024)).astype(DTYPES["bf16"])
     weight = rng.normal(0, 1 / 32, (64, 1024)).astype(DTYPES["bf16"])
     route = jax.jit(partial(jax_router.dense_router, top_k=6, implementation="native"))
@@ -83,8 +86,30 @@ def test_dense_router_decodes_alike_in_any_batch(rng):
     assert_same_bits([array[40] for array in route(poisoned, weight)], [array[40] for array in whole])
 
 
-def test_all_ops_repeat(rng):
-    """Repeats of one compiled program of all ops, in which calls follow each other directly."""
+def program_of(cases):
+    """One program of ops and their gradients in the operand that is one a token, and its operands for 1000 tokens."""
+    derivatives = [
+        Case(case.call, case.operands, case.floats[:1]).derivative_of(partial(case.call, implementation="native"))
+        for case in cases
+    ]
+
+    @jax.jit
+    def run(operands):
+        return [derivative(*values) for derivative, values in zip(derivatives, operands)]
+
+    return run, [case.draw(1000) for case in cases]
+
+
+def test_all_ops_repeat():
+    """Repeats of one compiled program of all ops and their gradients."""
+    run, operands = program_of(OPS.values())
+    want = run(operands)
+    for _ in range(10):
+        assert_same_bits(run(operands), want)
+
+
+def test_calls_that_follow_each_other(rng):
+    """Calls of one program that take over each other's scratch memory, and repeats of that program."""
     x = jnp.asarray(rng.normal(0, 1, (200, 64)).astype(np.float32))
     long = jnp.asarray(rng.integers(0, 2000, (2, 100_000)).astype(np.float32))
 
@@ -120,20 +145,6 @@ def test_concurrent_calls(rng):
         for thread, results in enumerate(pool.map(work, range(8))):
             for i, got in enumerate(results):
                 assert_same_bits(got, want[(thread + i) % 4])
-
-
-def program_of(cases):
-    """One program of ops and their gradients in the operand that is one a token, and its operands for 1000 tokens."""
-    derivatives = [
-        Case(case.call, case.operands, case.floats[:1]).derivative_of(partial(case.call, implementation="native"))
-        for case in cases
-    ]
-
-    @jax.jit
-    def run(operands):
-        return [derivative(*values) for derivative, values in zip(derivatives, operands)]
-
-    return run, [case.draw(1000) for case in cases]
 
 
 def test_concurrent_calls_on_every_device(devices):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jax_router
-from jax_router import Router, RouterConfig, _ffi
+from jax_router import Router, RouterConfig, _native
 
 F32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 BF16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -171,9 +171,9 @@ def test_native_without_a_kernel(op):
 
 
 def test_advice_without_any_native_module(monkeypatch):
-    monkeypatch.setattr(_ffi, "load", lambda platform: ImportError(f"built without {platform}"))
-    assert re.search(says("no platform built without cpu built without cuda nvcc"), _ffi.how_to_get_kernels())
-    assert _ffi.custom_call_targets() == ()
+    monkeypatch.setattr(_native, "load", lambda platform: ImportError(f"built without {platform}"))
+    assert re.search(says("no platform built without cpu built without cuda nvcc"), _native.how_to_get_kernels())
+    assert _native.custom_call_targets() == ()
 
 
 @pytest.mark.parametrize(

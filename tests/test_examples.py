@@ -1,10 +1,8 @@
 """The examples compute what they say, with the collectives and the memory that they say."""
 
-import importlib.util
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,23 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 import jax_router
 from matrix import assert_close
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def load(name):
-    if not EXAMPLES.exists():
-        pytest.skip(f"there is no {EXAMPLES}")
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from programs import EXAMPLES, load_example
 
 
 @pytest.fixture
 def expert_parallel(devices):
     """The example, a mesh, and tokens and weights on it."""
-    example = load("expert_parallel")
+    example = load_example("expert_parallel")
     mesh = jax.make_mesh((len(devices),), (example.AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
     weights = example.random_weights(jax.random.key(0), 16, 8, 12)
     x = jax.random.normal(jax.random.key(1), (64, 8))
@@ -81,8 +69,6 @@ def test_expert_parallel_with_a_capacity(expert_parallel):
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_two_processes_train_as_one_does(platform):
     """Real processes, with gloo or NCCL between them."""
-    if not EXAMPLES.exists():
-        pytest.skip(f"there is no {EXAMPLES}")
     if platform == "cuda" and (jax.default_backend() != "gpu" or jax.local_device_count() < 2):
         pytest.skip(f"needs two GPUs; this machine has {jax.local_device_count()} devices: {jax.local_devices()[0]}")
     run = [sys.executable, EXAMPLES / "two_processes.py", "--platform", platform]
@@ -93,7 +79,7 @@ def test_two_processes_train_as_one_does(platform):
 
 @pytest.fixture
 def sharded_selection(devices):
-    example = load("sharded_selection")
+    example = load_example("sharded_selection")
     return example, jax.make_mesh((len(devices),), (example.AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
 
 
@@ -126,7 +112,7 @@ def test_route_over_shards(sharded_selection, rng):
 
 def test_sparse_attention_selects_as_a_sort_does():
     """While the cache grows past k: the same sets of keys, so the same tokens but for the order of the sums."""
-    example = load("sparse_attention")
+    example = load_example("sparse_attention")
     state = example.random_state(jax.random.key(0), capacity=64, length=3, size=16, heads=2, index_size=8)
     native, by_sort = (
         jax.jit(partial(example.decode, select, 8, 12))(*state)[1]

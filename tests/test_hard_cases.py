@@ -1,6 +1,9 @@
-"""Fifteen kinds of input that broke routers and top-k kernels before this one, compared with the total order on bits
-or with an answer that is known exactly. 11, the sizes, is in test_native.py, 14 in test_determinism.py, and the
-gradients of 15 are in test_transforms.py."""
+"""Inputs that broke routers and top-k kernels before this one, compared with the total order on bits or with an answer
+that is known exactly.
+
+Sizes that broke them are in test_native.py; results that changed with the batch or from call to call in
+test_determinism.py; gradients that were not exactly zero and tables without a gradient in test_derivatives.py.
+"""
 
 import os
 from functools import partial
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 import jax_router
-from cases import DTYPES
+from models import DTYPES
 from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, expert_ids, f64, scores, select, weights_at
 from oracle import top_k as oracle_top_k
 
@@ -27,7 +30,7 @@ def with_bits(bits):
     return np.asarray(bits).astype(np.uint32).view(np.float32)
 
 
-# 1. NaN of both signs
+# NaN of both signs
 
 
 @pytest.mark.parametrize("keys", ["logits", "scores", "groups"])
@@ -71,7 +74,7 @@ def test_select_with_nans_of_both_signs(dtype, implementation, rng):
     np.testing.assert_array_equal(f64(values), f64(want_values))
 
 
-# 2. Ids out of range
+# Ids out of range
 
 
 def test_token_ids_out_of_range(implementation, rng):
@@ -101,7 +104,7 @@ def test_table_entries_out_of_range(implementation, rng):
         np.testing.assert_array_equal(got, want)
 
 
-# 3. Biases that cancel
+# Biases that cancel
 
 
 @pytest.mark.parametrize("steer", [12.0, 1e4, -1e5])
@@ -140,7 +143,7 @@ def test_keys_of_bias_alone(steps, score_fn, groups, implementation, rng):
         np.testing.assert_array_equal(route(logits[rows], bias[rows]).expert_ids, want[rows])
 
 
-# 4. Underflow and overflow of scores
+# Underflow and overflow of scores
 
 SCORE_EDGES = np.array(
     [-100, -30, -17, -16.6, np.nextafter(np.float32(20), 0), 20, np.nextafter(np.float32(20), 21), 88.7, 89, 1e4],
@@ -178,7 +181,7 @@ def test_row_where_every_weight_underflows(implementation):
     np.testing.assert_array_equal(routing.expert_ids, [[0, 1, 2]] * 2)
 
 
-# 5. Few candidates
+# Few candidates
 
 
 def test_fewer_than_k_finite_scores(implementation):
@@ -198,7 +201,7 @@ def test_every_expert_is_chosen(implementation, rng):
     np.testing.assert_allclose(np.sum(routing.weights, -1), 1, rtol=1e-6)
 
 
-# 6 and 7. Ties
+# Ties, of experts and of groups
 
 
 @pytest.mark.parametrize(("num_experts", "dtype"), [(40, "f32"), (40, "bf16"), (384, "f32"), (256, "f16")])
@@ -247,7 +250,7 @@ def test_ties_are_broken_alike_on_all_paths(implementation, rng):
         np.testing.assert_array_equal(route(logits[rows]).expert_ids, want[rows])
 
 
-# 8. Long rows of few distinct leading bits
+# Rows of few distinct leading bits
 
 NARROW = {
     "consecutive bits": lambda rng, shape: with_bits(0x3F800000 + rng.permuted(np.indices(shape)[1], axis=1)),
@@ -270,7 +273,7 @@ def test_rows_of_a_narrow_range(name, length, k, rng):
     np.testing.assert_array_equal(values, want_values)
 
 
-# 9. Both ends of the range
+# Both ends of the range
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -289,7 +292,7 @@ def test_mixed_infinities_denormals_and_large_values(dtype, implementation):
     np.testing.assert_array_equal(routing.expert_ids, oracle_top_k(x, 5))
 
 
-# 10. Offsets beyond 31 bits
+# Offsets beyond 31 bits
 
 
 def test_offsets_beyond_two_to_the_31():
@@ -315,7 +318,7 @@ def test_offsets_beyond_two_to_the_31():
     np.testing.assert_array_equal(f64(values), [[2, 1]] * rows)
 
 
-# 12. Masks in CUDA graphs, and no tokens at all
+# Masks in CUDA graphs, and no tokens at all
 
 
 def test_mask_that_changes_within_a_loop(implementation, rng):
@@ -364,7 +367,7 @@ def test_no_tokens(shape, implementation):
     np.testing.assert_array_equal(sizes, 0)
 
 
-# 13. Lengths, unaligned rows, a dirty workspace
+# Lengths, unaligned rows, a dirty workspace
 
 
 @pytest.mark.parametrize("length", [40, 5000])
@@ -397,7 +400,7 @@ def test_long_rows_after_other_rows(rng):
             np.testing.assert_array_equal(op("topk_select", k=k)(x)[1], select(x, k)[1])
 
 
-# 15. Precision
+# Products of half precision
 
 
 def test_half_precision_operands_choose_as_float32_would(implementation, rng):

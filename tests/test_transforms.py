@@ -22,7 +22,7 @@ from jax.experimental import checkify
 
 import jax_router
 from cases import draw
-from jax_router import _ffi
+from jax_router import _native
 from matrix import OPS, Table, assert_close, assert_documented, native, sum_of_squares
 from oracle import top_k as oracle_top_k
 
@@ -434,7 +434,7 @@ def test_jaxpr():
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_lowering_is_one_custom_call(platform):
-    if isinstance(error := _ffi.load(platform), ImportError):
+    if isinstance(error := _native.load(platform), ImportError):
         pytest.skip(str(error))
     traced = jax.jit(OPS["activation_topk, bias"].call).trace(*OPS["activation_topk, bias"].draw(T))
     text = traced.lower(lowering_platforms=(platform,)).as_text()

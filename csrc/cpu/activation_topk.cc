@@ -3,14 +3,14 @@
 // without groups the logits themselves are the keys, and only the chosen ones are scored.
 #include "chosen.h"
 #include "convert.h"
-#include "narrow.h"
 #include "rows.h"
 #include "select.h"
+#include "short_rows.h"
 
 namespace jax_router::cpu::JR_ISA {
 namespace {
 
-static_assert(kRowsPerBlock <= NarrowTopK::kRows, "a block is selected at once");
+static_assert(kRowsPerBlock <= ShortRowsTopK::kRows, "a block is selected at once");
 static_assert(kMaxExperts <= kChunk, "a row is one chunk");
 
 template <typename T>
@@ -73,15 +73,17 @@ void exclude_groups(const Groups& groups, int64_t experts, TopK& select, uint32_
 }  // namespace
 
 void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
+  const int64_t experts = op.selection.experts;
   const int64_t k = op.selection.k;
-  const bool grouped = op.selection.groups.num_groups > 1;
+  const Scoring& scoring = op.selection.scoring;
+  const Groups& groups = op.selection.groups;
+  const bool grouped = groups.num_groups > 1;
   const bool scored = op.bias != nullptr || grouped;
-  const bool whole_row =
-      op.selection.scoring.score_fn == ScoreFn::kSoftmax && (scored || !op.selection.scoring.renormalize);
-  const bool narrow = NarrowTopK::pays(end - begin, op.selection.experts, k);
-  TopK select(op.selection.experts, grouped && op.selection.groups.top_groups > k ? op.selection.groups.top_groups : k);
-  NarrowTopK narrow_select(narrow ? op.selection.experts : 0);
-  ChosenRows chosen(op.selection.scoring, k);
+  const bool whole_row = scoring.score_fn == ScoreFn::kSoftmax && (scored || !scoring.renormalize);
+  const bool are_short = ShortRowsTopK::pays(end - begin, experts, k);
+  TopK select(experts, grouped && groups.top_groups > k ? groups.top_groups : k);
+  ShortRowsTopK select_short(are_short ? experts : 0);
+  ChosenRows chosen(scoring, k);
   alignas(64) float scores[kMaxExperts];
   alignas(64) uint32_t keys[kChunk];
   with_type(op.dtype, [&](auto type) {
@@ -91,33 +93,33 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
       int32_t* const expert_ids = op.expert_ids + first * k;
       for (int64_t r = 0; r < count; ++r) {
         if (is_masked(op, first + r)) continue;
-        const auto* row = logits + (first + r) * op.selection.experts;
+        const auto* row = logits + (first + r) * experts;
         Softmax softmax{0.0f, 1.0f};
-        if (whole_row) softmax = softmax_of_row(row, op.selection.experts);
+        if (whole_row) softmax = softmax_of_row(row, experts);
         chosen.set_softmax(r, softmax);
         if (scored) {
-          scores_of_row(op.selection.scoring.score_fn, softmax, row, op.selection.experts, scores);
+          scores_of_row(scoring.score_fn, softmax, row, experts, scores);
           if (op.bias != nullptr) {
             const float* bias = op.bias + (first + r) * op.bias_stride;
-            for (int64_t e = 0; e < op.selection.experts; ++e) scores[e] += bias[e];
+            for (int64_t e = 0; e < experts; ++e) scores[e] += bias[e];
           }
-          load_keys(scores, op.selection.experts, keys);
-          if (grouped) exclude_groups(op.selection.groups, op.selection.experts, select, keys);
+          load_keys(scores, experts, keys);
+          if (grouped) exclude_groups(groups, experts, select, keys);
         } else {
-          load_keys(row, op.selection.experts, keys);
+          load_keys(row, experts, keys);
         }
-        if (narrow) {
-          narrow_select.set(r, keys);
+        if (are_short) {
+          select_short.set(r, keys);
         } else {
           select.reset(k);
-          select.push(keys, op.selection.experts, 0);
+          select.push(keys, experts, 0);
           select.finish(true, expert_ids + r * k);
         }
       }
-      if (narrow) narrow_select.finish(count, k, expert_ids);
+      if (are_short) select_short.finish(count, k, expert_ids);
       for (int64_t r = 0; r < count; ++r) {
         const bool masked = is_masked(op, first + r);
-        const auto* row = logits + (first + r) * op.selection.experts;
+        const auto* row = logits + (first + r) * experts;
         for (int64_t j = 0; j < k; ++j) {
           int32_t& id = expert_ids[r * k + j];
           if (masked) id = -1;

@@ -1,7 +1,7 @@
 // The kernels that exist once for each instruction set: rows [begin, end) of an op. Every file that defines one is
 // compiled with JR_ISA set to the name of the instruction set, and everything it defines lies in that namespace or has
 // internal linkage. Such a file uses no standard library template: the linker would keep one copy of it, perhaps one
-// with instructions that the machine does not have. No include guard: dispatch.cc includes it once for each.
+// with instructions that the machine does not have. No include guard: instruction_set.cc includes it once for each.
 #include <cstdint>
 
 #include "../common/ops.h"

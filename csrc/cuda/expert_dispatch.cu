@@ -11,55 +11,15 @@
 // Ids outside [0, experts) count as one more expert, the last, which has no group and whose slots read -1.
 //
 // Floor: 12 bytes a choice (id in, token_index and slot out).
-#include <algorithm>
 #include <cstdint>
 
-#include "cluster.cuh"
 #include "kernels.h"
+#include "parts/cluster.cuh"
+#include "parts/launch.cuh"
+#include "parts/warp.cuh"
 
 namespace jax_router::cuda {
 namespace {
-
-constexpr int kMaxSortBlocks = 16;   // of a cluster that holds a whole sort
-constexpr uint32_t kSortRounds = 4;  // choices a thread of these holds at most
-constexpr int kClusterBlocks = 8;    // of the clusters that count the chunks of a long sort
-
-// How a long sort is cut: into so many clusters of chunks at most, and choices a thread holds at most.
-struct Cut {
-  uint32_t clusters;
-  uint32_t rounds;
-};
-// One block a multiprocessor, which finds room there while the counting kernel still runs.
-constexpr Cut kOneWave{16, 6};
-// What is longer than one tile of each of these blocks.
-constexpr Cut kLonger{32, 4};
-// The tables of the warps' counts lie in shared memory beside each other, so many experts leave room for few warps.
-constexpr int kManyThreads = 512;
-constexpr int kFewThreads = 256;
-constexpr int kExpertsForManyThreads = 1024;
-// A warp finds the lanes with the same bin by a table of lane masks, over the bin's low bits if it has more than these.
-constexpr uint32_t kMaskBins = 512;
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
-
-// How one sort is laid over thread blocks.
-struct Layout {
-  uint32_t choices;                    // of one sort
-  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
-  uint32_t experts;
-  uint32_t columns;         // of a count table: the experts, the ids outside, the places past the end; made even
-  uint32_t chunks;          // of one sort, a multiple of the cluster size
-  uint32_t chunk_choices;   // choices of one chunk
-  uint32_t rounds;          // choices a thread holds
-  uint32_t mask_bins;       // of a warp's table of lane masks
-  uint32_t cluster_blocks;  // of the clusters that hold the sort or count its chunks
-  bool one_cluster;         // a sort is one cluster's work, each block's chunk one tile
-  bool one_wave;            // cut as kOneWave says
-  __device__ uint32_t token_of(uint32_t choice) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
-  }
-  __host__ __device__ uint32_t bins() const { return experts + 1; }
-  __host__ __device__ uint32_t clusters() const { return chunks / cluster_blocks; }
-};
 
 // Shared memory of a block, one array after the other.
 struct Shared {
@@ -71,12 +31,7 @@ struct Shared {
   uint16_t* ranks;       // [warps][columns] choices of each bin so far, then in earlier warps
 };
 
-__host__ __device__ size_t shared_bytes(const Layout& layout, int threads) {
-  return (threads / 32) * (4 * layout.mask_bins + 2 * layout.columns) + 12 * layout.columns +
-         4 * threads * layout.rounds;
-}
-
-__device__ Shared carve_shared(const Layout& layout, int threads) {
+__device__ Shared carve_shared(const SortLayout& layout, int threads) {
   extern __shared__ __align__(16) uint32_t shared_memory[];
   Shared shared;
   shared.masks = shared_memory;
@@ -99,24 +54,16 @@ __device__ void let_later_kernel_start() {
 #endif
 }
 
-// Sum of x over the threads before this one; `total` is the sum over all.
+// Sum of x over the threads before this one; `total` is the sum over all. Ends with a barrier.
 template <int kThreads>
 __device__ uint32_t exclusive_sum(uint32_t x, uint32_t& total) {
   constexpr int kWarps = kThreads / 32;
   __shared__ uint32_t warp_sums[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t sum = x;
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullWarp, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warp_sums[warp] = sum;
+  const uint32_t sum = exclusive_sum_of_block<kThreads>(x, warp_sums);
+  const int lane = threadIdx.x % 32;
+  total = __reduce_add_sync(kFullWarp, lane < kWarps ? warp_sums[lane] : 0);
   __syncthreads();
-  uint32_t warp_sum = lane < kWarps ? warp_sums[lane] : 0;
-  const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? warp_sum : 0);
-  total = __reduce_add_sync(kFullWarp, warp_sum);
-  __syncthreads();
-  return before + sum - x;
+  return sum;
 }
 
 // A tile in registers: choice `first + lane + 32 * r` of the tile, a run of 32 * rounds for each warp.
@@ -126,11 +73,11 @@ struct TileChoices {
   uint32_t rank[kRounds];  // among the tile's choices of the same bin
 };
 
-__device__ uint32_t place_in_tile(const Layout& layout, int round) {
+__device__ uint32_t place_in_tile(const SortLayout& layout, int round) {
   return (threadIdx.x / 32 * layout.rounds + round) * 32 + threadIdx.x % 32;
 }
 
-__device__ void clear_masks(const Layout& layout, const Shared& shared, int threads) {
+__device__ void clear_masks(const SortLayout& layout, const Shared& shared, int threads) {
   uint4* masks = reinterpret_cast<uint4*>(shared.masks);
   for (uint32_t i = threadIdx.x; i < threads / 32 * layout.mask_bins / 4; i += threads)
     masks[i] = make_uint4(0, 0, 0, 0);
@@ -139,7 +86,7 @@ __device__ void clear_masks(const Layout& layout, const Shared& shared, int thre
 // Loads and ranks the choices [begin, end) and leaves counts, tile_start and ordered in shared memory. Needs clear
 // masks, and leaves them clear. Calls counted() when this thread has written its part of counts.
 template <int kThreads, uint32_t kRounds, typename Counted>
-__device__ TileChoices<kRounds> rank_tile(const Layout& layout, const Shared& shared, const int32_t* expert_ids,
+__device__ TileChoices<kRounds> rank_tile(const SortLayout& layout, const Shared& shared, const int32_t* expert_ids,
                                           uint32_t begin, uint32_t end, Counted counted) {
   constexpr int kWarps = kThreads / 32;
   const uint32_t past_end = layout.bins();
@@ -221,8 +168,8 @@ __device__ TileChoices<kRounds> rank_tile(const Layout& layout, const Shared& sh
 
 // Writes the tile out. Needs next_slot, and a barrier before and after.
 template <int kThreads, uint32_t kRounds>
-__device__ void write_tile(const Layout& layout, const Shared& shared, const TileChoices<kRounds>& tile, uint32_t begin,
-                           uint32_t end, int32_t* token_index, int32_t* slot) {
+__device__ void write_tile(const SortLayout& layout, const Shared& shared, const TileChoices<kRounds>& tile,
+                           uint32_t begin, uint32_t end, int32_t* token_index, int32_t* slot) {
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     if (r < layout.rounds) {
@@ -246,7 +193,7 @@ __device__ void write_tile(const Layout& layout, const Shared& shared, const Til
 
 // next_slot of a chunk from counts(bin) = {choices of the bin before the chunk, in the whole sort}.
 template <int kThreads, typename Counts>
-__device__ void find_slots(const Layout& layout, const Shared& shared, Counts counts, int32_t* group_sizes) {
+__device__ void find_slots(const SortLayout& layout, const Shared& shared, Counts counts, int32_t* group_sizes) {
   uint32_t carry = 0;
   for (uint32_t first = 0; first < layout.bins(); first += kThreads) {
     const uint32_t bin = first + threadIdx.x;
@@ -284,7 +231,8 @@ __device__ uint2 sum_over_cluster(const uint32_t* counts, uint32_t bin) {
 
 // One cluster a sort, one tile a block.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Layout layout, ExpertDispatch op) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    expert_dispatch_in_cluster(SortLayout layout, ExpertDispatch op) {
   const Shared shared = carve_shared(layout, kThreads);
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = block_of_cluster();
@@ -294,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Lay
 
   clear_masks(layout, shared, kThreads);
   const auto tile =
-      rank_tile<kThreads, kSortRounds>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
+      rank_tile<kThreads, kClusterRounds>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
   cluster_wait();
   find_slots<kThreads>(
       layout, shared, [&](uint32_t bin) { return sum_over_cluster<kMaxSortBlocks>(shared.counts, bin); },
@@ -309,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sort_in_cluster(Lay
 // bins], and in each cluster [batch, clusters, bins].
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
-    count_chunks(Layout layout, ExpertDispatch op, uint32_t* chunk_counts, uint32_t* cluster_counts) {
+    expert_dispatch_count(SortLayout layout, ExpertDispatch op, uint32_t* chunk_counts, uint32_t* cluster_counts) {
   let_later_kernel_start();
   extern __shared__ uint32_t counts[];
   const int64_t sort = blockIdx.x / layout.chunks;
@@ -336,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
   cluster_arrive();
   cluster_wait();
   for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) {
-    const uint2 sum = sum_over_cluster<kClusterBlocks>(counts, bin);
+    const uint2 sum = sum_over_cluster<kCountBlocks>(counts, bin);
     chunk_counts[static_cast<int64_t>(blockIdx.x) * layout.bins() + bin] = sum.x;
     if (block_of_cluster() == 0) cluster_counts[blockIdx.x / layout.cluster_blocks * layout.bins() + bin] = sum.y;
   }
@@ -347,7 +295,8 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
 // Long sorts, second kernel: one block a chunk, tile after tile.
 template <int kThreads, uint32_t kClusters, uint32_t kRounds>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
-    sort_chunks(Layout layout, ExpertDispatch op, const uint32_t* chunk_counts, const uint32_t* cluster_counts) {
+    expert_dispatch_sort(SortLayout layout, ExpertDispatch op, const uint32_t* chunk_counts,
+                         const uint32_t* cluster_counts) {
   const Shared shared = carve_shared(layout, kThreads);
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = blockIdx.x % layout.chunks;
@@ -387,123 +336,63 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   } while (begin < chunk_end);
 }
 
-uint32_t divide_up(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
-
-int threads_for(int32_t experts) { return experts <= kExpertsForManyThreads ? kManyThreads : kFewThreads; }
-
-Layout make_layout(const ExpertDispatch& op) {
-  const int threads = threads_for(op.experts);
-  Layout layout;
-  layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  // Exact for choice < 2^31, which slots are.
-  layout.token_shift = 31;
-  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
-  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
-  layout.experts = op.experts;
-  layout.columns = (op.experts + 2 + 1) / 2 * 2;
-  layout.mask_bins = std::min(kMaskBins, divide_up(layout.columns, 4) * 4);
-  const bool clusters = device_has_clusters();
-  const int64_t most = static_cast<int64_t>(threads) * kSortRounds * (clusters ? kMaxSortBlocks : 1);
-  layout.one_cluster = layout.choices <= most;
-  layout.one_wave = false;
-  uint32_t rounds = kSortRounds;
-  if (layout.one_cluster) {
-    layout.chunks = 1;
-    while (layout.chunks < kMaxSortBlocks && clusters && layout.choices > layout.chunks * threads) layout.chunks *= 2;
-    layout.cluster_blocks = layout.chunks;
-  } else {
-    layout.cluster_blocks = clusters ? kClusterBlocks : 1;
-    const auto cut = [&](const Cut& at_most) {
-      const int64_t enough = std::max<int64_t>(at_most.clusters / op.batch, 1);
-      layout.chunks =
-          std::min<int64_t>(enough, divide_up(layout.choices, layout.cluster_blocks * threads)) * layout.cluster_blocks;
-      rounds = at_most.rounds;
-    };
-    cut(kOneWave);
-    layout.one_wave = divide_up(layout.choices, layout.chunks) <= threads * rounds;
-    if (!layout.one_wave) cut(kLonger);
-  }
-  layout.chunk_choices = divide_up(divide_up(layout.choices, layout.chunks), 32) * 32;
-  layout.rounds = std::min<uint32_t>(divide_up(layout.chunk_choices, threads), rounds);
-  return layout;
-}
-
-template <typename Kernel>
-cudaError_t prepare(Kernel* kernel, size_t shared, int cluster) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+// As much of a multiprocessor's memory as there is for shared memory, whatever one block asks for.
+template <class Kernel>
+cudaError_t prepare_sort(Kernel* kernel, const LaunchShape& shape) {
+  const cudaError_t error = prepare(kernel, shape);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess || cluster <= 8) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int cluster,
-                          bool overlap, cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = !device_has_clusters() ? 0 : overlap ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-template <int kThreads, uint32_t kClusters, uint32_t kRounds>
-cudaError_t launch_long(const Layout& layout, const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
-  const auto sort = sort_chunks<kThreads, kClusters, kRounds>;
-  const int64_t blocks = op.batch * layout.chunks;
-  uint32_t* chunk_counts = static_cast<uint32_t*>(workspace);
-  uint32_t* cluster_counts = chunk_counts + blocks * layout.bins();
-  const size_t count_shared = 4 * layout.bins();
-  const size_t sort_shared = shared_bytes(layout, kThreads);
-  // Both are prepared first: the second launch should follow the first as soon as it can.
-  cudaError_t error = prepare(count_chunks<kThreads>, count_shared, layout.cluster_blocks);
-  if (error == cudaSuccess) error = prepare(sort, sort_shared, 1);
-  if (error != cudaSuccess) return error;
-  error = launch_blocks(count_chunks<kThreads>, blocks, kThreads, count_shared, layout.cluster_blocks, false, stream,
-                        layout, op, chunk_counts, cluster_counts);
-  if (error != cudaSuccess) return error;
-  return launch_blocks(sort, blocks, kThreads, sort_shared, 1, true, stream, layout, op,
-                       static_cast<const uint32_t*>(chunk_counts), static_cast<const uint32_t*>(cluster_counts));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 template <int kThreads>
-cudaError_t launch_with(const Layout& layout, const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
-  if (layout.one_cluster) {
-    const size_t shared = shared_bytes(layout, kThreads);
-    const cudaError_t error = prepare(sort_in_cluster<kThreads>, shared, layout.chunks);
-    if (error != cudaSuccess) return error;
-    return launch_blocks(sort_in_cluster<kThreads>, op.batch * layout.chunks, kThreads, shared, layout.chunks, false,
-                         stream, layout, op);
+cudaError_t run_in_cluster(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream) {
+  const auto kernel = expert_dispatch_in_cluster<kThreads>;
+  const LaunchShape shape{plan.blocks, kThreads, plan.shared_bytes, static_cast<int>(plan.layout.cluster_blocks)};
+  const cudaError_t error = prepare_sort(kernel, shape);
+  return error != cudaSuccess ? error : launch_prepared(kernel, shape, stream, plan.layout, op);
+}
+
+template <int kThreads, uint32_t kClusters, uint32_t kRounds>
+cudaError_t run_counted(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace,
+                        cudaStream_t stream) {
+  const SortLayout& layout = plan.layout;
+  const auto count = expert_dispatch_count<kThreads>;
+  const auto sort = expert_dispatch_sort<kThreads, kClusters, kRounds>;
+  uint32_t* chunk_counts = static_cast<uint32_t*>(workspace);
+  uint32_t* cluster_counts = chunk_counts + plan.blocks * layout.bins();
+  const LaunchShape count_shape{plan.blocks, kThreads, 4 * int64_t{layout.bins()},
+                                static_cast<int>(layout.cluster_blocks)};
+  LaunchShape sort_shape{plan.blocks, kThreads, plan.shared_bytes};
+  sort_shape.overlaps = layout.cluster_blocks > 1;  // which the devices can that have clusters
+  // Both are prepared first: the second launch should follow the first as soon as it can.
+  cudaError_t error = prepare_sort(count, count_shape);
+  if (error == cudaSuccess) error = prepare_sort(sort, sort_shape);
+  if (error == cudaSuccess) {
+    error = launch_prepared(count, count_shape, stream, layout, op, chunk_counts, cluster_counts);
   }
-  if (layout.one_wave) {
-    return launch_long<kThreads, kOneWave.clusters, kOneWave.rounds>(layout, op, workspace, stream);
+  if (error != cudaSuccess) return error;
+  return launch_prepared(sort, sort_shape, stream, layout, op, static_cast<const uint32_t*>(chunk_counts),
+                         static_cast<const uint32_t*>(cluster_counts));
+}
+
+template <int kThreads>
+cudaError_t run_with(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace, cudaStream_t stream) {
+  switch (plan.kernel) {
+    case SortKernel::kCluster:
+      return run_in_cluster<kThreads>(op, plan, stream);
+    case SortKernel::kOneWave:
+      return run_counted<kThreads, kOneWaveCut.clusters, kOneWaveCut.rounds>(op, plan, workspace, stream);
+    case SortKernel::kLonger:
+      return run_counted<kThreads, kLongerCut.clusters, kLongerCut.rounds>(op, plan, workspace, stream);
   }
-  return launch_long<kThreads, kLonger.clusters, kLonger.rounds>(layout, op, workspace, stream);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-size_t workspace_bytes(const ExpertDispatch& op) {
-  if (op.batch == 0) return 0;
-  const Layout layout = make_layout(op);
-  if (layout.one_cluster) return 0;
-  return 4 * static_cast<size_t>(op.batch) * (layout.chunks + layout.clusters()) * layout.bins();
-}
-
-cudaError_t launch(const ExpertDispatch& op, void* workspace, cudaStream_t stream) {
-  if (op.batch == 0) return cudaSuccess;
-  const Layout layout = make_layout(op);
-  return threads_for(op.experts) == kManyThreads ? launch_with<kManyThreads>(layout, op, workspace, stream)
-                                                 : launch_with<kFewThreads>(layout, op, workspace, stream);
+cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace, cudaStream_t stream) {
+  return plan.threads == kManySortThreads ? run_with<kManySortThreads>(op, plan, workspace, stream)
+                                          : run_with<kFewSortThreads>(op, plan, workspace, stream);
 }
 
 }  // namespace jax_router::cuda

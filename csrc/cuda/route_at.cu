@@ -4,16 +4,13 @@
 // stays in the L2, by the token's own id), then the one logit, and the token's threads share their scores through
 // shared memory, to be added up in the order of activation_topk. Softmax without renormalisation needs the whole row:
 // there a warp owns a token. Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
-#include <algorithm>
-
 #include "kernels.h"
-#include "load.cuh"
-#include "select.cuh"
+#include "parts/dtype.cuh"
+#include "parts/launch.cuh"
+#include "parts/row_score.cuh"
 
 namespace jax_router::cuda {
 namespace {
-
-constexpr int kThreads = 256;
 
 // The id, or -1 where the expert does not exist.
 __device__ __forceinline__ int load_expert(const RouteAt& op, int64_t token, int j) {
@@ -39,8 +36,8 @@ __device__ __forceinline__ void store_choice(const RouteAt& op, int64_t token, i
 
 // blockDim: (k, tokens of the block).
 template <class T>
-__global__ void __launch_bounds__(kThreads) weigh_choices(const RouteAt op) {
-  __shared__ __align__(16) float shared[4 * kThreads];
+__global__ void __launch_bounds__(kRouteAtThreads) route_at_choices(const RouteAt op) {
+  __shared__ __align__(16) float shared[4 * kRouteAtThreads];
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int j = static_cast<int>(threadIdx.x);
   const int expert = load_expert(op, token, j);
@@ -54,8 +51,8 @@ __global__ void __launch_bounds__(kThreads) weigh_choices(const RouteAt op) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) weigh_by_rows(const RouteAt op, const bool quads) {
-  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+__global__ void __launch_bounds__(kRouteAtThreads) route_at_rows(const RouteAt op, const bool quads) {
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kRouteAtThreads + threadIdx.x) / 32;
   if (token >= op.rows) return;
   const T* row = static_cast<const T*>(op.logits) + token * op.experts;
   const RowScore score = softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row, e, op.experts, quads); });
@@ -66,24 +63,16 @@ __global__ void __launch_bounds__(kThreads) weigh_by_rows(const RouteAt op, cons
   }
 }
 
-unsigned blocks_for(int64_t rows, int64_t rows_a_block) {
-  return static_cast<unsigned>((rows + rows_a_block - 1) / rows_a_block);
-}
-
 }  // namespace
 
-cudaError_t launch(const RouteAt& op, cudaStream_t stream) {
-  if (op.rows == 0 || op.k == 0) return cudaSuccess;
+cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, void*, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    if (op.scoring.needs_whole_row()) {
+    if (plan.by_rows) {
       const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
-      weigh_by_rows<T><<<blocks_for(op.rows, kThreads / 32), kThreads, 0, stream>>>(op, quads);
-    } else {
-      const dim3 block(op.k, kThreads / op.k);
-      weigh_choices<T><<<blocks_for(op.rows, block.y), block, 0, stream>>>(op);
+      return launch_kernel(route_at_rows<T>, {plan.blocks, kRouteAtThreads}, stream, op, quads);
     }
-    return cudaGetLastError();
+    return launch_kernel(route_at_choices<T>, {plan.blocks, dim3(op.k, plan.tokens)}, stream, op);
   });
 }
 

@@ -5,22 +5,16 @@
 // written once. Rows with more choices or more experts than a router's (plain top-k's gradient) are cut into stretches
 // with one thread block each.
 // Floor: rows * experts * sizeof(gradient) + 12 k rows bytes; softmax without renormalisation reads the logits too.
-#include <algorithm>
-
 #include "kernels.h"
-#include "load.cuh"
-#include "select.cuh"
+#include "parts/dtype.cuh"
+#include "parts/launch.cuh"
+#include "parts/row_score.cuh"
+#include "parts/tile.cuh"
 
 namespace jax_router::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-constexpr int kStretch = 1024;  // floats of shared memory a warp
-
-__device__ __forceinline__ void store_one(float* p, float x) { *p = x; }
-__device__ __forceinline__ void store_one(__nv_bfloat16* p, float x) { *p = __float2bfloat16(x); }
-__device__ __forceinline__ void store_one(__half* p, float x) { *p = __float2half(x); }
+constexpr int kThreads = 32 * kCotangentWarps;
 
 __device__ __forceinline__ uint32_t pack_two(float a, float b, __nv_bfloat16) {
   const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
@@ -144,15 +138,15 @@ __device__ __forceinline__ void merge_equal_ids(int k, int (&ids)[kHeld], float 
 
 // kLanes lanes hold a row's choices, kHeld each.
 template <class T, int kLanes, int kHeld, bool kWholeRow>
-__global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, const bool quads) {
+__global__ void __launch_bounds__(kThreads) route_cotangent_rows(const RouteCotangent op, const bool quads) {
   constexpr int kRows = 32 / kLanes;
-  constexpr int kRowStretch = kStretch / kRows;
+  constexpr int kRowStretch = kCotangentStretch / kRows;
   static_assert(!kWholeRow || kRows == 1);
-  __shared__ __align__(16) float shared[kWarps][kStretch];
+  __shared__ __align__(16) float shared[kCotangentWarps][kCotangentStretch];
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_lane = static_cast<int>(threadIdx.x) & 31;
   const int lane = tile_lane<kLanes>();
-  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRows;
+  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kCotangentWarps + warp) * kRows;
   if (first_row >= op.rows) return;
   const int rows = static_cast<int>(min(op.rows - first_row, static_cast<int64_t>(kRows)));
   const int own_row = warp_lane / kLanes;
@@ -191,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, c
       terms[h] = ids[h] < 0 ? 0.0f : __fmul_rn(grads[h], score(load_one(row_logits + ids[h])));
       chosen |= ids[h] >= 0;
     }
-    chosen = __any_sync(0xFFFFFFFFu, chosen);
+    chosen = __any_sync(kFullWarp, chosen);
     mean = sum_over_choices<kLanes>(terms, op.k);
   } else {
     differentiate<kLanes>(op.scoring, op.k, ids, logits, grads, values);
@@ -199,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, c
   merge_equal_ids<kLanes>(op.k, ids, values);
 
   float* const zeros = shared[warp];
-  for (int i = 4 * warp_lane; i < kStretch; i += 128) {
+  for (int i = 4 * warp_lane; i < kCotangentStretch; i += 128) {
     *reinterpret_cast<float4*>(zeros + i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
   __syncwarp();
@@ -233,24 +227,22 @@ __global__ void __launch_bounds__(kThreads) pull_back(const RouteCotangent op, c
   }
 }
 
-constexpr int kLongStretch = 4096;
-constexpr int kLongThreads = 256;
-
 // Any number of choices of a row, each with a gradient of its own. blockIdx.x: row * stretches + stretch.
 template <class T>
-__global__ void __launch_bounds__(kLongThreads) pull_back_long(const RouteCotangent op, const int stretches) {
-  __shared__ __align__(16) float sums[kLongStretch];
-  __shared__ int owners[kLongStretch];
+__global__ void __launch_bounds__(kLongCotangentThreads)
+    route_cotangent_stretches(const RouteCotangent op, const int stretches) {
+  __shared__ __align__(16) float sums[kLongCotangentStretch];
+  __shared__ int owners[kLongCotangentStretch];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x / stretches;
-  const int begin = static_cast<int>(blockIdx.x % stretches) * kLongStretch;
-  const int length = min(op.experts - begin, kLongStretch);
-  for (int i = thread; i < kLongStretch; i += kLongThreads) {
+  const int begin = static_cast<int>(blockIdx.x % stretches) * kLongCotangentStretch;
+  const int length = min(op.experts - begin, kLongCotangentStretch);
+  for (int i = thread; i < kLongCotangentStretch; i += kLongCotangentThreads) {
     sums[i] = 0.0f;
-    owners[i] = kLongThreads;
+    owners[i] = kLongCotangentThreads;
   }
   __syncthreads();
-  for (int first = 0; first < op.k; first += kLongThreads) {
+  for (int first = 0; first < op.k; first += kLongCotangentThreads) {
     const int j = first + thread;
     const int64_t place = row * op.k + j;
     const int i = j < op.k ? __ldg(op.expert_ids + place) - begin : -1;
@@ -265,42 +257,35 @@ __global__ void __launch_bounds__(kLongThreads) pull_back_long(const RouteCotang
         const float logit = op.residual == nullptr ? 0.0f : __ldg(static_cast<const float*>(op.residual) + place);
         const float slope = __fmul_rn(op.scoring.scale, __ldg(op.grad_weights + place));
         sums[i] = __fadd_rn(sums[i], __fmul_rn(slope, score_derivative(op.scoring.score_fn, logit)));
-        owners[i] = kLongThreads;
+        owners[i] = kLongCotangentThreads;
         pending = false;
       }
     }
   }
-  store_stretch(static_cast<T*>(op.grad_logits) + row * op.experts + begin, sums, length, thread, kLongThreads);
-}
-
-template <class T, int kLanes, int kHeld, bool kWholeRow>
-cudaError_t launch_rows(const RouteCotangent& op, cudaStream_t stream) {
-  const int64_t rows_a_block = kWarps * (32 / kLanes);
-  const auto blocks = static_cast<unsigned>((op.rows + rows_a_block - 1) / rows_a_block);
-  const bool quads = kWholeRow && rows_have_quads(op.residual, op.experts, sizeof(T));
-  pull_back<T, kLanes, kHeld, kWholeRow><<<blocks, kThreads, 0, stream>>>(op, quads);
-  return cudaGetLastError();
-}
-
-template <class T>
-cudaError_t launch_type(const RouteCotangent& op, cudaStream_t stream) {
-  const bool alone = !op.scoring.renormalize && op.scoring.score_fn != ScoreFn::kSoftmax;
-  if (op.k > 64 && !alone) return cudaErrorInvalidValue;
-  if (alone && (op.k > 64 || op.experts > kMaxExperts)) {
-    const int stretches = (op.experts + kLongStretch - 1) / kLongStretch;
-    pull_back_long<T><<<static_cast<unsigned>(op.rows * stretches), kLongThreads, 0, stream>>>(op, stretches);
-    return cudaGetLastError();
-  }
-  if (op.scoring.needs_whole_row()) return launch_rows<T, 32, 2, true>(op, stream);
-  if (op.k <= 8) return launch_rows<T, 8, 1, false>(op, stream);
-  return launch_rows<T, 32, 2, false>(op, stream);
+  store_stretch(static_cast<T*>(op.grad_logits) + row * op.experts + begin, sums, length, thread,
+                kLongCotangentThreads);
 }
 
 }  // namespace
 
-cudaError_t launch(const RouteCotangent& op, cudaStream_t stream) {
-  if (op.rows == 0 || op.experts == 0) return cudaSuccess;
-  return with_type(op.dtype, [&](auto type) { return launch_type<decltype(type)>(op, stream); });
+cudaError_t run(const RouteCotangent& op, const RouteCotangentPlan& plan, void*, cudaStream_t stream) {
+  return with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    const LaunchShape shape{plan.blocks, plan.threads};
+    switch (plan.kernel) {
+      case CotangentKernel::kFewChoices:
+        return launch_kernel(route_cotangent_rows<T, kFewChoiceLanes, 1, false>, shape, stream, op, false);
+      case CotangentKernel::kChoices:
+        return launch_kernel(route_cotangent_rows<T, 32, kMaxTopK / 32, false>, shape, stream, op, false);
+      case CotangentKernel::kWholeRow: {
+        const bool quads = rows_have_quads(op.residual, op.experts, sizeof(T));
+        return launch_kernel(route_cotangent_rows<T, 32, kMaxTopK / 32, true>, shape, stream, op, quads);
+      }
+      case CotangentKernel::kStretches:
+        return launch_kernel(route_cotangent_stretches<T>, shape, stream, op, plan.stretches);
+    }
+    return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace jax_router::cuda

@@ -1,63 +1,25 @@
-// What the kernels of topk_select share. Short rows have a warp each, or half of one (topk_select_short.cu), longer
-// ones a thread block that holds them in registers (topk_select_block.cu), the longest are streamed through one or
-// several blocks (topk_select.cu, which also chooses).
+// What the kernels of topk_select share: vectors of a row, and (key, index) pairs.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
 #include "../common/order.h"
 #include "kernels.h"
-#include "load.cuh"
-#include "row_score.cuh"
+#include "parts/dtype.cuh"
+#include "parts/warp.cuh"
 
 namespace jax_router::cuda {
 
-// The choices of a launch are measured on this device.
-constexpr int kMultiprocessors = 132;
-
-// The candidates of a row live in shared memory. What a block may have of it, an A100 at least, holds kMaxSelectK; that
-// of the smaller devices of its generation kMaxSelectKOfAny. Both less what the kernels declare as __shared__.
-constexpr int kMaxSelectK = 8192;
-constexpr int kMaxSelectKOfAny = 4096;
-constexpr size_t kSharedBytesOfMaxSelectK = 163 * 1024;
-constexpr size_t kLeastSharedBytes = 99 * 1024;
-constexpr size_t kStaticSharedBytes = 1024;
-
-inline size_t shared_bytes_of_device(int device) {
-  int bytes = 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) bytes = 0;
-  return std::max(static_cast<size_t>(bytes), kLeastSharedBytes);
-}
-
-// topk_select_short.cu: rows of up to kMaxShortLength; k up to kMaxTileK, or kMaxWarpK.
-constexpr int kMaxShortLength = 1024;
-constexpr int kMaxTileK = 16;
-constexpr int kMaxWarpK = 128;
-cudaError_t launch_tile_rows(const TopkSelect& op, cudaStream_t stream);
-cudaError_t launch_warp_rows(const TopkSelect& op, cudaStream_t stream);
-
-// topk_select_block.cu: rows of up to kMaxBlockLength; k up to kMaxFewK, or any.
-constexpr int kMaxBlockLength = 8192;
-constexpr int kMaxFewK = 64;
-cudaError_t launch_few_of_block_rows(const TopkSelect& op, cudaStream_t stream);
-cudaError_t launch_many_of_block_rows(const TopkSelect& op, cudaStream_t stream);
+// topk_select_short.cu, topk_select_block.cu and topk_select_streamed.cu
+cudaError_t run_short(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
+cudaError_t run_block(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
+cudaError_t run_streamed(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
 
 __device__ __forceinline__ uint32_t length_of_row(const TopkSelect& op, int64_t row) {
   const int32_t length = static_cast<int32_t>(op.length);
   return op.lengths == nullptr ? length : min(max(op.lengths[row], 0), length);
-}
-
-// The sum of x over the lanes up to this one.
-__device__ __forceinline__ uint32_t inclusive_sum_of_lanes(uint32_t x) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullWarp, x, step);
-    if (threadIdx.x % 32 >= step) x += other;
-  }
-  return x;
 }
 
 __device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
@@ -100,14 +62,6 @@ __device__ __forceinline__ float largest_element(const uint4 (&vectors)[kVectors
   return sizeof(T) == 4 ? element : max_nan(element, element_of(largest, 1, T{}));
 }
 
-__device__ __forceinline__ float as_float(float x) { return x; }
-__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
-
-__device__ __forceinline__ void set_value(float* value, float x) { *value = x; }
-__device__ __forceinline__ void set_value(__nv_bfloat16* value, float x) { *value = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void set_value(__half* value, float x) { *value = __float2half_rn(x); }
-
 // The pairs of a row in as few bits as they need: order_key without the bits that a T does not have, and below it the
 // index, inverted. Larger is better, equal keys go to the lower index, and no pair is 0.
 template <typename T>
@@ -143,14 +97,14 @@ __device__ __forceinline__ void write_result(const TopkSelect& op, int64_t row_i
   if (format.is_nan(pair)) {
     *value = row[index];
   } else {
-    set_value(value, format.element(pair));
+    store_one(value, format.element(pair));
   }
   op.indices[row_index * op.k + place] = static_cast<int32_t>(index);
 }
 
 template <typename T>
 __device__ __forceinline__ void write_nothing(const TopkSelect& op, int64_t row_index, int64_t place) {
-  set_value(static_cast<T*>(op.values) + row_index * op.k + place, -INFINITY);
+  store_one(static_cast<T*>(op.values) + row_index * op.k + place, -INFINITY);
   op.indices[row_index * op.k + place] = -1;
 }
 

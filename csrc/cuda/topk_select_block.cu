@@ -13,11 +13,11 @@
 // pairs (key, index) and PairSelect::order take over: slower, but the same for any row.
 //
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
-#include <algorithm>
 #include <climits>
 
-#include "pair_select.cuh"
-#include "select.cuh"
+#include "parts/launch.cuh"
+#include "parts/pair_select.cuh"
+#include "parts/tile.cuh"
 #include "topk_select.cuh"
 
 namespace jax_router::cuda {
@@ -131,7 +131,7 @@ template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 768
                                              : sizeof(T) == 4               ? 1536
                                                                             : 1280) /
-                                                kThreads) select_few(const TopkSelect op) {
+                                                kThreads) topk_select_few(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32;
   constexpr uint32_t kMost = kThreads;  // candidates
@@ -225,12 +225,14 @@ __device__ __forceinline__ void set_element(Half* value, uint4 vector, int e) {
   *reinterpret_cast<unsigned short*>(value) = static_cast<unsigned short>(e % 2 == 0 ? word : word >> 16);
 }
 
-// The bins are those of the whole row, and many.
 template <int kThreads>
-using BlockSelect = PairSelect<kThreads, 4>;
+using BlockSelect = PairSelect<kThreads, kBlockRowBins>;
+static_assert(sizeof(BlockSelect<256>) == pair_select_bytes(256, kBlockRowBins));
+static_assert(sizeof(BlockSelect<1024>) == pair_select_bytes(1024, kBlockRowBins));
 
 template <typename T, int kThreads, int kVectors>
-__global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads) select_many(const TopkSelect op) {
+__global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads)
+    topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   using Select = BlockSelect<kThreads>;
   constexpr int kWarps = kThreads / 32;
@@ -386,80 +388,23 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
   for (uint32_t i = k + threadIdx.x; i < op.k; i += kThreads) write_nothing<T>(op, row_index, i);
 }
 
-template <typename T, int kThreads, int kVectors>
-cudaError_t launch_few(const TopkSelect& op, cudaStream_t stream) {
-  select_few<T, kThreads, kVectors><<<static_cast<unsigned>(op.rows), kThreads, 0, stream>>>(op);
-  return cudaGetLastError();
-}
-
-// Of select_many, to put so many in order.
-template <int kThreads>
-constexpr size_t shared_bytes(int64_t sorted) {
-  const size_t ordering = sizeof(uint64_t) * sorted + ordering_bytes(sorted);
-  return sizeof(BlockSelect<kThreads>) + std::max(sizeof(uint64_t) * (kThreads + 2), ordering);
-}
-static_assert(shared_bytes<1024>(kMaxSelectK) + kStaticSharedBytes <= kSharedBytesOfMaxSelectK);
-static_assert(shared_bytes<1024>(kMaxSelectKOfAny) + kStaticSharedBytes <= kLeastSharedBytes);
-
-template <typename T, int kThreads, int kVectors>
-cudaError_t launch_many(const TopkSelect& op, cudaStream_t stream) {
-  const size_t shared = shared_bytes<kThreads>(op.sorted ? op.k : 0);
-  const auto kernel = select_many<T, kThreads, kVectors>;
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<static_cast<unsigned>(op.rows), kThreads, shared, stream>>>(op);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
-// How many vectors each of so many threads holds of a row.
-template <typename T>
-int64_t vectors_of_thread(const TopkSelect& op, int threads) {
-  const int64_t elements = 16 / sizeof(T) * threads;
-  return (op.length + elements - 1) / elements;
-}
-
-cudaError_t launch_few_of_block_rows(const TopkSelect& op, cudaStream_t stream) {
+cudaError_t run_block(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream) {
+  const LaunchShape shape{plan.blocks, plan.threads, plan.shared_bytes};
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t vectors = vectors_of_thread<T>(op, 256);
-    if (vectors <= 1) return launch_few<T, 256, 1>(op, stream);
-    if (vectors <= 2) return launch_few<T, 256, 2>(op, stream);
-    if (vectors <= 4) return launch_few<T, 256, 4>(op, stream);
-    if constexpr (sizeof(T) == 4) return launch_few<T, 256, 8>(op, stream);
-    return cudaErrorInvalidValue;
-  });
-}
-
-cudaError_t launch_many_of_block_rows(const TopkSelect& op, cudaStream_t stream) {
-  return with_type(op.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    // Few rows have many threads each; of many rows, several are to be under way on a multiprocessor, unless there is
-    // much to put in order.
-    const bool is_long = op.length > kMaxBlockLength / 2;
-    const bool orders_many = op.sorted && op.k >= 512;
-    const bool some_rows = op.rows <= 2 * kMultiprocessors;
-    if (op.rows <= kMultiprocessors || (is_long && op.sorted && (some_rows || sizeof(T) == 2))) {
-      if (vectors_of_thread<T>(op, 512) <= 1) return launch_many<T, 512, 1>(op, stream);
-      if (vectors_of_thread<T>(op, 1024) <= 1) return launch_many<T, 1024, 1>(op, stream);
-      if constexpr (sizeof(T) == 4) return launch_many<T, 1024, 2>(op, stream);
-    }
-    if (vectors_of_thread<T>(op, 256) <= 1) return launch_many<T, 256, 1>(op, stream);
-    if (some_rows && vectors_of_thread<T>(op, 512) <= 1) return launch_many<T, 512, 1>(op, stream);
-    if constexpr (sizeof(T) == 4) {
-      if (vectors_of_thread<T>(op, 256) <= 2) return launch_many<T, 256, 2>(op, stream);
-      if (!is_long && (some_rows || orders_many)) return launch_many<T, 512, 2>(op, stream);
-      if (!is_long) return launch_many<T, 256, 4>(op, stream);
-      return launch_many<T, 512, 4>(op, stream);
-    } else {
-      if (!is_long && orders_many) return launch_many<T, 512, 1>(op, stream);
-      if (!is_long) return launch_many<T, 256, 2>(op, stream);
-      return launch_many<T, 512, 2>(op, stream);
-    }
+    return with_index<kTopkInstanceCount>(plan.instance, [&](auto index) {
+      constexpr TopkInstance kInstance = kTopkInstances[decltype(index)::value];
+      if constexpr (has_instance(kInstance, dtype_of(T{}))) {
+        if constexpr (kInstance.kernel == TopkKernel::kFew) {
+          return launch_kernel(topk_select_few<T, kInstance.threads, kInstance.size>, shape, stream, op);
+        } else if constexpr (kInstance.kernel == TopkKernel::kMany) {
+          return launch_kernel(topk_select_many<T, kInstance.threads, kInstance.size>, shape, stream, op);
+        }
+      }
+      return cudaErrorInvalidValue;
+    });
   });
 }
 

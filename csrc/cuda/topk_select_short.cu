@@ -1,33 +1,27 @@
 // topk_select for short rows: a warp or half a warp a row, the row in registers.
 //
-// The fewest choices (k up to kMaxTileK) are found as the router finds its experts without a bias (select.cuh): a bound
-// that few elements reach, and a ranking of these. More of them (k up to kMaxWarpK) by a bisection of the keys' range,
-// where a step counts the keys above its middle; the elements that then are chosen find their places by their order.
+// The fewest choices (k up to kMaxTileK) are found as the router finds its experts without a bias (parts/tile.cuh): a
+// bound that few elements reach, and a ranking of these. More of them (k up to kMaxWarpK) by a bisection of the keys'
+// range, where a step counts the keys above its middle; the elements that then are chosen find their places by their
+// order.
 //
 // Values are written with the bits that they have in the row: they are read again, when the row is in the L1 cache.
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
 #include <climits>
 
-#include "pair_select.cuh"
-#include "select.cuh"
+#include "parts/launch.cuh"
+#include "parts/pair_select.cuh"
+#include "parts/tile.cuh"
 #include "topk_select.cuh"
 
 namespace jax_router::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-
-// From so many rows on, tiles of 16 lanes: fewer instructions a row, where below them the steps in a row count.
-constexpr int64_t kManyRows = 4096;
-// Up to so many rows, a row has a thread block of its own.
-constexpr int64_t kFewRows = 1024;
-static_assert(kMaxTileK == kMaxTileTopK<32>);
-
 // kChunks: quads a lane, of which the first kFullChunks are within a row of op.length.
 template <typename T, int kLanes, int kChunks, int kFullChunks>
-__global__ void __launch_bounds__(kThreads) select_tile_rows(const TopkSelect op, const bool quads) {
+__global__ void __launch_bounds__(kTileThreads) topk_select_tiles(const TopkSelect op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
-  __shared__ SelectScratch<kLanes> scratches[kThreads / kLanes];
+  __shared__ SelectScratch<kLanes> scratches[kTileThreads / kLanes];
   SelectScratch<kLanes>& scratch = scratches[threadIdx.x / kLanes];
   const int lane = tile_lane<kLanes>();
   const int64_t row_index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
@@ -92,10 +86,10 @@ __global__ void __launch_bounds__(kThreads) select_tile_rows(const TopkSelect op
 }
 
 template <typename T, int kChunks, int kFullChunks>
-__global__ void __launch_bounds__(kThreads) select_warp_rows(const TopkSelect op, const bool quads) {
+__global__ void __launch_bounds__(kTileThreads) topk_select_warps(const TopkSelect op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
   constexpr int kWords = (kChunks + 3) / 4;
-  __shared__ alignas(16) uint64_t all_pairs[kThreads / 32][kMaxWarpK];
+  __shared__ alignas(16) uint64_t all_pairs[kTileThreads / 32][kMaxWarpK];
   uint64_t* pairs = all_pairs[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
   const int64_t row_index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
@@ -203,58 +197,24 @@ __global__ void __launch_bounds__(kThreads) select_warp_rows(const TopkSelect op
   for (int i = k + lane; i < op.k; i += 32) write_nothing<T>(op, row_index, i);
 }
 
-// The number of tiles of a block, and of blocks.
-struct Grid {
-  int threads;
-  unsigned blocks;
-};
-
-Grid make_grid(const TopkSelect& op, int lanes) {
-  const int threads = lanes == 32 && op.rows <= kFewRows ? 32 : kThreads;
-  const int tiles = threads / lanes;
-  return {threads, static_cast<unsigned>((op.rows + tiles - 1) / tiles)};
-}
-
-template <typename T, int kLanes, int kChunks, int kFullChunks>
-cudaError_t launch_tiles(const TopkSelect& op, cudaStream_t stream) {
-  const Grid grid = make_grid(op, kLanes);
-  const bool quads = rows_have_quads(op.scores, op.length, sizeof(T));
-  select_tile_rows<T, kLanes, kChunks, kFullChunks><<<grid.blocks, grid.threads, 0, stream>>>(op, quads);
-  return cudaGetLastError();
-}
-
-template <typename T, int kChunks, int kFullChunks>
-cudaError_t launch_warps(const TopkSelect& op, cudaStream_t stream) {
-  const Grid grid = make_grid(op, 32);
-  const bool quads = rows_have_quads(op.scores, op.length, sizeof(T));
-  select_warp_rows<T, kChunks, kFullChunks><<<grid.blocks, grid.threads, 0, stream>>>(op, quads);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
-cudaError_t launch_tile_rows(const TopkSelect& op, cudaStream_t stream) {
+cudaError_t run_short(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream) {
+  const LaunchShape shape{plan.blocks, plan.threads};
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t quads = (op.length + 3) / 4;
-    if (op.rows >= kManyRows && op.k <= kMaxTileTopK<16>) {
-      if (quads <= 16 * 2) return launch_tiles<T, 16, 2, 0>(op, stream);
-      if (quads <= 16 * 4) return launch_tiles<T, 16, 4, 2>(op, stream);
-      if (quads <= 16 * 8) return launch_tiles<T, 16, 8, 4>(op, stream);
-    }
-    if (quads <= 32 * 2) return launch_tiles<T, 32, 2, 0>(op, stream);
-    if (quads <= 32 * 4) return launch_tiles<T, 32, 4, 2>(op, stream);
-    return launch_tiles<T, 32, 8, 4>(op, stream);
-  });
-}
-
-cudaError_t launch_warp_rows(const TopkSelect& op, cudaStream_t stream) {
-  return with_type(op.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t quads = (op.length + 3) / 4;
-    if (quads <= 32 * 2) return launch_warps<T, 2, 0>(op, stream);
-    if (quads <= 32 * 4) return launch_warps<T, 4, 2>(op, stream);
-    return launch_warps<T, 8, 4>(op, stream);
+    const bool quads = rows_have_quads(op.scores, op.length, sizeof(T));
+    return with_index<kTopkInstanceCount>(plan.instance, [&](auto index) {
+      constexpr TopkInstance kInstance = kTopkInstances[decltype(index)::value];
+      constexpr RowTile kTile = kInstance.tile();
+      if constexpr (kInstance.kernel == TopkKernel::kTile) {
+        return launch_kernel(topk_select_tiles<T, kTile.lanes, kTile.chunks, kTile.full_chunks>, shape, stream, op,
+                             quads);
+      } else if constexpr (kInstance.kernel == TopkKernel::kWarp) {
+        return launch_kernel(topk_select_warps<T, kTile.chunks, kTile.full_chunks>, shape, stream, op, quads);
+      }
+      return cudaErrorInvalidValue;
+    });
   });
 }
 

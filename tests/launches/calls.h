@@ -87,17 +87,25 @@ class Results {
   std::vector<Buffer> buffers_;
 };
 
-using Launch = std::function<cudaError_t(const Results&, void* workspace, cudaStream_t)>;
+// One way to compute a call.
+struct Way {
+  std::string plan;  // its name
+  size_t workspace_bytes;
+  std::function<cudaError_t(const Results&, void* workspace, cudaStream_t)> launch;
+};
 
 // An op with its operands in device memory.
 struct Call {
   std::string name;
   std::vector<std::shared_ptr<Buffer>> operands;
   std::vector<size_t> result_bytes;
-  size_t workspace_bytes = 0;
-  Launch launch;
+  std::vector<Way> ways;  // every plan
+  size_t chosen = 0;      // the one that launches take
+  bool is_exact = true;   // all plans give the same bits
   int ids = -1;           // the result that holds ids, if they are such as
   int64_t ids_below = 0;  // -1 <= id < ids_below
+
+  const Way& way() const { return ways[chosen]; }
 };
 
 // What the floating-point numbers of an operand are.
@@ -109,9 +117,8 @@ enum class Content {
 };
 constexpr Content kContents[] = {Content::kOrdinary, Content::kBits, Content::kTies, Content::kRising};
 
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
-
-inline size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+using cuda::kDTypes;
+using cuda::size_of;
 
 // Makes calls. What does not decide which kernel runs is picked at random, alike in every run.
 class Maker {
@@ -178,11 +185,22 @@ class Maker {
     return {pick({ScoreFn::kSqrtSoftplus, ScoreFn::kSigmoid, ScoreFn::kSoftmax}), pick({false, true}), 2.5f};
   }
 
-  // `launch` has a copy of the op, since its results differ from launch to launch.
-  Call finish(std::vector<size_t> result_bytes, Launch launch, size_t workspace_bytes = 0) {
+  // set_results(op, results) puts the results of a launch into a copy of the op.
+  template <class Op, class SetResults>
+  Call finish(const Op& op, std::vector<size_t> result_bytes, SetResults set_results) {
+    const cuda::Device* device = cuda::current_device();
+    if (device == nullptr) must(cudaErrorInvalidDevice, call_.name);
+    const auto chosen = plan(op, *device);
+    for (const auto& candidate : plans(op, *device)) {
+      if (chosen && cuda::name(op, candidate) == cuda::name(op, *chosen)) call_.chosen = call_.ways.size();
+      call_.ways.push_back({cuda::name(op, candidate), cuda::workspace_bytes(candidate),
+                            [op, candidate, set_results](const Results& results, void* workspace, cudaStream_t stream) {
+                              Op with_results = op;
+                              set_results(with_results, results);
+                              return cuda::run(with_results, candidate, workspace, stream);
+                            }});
+    }
     call_.result_bytes = std::move(result_bytes);
-    call_.launch = std::move(launch);
-    call_.workspace_bytes = workspace_bytes;
     return std::move(call_);
   }
   static Call with_ids(Call call, int result, int64_t below) {
@@ -225,10 +243,9 @@ inline Call hash_router(Maker& make, int64_t rows, int32_t k) {
   op.hash_lut = make.ids(op.vocab_size * k, 256);
   op.scale = 1.5f;
   const size_t choices = rows * k;
-  return make.finish({4 * choices, 4 * choices}, [op](const Results& results, void*, cudaStream_t stream) mutable {
+  return make.finish(op, {4 * choices, 4 * choices}, [](HashRouter& op, const Results& results) {
     op.weights = results.get<float>(0);
     op.expert_ids = results.get<int32_t>(1);
-    return cuda::launch(op, stream);
   });
 }
 
@@ -274,11 +291,7 @@ inline Call activation_topk(Maker& make, DType dtype, int64_t rows, int32_t expe
   ActivationTopk op = selection(make, rows, experts, k, keys, num_groups, content);
   op.dtype = dtype;
   op.logits = make.floats(dtype, rows * experts, content);
-  const auto launch = [op](const Results& results, void*, cudaStream_t stream) mutable {
-    set_results(op, results);
-    return cuda::launch(op, stream);
-  };
-  return Maker::with_ids(make.finish(result_bytes(op), launch), 1, experts);
+  return Maker::with_ids(make.finish(op, result_bytes(op), set_results), 1, experts);
 }
 
 inline Call dense_router(Maker& make, const DenseRouter& sizes, Keys keys, Content content) {
@@ -296,12 +309,10 @@ inline Call dense_router(Maker& make, const DenseRouter& sizes, Keys keys, Conte
   op.x = make.floats(op.operand_dtype, select.rows * op.hidden, content);
   op.weight = make.floats(op.operand_dtype, static_cast<int64_t>(select.selection.experts) * op.hidden, content);
   if (make.pick({false, true})) op.logit_bias = make.floats(select.selection.experts, content);
-  const auto launch = [op](const Results& results, void* workspace, cudaStream_t stream) mutable {
-    set_results(op.select, results);
-    return cuda::launch(op, workspace, stream);
-  };
-  return Maker::with_ids(make.finish(result_bytes(op.select), launch, cuda::workspace_bytes(op)), 1,
-                         select.selection.experts);
+  const auto set = [](DenseRouter& op, const Results& results) { set_results(op.select, results); };
+  Call call = Maker::with_ids(make.finish(op, result_bytes(op.select), set), 1, select.selection.experts);
+  call.is_exact = false;  // the sums are made in other orders
+  return call;
 }
 
 inline DenseRouter dense_sizes(DType dtype, int64_t rows, int32_t hidden, int32_t experts, int32_t k,
@@ -331,13 +342,12 @@ inline Call route_at(Maker& make, DType dtype, int64_t rows, int32_t experts, in
   op.expert_ids = make.ids((vocab_size > 0 ? vocab_size : rows) * k, experts);
   op.scoring = make.scoring();
   const size_t bytes = 4 * rows * k;
-  const auto launch = [op](const Results& results, void*, cudaStream_t stream) mutable {
+  const auto set = [](RouteAt& op, const Results& results) {
     op.weights = results.get<float>(0);
     op.valid_ids = results.get<int32_t>(1);
     op.chosen_logits = results.get<float>(2);
-    return cuda::launch(op, stream);
   };
-  return Maker::with_ids(make.finish({bytes, bytes, bytes}, launch), 1, experts);
+  return Maker::with_ids(make.finish(op, {bytes, bytes, bytes}, set), 1, experts);
 }
 
 inline Call route_cotangent(Maker& make, DType dtype, int64_t rows, int32_t experts, int32_t k, Scoring scoring,
@@ -357,11 +367,9 @@ inline Call route_cotangent(Maker& make, DType dtype, int64_t rows, int32_t expe
     op.residual = make.floats(rows * k, content);
   }
   op.expert_ids = make.ids(rows * k, experts);
-  return make.finish({rows * experts * size_of(dtype)},
-                     [op](const Results& results, void*, cudaStream_t stream) mutable {
-                       op.grad_logits = results.get<void>(0);
-                       return cuda::launch(op, stream);
-                     });
+  const size_t bytes = rows * experts * size_of(dtype);
+  return make.finish(op, {bytes},
+                     [](RouteCotangent& op, const Results& results) { op.grad_logits = results.get<void>(0); });
 }
 
 inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, int64_t k, bool sorted,
@@ -376,13 +384,12 @@ inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, 
   op.sorted = sorted;
   op.scores = make.floats(dtype, rows * length, content);
   if (has_lengths) op.lengths = make.lengths(rows, length, k);
-  const auto launch = [op](const Results& results, void*, cudaStream_t stream) mutable {
+  const auto set = [](TopkSelect& op, const Results& results) {
     op.values = results.get<void>(0);
     op.indices = results.get<int32_t>(1);
-    return cuda::launch(op, stream);
   };
-  return Maker::with_ids(make.finish({rows * k * size_of(dtype), 4 * static_cast<size_t>(rows * k)}, launch), 1,
-                         length);
+  const size_t choices = rows * k;
+  return Maker::with_ids(make.finish(op, {choices * size_of(dtype), 4 * choices}, set), 1, length);
 }
 
 inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts) {
@@ -394,14 +401,13 @@ inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t 
   op.experts = experts;
   op.expert_ids = make.ids(batch * tokens * k, experts);
   const size_t choices = batch * tokens * k;
-  const auto launch = [op](const Results& results, void* workspace, cudaStream_t stream) mutable {
+  const auto set = [](ExpertDispatch& op, const Results& results) {
     op.token_index = results.get<int32_t>(0);
     op.slot = results.get<int32_t>(1);
     op.group_sizes = results.get<int32_t>(2);
-    return cuda::launch(op, workspace, stream);
   };
   const std::vector<size_t> bytes{4 * choices, 4 * choices, 4 * static_cast<size_t>(batch * experts)};
-  return Maker::with_ids(make.finish(bytes, launch, cuda::workspace_bytes(op)), 1, tokens * k);
+  return Maker::with_ids(make.finish(op, bytes, set), 1, tokens * k);
 }
 
 }  // namespace jax_router::launches

@@ -1,13 +1,14 @@
 // Launches the CUDA kernels without JAX, for compute-sanitizer and under stress; `run`, beside this file, builds it.
 //
-//   launches cases [prefix]   every kernel, in each way it can be instantiated, on ordinary and on hostile operands; or
-//                             those whose name begins so, such as `activation_topk bf16`
-//   launches once [prefix]    the same, but a case is launched once
+//   launches cases [prefix]   every plan of every case, on ordinary and on hostile operands; or of the cases whose name
+//                             begins so, such as `activation_topk bf16`. Fails where a kernel is in no case's plans.
+//   launches once [prefix]    the same, but a plan is launched once
 //   launches stress           launches of changing kernels and shapes behind each other, on two streams at once,
 //                             directly and in CUDA graphs, in workspaces that hold what the launch before left there
 //
-// A case is launched twice, into results that hold different bytes: where the bits agree, all results were written, and
-// made of the operands alone. That they are the right results is for the tests in Python.
+// A plan is launched twice, into results that hold different bytes: where the bits agree, all results were written, and
+// made of the operands alone. So must those of all plans of a case agree, but for dense_router's, which add up in other
+// orders. That they are the right results is for the tests in Python.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -18,6 +19,7 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -43,10 +45,12 @@ void activation_topk_cases(const Visit& visit) {
   Maker make;
   for (DType dtype : kDTypes) {
     for (Keys keys : kKeys) {
-      // Up to 16 choices of up to 1024 experts: rows in registers, of half a warp where they are many.
-      for (auto [experts, num_groups] : {Experts{36, 9},
+      // Up to 16 choices of up to 1024 experts: rows in registers, or in shared memory.
+      for (auto [experts, num_groups] : {Experts{5, 0},
+                                         {36, 9},
                                          {37, 0},
                                          {128, 4},
+                                         {160, 0},
                                          {192, 6},
                                          {256, 8},
                                          {257, 0},
@@ -55,15 +59,12 @@ void activation_topk_cases(const Visit& visit) {
                                          {512, 8},
                                          {1024, 32}}) {
         if (keys == Keys::kGroups && num_groups == 0) continue;
-        visit(activation_topk(make, dtype, make.pick({1, 17}), experts, make.pick({1, 6, 8, 16}), keys, num_groups,
-                              make.pick(kContents)));
-        visit(activation_topk(make, dtype, 1025, experts, make.pick({6, 16}), keys, num_groups, Content::kTies));
-        if (experts > 512) continue;
-        // Rows whose cheap scores do, and rows where they do not.
-        for (Content content : {Content::kOrdinary, Content::kBits})
-          visit(activation_topk(make, dtype, 4097, experts, make.pick({1, 6, 8}), keys, num_groups, content));
+        for (Content content : kContents) {
+          const int32_t k = std::min(experts, make.pick({1, 6, 8, 16}));
+          visit(activation_topk(make, dtype, make.pick({1, 17, 130}), experts, k, keys, num_groups, content));
+        }
       }
-      // More: rows in shared memory.
+      // More: rows in shared memory alone.
       for (Content content : kContents) {
         visit(activation_topk(make, dtype, 17, 36, 20, keys, 3, content));
         visit(activation_topk(make, dtype, 17, 1500, 6, keys, 15, content));
@@ -98,28 +99,17 @@ void route_cotangent_cases(const Visit& visit) {
 
 void topk_select_cases(const Visit& visit) {
   using Sizes = std::array<int64_t, 3>;  // rows, length, k
-  // Rows in a warp or half of one, for few choices and for more.
-  constexpr Sizes kShort[] = {{3, 5, 5},     {3, 256, 6},    {3, 510, 16},    {3, 1024, 9},
-                              {4097, 37, 6}, {4097, 128, 1}, {4097, 256, 8},  {4097, 511, 8},
-                              {5, 40, 40},   {5, 256, 128},  {1030, 511, 33}, {1030, 1024, 100}};
-  // In the registers of a block.
-  constexpr Sizes kBlock[] = {{3, 300, 20},     {3, 1999, 6},     {3, 4000, 64},    {3, 8192, 17},
-                              {3, 1500, 300},   {3, 4001, 700},   {3, 8000, 900},   {133, 1000, 200},
-                              {265, 2001, 200}, {133, 4000, 500}, {265, 4001, 300}, {133, 8000, 1400}};
-  // Streamed through one block, or a cluster of 2, 4, 8 and 16.
-  constexpr Sizes kLong[] = {{133, 8999, 300}, {3, 9001, 700},  {3, 25001, 2048},
-                             {1, 40001, 512},  {1, 65537, 512}, {2, 131073, 8192}};
+  // In a warp or half of one, in the registers of a block, and streamed through one block or a cluster of up to 16.
+  constexpr Sizes kSizes[] = {{3, 5, 5},      {3, 256, 6},      {33, 37, 6},     {130, 128, 1},     {3, 510, 16},
+                              {3, 1024, 9},   {5, 40, 40},      {5, 256, 128},   {30, 511, 33},     {30, 1024, 100},
+                              {3, 1999, 6},   {3, 4000, 64},    {3, 8192, 17},   {3, 1500, 300},    {3, 2001, 200},
+                              {3, 4001, 700}, {133, 4000, 500}, {3, 8000, 900},  {133, 8000, 1400}, {133, 8999, 300},
+                              {3, 9001, 700}, {3, 25001, 2048}, {1, 40001, 512}, {1, 65537, 512},   {2, 131073, 8192}};
   Maker make;
-  for (DType dtype : kDTypes) {
-    const auto visit_all = [&](const auto& all) {
-      for (auto [rows, length, k] : all)
-        for (Content content : kContents)
-          visit(topk_select(make, dtype, rows, length, k, make.pick({false, true}), make.pick({false, true}), content));
-    };
-    visit_all(kShort);
-    visit_all(kBlock);
-    visit_all(kLong);
-  }
+  for (DType dtype : kDTypes)
+    for (auto [rows, length, k] : kSizes)
+      for (Content content : kContents)
+        visit(topk_select(make, dtype, rows, length, k, make.pick({false, true}), make.pick({false, true}), content));
 }
 
 void dense_router_cases(const Visit& visit) {
@@ -134,17 +124,16 @@ void dense_router_cases(const Visit& visit) {
           const int32_t hidden = make.pick({8, 1032, experts > 512 ? 264 : dtype == DType::kF32 ? 5128 : 10248});
           const DenseRouter sizes = dense_sizes(dtype, rows, hidden, experts, make.pick({1, 6, 8, 16}),
                                                 keys == Keys::kGroups ? num_groups : 1);
-          if (cuda::fuses(sizes)) visit(dense_router(make, sizes, keys, make.pick(kContents)));
+          visit(dense_router(make, sizes, keys, make.pick(kContents)));
         }
       }
-      // Many tokens: tiles of every size, one to four parts of the hidden axis, half warps and warps that select.
-      for (int64_t rows : {make.pick({129, 250}), make.pick({500, 600}), make.pick({700, 1000}),
-                           make.pick({1500, 2100}), make.pick({3000, 4100}), make.pick({5000, 9000})}) {
+      // Many tokens: one to four parts of the hidden axis, half warps and warps that select, several waves.
+      for (int64_t rows : {make.pick({129, 250}), make.pick({500, 1000}), make.pick({3000, 9000})}) {
         for (auto [experts, num_groups] : {Experts{121, 0}, {250, 0}, {256, 8}}) {
           if (keys == Keys::kGroups && num_groups == 0) continue;
           const DenseRouter sizes = dense_sizes(dtype, rows, make.pick({8, 136, 1032}), experts,
                                                 make.pick({1, 6, 8, 16}), keys == Keys::kGroups ? num_groups : 1);
-          if (cuda::fuses(sizes)) visit(dense_router(make, sizes, keys, make.pick(kContents)));
+          visit(dense_router(make, sizes, keys, make.pick(kContents)));
         }
       }
     }
@@ -163,18 +152,29 @@ void expert_dispatch_cases(const Visit& visit) {
   for (int32_t experts : {256, 4096}) visit(expert_dispatch(make, 40, 6000, 6, experts));
 }
 
-const std::map<std::string, void (*)(const Visit&)> kOps = {{"activation_topk", activation_topk_cases},
-                                                            {"dense_router", dense_router_cases},
-                                                            {"expert_dispatch", expert_dispatch_cases},
-                                                            {"hash_router", hash_router_cases},
-                                                            {"route_at", route_at_cases},
-                                                            {"route_cotangent", route_cotangent_cases},
-                                                            {"topk_select", topk_select_cases}};
+// The cases of an op, and its kernels, each of which must be in the plans of one of them.
+struct OpCases {
+  void (*visit)(const Visit&);
+  std::vector<std::string> (*instances)(const cuda::Device&);
+};
+
+template <class Op>
+std::vector<std::string> instances_of(const cuda::Device& device) {
+  return cuda::instances(Op{}, device);
+}
+
+const std::map<std::string, OpCases> kOps = {{"activation_topk", {activation_topk_cases, instances_of<ActivationTopk>}},
+                                             {"dense_router", {dense_router_cases, instances_of<DenseRouter>}},
+                                             {"expert_dispatch", {expert_dispatch_cases, instances_of<ExpertDispatch>}},
+                                             {"hash_router", {hash_router_cases, instances_of<HashRouter>}},
+                                             {"route_at", {route_at_cases, instances_of<RouteAt>}},
+                                             {"route_cotangent", {route_cotangent_cases, instances_of<RouteCotangent>}},
+                                             {"topk_select", {topk_select_cases, instances_of<TopkSelect>}}};
 
 // dense_router looks at its workspace before it has written there, to see whether it was written; any content does. So
 // initcheck finds these bytes written. That of expert_dispatch is left as it was allocated.
-Buffer make_workspace(const Call& call) {
-  Buffer workspace(call.workspace_bytes);
+Buffer make_workspace(const Call& call, size_t bytes) {
+  Buffer workspace(bytes);
   if (call.name.rfind("dense_router", 0) == 0) workspace.fill(0x5A);
   return workspace;
 }
@@ -189,34 +189,49 @@ void check_ids(const Call& call, const std::vector<std::vector<char>>& bits) {
   }
 }
 
-void run_case(const Call& call, bool twice) {
+// Adds the kernels of the case's plans to `seen`.
+void run_case(const Call& call, bool twice, std::set<std::string>& seen) {
   const Results results(call.result_bytes);
-  const Buffer workspace = make_workspace(call);
-  const auto launch = [&](int byte) {
-    results.fill(byte);
-    must(call.launch(results, workspace.data(), cudaStreamPerThread), call.name);
-    must(cudaStreamSynchronize(cudaStreamPerThread), call.name);
-    return results.read();
-  };
-  const std::vector<std::vector<char>> bits = launch(0x5A);
-  if (twice && launch(0xA5) != bits) fail(call.name, "two launches gave different bits");
-  check_ids(call, bits);
+  std::vector<std::vector<char>> of_first;
+  for (const Way& way : call.ways) {
+    const std::string what = call.name + " by " + way.plan;
+    std::printf("%s\n", what.c_str());  // so that a tool's report stands below its plan
+    std::fflush(stdout);
+    const Buffer workspace = make_workspace(call, way.workspace_bytes);
+    const auto launch = [&](int byte) {
+      results.fill(byte);
+      must(way.launch(results, workspace.data(), cudaStreamPerThread), what);
+      must(cudaStreamSynchronize(cudaStreamPerThread), what);
+      return results.read();
+    };
+    const std::vector<std::vector<char>> bits = launch(0x5A);
+    if (twice && launch(0xA5) != bits) fail(what, "two launches gave different bits");
+    if (of_first.empty()) of_first = bits;
+    if (call.is_exact && bits != of_first) fail(what, "other bits than by " + call.ways.front().plan);
+    check_ids(call, bits);
+    seen.insert(way.plan.substr(0, way.plan.find(',')));
+  }
 }
 
 int run_cases(const std::string& prefix, bool twice) {
   const auto begins = [](const std::string& text, const std::string& with) { return text.rfind(with, 0) == 0; };
-  int count = 0;
-  for (const auto& [op, cases] : kOps) {
+  int cases = 0;
+  size_t plans = 0;
+  for (const auto& [op, of_op] : kOps) {
     if (!begins(op, prefix) && !begins(prefix, op)) continue;
-    cases([&](const Call& call) {
+    std::set<std::string> seen;
+    of_op.visit([&](const Call& call) {
       if (!begins(call.name, prefix)) return;
-      std::printf("%s\n", call.name.c_str());  // so that a tool's report stands below its case
-      std::fflush(stdout);
-      run_case(call, twice);
-      ++count;
+      run_case(call, twice, seen);
+      ++cases;
+      plans += call.ways.size();
     });
+    if (!begins(op, prefix)) continue;  // only some of the cases
+    for (const std::string& instance : of_op.instances(*cuda::current_device())) {
+      if (seen.count(instance) == 0) fail(op + " " + instance, "no case has a plan with this kernel");
+    }
   }
-  std::printf("%d cases, %d failures\n", count, failures);
+  std::printf("%d cases, %zu plans, %d failures\n", cases, plans, failures);
   return failures == 0 ? 0 : 1;
 }
 
@@ -263,13 +278,13 @@ class Lane {
  private:
   static size_t most_bytes(const std::vector<Call>& calls) {
     size_t bytes = 0;
-    for (const Call& call : calls) bytes = std::max(bytes, call.workspace_bytes);
+    for (const Call& call : calls) bytes = std::max(bytes, call.way().workspace_bytes);
     return bytes;
   }
   void launch_each() {
     for (size_t i = 0; i < which_.size(); ++i) {
       const Call& call = calls_[which_[i]];
-      must(call.launch(results_[i], workspace_.data(), stream_), call.name);
+      must(call.way().launch(results_[i], workspace_.data(), stream_), call.name);
     }
   }
 
@@ -293,7 +308,8 @@ int run_stress() {
                                        {1000, 2048, 256},
                                        {4096, 1024, 256}}) {
     const DenseRouter sizes = dense_sizes(DType::kBF16, rows, hidden, experts, 6, 1);
-    if (cuda::fuses(sizes)) calls.push_back(dense_router(make, sizes, Keys::kBias, Content::kOrdinary));
+    Call call = dense_router(make, sizes, Keys::kBias, Content::kOrdinary);
+    if (!call.ways.empty()) calls.push_back(std::move(call));
   }
   calls.push_back(dense_router(make, dense_sizes(DType::kF32, 5, 1024, 64, 4, 1), Keys::kLogits, Content::kOrdinary));
   calls.push_back(topk_select(make, DType::kF32, 1, 262209, 2048, false, false, Content::kOrdinary));
@@ -305,8 +321,8 @@ int run_stress() {
   std::vector<std::vector<std::vector<char>>> want;
   for (const Call& call : calls) {
     const Results results(call.result_bytes);
-    const Buffer workspace(call.workspace_bytes);
-    must(call.launch(results, workspace.data(), cudaStreamPerThread), call.name);
+    const Buffer workspace(call.way().workspace_bytes);
+    must(call.way().launch(results, workspace.data(), cudaStreamPerThread), call.name);
     must(cudaStreamSynchronize(cudaStreamPerThread), call.name);
     want.push_back(results.read());
     check_ids(call, want.back());

@@ -2,8 +2,6 @@
 // compute capability 9.0 have none: there a launch must not ask for them, and nothing here does anything.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
 namespace jax_router::cuda {
@@ -13,13 +11,6 @@ namespace jax_router::cuda {
 #else
 #define JR_CLUSTER_ASM(...)
 #endif
-
-// Whether the current device can launch clusters, and kernels that begin before the last one has ended.
-inline bool device_has_clusters() {
-  int device = 0, yes = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&yes, cudaDevAttrClusterLaunch, device) == cudaSuccess && yes != 0;
-}
 
 __device__ __forceinline__ uint32_t block_of_cluster() {
   uint32_t rank = 0;

@@ -1,17 +1,15 @@
-// The selection of select.cuh for rows and counts that do not fit its registers: a warp owns a token and keeps the keys
+// The selection of token.cuh for rows and counts that do not fit its registers: a warp owns a token and keeps the keys
 // of its whole row in shared memory. Same arithmetic, same order, same results.
 #pragma once
 
-#include "load.cuh"
-#include "select.cuh"
+#include "../plan/activation_topk.h"
+#include "token.cuh"
 
 namespace jax_router::cuda {
 
-constexpr int kLongCandidates = 256;
+__device__ constexpr int up_to_multiple(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-__host__ __device__ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// The shared memory of one warp.
+// The shared memory of one warp, long_token_bytes of it.
 struct LongScratch {
   uint64_t* pairs;       // [kLongCandidates]
   int* candidates;       // [kLongCandidates]
@@ -21,11 +19,6 @@ struct LongScratch {
   uint32_t* keys;        // [experts, to a multiple of 128]
   uint32_t* group_keys;  // [num_groups, to a multiple of 128], if there are groups
 
-  static __host__ __device__ int bytes(int experts, int num_groups) {
-    const int words = 3 * kLongCandidates + 3 * kMaxTopK + round_up(experts, 128);
-    return 4 * (words + (num_groups > 1 ? round_up(num_groups, 128) : 0));
-  }
-
   __device__ __forceinline__ LongScratch(char* memory, int experts)
       : pairs(reinterpret_cast<uint64_t*>(memory)),
         candidates(reinterpret_cast<int*>(pairs + kLongCandidates)),
@@ -33,7 +26,7 @@ struct LongScratch {
         logits(reinterpret_cast<float*>(expert_ids + kMaxTopK)),
         values(logits + kMaxTopK),
         keys(reinterpret_cast<uint32_t*>(values + kMaxTopK)),
-        group_keys(keys + round_up(experts, 128)) {}
+        group_keys(keys + up_to_multiple(experts, 128)) {}
 };
 
 // The largest key, of those with no bit below `lowest_bit`, that at least k of the counted keys reach; count(key): how
@@ -129,7 +122,7 @@ __device__ __forceinline__ int collect_candidates(int experts, int k, const Long
   };
   // The k-th largest of 128 maxima bounds the k-th largest key from below, closely if k is well below 128.
   uint4 maxima = make_uint4(kNoKey, kNoKey, kNoKey, kNoKey);
-  const int padded = round_up(experts, 128);
+  const int padded = up_to_multiple(experts, 128);
 #pragma unroll 4
   for (int e = 4 * lane; e < padded; e += 128) {
     const uint4 quad = *reinterpret_cast<const uint4*>(scratch.keys + e);
@@ -192,7 +185,7 @@ __device__ __forceinline__ void select_long_token(const Selection& selection, bo
         quad[j] = (eligible >> (i + j) & 1) != 0 ? order_key(key) : kNoKey;
       }
       const int place = begin + expert_of<32>(lane, i);
-      if (place < round_up(selection.experts, 128)) {
+      if (place < up_to_multiple(selection.experts, 128)) {
         *reinterpret_cast<uint4*>(scratch.keys + place) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
       }
     }
@@ -202,7 +195,7 @@ __device__ __forceinline__ void select_long_token(const Selection& selection, bo
 
   const int count = collect_candidates(selection.experts, k, scratch);
   __syncwarp();
-  for (int i = lane; i < round_up(count, 2); i += 32) {
+  for (int i = lane; i < up_to_multiple(count, 2); i += 32) {
     const int expert = i < count ? scratch.candidates[i] : 0;
     scratch.pairs[i] = i < count ? order_pair(scratch.keys[expert], static_cast<uint32_t>(expert)) : 0;
   }

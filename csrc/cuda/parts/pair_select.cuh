@@ -12,7 +12,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../common/order.h"
+#include "../../common/order.h"
+#include "../plan/topk_select.h"
+#include "warp.cuh"
 
 namespace jax_router::cuda {
 
@@ -32,15 +34,11 @@ __device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs
   return larger;
 }
 
-// What PairSelect::order needs besides the pairs.
-constexpr size_t ordering_bytes(int64_t size) { return sizeof(uint64_t) * size + sizeof(uint32_t) * (size / 2 + 2); }
-
 // A block's shared memory: this, then its pairs, then whatever the kernel wants.
 extern __shared__ uint4 block_shared_memory[];
 
-template <int kThreads, int kBinsOfThread = 2>
+template <int kThreads, int kBinsOfThread>
 struct alignas(16) PairSelect {
-  static constexpr unsigned kFullWarp = 0xFFFFFFFFu;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = kBinsOfThread * kThreads;
   static constexpr int kMostMembers = 64;  // of a bin, to be ranked by comparing each with all
@@ -85,16 +83,7 @@ struct alignas(16) PairSelect {
 
   // Sum of x over earlier threads. A barrier must lie between the return and the next call.
   static __device__ __forceinline__ uint32_t exclusive_sum(uint32_t x) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullWarp, sum, step);
-      if (lane >= step) sum += other;
-    }
-    if (lane == 31) shared().warp_sums[warp] = sum;
-    __syncthreads();
-    return __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0) + sum - x;
+    return exclusive_sum_of_block<kThreads>(x, shared().warp_sums);
   }
 
   // a[i] becomes the sum of a[0..i). `a` has room for an even number of words. Ends with a barrier.

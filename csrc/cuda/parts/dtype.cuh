@@ -1,4 +1,4 @@
-// Loads of logits, f32, bf16 or f16, as f32.
+// Elements in memory, f32, bf16 or f16, as f32: loads of one or four, and stores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,8 +7,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../common/ops.h"
-#include "../common/order.h"
+#include "../../common/ops.h"
+#include "../../common/order.h"
 
 namespace jax_router::cuda {
 
@@ -20,6 +20,11 @@ auto with_type(DType dtype, Body body) {
   return body(float{});
 }
 
+// And back.
+constexpr DType dtype_of(float) { return DType::kF32; }
+constexpr DType dtype_of(const __nv_bfloat16&) { return DType::kBF16; }
+constexpr DType dtype_of(const __half&) { return DType::kF16; }
+
 __device__ __forceinline__ float load_one(const float* p) { return __ldg(p); }
 // Not through the __ldg of 16-bit floats: it is assembly that the compiler may execute before the check that guards it.
 __device__ __forceinline__ float load_one(const __nv_bfloat16* p) {
@@ -28,6 +33,14 @@ __device__ __forceinline__ float load_one(const __nv_bfloat16* p) {
 __device__ __forceinline__ float load_one(const __half* p) {
   return __half2float(__ushort_as_half(__ldg(reinterpret_cast<const unsigned short*>(p))));
 }
+
+__device__ __forceinline__ float as_float(float x) { return x; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
+
+__device__ __forceinline__ void store_one(float* p, float x) { *p = x; }
+__device__ __forceinline__ void store_one(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store_one(__half* p, float x) { *p = __float2half_rn(x); }
 
 // Four neighbours at once; p must be aligned to all four.
 __device__ __forceinline__ float4 load_quad(const float* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
@@ -64,48 +77,6 @@ __device__ __forceinline__ float4 load_quad_of_row(const T* row, int first, int 
     if (first + 3 < length) quad.w = load_one(row + first + 3);
   }
   return quad;
-}
-
-// A row of `length` elements into the registers of a tile of kLanes lanes, in the layout of select.cuh; -inf where
-// there is no element. kFullChunks: the first so many of the kElements / 4 quads are within any row that comes here.
-template <int kLanes, int kFullChunks, int kElements, class T>
-__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements]) {
-  const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
-  row += first;
-  asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
-  const int left = length - first;
-  if (quads) {
-    // 16-bit quads stay packed until all loads are under way: the compiler would wait for some of them to unpack these.
-    constexpr bool kPacked = sizeof(T) == 2;
-    [[maybe_unused]] uint2 packed[kPacked ? kElements / 4 : 1];
-    if constexpr (kPacked) {
-#pragma unroll
-      for (int c = 0; c < kElements / 4; ++c) {
-        if (c < kFullChunks || 4 * kLanes * c < left) packed[c] = load_packed_quad(row + 4 * kLanes * c);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kElements / 4; ++c) {
-      float4 quad = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-      if (c < kFullChunks || 4 * kLanes * c < left) {
-        if constexpr (kPacked) {
-          quad = unpack_quad(row, packed[c]);
-        } else {
-          quad = load_quad(row + 4 * kLanes * c);
-        }
-      }
-      elements[4 * c + 0] = quad.x;
-      elements[4 * c + 1] = quad.y;
-      elements[4 * c + 2] = quad.z;
-      elements[4 * c + 3] = quad.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      const int offset = i / 4 * 4 * kLanes + i % 4;
-      elements[i] = offset < left ? load_one(row + offset) : -INFINITY;
-    }
-  }
 }
 
 // Whether every row of `length` elements of `bytes` bytes can be read in quads.

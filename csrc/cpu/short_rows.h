@@ -8,14 +8,14 @@
 
 namespace jax_router::cpu::JR_ISA {
 
-class NarrowTopK {
+class ShortRowsTopK {
  public:
   static constexpr int64_t kRows = 32;
 
   // Few rows would leave most lanes idle.
   static bool pays(int64_t rows, int64_t n, int64_t k) { return rows >= kRows / 2 && n * k <= 1024; }
 
-  explicit NarrowTopK(int64_t n) : n_(n), keys_(n * kRows) {}
+  explicit ShortRowsTopK(int64_t n) : n_(n), keys_(n * kRows) {}
 
   // The order keys of row `row` < kRows.
   void set(int64_t row, const uint32_t* keys) {

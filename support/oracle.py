@@ -100,6 +100,14 @@ def activation_topk(logits, bias=None, *, top_k, score_fn, renormalize=True, sca
     return weights_at(logits, ids, score_fn, renormalize, scale), ids
 
 
+def hash_router(token_ids, hash_lut, scale=1.0):
+    """(weights, expert_ids)"""
+    valid = ((token_ids >= 0) & (token_ids < len(hash_lut)))[..., None]
+    ids = np.where(valid, hash_lut[np.where(valid[..., 0], token_ids, 0)], -1)
+    weights = np.broadcast_to(np.where(valid, np.float32(scale / hash_lut.shape[-1]), np.float32(0)), ids.shape)
+    return weights, ids
+
+
 def dispatch(ids, num_experts):
     """(token_index, slot, group_sizes)"""
     ids = np.asarray(ids)

@@ -4,36 +4,12 @@
 
 #include <cmath>
 
-#include "../common/ops.h"
-#include "../common/order.h"
-#include "../common/score.h"
+#include "../../common/ops.h"
+#include "../../common/order.h"
+#include "../../common/score.h"
+#include "warp.cuh"
 
 namespace jax_router::cuda {
-
-constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
-
-// NaN if either is.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
-// NaN if one of them is.
-template <int kElements>
-__device__ __forceinline__ float largest_of(const float (&values)[kElements]) {
-  float largest = values[0];
-#pragma unroll
-  for (int i = 1; i < kElements; ++i) largest = max_nan(largest, values[i]);
-  return largest;
-}
-
-template <int kLanes>
-__device__ __forceinline__ float tile_max_nan(float value) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) value = max_nan(value, __shfl_xor_sync(kFullWarp, value, step));
-  return value;
-}
 
 // A score function with what softmax needs to know of its row.
 struct RowScore {

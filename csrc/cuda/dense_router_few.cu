@@ -1,0 +1,449 @@
+// dense_router for up to 128 tokens: one kernel multiplies all tokens by the weight and selects each token's experts.
+//
+// A thread block owns 16 to 48 experts x one of kFewSplits slices of the hidden axis, for 16 or 64 tokens. Its warps
+// take turns along the slice, 128 bytes of every row at a time, each warp with its own copies to its own shared memory,
+// so that no warp waits for another before the sums. A lane then reads 16 bytes of a row, neighbouring hidden elements;
+// the tensor core instruction wants others, but any order of the inner axis gives the same sum as long as both operands
+// use it. The block's sums go to the workspace as packets, and the last blocks of the grid also select, a token each.
+// Sums are added up in the same order whatever the number of tokens.
+//
+// The hand-over: a packet is two partial logits and a tag, written and read as one 16-byte word, so that a reader who
+// sees the tag has the logits: no fence, no counter, nothing to initialise. The reader removes the tag. No tag is left
+// when the kernel ends, and none is there when it begins, whatever else the memory holds (bytes of others equal the tag
+// with a probability of 2^-64). The readers are the blocks that start last, and publish before they wait, so they never
+// keep a writer from running.
+//
+// The selection is that of parts/token.cuh, but all warps look for its candidates: a thread makes the keys of its
+// experts and lists those that reach a bound. One warp ranks these. Groups, softmax over all experts, and rows with NaN
+// or too many equal keys are left to that warp as a whole.
+//
+// Floor: the weight is read once, experts * hidden elements; the tokens come from the L2, once for each tile of
+// experts.
+#include "dense_router.h"
+#include "parts/dtype.cuh"
+#include "parts/launch.cuh"
+#include "parts/token.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+constexpr int kThreads = 32 * kFewWarps;
+constexpr int kCandidates = 32;
+
+// Two neighbouring experts' partial logits of one token.
+struct alignas(16) Packet {
+  float logits[2];
+  uint64_t tag;
+};
+constexpr uint64_t kTag = 0x9E3779B97F4A7C15;
+
+__device__ __forceinline__ void publish(Packet* packet, float2 sum) {
+  const uint64_t logits = static_cast<uint64_t>(float_bits(sum.y)) << 32 | float_bits(sum.x);
+  asm volatile(
+      "{\n.reg .b128 packet;\nmov.b128 packet, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], packet;\n}" ::"l"(packet),
+      "l"(logits), "l"(kTag)
+      : "memory");
+}
+
+// The packet's tag.
+__device__ __forceinline__ uint64_t receive(const Packet* packet, float2& sum) {
+  uint64_t logits, tag;
+  asm volatile("{\n.reg .b128 packet;\nld.relaxed.gpu.global.b128 packet, [%2];\nmov.b128 {%0, %1}, packet;\n}"
+               : "=l"(logits), "=l"(tag)
+               : "l"(packet)
+               : "memory");
+  sum.x = bits_float(static_cast<uint32_t>(logits));
+  sum.y = bits_float(static_cast<uint32_t>(logits >> 32));
+  return tag;
+}
+
+// What the product needs to know, small enough for one line of the constant cache: the first thing a block waits for.
+struct Product {
+  const char* x;
+  const char* weight;
+  Packet* packets;
+  uint32_t row_bytes;
+  int rows;
+  int experts;
+};
+
+// Where 16 bytes of a row lie in a stage of shared memory: rows of 128 bytes, halves swapped in every second row so
+// that 8 lanes that read 64 bytes of two rows each meet no bank twice.
+__device__ __forceinline__ int place_of(int row, int piece) {
+  return row * kFewStepBytes + ((piece ^ (row & 1) * 4) * 16);
+}
+
+__device__ __forceinline__ void copy_piece(uint32_t to, const char* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void multiply_16x8x16(__nv_bfloat16, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                                 uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_16x8x16(__half, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                                 uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// A warp's sums, 16 * kTokenTiles tokens by 8 * kExpertTiles experts, as the tensor cores lay them out.
+template <class T, int kTokenTiles, int kExpertTiles>
+struct WarpSums {
+  float sums[kTokenTiles][kExpertTiles][4] = {};
+
+  // Adds the products of one step. What lies in rows that do not exist only reaches sums that nobody reads.
+  __device__ __forceinline__ void add(const char* x, const char* weight, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto piece = [&](const char* rows, int row) {
+        return *reinterpret_cast<const uint4*>(rows + place_of(row, half * 4 + lane % 4));
+      };
+      uint4 b[kExpertTiles];
+#pragma unroll
+      for (int n = 0; n < kExpertTiles; ++n) b[n] = piece(weight, 8 * n + lane / 4);
+#pragma unroll
+      for (int m = 0; m < kTokenTiles; ++m) {
+        const uint4 low = piece(x, 16 * m + lane / 4);
+        const uint4 high = piece(x, 16 * m + 8 + lane / 4);
+#pragma unroll
+        for (int n = 0; n < kExpertTiles; ++n) {
+          multiply_16x8x16(T{}, sums[m][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y);
+          multiply_16x8x16(T{}, sums[m][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w);
+        }
+      }
+    }
+  }
+
+  // As rows of tokens.
+  __device__ __forceinline__ void store(float* rows, int stride, int lane) const {
+#pragma unroll
+    for (int m = 0; m < kTokenTiles; ++m)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int n = 0; n < kExpertTiles; ++n)
+          *reinterpret_cast<float2*>(rows + (16 * m + 8 * i + lane / 4) * stride + 8 * n + lane % 4 * 2) =
+              make_float2(sums[m][n][2 * i], sums[m][n][2 * i + 1]);
+  }
+};
+
+// f32 in plain multiply-adds: four lanes share an expert's row, each with every token at its own columns.
+template <int kTokenTiles, int kExpertTiles>
+struct WarpSums<float, kTokenTiles, kExpertTiles> {
+  static constexpr int kTokens = 16 * kTokenTiles;
+  float sums[kExpertTiles][kTokens] = {};
+
+  __device__ __forceinline__ void add(const char* x, const char* weight, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto piece = [&](const char* rows, int row) {
+        return *reinterpret_cast<const float4*>(rows + place_of(row, half * 4 + lane % 4));
+      };
+      float4 a[kExpertTiles];
+#pragma unroll
+      for (int n = 0; n < kExpertTiles; ++n) a[n] = piece(weight, 8 * n + lane / 4);
+#pragma unroll
+      for (int m = 0; m < kTokens; ++m) {
+        const float4 b = piece(x, m);
+#pragma unroll
+        for (int n = 0; n < kExpertTiles; ++n) {
+          sums[n][m] = fmaf(a[n].w, b.w, fmaf(a[n].z, b.z, fmaf(a[n].y, b.y, fmaf(a[n].x, b.x, sums[n][m]))));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* rows, int stride, int lane) const {
+#pragma unroll
+    for (int m = 0; m < kTokens; ++m)
+#pragma unroll
+      for (int n = 0; n < kExpertTiles; ++n) {
+        float sum = sums[n][m];
+        sum += __shfl_xor_sync(kFullWarp, sum, 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        if (lane % 4 == m % 4) rows[m * stride + 8 * n + lane / 4] = sum;
+      }
+  }
+};
+
+// Whether the scores take a sum over the whole row.
+template <KeyMode kMode>
+__device__ __forceinline__ bool needs_softmax(const Scoring& scoring) {
+  return scoring.score_fn == ScoreFn::kSoftmax && (kMode != KeyMode::kLogits || !scoring.renormalize);
+}
+
+// kTokenTiles: of 16 tokens; kExpertTiles: of 8 experts; kChunks, of 128 experts, hold all, and kFullChunks are full.
+template <class T, int kTokenTiles, int kExpertTiles, KeyMode kMode, int kChunks, int kFullChunks>
+__global__ void __launch_bounds__(kThreads, 1)
+    dense_router_few_tokens(const Product product, const __grid_constant__ DenseRouter op) {
+  constexpr int kTokens = 16 * kTokenTiles;
+  constexpr int kExperts = 8 * kExpertTiles;
+  constexpr int kStageBytes = (kTokens + kExperts) * kFewStepBytes;
+  constexpr int kStride = kExperts + (kExperts % 16 == 8 ? 0 : 8);  // of sums in shared memory
+  static_assert(kTokens * kStride * 4 <= kFewStages * kStageBytes);
+  constexpr int kExpertsOfThread = (128 * kChunks + kThreads - 1) / kThreads;
+  extern __shared__ __align__(128) char shared[];
+  __shared__ float token_logits[kThreads * kExpertsOfThread];
+  __shared__ __align__(16) float maxima[32];
+  __shared__ int candidates_listed;
+  __shared__ SelectScratch<32> scratch;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int blocks = static_cast<int>(gridDim.x * gridDim.y * gridDim.z);
+  const int block = static_cast<int>(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+  const int first_expert = static_cast<int>(blockIdx.x) * kExperts;
+  const int first_token = static_cast<int>(blockIdx.z) * kTokens;
+  const uint32_t split = blockIdx.y;
+
+  // The product of this block's slice.
+  char* stages = shared + warp * kFewStages * kStageBytes;
+  {
+    const uint32_t row_bytes = product.row_bytes;
+    const uint32_t steps = (row_bytes + kFewStepBytes - 1) / kFewStepBytes;
+    const int end = static_cast<int>((split + 1) * steps / kFewSplits);
+    int step = static_cast<int>(split * steps / kFewSplits) + warp;
+    int next = step;
+    // A lane copies 16 bytes of every fourth row.
+    const int row = lane / 8;
+    const int tokens = min(product.rows - first_token, kTokens) - row;
+    const int experts = min(product.experts - first_expert, kExperts) - row;
+    const uint32_t column = lane % 8 * 16;
+    const char* weight = product.weight + static_cast<uint64_t>(first_expert + row) * row_bytes + column;
+    const char* x = product.x + static_cast<uint64_t>(first_token + row) * row_bytes + column;
+    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stages)) + place_of(row, lane % 8);
+    // Values to keep: the compiler would make them anew for each copy.
+    asm volatile("" : "+l"(weight), "+l"(x), "+r"(to));
+    int stage = 0;
+    const auto copy = [&] {
+      if (next < end) {
+        const uint32_t offset = next * kFewStepBytes;
+        const bool exists = offset + column < row_bytes;
+        const uint32_t x_to = to + stage * kStageBytes;
+        const uint32_t w_to = x_to + kTokens * kFewStepBytes;
+        const char* from = weight + (exists ? offset : 0);
+#pragma unroll
+        for (int i = 0; i < kExperts; i += 4, from += 4 * row_bytes) {
+          if (i < experts) copy_piece(w_to + i * kFewStepBytes, from, exists);
+        }
+        from = x + (exists ? offset : 0);
+#pragma unroll
+        for (int i = 0; i < kTokens; i += 4, from += 4 * row_bytes) {
+          if (i < tokens) copy_piece(x_to + i * kFewStepBytes, from, exists);
+        }
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+      next += kFewWarps;
+      stage ^= 1;
+    };
+#pragma unroll
+    for (int s = 0; s < kFewStages; ++s) copy();
+    WarpSums<T, kTokenTiles, kExpertTiles> sums;
+#pragma unroll 1
+    while (step < end) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kFewStages - 1) : "memory");
+      __syncwarp();
+      sums.add(stages + stage * kStageBytes, stages + stage * kStageBytes + kTokens * kFewStepBytes, lane);
+      __syncwarp();
+      step += kFewWarps;
+      if (step < end) copy();
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+    sums.store(reinterpret_cast<float*>(stages), kStride, lane);
+  }
+  __syncthreads();
+  const int rows = product.rows;
+  const int pairs = (product.experts + 1) / 2;
+  Packet* packets = product.packets;
+#pragma unroll 1
+  for (int i = thread; i < min(rows - first_token, kTokens) * (kExperts / 2); i += kThreads) {
+    const int token = i / (kExperts / 2);
+    const int pair = i % (kExperts / 2);
+    const char* place = shared + (token * kStride + 2 * pair) * 4;
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < kFewWarps; ++w) {
+      const float2 part = *reinterpret_cast<const float2*>(place + w * kFewStages * kStageBytes);
+      sum.x += part.x;
+      sum.y += part.y;
+    }
+    if (first_expert + 2 * pair < product.experts) {
+      publish(packets + (static_cast<int>(split) * rows + first_token + token) * pairs + first_expert / 2 + pair, sum);
+    }
+  }
+
+  const ActivationTopk& select = op.select;
+  const Selection& selection = select.selection;
+#pragma unroll 1
+  for (int token = blocks - 1 - block; token < rows; token += blocks) {
+    const float* bias = select.bias == nullptr ? nullptr : select.bias + token * select.bias_stride;
+    float logit_offset[kExpertsOfThread];
+    float key_offset[kExpertsOfThread];
+#pragma unroll
+    for (int j = 0; j < kExpertsOfThread; ++j) {
+      const int e = j * kThreads + thread;
+      logit_offset[j] = op.logit_bias != nullptr && e < selection.experts ? __ldg(op.logit_bias + e) : 0.0f;
+      key_offset[j] = kMode == KeyMode::kScores && e < selection.experts ? __ldg(bias + e) : 0.0f;
+    }
+    const bool wanted = select.token_mask == nullptr || select.token_mask[token];
+    if (thread == 0) candidates_listed = 0;
+
+    // Expert e's two neighbouring threads receive half of the pair's packets each, and swap. All packets are asked for
+    // at once, so threads without an expert read a packet of the last one's.
+    Packet* first = packets + (thread % 2 * (kFewSplits / 2) * rows + token) * pairs;
+    float2 parts[kExpertsOfThread][kFewSplits / 2];
+    bool complete;
+    do {
+      uint64_t tags[kExpertsOfThread][kFewSplits / 2];
+#pragma unroll
+      for (int j = 0; j < kExpertsOfThread; ++j) {
+        const int pair = min((j * kThreads + thread) / 2, pairs - 1);
+#pragma unroll
+        for (int s = 0; s < kFewSplits / 2; ++s) tags[j][s] = receive(first + s * rows * pairs + pair, parts[j][s]);
+      }
+      complete = true;
+#pragma unroll
+      for (int j = 0; j < kExpertsOfThread; ++j) {
+#pragma unroll
+        for (int s = 0; s < kFewSplits / 2; ++s) complete &= tags[j][s] == kTag;
+      }
+    } while (!__all_sync(kFullWarp, complete));
+    float keys[kExpertsOfThread];
+#pragma unroll
+    for (int j = 0; j < kExpertsOfThread; ++j) {
+      const int e = j * kThreads + thread;
+      float2 sum = parts[j][0];
+#pragma unroll
+      for (int s = 1; s < kFewSplits / 2; ++s) {
+        sum.x += parts[j][s].x;
+        sum.y += parts[j][s].y;
+      }
+      const float other = __shfl_xor_sync(kFullWarp, e % 2 == 0 ? sum.y : sum.x, 1);
+      float logit = e % 2 == 0 ? sum.x + other : other + sum.y;
+      if (op.logit_bias != nullptr) logit += logit_offset[j];
+      token_logits[e] = logit;
+      keys[j] = logit;
+    }
+
+    // The k-th largest of 32 maxima is a bound that all of the k best reach, and only a few others.
+    const RowScore score{selection.scoring.score_fn};
+    bool listed = kMode != KeyMode::kGroups && !needs_softmax<kMode>(selection.scoring);
+    if (listed) {
+      float maximum = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kExpertsOfThread; ++j) {
+        if constexpr (kMode == KeyMode::kScores) keys[j] = __fadd_rn(score(keys[j]), key_offset[j]);
+        if (j * kThreads + thread < selection.experts) maximum = max_nan(maximum, keys[j]);
+      }
+#pragma unroll
+      for (int step = 1; step < kThreads / 32; step *= 2) {
+        maximum = max_nan(maximum, __shfl_xor_sync(kFullWarp, maximum, step));
+      }
+      maxima[thread / (kThreads / 32)] = maximum;
+      __syncthreads();
+      const float own_maximum = maxima[lane];
+      int larger = 0;
+#pragma unroll
+      for (int i = 0; i < 32; i += 4) {
+        const float4 others = *reinterpret_cast<const float4*>(maxima + i);
+        larger += others.x > own_maximum;
+        larger += others.y > own_maximum;
+        larger += others.z > own_maximum;
+        larger += others.w > own_maximum;
+      }
+      const uint32_t bound_key = larger < selection.k ? order_key(own_maximum) : 0xFFFFFFFFu;
+      const float bound = float_of_key(__reduce_min_sync(kFullWarp, bound_key));
+      listed = !__any_sync(kFullWarp, own_maximum != own_maximum);
+#pragma unroll
+      for (int j = 0; j < kExpertsOfThread; ++j) {
+        const int e = j * kThreads + thread;
+        if (keys[j] >= bound && e < selection.experts) {
+          // In any order: the ranking makes one.
+          const int place = atomicAdd(&candidates_listed, 1);
+          if (place < kCandidates) scratch.candidates[place] = e;
+        }
+      }
+    }
+    __syncthreads();
+    if (warp == 0) {
+      const auto logit_at = [&](int expert) { return token_logits[expert]; };
+      const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
+                               static_cast<int64_t>(token) * selection.k};
+      const int count = candidates_listed;
+      if (listed && count <= kCandidates) {
+        finish_token<kMode, 32>(selection, score, wanted ? count : 0, wanted, bias, logit_at, output, scratch);
+      } else {
+        float logits[4 * kChunks];
+#pragma unroll
+        for (int i = 0; i < 4 * kChunks; ++i) {
+          const int e = expert_of<32>(lane, i);
+          logits[i] = e < selection.experts ? token_logits[e] : -INFINITY;
+        }
+        select_token<kMode, 32, kFullChunks>(selection, logits, wanted, bias, logit_at, output, scratch);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kExpertsOfThread; ++j) {
+#pragma unroll
+      for (int s = 0; s < kFewSplits / 2; ++s) {
+        const int pair = (j * kThreads + thread) / 2;
+        if (pair < pairs) first[s * rows * pairs + pair].tag = 0;
+      }
+    }
+    if (token + blocks < rows) __syncthreads();
+  }
+}
+
+static_assert(sizeof(Packet) == kPacketBytes);
+
+template <class T, KeyMode kMode>
+cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet* packets, cudaStream_t stream) {
+  return with_index<kFewTileCount>(plan.few, [&](auto index) {
+    constexpr FewTile kTile = kFewTiles[decltype(index)::value];
+    if constexpr (kTile.token_tiles == 1 || sizeof(T) == 2) {
+      const int rows = static_cast<int>(op.select.rows);
+      const int experts = op.select.selection.experts;
+      LaunchShape shape{ceil_div(experts, kTile.experts()), kThreads, plan.shared_bytes};
+      shape.blocks_y = kFewSplits;
+      shape.blocks_z = static_cast<unsigned>(ceil_div(rows, kTile.tokens()));
+      const Product product{static_cast<const char*>(op.x),
+                            static_cast<const char*>(op.weight),
+                            packets,
+                            op.hidden * static_cast<uint32_t>(sizeof(T)),
+                            rows,
+                            experts};
+      return launch_kernel(
+          dense_router_few_tokens<T, kTile.token_tiles, kTile.expert_tiles, kMode, kTile.chunks, kTile.full_chunks>,
+          shape, stream, product, op);
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+}  // namespace
+
+cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, void* workspace, cudaStream_t stream) {
+  auto* packets = static_cast<Packet*>(workspace);
+  return with_type(op.operand_dtype, [&](auto type) {
+    using T = decltype(type);
+    switch (key_mode(op.select)) {
+      case KeyMode::kLogits:
+        return run_mode<T, KeyMode::kLogits>(op, plan, packets, stream);
+      case KeyMode::kScores:
+        return run_mode<T, KeyMode::kScores>(op, plan, packets, stream);
+      case KeyMode::kGroups:
+        return run_mode<T, KeyMode::kGroups>(op, plan, packets, stream);
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+}  // namespace jax_router::cuda

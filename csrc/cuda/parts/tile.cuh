@@ -1,0 +1,247 @@
+// What a tile of lanes does with a row of keys that it holds in registers: loading it, and finding the k best.
+//
+// A tile of kLanes neighbouring lanes of a warp (kLanes = 16 or 32) owns one row, in quads of neighbours: element i of
+// lane l is expert_of<kLanes>(l, i) = (i / 4) * 4 * kLanes + 4 * l + i % 4. (The row of a token has an element an
+// expert; that of topk_select has others, in the same layout.)
+//
+// The k best are found by a bound and a ranking. Each lane takes the largest of its keys; at least k elements have a
+// key no smaller than the k-th largest of these, and only slightly more than k do. Those few go to shared memory, one
+// lane each, and every lane counts how many of them beat its own. The bound is tightened where more than the lanes
+// reach it. Rows with NaN or many equal keys take k rounds of an exact maximum instead.
+#pragma once
+
+#include <cmath>
+
+#include "../../common/ops.h"
+#include "../../common/order.h"
+#include "../plan/row_tile.h"
+#include "dtype.cuh"
+#include "row_score.cuh"
+#include "warp.cuh"
+
+namespace jax_router::cuda {
+
+// How often a bound that too many keys reach is tightened.
+constexpr int kMostAttempts = 16;
+
+// Shared memory of one tile.
+template <int kLanes>
+struct alignas(16) SelectScratch {
+  uint64_t pairs[kLanes];
+  int candidates[kLanes];
+  float values[kLanes];
+};
+
+template <int kLanes>
+__device__ __forceinline__ int tile_lane() {
+  return static_cast<int>(threadIdx.x) & (kLanes - 1);
+}
+
+template <int kLanes>
+__device__ __forceinline__ int expert_of(int lane, int element) {
+  return (element >> 2) * (4 * kLanes) + 4 * lane + (element & 3);
+}
+
+// A row of `length` elements into the registers of a tile of kLanes lanes, in the layout above; -inf where there is
+// no element. kFullChunks: the first so many of the kElements / 4 quads are within any row that comes here.
+template <int kLanes, int kFullChunks, int kElements, class T>
+__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements]) {
+  const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
+  row += first;
+  asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
+  const int left = length - first;
+  if (quads) {
+    // 16-bit quads stay packed until all loads are under way: the compiler would wait for some of them to unpack these.
+    constexpr bool kPacked = sizeof(T) == 2;
+    [[maybe_unused]] uint2 packed[kPacked ? kElements / 4 : 1];
+    if constexpr (kPacked) {
+#pragma unroll
+      for (int c = 0; c < kElements / 4; ++c) {
+        if (c < kFullChunks || 4 * kLanes * c < left) packed[c] = load_packed_quad(row + 4 * kLanes * c);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kElements / 4; ++c) {
+      float4 quad = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+      if (c < kFullChunks || 4 * kLanes * c < left) {
+        if constexpr (kPacked) {
+          quad = unpack_quad(row, packed[c]);
+        } else {
+          quad = load_quad(row + 4 * kLanes * c);
+        }
+      }
+      elements[4 * c + 0] = quad.x;
+      elements[4 * c + 1] = quad.y;
+      elements[4 * c + 2] = quad.z;
+      elements[4 * c + 3] = quad.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int offset = i / 4 * 4 * kLanes + i % 4;
+      elements[i] = offset < left ? load_one(row + offset) : -INFINITY;
+    }
+  }
+}
+
+// A sum below 2^24 of the terms whose condition holds. It is kept as the float with these bits, which is subnormal (or
+// next to that) and so exact: a multiprocessor adds twice as many floats at a time as it adds or compares integers.
+struct SumOfTrue {
+  float bits = 0.0f;
+
+  __device__ __forceinline__ void add_if_greater(uint64_t a, uint64_t b) {
+    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "l"(a), "l"(b));
+  }
+  __device__ __forceinline__ void add_if_greater(float a, float b) {
+    asm("{ .reg .pred p; setp.gt.f32 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "f"(a), "f"(b));
+  }
+  __device__ __forceinline__ void add_if_reaches(float a, float b, uint32_t term = 1) {
+    asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p add.f32 %0, %0, %3; }"
+        : "+f"(bits)
+        : "f"(a), "f"(b), "f"(bits_float(term)));
+  }
+  __device__ __forceinline__ uint32_t value() const { return float_bits(bits); }
+};
+
+// How many of the tile's pairs, of which `count` are not 0, are larger than this one.
+template <int kLanes>
+__device__ __forceinline__ int rank_of(uint64_t pair, const uint64_t (&pairs)[kLanes], int count) {
+  SumOfTrue rank;
+#pragma unroll 1
+  for (int begin = 0; begin < kLanes; begin += 16) {
+    if (begin > 0 && !__any_sync(kFullWarp, begin < count)) break;
+#pragma unroll
+    for (int i = begin; i < begin + 16; i += 2) {
+      const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + i);
+      rank.add_if_greater(others.x, pair);
+      rank.add_if_greater(others.y, pair);
+    }
+  }
+  return static_cast<int>(rank.value());
+}
+
+// Sorts one value a lane within each kRun neighbouring lanes, the largest first, with a bitonic network.
+template <int kRun>
+__device__ __forceinline__ float sort_descending(float value) {
+#pragma unroll
+  for (int size = 2; size <= kRun; size *= 2) {
+#pragma unroll
+    for (int step = size / 2; step > 0; step /= 2) {
+      // The first step of a merge compares with the mirror image, so that all runs can be in descending order.
+      const float other = __shfl_xor_sync(kFullWarp, value, step == size / 2 ? size - 1 : step);
+      value = (threadIdx.x & step) == 0 ? fmaxf(value, other) : fminf(value, other);
+    }
+  }
+  return value;
+}
+
+// A bound that at least k of the tile's keys reach, but not many more: the k-th largest of 16 or 32 maxima of them.
+template <int kLanes>
+__device__ __forceinline__ float bound_of_best(float lane_maximum, int k) {
+  if (kLanes == 32 && k > max_tile_k(16)) {
+    return __shfl_sync(kFullWarp, sort_descending<32>(lane_maximum), k - 1);
+  }
+  if constexpr (kLanes == 32) lane_maximum = fmaxf(lane_maximum, __shfl_xor_sync(kFullWarp, lane_maximum, 16));
+  return __shfl_sync(kFullWarp, sort_descending<16>(lane_maximum), k - 1, 16);
+}
+
+// The exact k best of the eligible keys, best first, into candidates.
+template <int kLanes, int kElements>
+__device__ __forceinline__ void select_by_rounds(const float (&keys)[kElements], uint32_t eligible, int k,
+                                                 int* candidates) {
+  const int lane = tile_lane<kLanes>();
+  for (int round = 0; round < k; ++round) {
+    uint64_t best = 0;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const uint64_t pair = order_pair(order_key(keys[i]), static_cast<uint32_t>(expert_of<kLanes>(lane, i)));
+      if ((eligible >> i & 1) != 0 && pair > best) best = pair;
+    }
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      const uint64_t other = __shfl_xor_sync(kFullWarp, best, step);
+      best = other > best ? other : best;
+    }
+    const int expert = static_cast<int>(pair_index(best));
+    if (lane == 0) candidates[round] = expert;
+    const int quad = expert >> 2;
+    if (best != 0 && (quad & (kLanes - 1)) == lane) eligible &= ~(1u << (quad / kLanes * 4 + (expert & 3)));
+  }
+}
+
+// Which of the tile's elements are experts: bit i for element i. The first kFullChunks quads are known to be.
+template <int kLanes, int kFullChunks, int kElements>
+__device__ __forceinline__ uint32_t existing_elements(int experts) {
+  uint32_t existing = kFullChunks == 8 ? 0xFFFFFFFFu : (1u << (4 * kFullChunks % 32)) - 1;
+#pragma unroll
+  for (int c = kFullChunks; c < kElements / 4; ++c) {
+    const int of_quad = min(max(experts - expert_of<kLanes>(tile_lane<kLanes>(), 4 * c), 0), 4);
+    existing |= ((1u << of_quad) - 1) << (4 * c);
+  }
+  return existing;
+}
+
+// Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
+// counts them: at least `needed`, at most kLanes. False, for the whole warp, where that fails: too many nearly equal
+// keys.
+template <int kLanes, int kElements>
+__device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], uint32_t eligible, float lane_maximum,
+                                                int k, int needed, float margin, int* candidates, int& count) {
+  const int lane = tile_lane<kLanes>();
+  const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
+  const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
+  float bound = bound_of_best<kLanes>(lane_maximum, k);
+  uint32_t low = 0;
+  uint32_t high = 0;
+  bool probing = false;  // whether it is open that at least `needed` keys reach the bound
+  uint32_t reaching;
+  int position;
+#pragma unroll 1
+  for (int attempt = 0;; ++attempt) {
+    const float threshold = margin == 0.0f || probing ? bound : bound - margin - fabsf(bound) * kKeyMargin;
+    SumOfTrue lower_half;
+    SumOfTrue upper_half;
+#pragma unroll
+    for (int i = 0; i < kElements / 2; ++i) {
+      lower_half.add_if_reaches(keys[i], threshold, 1u << i);
+      upper_half.add_if_reaches(keys[kElements / 2 + i], threshold, 1u << i);
+    }
+    reaching = (lower_half.value() | upper_half.value() << (kElements / 2)) & eligible;
+    // Where the lane's own start in the list: the sum of the counts of the lanes before it, bit by bit of these counts.
+    const int own = __popc(reaching);
+    position = 0;
+    count = 0;
+#pragma unroll
+    for (int bit = 1; bit <= 4; bit *= 2) {
+      const uint32_t lanes = __ballot_sync(kFullWarp, (own & bit) != 0);
+      position += bit * __popc(lanes & before);
+      count += bit * __popc(lanes & tile);
+    }
+    const bool crowded = (__ballot_sync(kFullWarp, own >= 8) & tile) != 0 || count > kLanes;
+    const bool fits = !crowded && count >= needed;
+    if (!__any_sync(kFullWarp, probing || !fits)) break;
+    if (attempt == 0) {
+      low = order_key(bound);
+      high = order_key(tile_max_nan<kLanes>(lane_maximum));
+    }
+    // It is equal keys that are too many if the next larger bound, which is the first to be tried, is too large.
+    const bool tied = attempt == 1 && probing && !crowded && !fits;
+    if (__any_sync(kFullWarp, tied) || attempt == kMostAttempts) return false;
+    if (fits) {
+      probing = false;
+    } else {
+      // Halfway between a bound that too many keys reach and one that too few do.
+      (crowded ? low : high) = order_key(bound);
+      bound = float_of_key(attempt == 0 ? low + 1 : low + (high - low) / 2);
+      probing = true;
+    }
+  }
+  while (reaching != 0) {
+    const int element = 31 - __clz(reaching);
+    candidates[position++] = expert_of<kLanes>(lane, element);
+    reaching ^= 1u << element;
+  }
+  return true;
+}
+
+}  // namespace jax_router::cuda

@@ -1,0 +1,171 @@
+// From a token's logits to its experts: the selection that every router kernel shares, so that a token gets the same
+// weights and ids, bit for bit, whichever kernel made its logits and whatever else is in its batch. A tile of lanes
+// owns the token, as tile.cuh says.
+//
+// Where the keys are scores + bias, the bound is one of cheap scores, lowered by what these may be wrong by, and only
+// the few that reach it get their exact keys. Groups go by cheap scores too, where these leave no doubt about them.
+// Where they are not good enough, the rounds go by exact scores of all experts.
+#pragma once
+
+#include <cmath>
+
+#include "groups.cuh"
+#include "row_score.cuh"
+#include "tile.cuh"
+
+namespace jax_router::cuda {
+
+// Where a token's results go: its k values start at `place` of each array. place < 0: nowhere, the tile has no token
+// and only keeps its warp company. chosen_logits is optional.
+struct TokenOutput {
+  float* weights;
+  int32_t* expert_ids;
+  float* chosen_logits;
+  int64_t place = 0;
+
+  __device__ __forceinline__ void store(int j, float weight, int expert, float logit) const {
+    weights[place + j] = weight;
+    expert_ids[place + j] = expert;
+    if (chosen_logits != nullptr) chosen_logits[place + j] = logit;
+  }
+};
+
+// The keys of all the tile's elements, score + bias, -inf where they are not eligible. bias may be null, but not for
+// kRough.
+template <Accuracy kAccuracy, int kLanes, int kFullChunks, int kElements>
+__device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
+                                           uint32_t eligible, const float* bias, float (&keys)[kElements]) {
+  const bool biased = kAccuracy == Accuracy::kRough || bias != nullptr;
+  if (biased) load_tile<kLanes, kFullChunks>(bias, experts, rows_have_quads(bias, experts, 4), keys);
+  with_score<kAccuracy>(score, [&](auto score_of) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float s = score_of(logits[i]);
+      if constexpr (kAccuracy == Accuracy::kRough) {
+        keys[i] = s + keys[i];  // in one instruction with the score's last
+      } else {
+        keys[i] = biased ? __fadd_rn(s, keys[i]) : s;
+      }
+      if (i / 4 >= kFullChunks && (eligible >> i & 1) == 0) keys[i] = -INFINITY;
+    }
+  });
+}
+
+// Ranks the experts in scratch.candidates[0 .. count), which are among the tile's eligible ones and include its k best,
+// and writes the k weights and ids. The arguments are those of select_token.
+template <KeyMode kMode, int kLanes, class LogitAt>
+__device__ __forceinline__ void finish_token(const Selection& selection, const RowScore& score, int count, bool wanted,
+                                             const float* bias, LogitAt logit_at, const TokenOutput& output,
+                                             SelectScratch<kLanes>& scratch) {
+  const int lane = tile_lane<kLanes>();
+  const int k = selection.k;
+  const Scoring& scoring = selection.scoring;
+  __syncwarp();  // the candidates are there, and what else was in the scratch has been read
+
+  const bool candidate = lane < count;
+  int expert = 0;
+  float logit = 0.0f;
+  float s = 0.0f;
+  uint64_t pair = 0;
+  if (candidate) {
+    expert = scratch.candidates[lane];
+    logit = logit_at(expert);
+    float key = logit;
+    if constexpr (kMode != KeyMode::kLogits) {
+      const bool biased = kMode == KeyMode::kScores || bias != nullptr;
+      const float offset = biased ? __ldg(bias + expert) : 0.0f;
+      s = score(logit);
+      key = biased ? __fadd_rn(s, offset) : s;
+    }
+    pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
+  }
+  scratch.pairs[lane] = pair;
+  scratch.values[lane] = 0.0f;
+  __syncwarp();
+  const int rank = rank_of(pair, scratch.pairs, count);
+
+  if constexpr (kMode == KeyMode::kLogits) s = score(logit);
+  const bool chosen = candidate && rank < k;
+  const float weight = finish_weight(scoring, k, chosen, rank, logit, s, scratch.values, [] { __syncwarp(); });
+  if (chosen) {
+    output.store(rank, weight, expert, logit);
+  } else if (!wanted && output.place >= 0 && lane < k) {
+    output.store(lane, 0.0f, -1, 0.0f);
+  }
+  __syncwarp();
+}
+
+// Selects one token's experts and writes its k weights and ids. All 32 lanes of the warp call it together.
+//   kFullChunks  the tile's first so many quads are known to lie within the token's experts
+//   logits       in the layout of tile.cuh; -inf where the expert does not exist, anything if the token is not wanted
+//   wanted       false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
+//   bias         the token's own row of [experts] floats; null is possible for kGroups; not used for kLogits
+//   logit_at     logit_at(expert) gives any of the token's logits once more, to any lane of the tile
+template <KeyMode kMode, int kLanes, int kFullChunks = 0, int kElements, class LogitAt>
+__device__ __forceinline__ void select_token(const Selection& selection, const float (&logits)[kElements], bool wanted,
+                                             const float* bias, LogitAt logit_at, const TokenOutput& output,
+                                             SelectScratch<kLanes>& scratch) {
+  static_assert(kElements % 4 == 0 && kElements <= 32 && (kLanes == 16 || kLanes == 32));
+  const int lane = tile_lane<kLanes>();
+  const int k = selection.k;
+  const Scoring& scoring = selection.scoring;
+  uint32_t eligible = wanted ? existing_elements<kLanes, kFullChunks, kElements>(selection.experts) : 0;
+
+  RowScore score{scoring.score_fn};
+  if (scoring.score_fn == ScoreFn::kSoftmax && (kMode != KeyMode::kLogits || !scoring.renormalize)) {
+    score = softmax_of_tile<kLanes>(logits);
+  }
+  float keys[kElements];
+  float maximum;
+  float margin = 0.0f;
+  bool failed;  // whether the keys are not good enough, or one of them is NaN
+  if constexpr (kMode == KeyMode::kLogits) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) keys[i] = logits[i];
+  } else {
+    constexpr Accuracy kAccuracy = kMode == KeyMode::kScores ? Accuracy::kRough : Accuracy::kFine;
+    margin = score_margin<kAccuracy>(scoring.score_fn);
+    score_keys<kAccuracy, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+  }
+  if constexpr (kMode == KeyMode::kGroups) {
+    maximum = keep_best_groups<Accuracy::kFine>(selection, keys, wanted, eligible, scratch, failed);
+  } else {
+    maximum = largest_of(keys);
+    failed = kMode == KeyMode::kScores ? !(maximum < INFINITY) : maximum != maximum;
+  }
+  failed = __any_sync(kFullWarp, wanted && failed);
+
+  int count = 0;
+  const int needed = wanted ? k : 0;
+  const auto list = [&] {
+    // Whatever the logits of a token that is not wanted are, they must not slow its neighbour down.
+    if (!wanted) maximum = -INFINITY;
+    return list_candidates<kLanes>(keys, eligible, maximum, k, needed, margin, scratch.candidates, count);
+  };
+  if (failed || !list()) {
+    if constexpr (kMode != KeyMode::kLogits) {
+      eligible = wanted ? existing_elements<kLanes, kFullChunks, kElements>(selection.experts) : 0;
+      with_score<Accuracy::kExact>(score, [&](auto score_of) {
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          keys[i] = -INFINITY;
+          if ((eligible >> i & 1) != 0) {
+            // The logits are read anew, so that they need no registers until here.
+            const int expert = expert_of<kLanes>(lane, i);
+            const float s = score_of(logit_at(expert));
+            keys[i] = bias != nullptr ? __fadd_rn(s, __ldg(bias + expert)) : s;
+          }
+        }
+      });
+    }
+    if constexpr (kMode == KeyMode::kGroups) {
+      __syncwarp();  // the scratch has been read
+      keep_best_groups<Accuracy::kExact>(selection, keys, wanted, eligible, scratch, failed);
+    }
+    select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
+    count = needed;
+  }
+  finish_token<kMode, kLanes>(selection, score, count, wanted, bias, logit_at, output, scratch);
+}
+
+}  // namespace jax_router::cuda

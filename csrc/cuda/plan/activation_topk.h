@@ -1,0 +1,119 @@
+// Which kernel computes an activation_topk: one whose tiles hold a row in registers, or one that keeps rows that are
+// too long for that, or that have too many choices, in shared memory.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "names.h"
+
+namespace jax_router::cuda {
+
+struct ActivationTopkNumbers {
+  int64_t many_rows;  // from so many on, tiles of 16 lanes: fewer instructions a token; below, the steps in a row count
+  int64_t few_rows;   // up to so many, a token has a thread block of its own
+};
+// Measured on an H100 alone.
+constexpr auto kActivationTopkNumbers = everywhere(ActivationTopkNumbers{4096, 1024});
+
+// The widths that have kernels of their own are a choice between speed and the time to compile them.
+constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4}, {16, 8, 6},
+                                            {16, 4, 4}, {32, 2, 0}, {32, 3, 2}, {32, 4, 2}, {32, 8, 4}};
+
+// Whether a tile was compiled for logits of a type and a way to make keys.
+constexpr bool has_tile(const RowTile& tile, DType dtype, KeyMode mode) {
+  const bool for_groups = tile.lanes == 16 && tile.full_chunks == tile.chunks;
+  if (mode == KeyMode::kGroups) return for_groups || (tile.lanes == 32 && tile.chunks != 3);
+  if (dtype == DType::kF16) return tile.lanes == 32 && tile.chunks != 3;
+  return !for_groups;
+}
+
+constexpr KeyMode key_mode(const ActivationTopk& op) {
+  if (op.selection.groups.num_groups > 1) return KeyMode::kGroups;
+  return op.bias != nullptr ? KeyMode::kScores : KeyMode::kLogits;
+}
+
+struct ActivationTopkPlan {
+  int tile;  // of kActivationTopkTiles, or -1: rows in shared memory
+  int threads;
+  int64_t blocks;
+  int warp_bytes;  // of shared memory, for rows there
+};
+
+// What a warp needs that keeps a row of keys in shared memory (parts/long_token.cuh).
+constexpr int kLongCandidates = 256;
+constexpr int64_t long_token_bytes(int experts, int num_groups) {
+  const int64_t words = 3 * kLongCandidates + 3 * kMaxTopK + round_up(experts, 128);
+  return 4 * (words + (num_groups > 1 ? round_up(num_groups, 128) : 0));
+}
+
+constexpr bool can_use(const ActivationTopk& op, const RowTile& tile) {
+  const Selection& selection = op.selection;
+  const KeyMode mode = key_mode(op);
+  return has_tile(tile, op.dtype, mode) && tile.holds(selection.experts) && selection.k <= max_tile_k(tile.lanes) &&
+         (mode != KeyMode::kGroups || tile_can_group(tile.lanes, selection.experts, selection.groups.num_groups));
+}
+
+constexpr int kActivationTopkTileCount = static_cast<int>(std::size(kActivationTopkTiles));
+
+inline ActivationTopkPlan tile_plan(const ActivationTopk& op, int tile, int threads) {
+  const TileGrid grid(op.rows, kActivationTopkTiles[tile].lanes, threads);
+  return {tile, grid.threads, grid.blocks, 0};
+}
+
+inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
+  const int64_t bytes = long_token_bytes(op.selection.experts, op.selection.groups.num_groups);
+  const int64_t warps = std::min<int64_t>(8, kUnaskedSharedBytes / bytes);
+  if (warps == 0 || op.selection.k > kMaxTopK) return std::nullopt;
+  return ActivationTopkPlan{-1, static_cast<int>(32 * warps), ceil_div(op.rows, warps), static_cast<int>(bytes)};
+}
+
+inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const Device& device) {
+  const ActivationTopkNumbers& numbers = kActivationTopkNumbers.of(device);
+  for (int lanes : {16, 32}) {
+    if (lanes == 16 && op.rows < numbers.many_rows) continue;
+    for (int i = 0; i < kActivationTopkTileCount; ++i) {
+      const RowTile& tile = kActivationTopkTiles[i];
+      if (tile.lanes != lanes || !can_use(op, tile)) continue;
+      return tile_plan(op, i, lanes == 32 && op.rows <= numbers.few_rows ? kLoneTileThreads : kTileThreads);
+    }
+  }
+  return long_plan(op);
+}
+
+inline std::vector<ActivationTopkPlan> plans(const ActivationTopk& op, const Device&) {
+  std::vector<ActivationTopkPlan> found;
+  for (int i = 0; i < kActivationTopkTileCount; ++i) {
+    if (!can_use(op, kActivationTopkTiles[i])) continue;
+    found.push_back(tile_plan(op, i, kTileThreads));
+    if (kActivationTopkTiles[i].lanes == 32) found.push_back(tile_plan(op, i, kLoneTileThreads));
+  }
+  if (const auto plan = long_plan(op)) found.push_back(*plan);
+  return found;
+}
+
+inline std::string instance_name(DType dtype, KeyMode mode, int tile) {
+  if (tile < 0) return name(dtype) + " shared memory";
+  return name(dtype) + " " + name(mode) + " " + name(kActivationTopkTiles[tile]);
+}
+
+inline std::string name(const ActivationTopk& op, const ActivationTopkPlan& plan) {
+  return instance_name(op.dtype, key_mode(op), plan.tile) + ", " + std::to_string(plan.threads) + " threads";
+}
+
+inline std::vector<std::string> instances(const ActivationTopk&, const Device&) {
+  std::vector<std::string> all;
+  for (DType dtype : kDTypes) {
+    all.push_back(instance_name(dtype, KeyMode::kLogits, -1));
+    for (KeyMode mode : kKeyModes) {
+      for (int i = 0; i < kActivationTopkTileCount; ++i) {
+        if (has_tile(kActivationTopkTiles[i], dtype, mode)) all.push_back(instance_name(dtype, mode, i));
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace jax_router::cuda

@@ -1,0 +1,277 @@
+// Which kernel computes a dense_router, whether one can, and whether it is worth it: elsewhere XLA's product and the
+// kernel of activation_topk are faster.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../../common/macros.h"
+#include "activation_topk.h"
+#include "names.h"
+
+namespace jax_router::cuda {
+
+// Few tokens (dense_router_few.cu): kFewSplits blocks share the hidden axis of the same tokens and experts.
+constexpr int kFewTokens = 128;  // at most
+constexpr int kFewExperts = 1024;
+constexpr int kFewSplits = 8;
+constexpr int kFewWarps = 8;
+constexpr int kFewStepBytes = 128;  // of every row, for one warp
+constexpr int kFewStages = 2;       // steps of a warp that are under way at once
+constexpr int kPacketBytes = 16;    // of the workspace, for two partial logits
+// Offsets within a few rows are 32 bits wide.
+constexpr int64_t kMostRowBytes = int64_t{1} << 29;
+
+// What a block has, and how the warp that selects holds a row.
+struct FewTile {
+  int token_tiles;   // of 16 tokens
+  int expert_tiles;  // of 8 experts
+  int chunks;        // of 128 experts, which hold all
+  int full_chunks;   // of them, the first
+
+  constexpr int tokens() const { return 16 * token_tiles; }
+  constexpr int experts() const { return 8 * expert_tiles; }
+  constexpr int shared_bytes() const { return kFewWarps * kFewStages * (tokens() + experts()) * kFewStepBytes; }
+  // Of what the kernel declares as __shared__: a row of logits above all.
+  constexpr int static_bytes() const { return 4 * 256 * ((chunks + 1) / 2) + 1024; }
+  // Twice the experts, so that the blocks of two tiles of tokens all run at once.
+  constexpr bool is_for_two() const { return token_tiles == 4 && expert_tiles >= 4 && chunks < 8; }
+};
+// In the order of preference. As many experts a block as make at most 128 blocks of up to 384 experts, and of 512 with
+// 64 tokens a block: an H100's 132 multiprocessors run these at once. Beyond that, at most 128 blocks for each tile of
+// tokens.
+constexpr FewTile kFewTiles[] = {{4, 4, 2, 0}, {4, 6, 3, 2}, {4, 2, 2, 0}, {4, 3, 3, 2},
+                                 {4, 4, 8, 3}, {1, 2, 2, 0}, {1, 3, 3, 2}, {1, 3, 8, 3}};
+constexpr int kFewTileCount = static_cast<int>(std::size(kFewTiles));
+
+// Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
+// the hidden axis.
+constexpr int kManyBlockExperts = 128;
+constexpr int kManyExperts = 2 * kManyBlockExperts;
+constexpr int kManyWarps = 16;
+constexpr int kManyBoxDepth = 64;  // hidden elements that a copy brings
+constexpr int kManyBoxRowBytes = 2 * kManyBoxDepth;
+constexpr int kManyStages = 16;  // of the ring, at most
+constexpr int kManyPieceBits = 3;
+constexpr int kManyPieces = 1 << kManyPieceBits;   // in which the sums of other blocks come, at most
+constexpr int kManyAlignment = 1024;               // of what the copy engine writes
+constexpr int kManyPitch = kManyBlockExperts + 4;  // of a row of sums: rows that are written together differ in banks
+constexpr int kManyStaticBytes = 512 * kManyWarps + 8 * (2 * kManyStages + kManyPieces);
+
+// Boxes of each operand in a stage: small tiles would spend more time on barriers than on products.
+JR_HOST_DEVICE constexpr int boxes_of(int tokens) { return tokens <= 72 ? 2 : 1; }
+JR_HOST_DEVICE constexpr int box_bytes_of(int tokens) { return (kManyBlockExperts + tokens) * kManyBoxRowBytes; }
+JR_HOST_DEVICE constexpr int stage_bytes_of(int tokens) { return boxes_of(tokens) * box_bytes_of(tokens); }
+
+// How a launch for many tokens divides the work.
+struct ManyTiling {
+  int tokens;       // of a tile
+  int sharer_bits;  // log2 of the blocks that have the same tokens and hidden elements
+  int split_bits;   // log2 of the parts of the hidden axis
+  bool half_warps;  // select, rather than whole ones: not with four parts
+  int stages;       // of the ring
+  int received;     // where in shared memory the sums of other blocks go
+  bool apart;       // whether that is outside of the ring
+
+  JR_DEVICE_TOO constexpr int cluster_bits() const { return sharer_bits + split_bits; }
+  // The most tokens that one block selects for.
+  JR_DEVICE_TOO constexpr int share() const { return (tokens + (1 << cluster_bits()) - 1) >> cluster_bits(); }
+};
+
+// In the order of preference, of those of which one wave has all tokens; the last is for all that is more.
+struct ManyTile {
+  int tokens;
+  int split_bits;
+};
+constexpr ManyTile kManyTiles[] = {{24, 2}, {40, 2},  {56, 2},  {72, 2},  {56, 1},
+                                   {72, 1}, {112, 1}, {144, 1}, {112, 0}, {128, 0}};
+
+struct DenseRouterNumbers {
+  int64_t lone_token_experts;  // a lone token is worth the kernel with up to so many: XLA multiplies one by a large
+                               // weight as fast, and needs no hand-over
+  int64_t few_tokens;          // up to so many, any number of experts is worth it
+  int64_t few_experts;         // of more tokens, up to so many
+  int64_t tile_tokens;         // of more than these, more than least_experts up to most_experts
+  int64_t least_experts, most_experts;
+  int clusters[4];     // of 1, 2, 4 and 8 blocks that have room at a time
+  int filled_eighths;  // of the experts' tiles, that must be more than this to be worth it
+  int filled_tenths;   // of a wave of tokens, at least, where the hidden axis is not split
+};
+// Measured on an H100: 1 to 64 tokens, 64 to 1024 experts and hidden sizes from 2048 to 7168; 65 to 128 tokens, 160 to
+// 384 experts and hidden sizes from 4096; more tokens, 64 to 256 experts and hidden sizes from 2048. In numbers of
+// tokens, the last two lines come to up to 4320 tokens of 256 experts and 9504 of 128, and to what all but fills one
+// wave.
+constexpr auto kDenseRouterNumbers =
+    everywhere(DenseRouterNumbers{256, 16, 512, 64, 128, 384, {132, 66, 30, 15}, 7, 9});
+
+struct DenseRouterPlan {
+  int few;          // of kFewTiles, or -1: the kernel for many tokens, with
+  ManyTiling many;  // this
+  int64_t blocks;
+  int64_t shared_bytes;
+  int64_t workspace_bytes;
+};
+
+constexpr int64_t few_blocks(const DenseRouter& op, const FewTile& tile) {
+  return ceil_div(op.select.selection.experts, tile.experts()) * kFewSplits * ceil_div(op.select.rows, tile.tokens());
+}
+
+// Why no kernel for few or many tokens can compute the op on the device; empty where one can.
+inline std::string why_not_fused(const DenseRouter& op) {
+  const Selection& selection = op.select.selection;
+  const auto text = [](const char* wanted, int64_t got) { return wanted + (", got " + std::to_string(got)); };
+  if (op.hidden <= 0 || op.hidden % 8 != 0) return text("a hidden size that is a multiple of 8", op.hidden);
+  if (op.hidden * int64_t{size_of(op.operand_dtype)} > kMostRowBytes) {
+    return text("at most 2^29 bytes of a hidden state, so many elements", op.hidden);
+  }
+  if (selection.k > max_tile_k(32)) return text("at most top_k = 16", selection.k);
+  if (selection.groups.num_groups > 1 && !tile_can_group(32, selection.experts, selection.groups.num_groups)) {
+    return text("at most 32 groups of 4, 8, 16, 32, 64 or 128 experts", selection.groups.num_groups);
+  }
+  return "";
+}
+
+inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& device) {
+  const int experts = op.select.selection.experts;
+  const bool many_tokens = tile.token_tiles > 1;
+  // The blocks that select wait for all others: each must be running.
+  const int64_t waiting = std::min(op.select.rows, few_blocks(op, tile));
+  return op.select.rows <= kFewTokens && waiting <= device.multiprocessors && 128 * tile.full_chunks <= experts &&
+         experts <= 128 * tile.chunks && tile.shared_bytes() + tile.static_bytes() <= device.shared_bytes &&
+         !(many_tokens && op.operand_dtype == DType::kF32);
+}
+
+inline DenseRouterPlan few_plan(const DenseRouter& op, int tile) {
+  const int64_t pairs = ceil_div(op.select.selection.experts, 2);
+  return {tile,
+          {},
+          few_blocks(op, kFewTiles[tile]),
+          kFewTiles[tile].shared_bytes(),
+          kFewSplits * op.select.rows * pairs * kPacketBytes};
+}
+
+// Divides the shared memory; returns the bytes that a block needs, or 0 if it has less.
+constexpr int place_in_shared_memory(ManyTiling& tiling, int most) {
+  constexpr int kEnoughBoxes = 8;  // under way, so that a ring that leaves room for the sums is no slower
+  const int stage_bytes = stage_bytes_of(tiling.tokens);
+  const int sums_bytes = tiling.tokens * kManyPitch * 4;
+  const int received_bytes =
+      tiling.cluster_bits() == 0 ? 0 : (tiling.share() * kManyPitch * 4) << tiling.cluster_bits();
+  const auto stages_in = [&](int bytes) { return std::min(bytes / stage_bytes, kManyStages); };
+  tiling.stages = stages_in(most - received_bytes);
+  tiling.apart = tiling.cluster_bits() == 0 || tiling.stages * boxes_of(tiling.tokens) >= kEnoughBoxes;
+  if (!tiling.apart) tiling.stages = stages_in(most);
+  tiling.received = std::max(sums_bytes, tiling.apart ? tiling.stages * stage_bytes : 0);
+  const int bytes = std::max(tiling.stages * stage_bytes, tiling.received + received_bytes);
+  return tiling.stages > 0 && bytes <= most ? bytes : 0;
+}
+
+inline std::optional<DenseRouterPlan> many_plan(const DenseRouter& op, const ManyTile& tile, const Device& device) {
+  const Selection& selection = op.select.selection;
+  if (!device.has_hopper_kernels || op.operand_dtype == DType::kF32 || selection.experts > kManyExperts) {
+    return std::nullopt;
+  }
+  ManyTiling tiling{tile.tokens, selection.experts > kManyBlockExperts, tile.split_bits, false, 0, 0, false};
+  tiling.half_warps = selection.k <= max_tile_k(16) && tiling.split_bits < 2 && tiling.share() > kManyWarps;
+  const int bytes = place_in_shared_memory(tiling, device.shared_bytes - kManyStaticBytes - kManyAlignment);
+  const int64_t tiles = ceil_div(op.select.rows, tiling.tokens);
+  // Coordinates of the copy engine are 32 bits wide, and so is a grid.
+  if (bytes == 0 || op.select.rows > INT32_MAX - 1024) return std::nullopt;
+  return DenseRouterPlan{-1, tiling, tiles << tiling.cluster_bits(), bytes + kManyAlignment, 0};
+}
+
+// The tokens that have room at a time.
+inline int64_t wave_of(const ManyTiling& tiling, const Device& device) {
+  const int clusters = kDenseRouterNumbers.of(device).clusters[tiling.cluster_bits()];
+  return int64_t{tiling.tokens} * clusters * device.multiprocessors / 132;
+}
+
+inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& device) {
+  if (!why_not_fused(op).empty()) return std::nullopt;
+  if (op.select.rows > kFewTokens) {
+    std::optional<DenseRouterPlan> found;
+    for (const ManyTile& tile : kManyTiles) {
+      found = many_plan(op, tile, device);
+      if (found && op.select.rows <= wave_of(found->many, device)) break;
+    }
+    return found;
+  }
+  for (int i = 0; i < kFewTileCount; ++i) {
+    const FewTile& tile = kFewTiles[i];
+    if (tile.token_tiles > 1 && op.select.rows <= 16) continue;
+    if (tile.is_for_two() && (op.select.rows <= tile.tokens() || op.select.selection.experts <= 128)) continue;
+    if (can_use(op, tile, device)) return few_plan(op, i);
+  }
+  return std::nullopt;
+}
+
+inline std::vector<DenseRouterPlan> plans(const DenseRouter& op, const Device& device) {
+  std::vector<DenseRouterPlan> found;
+  if (!why_not_fused(op).empty()) return found;
+  for (int i = 0; i < kFewTileCount; ++i) {
+    if (can_use(op, kFewTiles[i], device)) found.push_back(few_plan(op, i));
+  }
+  for (const ManyTile& tile : kManyTiles) {
+    if (const auto plan = many_plan(op, tile, device)) found.push_back(*plan);
+  }
+  return found;
+}
+
+// Whether the plan is faster than XLA's product and the kernel of activation_topk.
+inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Device& device) {
+  const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
+  const int64_t rows = op.select.rows;
+  const int64_t experts = op.select.selection.experts;
+  const bool is_short = op.operand_dtype != DType::kF32;
+  if (plan.few >= 0) {
+    if (rows == 1) return experts <= numbers.lone_token_experts && is_short;
+    if (rows > numbers.tile_tokens) {
+      return experts > numbers.least_experts && experts <= numbers.most_experts && is_short;
+    }
+    return experts <= numbers.few_experts || rows <= numbers.few_tokens;
+  }
+  // Few of the experts a block may be missing.
+  if (experts * 8 <= (kManyBlockExperts << plan.many.sharer_bits) * numbers.filled_eighths) return false;
+  if (plan.many.split_bits > 0) return true;
+  const int64_t wave = wave_of(plan.many, device);
+  return plan.many.sharer_bits > 0 && rows <= wave && rows * 10 >= wave * numbers.filled_tenths;
+}
+
+inline std::string instance_name(DType dtype, KeyMode mode, const FewTile& tile) {
+  return name(dtype) + " " + name(mode) + " few " + std::to_string(tile.tokens()) + "x" +
+         std::to_string(tile.experts()) + " of " + std::to_string(128 * tile.chunks);
+}
+inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int split_bits) {
+  return name(dtype) + " " + name(mode) + " many " + std::to_string(many_tokens) + " by " +
+         std::to_string(1 << split_bits);
+}
+
+inline std::string name(const DenseRouter& op, const DenseRouterPlan& plan) {
+  const KeyMode mode = key_mode(op.select);
+  if (plan.few >= 0) {
+    return instance_name(op.operand_dtype, mode, kFewTiles[plan.few]) + ", " + std::to_string(plan.blocks) + " blocks";
+  }
+  return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits) + ", " +
+         std::to_string(1 << plan.many.cluster_bits()) + " blocks a tile";
+}
+
+inline std::vector<std::string> instances(const DenseRouter&, const Device& device) {
+  std::vector<std::string> all;
+  for (DType dtype : kDTypes) {
+    for (KeyMode mode : kKeyModes) {
+      for (const FewTile& tile : kFewTiles) {
+        const bool fits = tile.shared_bytes() + tile.static_bytes() <= device.shared_bytes;
+        if (fits && (tile.token_tiles == 1 || dtype != DType::kF32)) all.push_back(instance_name(dtype, mode, tile));
+      }
+      for (const ManyTile& tile : kManyTiles) {
+        if (!device.has_hopper_kernels || dtype == DType::kF32) continue;
+        all.push_back(instance_name(dtype, mode, tile.tokens, tile.split_bits));
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace jax_router::cuda

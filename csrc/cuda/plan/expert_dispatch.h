@@ -1,0 +1,166 @@
+// Which kernels compute an expert_dispatch: one cluster of blocks that holds a whole sort, or a kernel that counts and
+// one that sorts.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../../common/macros.h"
+#include "names.h"
+
+namespace jax_router::cuda {
+
+// How one sort is laid over thread blocks.
+struct SortLayout {
+  uint32_t choices;                    // of one sort
+  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
+  uint32_t experts;
+  uint32_t columns;         // of a count table: the experts, the ids outside, the places past the end; made even
+  uint32_t chunks;          // of one sort, a multiple of the cluster size
+  uint32_t chunk_choices;   // choices of one chunk
+  uint32_t rounds;          // choices a thread holds
+  uint32_t mask_bins;       // of a warp's table of lane masks
+  uint32_t cluster_blocks;  // of the clusters that hold the sort or count its chunks
+
+  JR_DEVICE_TOO uint32_t token_of(uint32_t choice) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
+  }
+  JR_DEVICE_TOO constexpr uint32_t bins() const { return experts + 1; }
+  JR_DEVICE_TOO constexpr uint32_t clusters() const { return chunks / cluster_blocks; }
+};
+
+constexpr uint32_t kMaxSortBlocks = 16;  // of a cluster that holds a whole sort
+constexpr uint32_t kCountBlocks = 8;     // of the clusters that count the chunks of a long sort
+// The tables of the warps' counts lie in shared memory beside each other, so many experts leave room for few warps.
+constexpr int kManySortThreads = 512;
+constexpr int kFewSortThreads = 256;
+constexpr int kExpertsForManyThreads = 1024;
+// A warp finds the lanes with the same bin by a table of lane masks, over the bin's low bits if it has more than these.
+constexpr uint32_t kMaskBins = 512;
+
+enum class SortKernel {
+  kCluster,  // a sort is one cluster's work, each block's chunk one tile
+  kOneWave,  // counted first; one block a multiprocessor, which finds room there while the counting kernel still runs
+  kLonger,   // counted first; tile after tile
+};
+
+// How a long sort is cut: into so many clusters of chunks at most, and choices a thread holds at most.
+struct SortCut {
+  uint32_t clusters;
+  uint32_t rounds;
+};
+constexpr uint32_t kClusterRounds = 4;
+constexpr SortCut kOneWaveCut{16, 6};
+constexpr SortCut kLongerCut{32, 4};
+
+struct ExpertDispatchPlan {
+  SortKernel kernel;
+  int threads;
+  SortLayout layout;
+  int64_t blocks;
+  int64_t shared_bytes;
+  int64_t workspace_bytes;
+};
+
+JR_HOST_DEVICE constexpr int64_t sort_shared_bytes(const SortLayout& layout, int threads) {
+  return int64_t{threads / 32} * (4 * layout.mask_bins + 2 * layout.columns) + 12 * layout.columns +
+         4 * threads * layout.rounds;
+}
+
+constexpr int sort_threads(const ExpertDispatch& op) {
+  return op.experts <= kExpertsForManyThreads ? kManySortThreads : kFewSortThreads;
+}
+
+// The plan with so many chunks, in clusters of so many blocks.
+inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, SortKernel kernel, int64_t chunks,
+                                                   uint32_t cluster_blocks, uint32_t rounds, const Device& device) {
+  const int threads = sort_threads(op);
+  SortLayout layout{};
+  layout.choices = static_cast<uint32_t>(op.tokens * op.k);
+  // Exact for choice < 2^31, which slots are.
+  layout.token_shift = 31;
+  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
+  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
+  layout.experts = op.experts;
+  layout.columns = static_cast<uint32_t>(round_up(op.experts + 2, 2));
+  layout.mask_bins = static_cast<uint32_t>(std::min<int64_t>(kMaskBins, round_up(layout.columns, 4)));
+  layout.chunks = static_cast<uint32_t>(chunks);
+  layout.cluster_blocks = cluster_blocks;
+  layout.chunk_choices = static_cast<uint32_t>(round_up(ceil_div(layout.choices, chunks), 32));
+  const int64_t held = ceil_div(layout.chunk_choices, threads);
+  if (kernel != SortKernel::kLonger && held > rounds) return std::nullopt;
+  layout.rounds = static_cast<uint32_t>(std::min<int64_t>(held, rounds));
+  ExpertDispatchPlan plan{kernel, threads, layout, op.batch * chunks, sort_shared_bytes(layout, threads), 0};
+  if (kernel != SortKernel::kCluster) {
+    plan.workspace_bytes = 4 * op.batch * (layout.chunks + layout.clusters()) * int64_t{layout.bins()};
+  }
+  const bool fits = plan.shared_bytes + 1024 <= device.shared_bytes && plan.blocks <= INT32_MAX;
+  return fits ? std::optional(plan) : std::nullopt;
+}
+
+inline std::optional<ExpertDispatchPlan> cluster_plan(const ExpertDispatch& op, int64_t chunks, const Device& device) {
+  return sort_plan(op, SortKernel::kCluster, chunks, static_cast<uint32_t>(chunks), kClusterRounds, device);
+}
+
+inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, SortKernel kernel, const Device& device) {
+  const SortCut cut = kernel == SortKernel::kOneWave ? kOneWaveCut : kLongerCut;
+  const int64_t cluster = device.has_clusters ? kCountBlocks : 1;
+  const int64_t enough = std::max<int64_t>(cut.clusters / op.batch, 1);
+  const int64_t clusters = std::min(enough, ceil_div(op.tokens * op.k, cluster * sort_threads(op)));
+  return sort_plan(op, kernel, clusters * cluster, static_cast<uint32_t>(cluster), cut.rounds, device);
+}
+
+constexpr bool has_int32_choices(const ExpertDispatch& op) {
+  return op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
+}
+
+inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
+  if (!has_int32_choices(op)) return std::nullopt;
+  const int64_t choices = op.tokens * op.k;
+  const int64_t most = std::min<int64_t>(device.cluster_blocks(), kMaxSortBlocks);
+  if (choices <= most * sort_threads(op) * int64_t{kClusterRounds}) {
+    int64_t chunks = 1;
+    while (chunks < most && choices > chunks * sort_threads(op)) chunks *= 2;
+    return cluster_plan(op, chunks, device);
+  }
+  if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, device)) return one_wave;
+  return cut_plan(op, SortKernel::kLonger, device);
+}
+
+inline std::vector<ExpertDispatchPlan> plans(const ExpertDispatch& op, const Device& device) {
+  std::vector<ExpertDispatchPlan> found;
+  if (!has_int32_choices(op)) return found;
+  const int most = std::min<int>(device.cluster_blocks(), kMaxSortBlocks);
+  for (int chunks = 1; chunks <= most; chunks *= 2) {
+    if (const auto plan = cluster_plan(op, chunks, device)) found.push_back(*plan);
+  }
+  if (op.tokens * op.k == 0) return found;
+  for (SortKernel kernel : {SortKernel::kOneWave, SortKernel::kLonger}) {
+    if (const auto plan = cut_plan(op, kernel, device)) found.push_back(*plan);
+  }
+  return found;
+}
+
+inline std::string instance_name(SortKernel kernel, int threads) {
+  const std::string by = std::to_string(threads) + " threads";
+  return (kernel == SortKernel::kCluster   ? "cluster of "
+          : kernel == SortKernel::kOneWave ? "one wave of "
+                                           : "longer of ") +
+         by;
+}
+
+inline std::string name(const ExpertDispatch&, const ExpertDispatchPlan& plan) {
+  return instance_name(plan.kernel, plan.threads) + ", " + std::to_string(plan.layout.chunks) + " chunks";
+}
+
+inline std::vector<std::string> instances(const ExpertDispatch&, const Device&) {
+  std::vector<std::string> all;
+  for (SortKernel kernel : {SortKernel::kCluster, SortKernel::kOneWave, SortKernel::kLonger}) {
+    for (int threads : {kManySortThreads, kFewSortThreads}) all.push_back(instance_name(kernel, threads));
+  }
+  return all;
+}
+
+}  // namespace jax_router::cuda

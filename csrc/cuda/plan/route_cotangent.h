@@ -1,0 +1,97 @@
+// Which kernel computes a route_cotangent. The op leaves little choice: softmax over a whole row needs a warp a row,
+// few choices leave room for several rows a warp, and more choices or experts than a router's are cut into stretches.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "names.h"
+
+namespace jax_router::cuda {
+
+enum class CotangentKernel { kFewChoices, kChoices, kWholeRow, kStretches };
+constexpr CotangentKernel kCotangentKernels[] = {CotangentKernel::kFewChoices, CotangentKernel::kChoices,
+                                                 CotangentKernel::kWholeRow, CotangentKernel::kStretches};
+
+constexpr int kCotangentWarps = 4;           // of a block
+constexpr int kFewChoiceLanes = 8;           // that hold the choices of a row, where these are few
+constexpr int kCotangentStretch = 1024;      // floats of shared memory a warp
+constexpr int kLongCotangentStretch = 4096;  // results of a block, where rows are cut
+constexpr int kLongCotangentThreads = 256;
+
+struct RouteCotangentPlan {
+  CotangentKernel kernel;
+  int threads;
+  int64_t blocks;
+  int stretches;  // of a row
+};
+
+inline std::optional<RouteCotangentPlan> plan_with(const RouteCotangent& op, CotangentKernel kernel) {
+  // Whether each choice has a gradient of its own.
+  const bool apart = !op.scoring.renormalize && op.scoring.score_fn != ScoreFn::kSoftmax;
+  const bool whole_row = op.scoring.needs_whole_row();
+  RouteCotangentPlan plan{kernel, 32 * kCotangentWarps, 0, 1};
+  switch (kernel) {
+    case CotangentKernel::kFewChoices:
+      if (whole_row || op.k > kFewChoiceLanes || op.experts > kMaxExperts) return std::nullopt;
+      plan.blocks = ceil_div(op.rows, kCotangentWarps * (32 / kFewChoiceLanes));
+      break;
+    case CotangentKernel::kChoices:
+    case CotangentKernel::kWholeRow:
+      if (whole_row != (kernel == CotangentKernel::kWholeRow) || op.k > kMaxTopK || op.experts > kMaxExperts) {
+        return std::nullopt;
+      }
+      plan.blocks = ceil_div(op.rows, kCotangentWarps);
+      break;
+    case CotangentKernel::kStretches:
+      if (!apart) return std::nullopt;
+      plan.threads = kLongCotangentThreads;
+      plan.stretches = static_cast<int>(ceil_div(op.experts, kLongCotangentStretch));
+      plan.blocks = op.rows * plan.stretches;
+  }
+  return plan.blocks <= INT32_MAX ? std::optional(plan) : std::nullopt;
+}
+
+inline std::optional<RouteCotangentPlan> plan(const RouteCotangent& op, const Device&) {
+  for (CotangentKernel kernel : kCotangentKernels) {
+    if (const auto plan = plan_with(op, kernel)) return plan;
+  }
+  return std::nullopt;
+}
+
+inline std::vector<RouteCotangentPlan> plans(const RouteCotangent& op, const Device&) {
+  std::vector<RouteCotangentPlan> found;
+  for (CotangentKernel kernel : kCotangentKernels) {
+    if (const auto plan = plan_with(op, kernel)) found.push_back(*plan);
+  }
+  return found;
+}
+
+inline std::string instance_name(DType dtype, CotangentKernel kernel) {
+  switch (kernel) {
+    case CotangentKernel::kFewChoices:
+      return name(dtype) + " few choices";
+    case CotangentKernel::kChoices:
+      return name(dtype) + " choices";
+    case CotangentKernel::kWholeRow:
+      return name(dtype) + " whole row";
+    case CotangentKernel::kStretches:
+      return name(dtype) + " stretches";
+  }
+  return "";
+}
+
+inline std::string name(const RouteCotangent& op, const RouteCotangentPlan& plan) {
+  return instance_name(op.dtype, plan.kernel);
+}
+
+inline std::vector<std::string> instances(const RouteCotangent&, const Device&) {
+  std::vector<std::string> all;
+  for (DType dtype : kDTypes) {
+    for (CotangentKernel kernel : kCotangentKernels) all.push_back(instance_name(dtype, kernel));
+  }
+  return all;
+}
+
+}  // namespace jax_router::cuda

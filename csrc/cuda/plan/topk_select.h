@@ -1,0 +1,330 @@
+// Which kernel computes a topk_select. Short rows have a warp each, or half of one; longer ones a thread block that
+// holds them in registers; the longest are streamed through one block, or through a cluster of them.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "names.h"
+
+namespace jax_router::cuda {
+
+// What the kernels take at most.
+constexpr int kMaxShortLength = 1024;  // of a row in a warp or half of one
+constexpr int kMaxTileK = 16;          // where a tile ranks the few elements above a bound
+constexpr int kMaxWarpK = 128;         // where a warp bisects the range of the keys
+constexpr int kMaxBlockLength = 8192;  // of a row in the registers of a block
+constexpr int kMaxFewK = 64;           // where a block ranks the few elements above a bound
+
+// The candidates of a row live in shared memory. What a block may have of it, an A100 at least, holds kMaxSelectK; that
+// of the smaller devices of its generation kMaxSelectKOfAny. Both less what the kernels declare as __shared__. Python
+// learns of the limit by max_select_k().
+constexpr int kMaxSelectK = 8192;
+constexpr int kMaxSelectKOfAny = 4096;
+constexpr int64_t kSharedBytesOfMaxSelectK = 163 * 1024;
+constexpr int64_t kLeastSharedBytes = 99 * 1024;
+constexpr int64_t kStaticSharedBytes = 1024;
+
+constexpr int max_select_k(const Device& device) {
+  return device.shared_bytes >= kSharedBytesOfMaxSelectK ? kMaxSelectK : kMaxSelectKOfAny;
+}
+
+struct TopkSelectNumbers {
+  int64_t many_tile_rows;   // from so many rows on, tiles of 16 lanes: fewer instructions a row
+  int64_t few_tile_rows;    // up to so many, a row has a thread block of its own
+  int64_t many_warp_rows;   // from so many on, a warp a row of any short length
+  int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
+  int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
+  int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
+  int64_t narrow_length;    // up to so long, of many rows, a streamed row has 256 threads instead of 512
+  int64_t part_length;      // what each block of a cluster must at least have of a row
+  int64_t parts_of_k;       // and so many times k
+  int64_t candidates;       // that a block of a cluster keeps at most, beside k
+  int64_t lone_candidates;  // that a block which is alone keeps: a multiprocessor has room for two
+};
+// Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
+constexpr auto kTopkSelectNumbers =
+    everywhere(TopkSelectNumbers{4096, 1024, 1024, 256, 512, kMaxBlockLength / 6, 32768, 4096, 3, 4096, 3072});
+
+enum class TopkKernel {
+  kTile,      // few choices of a short row: a bound and a ranking
+  kWarp,      // more choices of a short row: a bisection
+  kFew,       // few choices of a row in the registers of a block
+  kMany,      // more choices of such a row
+  kStreamed,  // rows of any length
+};
+
+// A kernel as it is compiled: a row's lanes and their quads of a tile or warp, or a block's threads and the vectors of
+// 16 bytes that each holds.
+struct TopkInstance {
+  TopkKernel kernel;
+  int threads;
+  int size;
+  int full_chunks;
+
+  constexpr RowTile tile() const { return {threads, size, full_chunks}; }
+};
+constexpr TopkInstance kTopkInstances[] = {
+    {TopkKernel::kTile, 16, 2, 0},      {TopkKernel::kTile, 16, 4, 2},     {TopkKernel::kTile, 16, 8, 4},
+    {TopkKernel::kTile, 32, 2, 0},      {TopkKernel::kTile, 32, 4, 2},     {TopkKernel::kTile, 32, 8, 4},
+    {TopkKernel::kWarp, 32, 2, 0},      {TopkKernel::kWarp, 32, 4, 2},     {TopkKernel::kWarp, 32, 8, 4},
+    {TopkKernel::kFew, 256, 1, 0},      {TopkKernel::kFew, 256, 2, 0},     {TopkKernel::kFew, 256, 4, 0},
+    {TopkKernel::kFew, 256, 8, 0},      {TopkKernel::kMany, 256, 1, 0},    {TopkKernel::kMany, 256, 2, 0},
+    {TopkKernel::kMany, 256, 4, 0},     {TopkKernel::kMany, 512, 1, 0},    {TopkKernel::kMany, 512, 2, 0},
+    {TopkKernel::kMany, 512, 4, 0},     {TopkKernel::kMany, 1024, 1, 0},   {TopkKernel::kMany, 1024, 2, 0},
+    {TopkKernel::kStreamed, 256, 0, 0}, {TopkKernel::kStreamed, 512, 0, 0}};
+
+// Whether an instance was compiled for a type. Rows of 16-bit elements, of which a vector has 8, need fewer vectors.
+constexpr bool has_instance(const TopkInstance& instance, DType dtype) {
+  if (instance.kernel != TopkKernel::kFew && instance.kernel != TopkKernel::kMany) return true;
+  const int most_vectors = dtype == DType::kF32 ? 8 : instance.kernel == TopkKernel::kFew ? 4 : 2;
+  return instance.size <= most_vectors && instance.threads * instance.size * (16 / size_of(dtype)) <= kMaxBlockLength;
+}
+
+struct TopkSelectPlan {
+  int instance;  // of kTopkInstances
+  int threads;
+  int64_t blocks;
+  int cluster;        // blocks of a streamed row
+  uint32_t capacity;  // candidates that a block of a streamed row can hold, and a sample
+  int64_t shared_bytes;
+
+  constexpr TopkKernel kernel() const { return kTopkInstances[instance].kernel; }
+};
+
+// The bytes of a PairSelect (parts/pair_select.cuh), and of what it needs to put so many pairs in order.
+constexpr int64_t pair_select_bytes(int threads, int bins_of_thread) {
+  return 4 * threads * bins_of_thread + 4 * (threads / 32) + 48;
+}
+constexpr int64_t ordering_bytes(int64_t size) { return 8 * size + 4 * (size / 2 + 2); }
+
+// Where the bins are those of a whole row, each thread has many of them.
+constexpr int kBlockRowBins = 4;
+constexpr int kStreamedBins = 2;
+// Of the stream through shared memory: vectors of a thread's step, and steps under way.
+constexpr int kStreamBatch = 4;
+constexpr int kStreamStages = 2;
+// Vectors of a thread, at most, that a sample is taken from.
+constexpr int kSampledVectors = 4;
+
+constexpr int64_t block_row_bytes(int threads, int64_t sorted) {
+  const int64_t ordering = 8 * sorted + ordering_bytes(sorted);
+  return pair_select_bytes(threads, kBlockRowBins) + std::max<int64_t>(8 * (threads + 2), ordering);
+}
+
+constexpr int64_t streamed_bytes(int threads, uint32_t capacity, int64_t k) {
+  const int64_t ring = int64_t{16} * kStreamBatch * kStreamStages * threads;
+  return pair_select_bytes(threads, kStreamedBins) + 8 * static_cast<int64_t>(capacity) +
+         std::max(ring, ordering_bytes(k));
+}
+
+// The candidates that a block of a streamed row has room for: enough of them, or where shared memory is scarce, a
+// sample.
+constexpr uint32_t streamed_capacity(int64_t k, int threads, bool in_cluster, const Device& device) {
+  const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
+  const auto even = [&](int64_t spare) { return static_cast<uint32_t>((k + spare + 1) / 2 * 2); };
+  const int64_t sample = kSampledVectors * threads;
+  const uint32_t enough =
+      even(std::min(std::max(2 * k, sample), in_cluster ? numbers.candidates : numbers.lone_candidates));
+  return streamed_bytes(threads, enough, k) + kStaticSharedBytes <= device.shared_bytes ? enough : even(sample);
+}
+
+constexpr bool can_stream(int64_t k, int threads, const Device& device) {
+  const uint32_t capacity = streamed_capacity(k, threads, true, device);
+  return streamed_bytes(threads, capacity, k) + kStaticSharedBytes <= device.shared_bytes;
+}
+
+// Whether a kernel can compute the op.
+constexpr bool can_use(const TopkSelect& op, const TopkInstance& instance, const Device& device) {
+  if (!has_instance(instance, op.dtype)) return false;
+  const int64_t held = static_cast<int64_t>(instance.threads) * instance.size * (16 / size_of(op.dtype));
+  switch (instance.kernel) {
+    case TopkKernel::kTile:
+      return instance.tile().holds(op.length) && op.k <= max_tile_k(instance.threads);
+    case TopkKernel::kWarp:
+      return instance.tile().holds(op.length) && op.k <= kMaxWarpK;
+    case TopkKernel::kFew:
+      return op.length <= held && op.k <= kMaxFewK;
+    case TopkKernel::kMany:
+      return op.length <= held &&
+             block_row_bytes(instance.threads, op.sorted ? op.k : 0) + kStaticSharedBytes <= device.shared_bytes;
+    case TopkKernel::kStreamed:
+      return op.length <= INT32_MAX && can_stream(op.k, instance.threads, device);
+  }
+  return false;
+}
+
+constexpr int kTopkInstanceCount = static_cast<int>(std::size(kTopkInstances));
+
+// The first instance of a kernel that can compute the op, or -1. threads, size: 0 for any.
+constexpr int find_instance(const TopkSelect& op, const Device& device, TopkKernel kernel, int threads = 0,
+                            int size = 0) {
+  for (int i = 0; i < kTopkInstanceCount; ++i) {
+    const TopkInstance& instance = kTopkInstances[i];
+    if (instance.kernel == kernel && (threads == 0 || instance.threads == threads) &&
+        (size == 0 || instance.size == size) && can_use(op, instance, device)) {
+      return i;
+    }
+  }
+  return -1;
+}
+
+// What holds a row of which more than few are chosen. Few rows have many threads each; of many rows, several are to be
+// under way on a multiprocessor, unless there is much to put in order.
+constexpr int find_instance_for_many(const TopkSelect& op, const Device& device) {
+  const bool is_wide = size_of(op.dtype) == 4;
+  const bool is_long = op.length > kMaxBlockLength / 2;
+  const bool orders_many = op.sorted && op.k >= kTopkSelectNumbers.of(device).ordered_k;
+  const bool some_rows = op.rows <= 2 * device.multiprocessors;
+  const bool few_rows = op.rows <= device.multiprocessors || (is_long && op.sorted && (some_rows || !is_wide));
+  struct Choice {
+    bool wanted;
+    int threads;
+    int vectors;
+  };
+  const Choice choices[] = {{few_rows, 512, 1},
+                            {few_rows, 1024, 1},
+                            {few_rows, 1024, 2},
+                            {true, 256, 1},
+                            {some_rows || (orders_many && !is_wide), 512, 1},
+                            {true, 256, 2},
+                            {some_rows || orders_many, 512, 2},
+                            {true, 256, 4},
+                            {true, 512, 2},
+                            {true, 512, 4}};
+  for (const Choice& choice : choices) {
+    const int found = choice.wanted ? find_instance(op, device, TopkKernel::kMany, choice.threads, choice.vectors) : -1;
+    if (found >= 0) return found;
+  }
+  return -1;
+}
+
+// Into how many blocks a streamed row is cut. Each must have enough of it, and larger clusters are slow to start where
+// many multiprocessors are taken.
+constexpr int cluster_of(const TopkSelect& op, const Device& device) {
+  const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
+  int blocks = 1;
+  const auto pays = [&](int64_t more) {
+    return more <= device.cluster_blocks() &&
+           op.length > more * std::max(numbers.part_length, numbers.parts_of_k * op.k) &&
+           op.rows * more <= (more == 2 ? device.multiprocessors : device.multiprocessors / 2);
+  };
+  while (pays(2 * blocks)) blocks *= 2;
+  return blocks;
+}
+
+constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, int instance, int cluster,
+                                   bool lone_tiles) {
+  const TopkInstance& kernel = kTopkInstances[instance];
+  TopkSelectPlan plan{instance, kernel.threads, op.rows, 1, 0, 0};
+  if (kernel.kernel == TopkKernel::kTile || kernel.kernel == TopkKernel::kWarp) {
+    const TileGrid grid(op.rows, kernel.threads, lone_tiles ? kLoneTileThreads : kTileThreads);
+    plan.threads = grid.threads;
+    plan.blocks = grid.blocks;
+  } else if (kernel.kernel == TopkKernel::kMany) {
+    plan.shared_bytes = block_row_bytes(kernel.threads, op.sorted ? op.k : 0);
+  } else if (kernel.kernel == TopkKernel::kStreamed) {
+    plan.cluster = cluster;
+    plan.blocks = op.rows * cluster;
+    plan.capacity = streamed_capacity(op.k, kernel.threads, cluster > 1, device);
+    plan.shared_bytes = streamed_bytes(kernel.threads, plan.capacity, op.k);
+  }
+  return plan;
+}
+
+constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
+  const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
+  const bool few_rows = op.rows <= device.multiprocessors;
+  if (op.length <= kMaxShortLength && op.k <= kMaxTileK) {
+    const int half = op.rows >= numbers.many_tile_rows ? find_instance(op, device, TopkKernel::kTile, 16) : -1;
+    return half >= 0 ? half : find_instance(op, device, TopkKernel::kTile, 32);
+  }
+  if (op.length <= (op.rows >= numbers.many_warp_rows ? kMaxShortLength : numbers.warp_length) &&
+      op.k <= (op.sorted && op.length > kMaxShortLength / 2 ? kMaxFewK : kMaxWarpK)) {
+    return find_instance(op, device, TopkKernel::kWarp);
+  }
+  if (op.length <= kMaxBlockLength && op.k <= kMaxFewK) return find_instance(op, device, TopkKernel::kFew);
+  // The longest of these rows fill so many registers that few of them are under way at once.
+  if (op.length <= (few_rows || op.k >= numbers.long_block_k ? kMaxBlockLength : kMaxBlockLength / 2)) {
+    const int held = find_instance_for_many(op, device);
+    if (held >= 0) return held;
+  }
+  const int threads = op.rows > device.multiprocessors && op.length <= numbers.narrow_length ? 256 : 512;
+  const int wide = find_instance(op, device, TopkKernel::kStreamed, threads);
+  return wide >= 0 ? wide : find_instance(op, device, TopkKernel::kStreamed);
+}
+
+constexpr int kMostBlocks = INT32_MAX;  // of a grid
+
+inline std::optional<TopkSelectPlan> plan(const TopkSelect& op, const Device& device) {
+  const int instance = find_chosen_instance(op, device);
+  if (instance < 0) return std::nullopt;
+  const bool lone_tiles =
+      kTopkInstances[instance].threads == 32 && op.rows <= kTopkSelectNumbers.of(device).few_tile_rows;
+  const TopkSelectPlan plan = make_plan(op, device, instance, cluster_of(op, device), lone_tiles);
+  return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
+}
+
+inline std::vector<TopkSelectPlan> plans(const TopkSelect& op, const Device& device) {
+  constexpr int kLeastPart = 2048;  // of a row, where a cluster is more than a few steps' work
+  std::vector<TopkSelectPlan> found;
+  const auto add = [&](const TopkSelectPlan& plan) {
+    if (plan.blocks <= kMostBlocks) found.push_back(plan);
+  };
+  for (int i = 0; i < kTopkInstanceCount; ++i) {
+    if (!can_use(op, kTopkInstances[i], device)) continue;
+    add(make_plan(op, device, i, 1, false));
+    if (kTopkInstances[i].threads == 32) add(make_plan(op, device, i, 1, true));
+    if (kTopkInstances[i].kernel != TopkKernel::kStreamed) continue;
+    for (int cluster = 2; cluster <= device.cluster_blocks() && op.length > cluster * kLeastPart; cluster *= 2) {
+      add(make_plan(op, device, i, cluster, false));
+    }
+  }
+  return found;
+}
+
+inline std::string instance_name(DType dtype, const TopkInstance& instance) {
+  const std::string size = std::to_string(instance.threads) + "x" + std::to_string(instance.size);
+  switch (instance.kernel) {
+    case TopkKernel::kTile:
+      return name(dtype) + " " + name(instance.tile());
+    case TopkKernel::kWarp:
+      return name(dtype) + " warp " + size;
+    case TopkKernel::kFew:
+      return name(dtype) + " few " + size;
+    case TopkKernel::kMany:
+      return name(dtype) + " many " + size;
+    case TopkKernel::kStreamed:
+      return name(dtype) + " streamed " + std::to_string(instance.threads);
+  }
+  return "";
+}
+
+inline std::string name(const TopkSelect& op, const TopkSelectPlan& plan) {
+  const std::string of = plan.kernel() == TopkKernel::kStreamed ? std::to_string(plan.cluster) + " blocks a row"
+                                                                : std::to_string(plan.threads) + " threads";
+  return instance_name(op.dtype, kTopkInstances[plan.instance]) + ", " + of;
+}
+
+inline std::vector<std::string> instances(const TopkSelect&, const Device&) {
+  std::vector<std::string> all;
+  for (DType dtype : kDTypes) {
+    for (const TopkInstance& instance : kTopkInstances) {
+      if (has_instance(instance, dtype)) all.push_back(instance_name(dtype, instance));
+    }
+  }
+  return all;
+}
+
+constexpr bool can_select(int64_t k, int shared_bytes) {
+  const Device device{80, 108, shared_bytes, false, false};
+  const TopkSelect op{1, 1 << 20, k, DType::kF32, nullptr, nullptr, nullptr, nullptr, true};
+  const TopkSelect short_op{1, kMaxBlockLength, k, DType::kF32, nullptr, nullptr, nullptr, nullptr, true};
+  return find_chosen_instance(op, device) >= 0 && find_chosen_instance(short_op, device) >= 0;
+}
+static_assert(can_select(kMaxSelectK, kSharedBytesOfMaxSelectK));
+static_assert(can_select(kMaxSelectKOfAny, kLeastSharedBytes) && can_select(kMaxSelectKOfAny / 2, kLeastSharedBytes));
+
+}  // namespace jax_router::cuda

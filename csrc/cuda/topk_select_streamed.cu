@@ -1,0 +1,332 @@
+// topk_select for rows of any length: the k largest of each row, exactly and deterministically, for any distribution.
+//
+// A row belongs to one thread block, or to a cluster of blocks that each take part of it. A block streams its part
+// through shared memory, a few vectors of 16 bytes a thread and step, and keeps what can still be among the k best: the
+// pairs (key, index) no smaller than a bound that comes from a sample, the largest of the first vectors of every
+// thread. Few vectors hold such an element, and only those are looked at one by one. The candidates of all blocks meet
+// in the shared memory of the cluster's first block, which selects exactly k of them, puts them in order and writes
+// them.
+//
+// Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others, so
+// that the first vectors are a fair sample of rows that have a trend. Should the bound be wrong (fewer than k
+// candidates, or the k-th of them below some block's bound) or there be more candidates than fit, the row is read again
+// with a bound that is certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates; random rows
+// never need a second.
+//
+// Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
+// a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have
+// begun, and that none has ended.
+//
+// Nothing but the row is read from device memory, and nothing but the result is written.
+// Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
+#include <algorithm>
+#include <cstdint>
+
+#include "../common/score.h"
+#include "parts/cluster.cuh"
+#include "parts/launch.cuh"
+#include "parts/pair_select.cuh"
+#include "topk_select.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+constexpr int kBatch = kStreamBatch;
+constexpr int kStages = kStreamStages;
+constexpr int kRing = kBatch * kStages;
+constexpr int kSampled = kSampledVectors;
+constexpr int kMaxClusterBlocks = 16;
+
+// How the rows are laid over the device, as the kernel needs to know.
+struct Rows {
+  int blocks;         // a row; more than one form a cluster
+  uint32_t capacity;  // candidates that a block can hold, and a sample
+};
+
+// Shared memory that the other blocks of a cluster write to.
+struct Gathering {
+  TransferBarrier sent;                // what the others sent to the first block, or it to this one
+  uint64_t doubts[kMaxClusterBlocks];  // in the first block: below this a block may have left candidates out
+  uint64_t counts[kMaxClusterBlocks];  // in the first block: its count just after a block added to it
+  uint64_t next_bound;                 // for reading the row again, or 0 if there is no need
+  uint32_t count;                      // of candidates, those that found no room included
+};
+constexpr uint64_t kNoRoom = ~uint64_t{0};  // as a doubt: the block did leave candidates out
+
+// Until at most `kPending` of this thread's steps are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_fetches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end); what lies outside them is
+// one more step of the first block.
+template <typename T, int kThreads>
+struct Stream {
+  static constexpr uint32_t kElements = 16 / sizeof(T);
+  static constexpr uint32_t kPiece = 32 * kElements * kBatch;  // elements of a warp's step
+
+  const T* row;
+  uint32_t end;
+  uint32_t steps;  // of whole vectors
+  uint32_t first;  // index in the row of this thread's first vector; the next lie 32 vectors further each
+  uint32_t edge;   // index of this thread's element outside whole vectors, or length
+  bool has_edges;
+  uint4* ring;  // kRing vectors, kThreads apart
+
+  __device__ __forceinline__ Stream(const T* row, uint32_t length, uint32_t block, uint32_t blocks, uint4* ring)
+      : row(row), ring(ring + threadIdx.x) {
+    const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
+    const uint32_t head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
+    end = length - (length - head) % kElements;
+    const uint32_t pieces = (end - head + kPiece - 1) / kPiece;
+    const uint32_t warps = kThreads / 32 * blocks;
+    steps = (pieces + warps - 1) / warps;
+    const uint32_t warp = threadIdx.x / 32 * blocks + block;
+    first = head + warp * steps * kPiece + threadIdx.x % 32 * kElements;
+    edge = min(threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head, length);
+    has_edges = block == 0 && head + length - end != 0;
+  }
+
+  // Of this thread's vectors, counted through all steps.
+  __device__ __forceinline__ uint32_t index(uint32_t vector) const { return first + vector * 32 * kElements; }
+  __device__ __forceinline__ uint4* slot(uint32_t vector) const { return ring + vector % kRing * kThreads; }
+
+  __device__ __forceinline__ void fetch(uint32_t step) const {
+#pragma unroll
+    for (uint32_t vector = step * kBatch; vector < step * kBatch + kBatch; ++vector) {
+      if (step < steps && index(vector) < end) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                         static_cast<uint32_t>(__cvta_generic_to_shared(slot(vector)))),
+                     "l"(row + index(vector))
+                     : "memory");
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+};
+
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1536 / kThreads) topk_select_streamed(TopkSelect op, Rows rows) {
+  using Select = PairSelect<kThreads, kStreamedBins>;
+  constexpr int kElements = 16 / sizeof(T);
+  __shared__ Gathering gathering;
+  __shared__ uint32_t sample_size, start;
+
+  const int64_t row_index = blockIdx.x / rows.blocks;
+  const uint32_t block = blockIdx.x % rows.blocks;
+  const T* row = static_cast<const T*>(op.scores) + row_index * op.length;
+  const uint32_t length = length_of_row(op, row_index);
+  const uint32_t k = min(static_cast<uint32_t>(op.k), length);
+  uint64_t* pairs = Select::pairs();
+  uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity);
+  const Stream<T, kThreads> stream(row, length, block, rows.blocks, ring);
+  const auto format = PairFormat<T>::of(op);
+
+  Select::init();
+  if (threadIdx.x == 0) {
+    sample_size = 0;
+    gathering.count = 0;
+    if (rows.blocks > 1) {
+      init_transfers(&gathering.sent, block == 0 ? rows.blocks - 1 : 1);
+      if (block == 0) cluster_fence();
+    }
+  }
+
+  // Room for `own` more candidates of each lane: the first one's place. Called by whole warps.
+  const auto reserve = [&](uint32_t own) {
+    const uint32_t before = inclusive_sum_of_lanes(own);
+    uint32_t place = 0;
+    if (threadIdx.x % 32 == 31) place = atomicAdd(&gathering.count, before);
+    return __shfl_sync(kFullWarp, place, 31) + before - own;
+  };
+
+  uint64_t bound = kLowestPair;
+  typename Select::Kth kth = {0, 0};
+  uint32_t count = 0;
+  uint32_t reading = 0;
+  while (k != 0) {
+#pragma unroll 1
+    for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
+
+    const bool first_reading = reading == 0;
+    if (first_reading) {
+      __syncthreads();
+      if (rows.blocks > 1) cluster_arrive_relaxed();  // the other blocks may use what was set up above
+      if (length > rows.capacity) {
+        wait_for_fetches<0>();
+        // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
+        const uint32_t group = min(length / (2 * kElements * k), static_cast<uint32_t>(kSampled));
+        const auto exists = [&](uint32_t vector) {
+          return vector < stream.steps * kBatch && stream.index(vector) < stream.end;
+        };
+        uint32_t sampled = 0;  // vectors
+        uint64_t largest = kNoPair;
+#pragma unroll 1
+        for (uint32_t vector = 0; vector < (group == 0 ? kSampled : group); ++vector) {
+          uint64_t pair = kNoPair;
+          if (exists(vector)) {
+            const uint4 elements[1] = {*stream.slot(vector)};
+            const float x =
+                group == 0 ? element_of(elements[0], threadIdx.x % kElements, T{}) : largest_element<T>(elements);
+            pair = format.pair(x, stream.index(vector));
+            ++sampled;
+          }
+          largest = max(largest, pair);
+          if (group == 0) pairs[vector * kThreads + threadIdx.x] = pair;
+        }
+        if (group != 0) pairs[threadIdx.x] = largest;
+        sampled = __reduce_add_sync(kFullWarp, sampled);
+        if (threadIdx.x % 32 == 0) atomicAdd(&sample_size, sampled);
+        __syncthreads();
+        const float groups = static_cast<float>(sample_size) / static_cast<float>(max(group, 1u));
+        const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
+        const float expected = __fdividef(static_cast<float>(k) * elements, static_cast<float>(length));
+        // Six standard deviations are left for chance. A group may hold several of those that are wanted.
+        const float wanted = expected + 6 * fast_sqrt(expected);
+        const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
+        const uint32_t rank = static_cast<uint32_t>(reached) + 2;
+        if (rank < static_cast<uint32_t>(groups)) {
+          bound =
+              Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8).pair;
+        }
+        __syncthreads();
+      }
+    }
+
+    const float bound_element = format.element(bound);
+#pragma unroll 1
+    for (uint32_t step = 0; step < stream.steps; ++step) {
+      wait_for_fetches<kStages - 1>();
+      const uint32_t first_vector = step * kBatch;
+      uint4 vectors[kBatch];
+#pragma unroll
+      for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(first_vector + v);
+      // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
+      const bool reaches = stream.index(first_vector) < stream.end && !(largest_element<T>(vectors) < bound_element);
+      if (__any_sync(kFullWarp, reaches)) {
+        const auto pair_of = [&](uint32_t bit) {
+          const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
+          const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
+          return format.pair(as_float(element), stream.index(vector) + e);
+        };
+        uint32_t mask = 0;
+        if (reaches) {
+#pragma unroll
+          for (int i = 0; i < kBatch * kElements; ++i) {
+            const bool inside = i < kElements || stream.index(first_vector + i / kElements) < stream.end;
+            if (inside && !(element_of(vectors[i / kElements], i % kElements, T{}) < bound_element)) mask |= 1u << i;
+          }
+        }
+        if (!first_reading) {
+          // Elements that equal the bound may be many: now only those that are not behind it.
+#pragma unroll 1
+          for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+            const uint32_t bit = __ffs(rest) - 1;
+            if (pair_of(bit) < bound) mask ^= 1u << bit;
+          }
+        }
+        uint32_t place = reserve(__popc(mask));
+#pragma unroll 1
+        for (; mask != 0 && place < rows.capacity; mask &= mask - 1) pairs[place++] = pair_of(__ffs(mask) - 1);
+      }
+      stream.fetch(step + kStages);
+    }
+    if (stream.has_edges && stream.edge < length) {
+      const uint64_t pair = format.pair(load_one(row + stream.edge), stream.edge);
+      const uint32_t place = pair >= bound ? atomicAdd(&gathering.count, 1) : rows.capacity;
+      if (place < rows.capacity) pairs[place] = pair;
+    }
+    __syncthreads();
+
+    // Only the bound of a sample is uncertain, and a block that is alone needs but count what it found.
+    const uint64_t doubt = first_reading && rows.blocks > 1 ? bound : 0;
+    if (rows.blocks > 1) {
+      if (first_reading) cluster_wait();
+      if (block != 0) {
+        const uint32_t size = min(gathering.count, rows.capacity);
+        if (threadIdx.x == 0) start = remote_add(address_in_block(&gathering.count, 0), size);
+        __syncthreads();
+        const uint32_t sent = address_in_block(&gathering.sent, 0);
+        const uint32_t places = min(size, rows.capacity - min(start, rows.capacity));
+        if (threadIdx.x == 0) {
+          announce(address_of(&gathering.sent), sizeof(uint64_t));
+          announce(sent, (places + 2) * sizeof(uint64_t));
+          send(address_in_block(&gathering.doubts[block], 0), size < gathering.count ? kNoRoom : doubt, sent);
+          send(address_in_block(&gathering.counts[block], 0), start + size, sent);
+        }
+        const uint32_t first_place = address_in_block(pairs + start, 0);
+#pragma unroll 1
+        for (uint32_t i = threadIdx.x; i < places; i += kThreads) {
+          send(first_place + i * sizeof(uint64_t), pairs[i], sent);
+        }
+      } else {
+        wait_for_transfers(&gathering.sent, reading);
+      }
+    }
+
+    if (block == 0) {
+      const int other = threadIdx.x % 32;
+      // Whoever was the last to add, this block or another, knows them all.
+      const uint32_t known = other != 0 && other < rows.blocks ? static_cast<uint32_t>(gathering.counts[other])
+                                                               : *const_cast<volatile uint32_t*>(&gathering.count);
+      const uint32_t all = __reduce_max_sync(kFullWarp, known);
+      count = min(all, rows.capacity);
+      bound = kLowestPair;
+      if (count >= k) {
+        kth = Select::kth_largest(count, k, format.index_bits, 0);
+        const uint64_t its_doubt = other == 0 ? doubt : other < rows.blocks ? gathering.doubts[other] : 0;
+        const bool exact = kth.pair >= its_doubt;
+        bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth.pair;
+      }
+      if (threadIdx.x != 0 && threadIdx.x < rows.blocks) {
+        send(address_in_block(&gathering.next_bound, threadIdx.x), bound,
+             address_in_block(&gathering.sent, threadIdx.x));
+      }
+    } else {
+      wait_for_transfers(&gathering.sent, reading);
+      bound = gathering.next_bound;
+    }
+    if (bound == 0) break;
+    ++reading;
+    __syncthreads();
+    if (threadIdx.x == 0) gathering.count = 0;
+    __syncthreads();
+    if (rows.blocks > 1) {
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
+  if (rows.blocks > 1) cluster_arrive_relaxed();
+  if (block == 0 && k != 0) {
+    uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
+    const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
+    if (op.sorted) {
+      Select::template order<true>(count, kth.pair, kth.best, k, format.index_bits, spare, write);
+    } else {
+      Select::template order<false>(count, kth.pair, kth.best, k, format.index_bits, spare, write);
+    }
+  }
+  if (block == 0) {
+#pragma unroll 1
+    for (uint32_t i = k + threadIdx.x; i < op.k; i += kThreads) write_nothing<T>(op, row_index, i);
+  }
+  if (rows.blocks > 1) cluster_wait();
+}
+
+static_assert(sizeof(PairSelect<256, kStreamedBins>) == pair_select_bytes(256, kStreamedBins));
+static_assert(sizeof(PairSelect<512, kStreamedBins>) == pair_select_bytes(512, kStreamedBins));
+
+}  // namespace
+
+cudaError_t run_streamed(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream) {
+  const LaunchShape shape{plan.blocks, plan.threads, plan.shared_bytes, plan.cluster};
+  const Rows rows{plan.cluster, plan.capacity};
+  return with_type(op.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = plan.threads == 256 ? topk_select_streamed<T, 256> : topk_select_streamed<T, 512>;
+    return launch_kernel(kernel, shape, stream, op, rows);
+  });
+}
+
+}  // namespace jax_router::cuda

@@ -1,0 +1,204 @@
+// What the CUDA module tells Python about the choice of kernels: which ones an op of given sizes would take and could
+// take, on the devices of this process or on one that is described, and the switch that forces one.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../cuda/kernels.h"
+#include "decode.h"
+
+namespace jax_router {
+
+namespace nb = nanobind;
+
+// Sizes by name, each taken once.
+class Sizes {
+ public:
+  explicit Sizes(const nb::kwargs& values) : values_(values) {}
+
+  template <typename T>
+  T take(const char* name, std::optional<T> otherwise = std::nullopt) {
+    if (!values_.contains(name)) {
+      if (!otherwise) throw std::invalid_argument(std::string("missing size: ") + name);
+      return *otherwise;
+    }
+    ++taken_;
+    return nb::cast<T>(values_[name]);
+  }
+  DType dtype() {
+    const auto name = take<std::string>("dtype");
+    for (DType dtype : cuda::kDTypes) {
+      if (cuda::name(dtype) == name) return dtype;
+    }
+    throw std::invalid_argument("dtype must be f32, bf16 or f16, got " + name);
+  }
+  void finish() const {
+    if (taken_ != values_.size()) throw std::invalid_argument("sizes that the op does not have");
+  }
+
+ private:
+  const nb::kwargs& values_;
+  size_t taken_ = 0;
+};
+
+// Plans look at whether there is a bias, not at it.
+inline const float* a_bias(bool given) {
+  static const float bias = 0.0f;
+  return given ? &bias : nullptr;
+}
+
+inline void take_sizes(Sizes& sizes, ActivationTopk& op) {
+  op.rows = sizes.take<int64_t>("rows");
+  op.selection.experts = sizes.take<int32_t>("experts");
+  op.selection.k = sizes.take<int32_t>("k");
+  op.selection.groups.num_groups = sizes.take<int32_t>("num_groups", 1);
+  op.bias = a_bias(sizes.take<bool>("bias", false));
+  op.dtype = sizes.dtype();
+}
+inline void take_sizes(Sizes& sizes, DenseRouter& op) {
+  op.hidden = sizes.take<int32_t>("hidden");
+  take_sizes(sizes, op.select);
+  op.operand_dtype = std::exchange(op.select.dtype, DType::kF32);
+}
+inline void take_sizes(Sizes& sizes, TopkSelect& op) {
+  op.rows = sizes.take<int64_t>("rows");
+  op.length = sizes.take<int64_t>("length");
+  op.k = sizes.take<int64_t>("k");
+  op.sorted = sizes.take<bool>("sorted", true);
+  op.dtype = sizes.dtype();
+}
+inline void take_sizes(Sizes& sizes, ExpertDispatch& op) {
+  op.batch = sizes.take<int64_t>("batch", 1);
+  op.tokens = sizes.take<int64_t>("tokens");
+  op.k = sizes.take<int32_t>("k");
+  op.experts = sizes.take<int32_t>("experts");
+}
+inline void take_sizes(Sizes& sizes, HashRouter& op) {
+  op.rows = sizes.take<int64_t>("rows");
+  op.k = sizes.take<int32_t>("k");
+}
+inline void take_scoring(Sizes& sizes, Scoring& scoring) {
+  const bool whole_row = sizes.take<bool>("whole_row", false);
+  scoring.score_fn = whole_row ? ScoreFn::kSoftmax : ScoreFn::kSigmoid;
+  scoring.renormalize = !whole_row;
+}
+inline void take_sizes(Sizes& sizes, RouteAt& op) {
+  op.rows = sizes.take<int64_t>("rows");
+  op.k = sizes.take<int32_t>("k");
+  take_scoring(sizes, op.scoring);
+  op.dtype = sizes.dtype();
+}
+inline void take_sizes(Sizes& sizes, RouteCotangent& op) {
+  op.rows = sizes.take<int64_t>("rows");
+  op.experts = sizes.take<int32_t>("experts");
+  op.k = sizes.take<int32_t>("k");
+  take_scoring(sizes, op.scoring);
+  if (sizes.take<bool>("identity", false)) op.scoring = {ScoreFn::kIdentity, false, 1.0f};
+  op.dtype = sizes.dtype();
+}
+
+// visit(op) with an empty op of that name.
+template <typename Visit, typename... AllOps>
+auto with_op(const std::string& name, Visit visit, const std::tuple<AllOps...>&) {
+  std::optional<decltype(visit(HashRouter{}))> result;
+  const auto try_one = [&](auto op) {
+    if (name == Target<decltype(op)>::kName) result = visit(op);
+  };
+  (try_one(AllOps{}), ...);
+  if (!result) throw std::invalid_argument("no op is called " + name);
+  return *result;
+}
+template <typename Visit>
+auto with_op(const std::string& name, Visit visit) {
+  return with_op(name, visit, Ops{});
+}
+
+inline cuda::Device device_of(const std::optional<nb::dict>& description) {
+  if (!description) {
+    const cuda::Device* device = cuda::current_device();
+    if (device == nullptr) throw std::runtime_error("this process has no CUDA device: describe one");
+    return *device;
+  }
+  const auto number = [&](const char* name) { return nb::cast<int>((*description)[name]); };
+  const int capability = number("compute_capability");
+  return {capability, number("multiprocessors"), number("shared_bytes"), capability >= 90, capability == 90};
+}
+
+// The name of the plan that would be taken, if any, and of all that could be.
+using Plans = std::pair<std::optional<std::string>, std::vector<std::string>>;
+
+inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
+  const cuda::Device on = device_of(device);
+  return with_op(name, [&](auto op) {
+    Sizes sizes(values);
+    take_sizes(sizes, op);
+    sizes.finish();
+    Plans found;
+    if (const auto plan = cuda::planned(op, on)) found.first = cuda::name(op, *plan);
+    for (const auto& plan : plans(op, on)) found.second.push_back(cuda::name(op, plan));
+    return found;
+  });
+}
+
+inline DenseRouter dense_router_of(int64_t tokens, int64_t num_experts, int64_t hidden, int64_t top_k,
+                                   int64_t num_groups, const std::string& dtype) {
+  const auto narrow = [](int64_t size) {
+    return static_cast<int32_t>(std::min<int64_t>(size, std::numeric_limits<int32_t>::max()));
+  };
+  DenseRouter op{};
+  op.operand_dtype = dtype == "float32" ? DType::kF32 : dtype == "bfloat16" ? DType::kBF16 : DType::kF16;
+  op.hidden = narrow(hidden);
+  op.select.rows = tokens;
+  op.select.selection.experts = narrow(num_experts);
+  op.select.selection.k = narrow(top_k);
+  op.select.selection.groups.num_groups = narrow(num_groups);
+  return op;
+}
+
+inline void define_plans(nb::module_& module) {
+  module.def("max_select_k", [] { return cuda::max_select_k(); });
+  const auto dense = [&](const char* name, auto ask) {
+    module.def(
+        name,
+        [ask](int64_t tokens, int64_t num_experts, int64_t hidden, int64_t top_k, int64_t num_groups,
+              const std::string& dtype) {
+          return ask(dense_router_of(tokens, num_experts, hidden, top_k, num_groups, dtype));
+        },
+        nb::arg("tokens"), nb::arg("num_experts"), nb::arg("hidden"), nb::arg("top_k"), nb::arg("num_groups"),
+        nb::arg("dtype"));
+  };
+  dense("dense_router_unsupported", cuda::why_not_fused_anywhere);
+  dense("dense_router_pays", cuda::pays_everywhere);
+  module.def("plans", plans_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
+  // Every kernel of an op, as plans name it before their comma.
+  module.def(
+      "instances",
+      [](const std::string& op, const std::optional<nb::dict>& device) {
+        return with_op(op, [&](auto of) { return cuda::instances(of, device_of(device)); });
+      },
+      nb::arg("op"), nb::arg("device").none() = nb::none());
+  // From now on every launch of the op in this process takes the plan of that name, and fails where it cannot; "" for
+  // the chosen one again.
+  module.def(
+      "force_plan",
+      [](const std::string& op, const std::string& plan) {
+        with_op(op, [&](auto of) {
+          cuda::ForcedPlan<decltype(of)>::set(plan);
+          return true;
+        });
+      },
+      nb::arg("op"), nb::arg("plan"));
+}
+
+}  // namespace jax_router
