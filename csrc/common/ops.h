@@ -62,14 +62,20 @@ struct ActivationTopk {
   int64_t rows;
   DType dtype;
   Selection selection;
-  const void* logits;      // [rows, experts]
-  const float* bias;       // optional; row r starts at bias + r * bias_stride
-  int64_t bias_stride;     // 0: one bias for all rows; experts: one a row
-  const bool* token_mask;  // optional, [rows]
-  float* weights;          // [rows, k]
-  int32_t* expert_ids;     // [rows, k]
-  float* chosen_logits;    // optional, [rows, k]: what the derivative needs (0 where the id is -1)
+  const void* logits;         // [rows, experts]
+  const float* bias;          // optional; row r starts at bias + r * bias_stride
+  int64_t bias_stride;        // 0: one bias for all rows; experts: one a row
+  const uint8_t* token_mask;  // optional, [rows]: see is_masked
+  float* weights;             // [rows, k]
+  int32_t* expert_ids;        // [rows, k]
+  float* chosen_logits;       // optional, [rows, k]: what the derivative needs (0 where the id is -1)
 };
+
+// Whether a row has no experts. A bool is the lowest bit of its byte, as in XLA's select: an array made of another
+// one's memory may hold any bytes.
+JR_HOST_DEVICE bool is_masked(const ActivationTopk& op, int64_t row) {
+  return op.token_mask != nullptr && (op.token_mask[row] & 1) == 0;
+}
 
 struct RouteAt {
   int64_t rows;

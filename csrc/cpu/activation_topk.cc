@@ -90,10 +90,9 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
     const auto* logits = static_cast<const decltype(type)*>(op.logits);
     for (int64_t first = begin; first < end; first += kRowsPerBlock) {
       const int64_t count = end - first < kRowsPerBlock ? end - first : kRowsPerBlock;
-      const bool* const mask = op.token_mask == nullptr ? nullptr : op.token_mask + first;
       int32_t* const expert_ids = op.expert_ids + first * k;
       for (int64_t r = 0; r < count; ++r) {
-        if (mask != nullptr && !mask[r]) continue;
+        if (is_masked(op, first + r)) continue;
         const auto* row = logits + (first + r) * experts;
         Softmax softmax{0.0f, 1.0f};
         if (whole_row) softmax = softmax_of_row(row, experts);
@@ -119,7 +118,7 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
       }
       if (are_short) select_short.finish(count, k, expert_ids);
       for (int64_t r = 0; r < count; ++r) {
-        const bool masked = mask != nullptr && !mask[r];
+        const bool masked = is_masked(op, first + r);
         const auto* row = logits + (first + r) * experts;
         for (int64_t j = 0; j < k; ++j) {
           int32_t& id = expert_ids[r * k + j];

@@ -1,9 +1,12 @@
 // Chooses the instruction set once for the process, and splits the rows of an op over threads.
+#include <new>
+
 #include "../common/ops.h"
 #include "kernels.h"
 
 #define JR_ISA baseline
 #include "rows.h"
+#include "scratch.h"
 #undef JR_ISA
 #ifdef JR_X86
 #define JR_ISA avx2
@@ -50,6 +53,8 @@ void run_rows(const Op& op, double nanoseconds_per_row, const ParallelFor& paral
 }
 
 }  // namespace
+
+void out_of_memory() { throw std::bad_alloc(); }
 
 // The costs are rough, of one row on one core: they only choose how much work is worth a thread.
 

@@ -1,4 +1,5 @@
-// The CPU kernels, one an op. Each is called with a ParallelFor that splits rows over XLA's thread pool.
+// The CPU kernels, one an op. Each is called with a ParallelFor that splits rows over XLA's thread pool. What they
+// throw is std::bad_alloc.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 namespace jax_router::cpu {
 
 // parallel_for(count, grain, body): body(begin, end) over disjoint ranges that cover [0, count), each but the last of
-// at least `grain` items, on any threads; returns when all are done.
+// at least `grain` items, on any threads; returns when all are done, and throws what a body threw.
 using ParallelFor =
     std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body)>;
 

@@ -23,6 +23,8 @@ namespace jax_router {
 
 namespace ffi = xla::ffi;
 
+constexpr const char* kPrefix = "jax_router.";  // of the targets' names
+
 // What a target takes and returns, in order; the name of what may be absent ends in "?".
 struct Declaration {
   std::vector<std::string> operands;
@@ -30,7 +32,7 @@ struct Declaration {
   std::vector<std::pair<std::string, std::string>> attributes;  // name and type
 };
 
-// The numbers that an argument may be, and what the largest one is.
+// The numbers that an argument may be, and what the largest of them is.
 struct Range {
   int64_t low;
   int64_t high;
@@ -46,6 +48,7 @@ Range within(const Range& range) {
 inline bool holds(const Range& range, int64_t value) { return value >= range.low && value <= range.high; }
 
 inline std::string text(const Range& range) {
+  if (range.high == std::numeric_limits<int64_t>::max()) return "at least " + std::to_string(range.low);
   return "from " + std::to_string(range.low) + " to " + std::to_string(range.high) + range.meaning;
 }
 
@@ -97,7 +100,7 @@ template <typename T>
 constexpr ffi::DataType wire() {
   if constexpr (std::is_same_v<T, float>) return ffi::DataType::F32;
   if constexpr (std::is_same_v<T, int32_t>) return ffi::DataType::S32;
-  if constexpr (std::is_same_v<T, bool>) return ffi::DataType::PRED;
+  if constexpr (std::is_same_v<T, uint8_t>) return ffi::DataType::PRED;  // a byte that holds a bool
 }
 
 class Call;
@@ -196,6 +199,7 @@ class Call {
 
   template <typename T>
   T attribute(const std::string& name, const char* type);
+  const char* type_of(const std::string& name) const;
 
   static constexpr XLA_FFI_Args kNoOperands{};
   static constexpr XLA_FFI_Rets kNoResults{};
@@ -331,6 +335,17 @@ inline Argument Call::optional_result(const char* name) {
   return next_result_ < results_.size() ? result(name) : Argument(*this, name);
 }
 
+inline const char* Call::type_of(const std::string& name) const {
+  if (!attributes_.contains(name)) return "none";
+  if (attributes_.contains<bool>(name)) return "bool";
+  if (attributes_.contains<int32_t>(name)) return "int32";
+  if (attributes_.contains<int64_t>(name)) return "int64";
+  if (attributes_.contains<float>(name)) return "float32";
+  if (attributes_.contains<double>(name)) return "float64";
+  if (attributes_.contains<std::string_view>(name)) return "string";
+  return "another type";
+}
+
 template <typename T>
 T Call::attribute(const std::string& name, const char* type) {
   if (declaration_ != nullptr) {
@@ -338,7 +353,7 @@ T Call::attribute(const std::string& name, const char* type) {
     return T{};
   }
   if (attributes_.contains<T>(name)) return *attributes_.get<T>(name);
-  must_be(name, std::string("of type ") + type, attributes_.contains(name) ? "another type" : "no such attribute");
+  must_be(name, std::string("of type ") + type, type_of(name));
   return T{};
 }
 
@@ -346,19 +361,19 @@ template <typename T>
 T Call::integer(const char* name, const Range& range) {
   const auto value = attribute<int64_t>(name, "int64");
   if (holds(within<T>(range), value)) return static_cast<T>(value);
-  if (declaration_ == nullptr) must_be(name, text(within<T>(range)), std::to_string(value));
+  must_be(name, text(within<T>(range)), std::to_string(value));
   return static_cast<T>(range.low);
 }
 
 template <typename T>
 T Call::choice(const char* name, const Choice<T>* choices, size_t count) {
   const auto value = attribute<std::string_view>(name, "string");
-  std::string wanted;
   for (size_t i = 0; i < count; ++i) {
     if (value == choices[i].name) return choices[i].value;
-    wanted += (i == 0 ? "" : " or ") + std::string(choices[i].name);
   }
-  if (declaration_ == nullptr) must_be(name, wanted, std::string(value));
+  std::string wanted;
+  for (size_t i = 0; i < count; ++i) wanted += (i == 0 ? "" : " or ") + std::string(choices[i].name);
+  must_be(name, wanted, std::string(value));
   return choices[0].value;
 }
 
@@ -374,8 +389,8 @@ inline ffi::Error Call::finish() {
 
 inline void Call::must_be(const std::string& name, const std::string& wanted, const std::string& got) {
   if (error_.failure()) return;
-  error_ = ffi::Error::InvalidArgument("jax_router." + std::string(target_) + ": " + name + " must be " + wanted +
-                                       ", got " + got);
+  error_ =
+      ffi::Error::InvalidArgument(std::string(kPrefix) + target_ + ": " + name + " must be " + wanted + ", got " + got);
 }
 
 }  // namespace jax_router

@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -28,6 +30,7 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, int64_t grain,
   struct Shared {
     std::atomic<int64_t> next{0};
     int64_t done = 0;
+    std::exception_ptr failure;  // the last one
     std::mutex mutex;
     std::condition_variable finished;
   };
@@ -35,19 +38,30 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, int64_t grain,
   // `body` lives as long as the caller waits; a task that starts later finds no chunk and does not touch it.
   auto work = [shared, chunks, chunk, count, &body] {
     int64_t mine = 0;
+    std::exception_ptr failure;
     for (int64_t i; (i = shared->next.fetch_add(1)) < chunks; ++mine) {
-      body(i * chunk, std::min(count, (i + 1) * chunk));
+      try {
+        body(i * chunk, std::min(count, (i + 1) * chunk));
+      } catch (...) {
+        failure = std::current_exception();
+      }
     }
     if (mine == 0) return;
     std::lock_guard<std::mutex> lock(shared->mutex);
     shared->done += mine;
+    if (failure) shared->failure = std::move(failure);
     if (shared->done == chunks) shared->finished.notify_all();
   };
   const int64_t helpers = std::min(threads, chunks) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  try {
+    for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  } catch (const std::bad_alloc&) {
+    // Those that could be asked, and the caller, do it all.
+  }
   work();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->finished.wait(lock, [&] { return shared->done == chunks; });
+  if (shared->failure) std::rethrow_exception(shared->failure);
 }
 
 template <typename Op, typename = void>
@@ -60,6 +74,9 @@ struct Cpu {
   static constexpr std::initializer_list<ffi::Traits> kTraits{};
   template <typename Op>
   static constexpr bool kHas = kHasKernel<Op>;
+
+  template <typename Op>
+  static void check(Call&, const Op&) {}
 
   template <typename Binding>
   static auto add_context(Binding binding) {

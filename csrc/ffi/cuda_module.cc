@@ -27,6 +27,13 @@ struct Cuda {
   template <typename Op>
   static constexpr bool kHas = kHasPlan<Op>;
 
+  template <typename Op>
+  static void check(Call&, const Op&) {}
+  static void check(Call& call, const TopkSelect& op) {
+    static const int64_t most = cuda::max_select_k();
+    if (op.k > most) call.must_be("k", text(Range{1, most}), std::to_string(op.k));
+  }
+
   template <typename Binding>
   static auto add_context(Binding binding) {
     return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>().template Ctx<ffi::ScratchAllocator>();

@@ -36,9 +36,16 @@ inline Scoring read_scoring(Call& call, bool with_identity = false) {
 
 inline Groups read_groups(Call& call, int32_t experts) {
   Groups groups;
-  groups.num_groups = call.integer<int32_t>("num_groups", {1, experts, " (the experts)"});
-  groups.top_groups = call.integer<int32_t>("top_groups", {1, groups.num_groups, " (num_groups)"});
   groups.score = call.choice("group_score", kGroupScores);
+  groups.num_groups = call.integer<int32_t>("num_groups", {1, experts, " (the experts)"});
+  const bool one_each = groups.num_groups > 1 && groups.num_groups == experts;
+  if (experts % groups.num_groups != 0 || (one_each && groups.score == GroupScore::kTop2Sum)) {
+    call.must_be("num_groups",
+                 "1 or a divisor of the " + std::to_string(experts) + " experts that leaves " +
+                     (groups.score == GroupScore::kTop2Sum ? "two" : "one") + " or more to a group",
+                 std::to_string(groups.num_groups));
+  }
+  groups.top_groups = call.integer<int32_t>("top_groups", {1, groups.num_groups, " (num_groups)"});
   return groups;
 }
 
@@ -85,7 +92,7 @@ inline void read_selection(Call& call, ActivationTopk& op) {
   const bool shared = bias.is_one_row_of(selection.experts);
   op.bias = bias.numbers<float>(shared ? 1 : op.rows, {selection.experts});
   op.bias_stride = shared ? 0 : selection.experts;
-  op.token_mask = call.optional_operand("token_mask").numbers<bool>(op.rows, {});
+  op.token_mask = call.optional_operand("token_mask").numbers<uint8_t>(op.rows, {});
   op.weights = call.result("weights").numbers<float>(op.rows, {selection.k});
   op.expert_ids = call.result("expert_ids").numbers<int32_t>(op.rows, {selection.k});
   op.chosen_logits = call.optional_result("chosen_logits").numbers<float>(op.rows, {selection.k});
@@ -139,6 +146,7 @@ struct Target<RouteAt> {
     op.k = expert_ids.size<int32_t>(0, {0, kMaxTopK});
     op.expert_ids = expert_ids.numbers<int32_t>(op.rows, {op.k});
     read_weighing(call, call.result("weights"), op);
+    if (op.k == 0) op.rows = 0;  // nothing to compute, however many rows there are
   }
 };
 
@@ -180,6 +188,7 @@ struct Target<RouteCotangent> {
       call.must_be("has_residual", "true where score_fn is not identity", "false");
     }
     op.grad_logits = grad_logits.numbers(op.dtype, op.rows, {op.experts});
+    if (op.experts == 0) op.rows = 0;  // nothing to compute, however many rows there are
   }
 };
 

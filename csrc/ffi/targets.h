@@ -2,9 +2,13 @@
 //   add_context(binding)   the binding with what the handlers need besides the call (a thread pool, a stream)
 //   kTraits                of its handlers
 //   kHas<Op>               whether it has a kernel
+//   check(call, op)        what its kernels do not take beyond what no backend takes
 //   run(op, context...)    the kernel, as an ffi::Error
 #pragma once
 
+#include <new>
+#include <string>
+#include <tuple>
 #include <utility>
 
 #include "decode.h"
@@ -17,11 +21,17 @@ XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
   static auto* const bound = [] {
     auto run = [](ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes,
                   auto... context) {
-      Call call(Target<Op>::kName, operands, results, attributes);
-      Op op{};
-      Target<Op>::read(call, op);
-      const ffi::Error error = call.finish();
-      return error.failure() ? error : Backend::run(op, std::move(context)...);
+      try {  // XLA's own code cannot be thrown through
+        Call call(Target<Op>::kName, operands, results, attributes);
+        Op op{};
+        Target<Op>::read(call, op);
+        Backend::check(call, op);
+        const ffi::Error error = call.finish();
+        return error.failure() ? error : Backend::run(op, std::move(context)...);
+      } catch (const std::bad_alloc&) {
+        return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                          std::string(kPrefix) + Target<Op>::kName + ": out of memory");
+      }
     };
     return Backend::add_context(ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs())
         .To(run, Backend::kTraits)

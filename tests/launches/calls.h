@@ -175,10 +175,10 @@ class Maker {
     }
     return operand(values);
   }
-  const bool* mask(int64_t count) {
+  const uint8_t* mask(int64_t count) {
     std::vector<uint8_t> values(count);
     for (uint8_t& value : values) value = random_() % 4 != 0;
-    return reinterpret_cast<const bool*>(operand(values));
+    return operand(values);
   }
 
   Scoring scoring() {
