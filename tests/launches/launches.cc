@@ -278,7 +278,7 @@ class Lane {
  private:
   static size_t most_bytes(const std::vector<Call>& calls) {
     size_t bytes = 0;
-    for (const Call& call : calls) bytes = std::max(bytes, call.way().workspace_bytes);
+    for (const Call& call : calls) bytes = std::max<size_t>(bytes, call.way().workspace_bytes);
     return bytes;
   }
   void launch_each() {
