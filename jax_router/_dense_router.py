@@ -16,7 +16,7 @@ from ._derivative import selecting_jvp
 from ._logits import router_logits
 from ._native import NATIVE_DTYPES, native_module
 from ._primitive import Op, Operand, Result
-from ._route_at import ROUTING_RESULTS, routing_result_types
+from ._route_at import routing_result_types
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 

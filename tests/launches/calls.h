@@ -197,7 +197,7 @@ class Maker {
                             [op, candidate, set_results](const Results& results, void* workspace, cudaStream_t stream) {
                               Op of_launch = op;
                               set_results(of_launch, results);
-                              if constexpr (cuda::kHasWorkspace<decltype(candidate)>)
+                              if constexpr (cuda::kHasWorkspace<std::decay_t<decltype(candidate)>>)
                                 of_launch.workspace.data = workspace;
                               return cuda::run(of_launch, candidate, stream);
                             }});
