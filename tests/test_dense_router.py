@@ -173,7 +173,7 @@ def test_many_tokens(num_experts, hidden, dtype, counts, name, rng):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel runs on a GPU")
 @pytest.mark.parametrize("counts", [(129, 200, 360), (1100, 1680), (3400, 4096, 4320), (8000, 8192)])
 def test_a_token_does_not_know_its_batch_within_a_plan(counts, cuda, rng):
-    """Numbers of tokens that dense_prefill.cu divides alike."""
+    """Numbers of tokens that the kernel for many tokens divides alike."""
     fused = fused_tokens(cuda, counts, "bf16", 256, 4096)
     if len(fused) < 2:
         pytest.skip("not fused on this machine")

@@ -39,8 +39,8 @@ struct FewTile {
   // Twice the experts, so that the blocks of two tiles of tokens all run at once.
   constexpr bool is_for_two() const { return token_tiles == 4 && expert_tiles >= 4 && chunks < 8; }
 };
-// In the order of preference. As many experts a block as make at most 128 blocks of up to 384 experts, and of 512 with
-// 64 tokens a block: an H100's 132 multiprocessors run these at once. Beyond that, at most 128 blocks for each tile of
+// In the order of preference. The blocks of a launch should all run at once, one a multiprocessor, of which an H100 has
+// 132: a block has so many experts that 384 of them, or 512 with 64 tokens a block, make at most 128 blocks a tile of
 // tokens.
 constexpr FewTile kFewTiles[] = {{4, 4, 2, 0}, {4, 6, 3, 2}, {4, 2, 2, 0}, {4, 3, 3, 2},
                                  {4, 4, 8, 3}, {1, 2, 2, 0}, {1, 3, 3, 2}, {1, 3, 8, 3}};
