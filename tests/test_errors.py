@@ -10,12 +10,8 @@ import pytest
 from flax import nnx
 
 import jax_router
-<<<<<<< HEAD
 from jax_router import Router, RouterConfig, _native
-=======
-from jax_router import Router, RouterConfig, _ffi
 from matrix import OPS, native
->>>>>>> tests
 
 F32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 BF16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
