@@ -47,8 +47,8 @@ struct Selection {
   Groups groups;
 };
 
-// Memory that a kernel may use as it likes while it runs, aligned to 16 bytes, with any content. A result of the call, so
-// that XLA plans it as it does the others: what an allocator hands out while a CUDA graph is recorded may belong to
+// Memory that a kernel may use as it likes while it runs, aligned to 16 bytes, with any content. A result of the call,
+// so that XLA plans it as it does the others: what an allocator hands out while a CUDA graph is recorded may belong to
 // somebody else when the graph runs.
 struct Workspace {
   void* data = nullptr;
