@@ -391,8 +391,15 @@ cudaError_t run_with(const ExpertDispatch& op, const ExpertDispatchPlan& plan, v
 }  // namespace
 
 cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace, cudaStream_t stream) {
-  return plan.threads == kManySortThreads ? run_with<kManySortThreads>(op, plan, workspace, stream)
-                                          : run_with<kFewSortThreads>(op, plan, workspace, stream);
+  switch (plan.threads) {
+    case kSortThreads[0]:
+      return run_with<kSortThreads[0]>(op, plan, workspace, stream);
+    case kSortThreads[1]:
+      return run_with<kSortThreads[1]>(op, plan, workspace, stream);
+    case kSortThreads[2]:
+      return run_with<kSortThreads[2]>(op, plan, workspace, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace jax_router::cuda

@@ -3,15 +3,20 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <limits>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -135,19 +140,52 @@ inline cuda::Device device_of(const std::optional<nb::dict>& description) {
   return {capability, number("multiprocessors"), number("shared_bytes"), capability >= 90, capability == 90};
 }
 
+template <typename Op>
+void fill(Op& op, const nb::kwargs& values) {
+  Sizes sizes(values);
+  take_sizes(sizes, op);
+  sizes.finish();
+}
+
 // The name of the plan that would be taken, if any, and of all that could be.
 using Plans = std::pair<std::optional<std::string>, std::vector<std::string>>;
 
 inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
   const cuda::Device on = device_of(device);
   return with_op(name, [&](auto op) {
-    Sizes sizes(values);
-    take_sizes(sizes, op);
-    sizes.finish();
+    fill(op, values);
     Plans found;
     if (const auto plan = cuda::planned(op, on)) found.first = cuda::name(op, *plan);
     for (const auto& plan : plans(op, on)) found.second.push_back(cuda::name(op, plan));
     return found;
+  });
+}
+
+// Of each plan by its name: the bytes of shared memory of a block, the blocks of a cluster, and whether it runs kernels
+// of 9.0a.
+using NeedsOfPlans = std::map<std::string, std::tuple<int64_t, int, bool>>;
+
+inline NeedsOfPlans needs_of(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
+  const cuda::Device on = device_of(device);
+  return with_op(name, [&](auto op) {
+    fill(op, values);
+    NeedsOfPlans found;
+    for (const auto& plan : plans(op, on)) {
+      const cuda::Needs needs = cuda::needs(plan);
+      found[cuda::name(op, plan)] = {needs.shared_bytes, needs.cluster_blocks, needs.hopper_kernels};
+    }
+    return found;
+  });
+}
+
+// Whether the plan that would be taken is faster than what there is without it.
+inline bool pays_on(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
+  const cuda::Device on = device_of(device);
+  return with_op(name, [&](auto op) {
+    fill(op, values);
+    const auto plan = cuda::planned(op, on);
+    if constexpr (std::is_same_v<decltype(op), DenseRouter>) return plan && pays(op, *plan, on);
+    return plan.has_value();
   });
 }
 
@@ -181,6 +219,8 @@ inline void define_plans(nb::module_& module) {
   dense("dense_router_unsupported", cuda::why_not_fused_anywhere);
   dense("dense_router_pays", cuda::pays_everywhere);
   module.def("plans", plans_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
+  module.def("needs", needs_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
+  module.def("pays", pays_on, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
   // Every kernel of an op, as plans name it before their comma.
   module.def(
       "instances",
