@@ -118,8 +118,9 @@ inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, Sort
   return sort_plan(op, kernel, threads, clusters * cluster, static_cast<uint32_t>(cluster), cut.rounds, device);
 }
 
-constexpr bool has_int32_choices(const ExpertDispatch& op) {
-  return op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
+// Whether there is anything to sort, and choices have numbers of 32 bits.
+constexpr bool can_sort(const ExpertDispatch& op) {
+  return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
 }
 
 inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int threads, const Device& device) {
@@ -135,7 +136,7 @@ inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int
 }
 
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
-  if (!has_int32_choices(op)) return std::nullopt;
+  if (!can_sort(op)) return std::nullopt;
   for (int threads : kSortThreads) {
     if (threads == kMostSortThreads && op.experts > kExpertsForMostThreads) continue;
     if (const auto found = plan_with(op, threads, device)) return found;
@@ -145,7 +146,7 @@ inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const De
 
 inline std::vector<ExpertDispatchPlan> plans(const ExpertDispatch& op, const Device& device) {
   std::vector<ExpertDispatchPlan> found;
-  if (!has_int32_choices(op)) return found;
+  if (!can_sort(op)) return found;
   const int most = std::min<int>(device.cluster_blocks(), kMaxSortBlocks);
   for (int threads : kSortThreads) {
     for (int chunks = 1; chunks <= most; chunks *= 2) {
