@@ -23,7 +23,7 @@ def activation_topk(
     renormalize: bool = True,
     scale: float = 1.0,
     num_groups: int = 1,
-    top_groups: int = 1,
+    top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
     token_mask: Array | None = None,
     implementation: Implementation = "auto",

@@ -10,7 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from . import _check, reference
+
 from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
+from ._ids import as_int32_lengths
 from ._native import native_module
 from ._primitive import Op, Operand, Result
 from ._types import Implementation
@@ -55,8 +57,7 @@ def topk_select(
         lengths = _check.int_array("lengths", lengths)
         _check.same_shape("lengths", lengths, scores.shape[:-1])
         if lengths.dtype != jnp.int32:
-            bound = min(length, jnp.iinfo(lengths.dtype).max)
-            lengths = jnp.clip(lengths, 0, bound).astype(jnp.int32)
+            lengths = as_int32_lengths(lengths, length)
     operands = {"scores": scores, "lengths": lengths}
     values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=_check.implementation(implementation))
     return values, indices

@@ -106,7 +106,9 @@ ERRORS = {
     # expert_dispatch
     "dispatch of floats": ("expert_dispatch", [F32((4, 2))], {"num_experts": 3}, TypeError,
                            "expert_ids integer float32"),
-    "dispatch of a scalar": ("expert_dispatch", [I32(())], {"num_experts": 3}, ValueError, "expert_ids 1 axes ()"),
+    "dispatch of a scalar": ("expert_dispatch", [I32(())], {"num_experts": 3}, ValueError, "expert_ids [..., k] ()"),
+    "dispatch of a flat list": ("expert_dispatch", [I32((12,))], {"num_experts": 3}, ValueError,
+                                "expert_ids [..., k] axis of tokens (12,) [N, 1] [1, k]"),
     "dispatch of no choice": ("expert_dispatch", [I32((4, 0))], {"num_experts": 3}, ValueError, "expert_ids (4, 0)"),
     "dispatch to none": ("expert_dispatch", [I32((4, 2))], {"num_experts": 0}, ValueError, "num_experts at least 1 0"),
     "dispatch to a float": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3.0}, TypeError, "num_experts int 3.0"),
@@ -138,7 +140,7 @@ def test_unknown_implementation(op):
 @pytest.mark.parametrize("op", [op for op, case in OPS.items() if case.floats])
 def test_float64_says_to_cast(op):
     first, *others = OPS[op].draw(4)
-    with jax.enable_x64(True), pytest.raises(TypeError, match=says("float32, bfloat16 or float16 cast float64")):
+    with jax.enable_x64(True), pytest.raises(TypeError, match=says("float32, bfloat16 or float16 float64 cast")):
         jax.eval_shape(OPS[op].call, first.astype(np.float64), *others)
 
 
@@ -219,8 +221,8 @@ def test_router_call():
     with pytest.raises(ValueError, match=says("token_ids None")):
         hashed(x)
     with pytest.raises(ValueError, match=says("token_ids (4,) (3,)")):
-        hashed(x, jnp.zeros(3, jnp.int32))
+        hashed(x, token_ids=jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match=says("return_logits False uniform")):
-        hashed(x, jnp.zeros(4, jnp.int32), return_logits=True)
+        hashed(x, token_ids=jnp.zeros(4, jnp.int32), return_logits=True)
     with pytest.raises(ValueError, match=says("token_mask (4,) (3,)")):
-        hashed(x, jnp.zeros(4, jnp.int32), jnp.ones(3, bool))
+        hashed(x, token_ids=jnp.zeros(4, jnp.int32), token_mask=jnp.ones(3, bool))
