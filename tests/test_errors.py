@@ -80,6 +80,17 @@ ERRORS = {
     "table without columns": ("hash_router", [I32((4,)), I32((9, 0))], {}, ValueError, "hash_lut at least 1 (9, 0)"),
     "table without rows": ("hash_router", [I32((4,)), I32((0, 2))], {}, ValueError, "hash_lut at least 1 (0, 2)"),
     "hash_router: scale": ("hash_router", [I32((4,)), I32((9, 2))], {"scale": np.inf}, ValueError, "scale finite inf"),
+    # scored_hash_router
+    "scored: token ids of other rows": ("scored_hash_router", [LOGITS, I32((5,)), I32((9, 2))], {}, ValueError,
+                                        "token_ids (4,) (5,)"),
+    "scored: token ids of floats": ("scored_hash_router", [LOGITS, F32((4,)), I32((9, 2))], {}, TypeError,
+                                    "token_ids integer float32"),
+    "scored: table of one axis": ("scored_hash_router", [LOGITS, I32((4,)), I32((9,))], {}, ValueError,
+                                  "hash_lut (vocab_size, k) (9,)"),
+    "scored: mask of integers": ("scored_hash_router", [LOGITS, I32((4,)), I32((9, 2))], {"token_mask": I32((4,))},
+                                 TypeError, "token_mask bool int32"),
+    "scored: score_fn": ("scored_hash_router", [LOGITS, I32((4,)), I32((9, 2))], {"score_fn": "relu"}, ValueError,
+                         "score_fn 'relu'"),
     # topk_select
     "scores have no axis": ("topk_select", [F32(())], {"k": 1}, ValueError, "scores 1 axes ()"),
     "scores of integers": ("topk_select", [I32((4, 9))], {"k": 1}, TypeError, "scores float32 int32"),

@@ -87,6 +87,10 @@ def test_token_ids_out_of_range(implementation, rng):
     np.testing.assert_array_equal(routing.expert_ids[: wild.size], -1)
     np.testing.assert_array_equal(routing.weights[: wild.size], 0)
     np.testing.assert_array_equal(routing.expert_ids[wild.size :], lut)
+    logits = rng.normal(0, 1, (ids.size, 9)).astype(np.float32)
+    scored = op("scored_hash_router", implementation=implementation)(logits, ids, lut)
+    np.testing.assert_array_equal(scored.expert_ids, routing.expert_ids)
+    assert_weights(scored.weights, weights_at(logits, routing.expert_ids, "sqrtsoftplus", True, 1.0))
 
 
 def test_table_entries_out_of_range(implementation, rng):

@@ -191,6 +191,7 @@ EXCHANGES = {
     "softmax of all: logits over E": (OPS["activation_topk, softmax of all, mask"], ("d",), [(None, "d"), ()]),
     "`topk_select`: scores over L": (OPS["topk_select"], ("d",), [(None, "d")]),
     "`route_at`: logits over E": (OPS["route_at"], ("d",), [(None, "d"), ()]),
+    "`scored_hash_router`: logits over E": (OPS["scored_hash_router"], ("d",), [(None, "d"), (), ()]),
     "`hash_router`: table over V": (OPS["hash_router"], ("d",), [(), ("d",)]),
     "table over V, tokens over the same axis": (OPS["hash_router"], ("d",), [("d",), ("d",)]),
     "`expert_dispatch`: tokens, one sort": (OPS["expert_dispatch"], ("d",), [("d",)]),
