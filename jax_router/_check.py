@@ -95,7 +95,8 @@ def static_int(name: str, value: Any, low: int, high: int | None, meaning: str =
     """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if not is_symbolic_dim(value):
+    is_symbolic = is_symbolic_dim(value)
+    if not is_symbolic:
         try:
             value = operator.index(value)
         except Exception as error:
@@ -104,7 +105,8 @@ def static_int(name: str, value: Any, low: int, high: int | None, meaning: str =
             ) from error
     limits = f"at least {low}" if high is None else f"between {low} and {high}"
     try:
-        inside = value >= low and value <= (MAX_SIZE if high is None else high)
+        # What is symbolic is the size of an axis, or is computed from one.
+        inside = value >= low and (is_symbolic or value <= MAX_SIZE if high is None else value <= high)
     except jax.errors.InconclusiveDimensionOperation as error:
         raise ValueError(
             f"{name} must be {limits}{meaning}, got {value}, of which that is not known: say it in the constraints of "

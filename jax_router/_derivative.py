@@ -147,6 +147,7 @@ _TANGENT = Op(
     result_types=lambda avals, **_: [Result(avals["expert_ids"].shape[-1:], jnp.float32)],
     reference=_tangent_reference,
     platforms=(),
+    gathers=True,
 )
 
 _COTANGENT = Op(

@@ -159,6 +159,7 @@ _ROUTE_AT = Op(
     reference=_reference,
     attributes={"scoring": Scoring},
     unsupported=_unsupported,
+    gathers=True,
 )
 
 
@@ -170,6 +171,7 @@ _SCORED_HASH_ROUTER = Op(
     reference=_scored_hash_reference,
     attributes={"scoring": Scoring},
     unsupported=_unsupported,
+    gathers=True,
     share_again=share_table_again,
 )
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.export import is_symbolic_dim
 from jax.interpreters import ad
 
 from . import _check, reference
@@ -33,7 +34,7 @@ def topk_select(
 
     Args:
         scores: f32, bf16 or f16 `[..., L]`.
-        k: how many, from 1 to L.
+        k: how many, from 0 to L.
         lengths: integers `[...]`. Only the first `lengths` entries of a row count (clamped to `[0, L]`). Results past
             them hold index -1 and value -inf.
         sorted: best first; or else the same set in ascending order of the index.
@@ -51,15 +52,19 @@ def topk_select(
     """
     scores = _check.float_array("scores", scores)
     length = scores.shape[-1]
-    k = _check.static_int("k", k, 1, length, " (the last axis of scores)")
+    k = _check.static_int("k", k, 0, length, " (the last axis of scores)")
     sorted = _check.static_bool("sorted", sorted)
     if lengths is not None:
         lengths = _check.int_array("lengths", lengths)
         _check.same_shape("lengths", lengths, scores.shape[:-1])
         if lengths.dtype != jnp.int32:
             lengths = as_int32_lengths(lengths, length)
+    implementation = _check.implementation(implementation)
+    if not is_symbolic_dim(k) and k == 0:
+        none = scores[..., :0]
+        return none, jnp.zeros_like(none, jnp.int32)
     operands = {"scores": scores, "lengths": lengths}
-    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=_check.implementation(implementation))
+    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=implementation)
     return values, indices
 
 

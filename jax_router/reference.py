@@ -90,7 +90,7 @@ def _sigmoid_jvp(primals, tangents):
 def softmax(x: Array) -> Array:
     """`exp(x) / sum(exp(x))` over the last axis; 0 for a row of -inf alone, NaN for a row with +inf."""
     lowest = jnp.finfo(jnp.float32).min
-    numerator = jnp.exp(x - lax.stop_gradient(jnp.maximum(jnp.max(x, axis=-1, keepdims=True), lowest)))
+    numerator = jnp.exp(x - lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True, initial=lowest)))
     total = jnp.sum(numerator, axis=-1, keepdims=True)
     return numerator / jnp.where(total == 0, 1.0, total)
 

@@ -245,3 +245,42 @@ def test_config_is_frozen_and_hashable():
     assert hash(DENSE) == hash(replace(DENSE))
     with pytest.raises(AttributeError):
         DENSE.top_k = 1
+
+
+def test_precision_of_a_router():
+    def program(**options):
+        router = Router(RouterConfig(32, 16, 2, **options), rngs=nnx.Rngs(0))
+        return jax.jit(router).lower(jnp.ones((200, 32))).as_text()
+
+    assert "precision = [HIGHEST, HIGHEST]" in program()
+    assert "precision = [DEFAULT, DEFAULT]" in program(precision="default")
+    assert "precision = [HIGH, HIGH]" in program(precision=jax.lax.Precision.HIGH)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "hash", "vocab_size": 9, "hash_weights": "scored"}])
+def test_logit_bias_of_a_router(options, rng):
+    """It is part of the logits, and trained."""
+    router = Router(RouterConfig(32, 16, 2, logit_bias=True, **options), rngs=nnx.Rngs(0))
+    assert type(router.logit_bias) is nnx.Param
+    np.testing.assert_array_equal(router.logit_bias, np.zeros(16, np.float32))
+    router.logit_bias[...] = jnp.asarray(rng.normal(0, 1, 16), jnp.float32)
+    x, token_ids = rng.normal(0, 1, (5, 32)).astype(np.float32), np.arange(5)
+    _, logits = router(x, token_ids=token_ids, return_logits=True)
+    np.testing.assert_allclose(logits, x @ router.weight[...].T + np.asarray(router.logit_bias)[None], rtol=1e-4, atol=1e-5)
+    gradient = nnx.grad(lambda router: router(x, token_ids=token_ids).weights[..., 0].sum())(router)
+    assert np.abs(gradient["logit_bias"][...]).max() > 1e-4
+
+
+def test_implementation_of_a_router():
+    def lowered(x, token_ids=None, **options):
+        router = Router(RouterConfig(8, 16, 2, **options), rngs=nnx.Rngs(0))
+        return jax.jit(lambda x: router(x, token_ids=token_ids)).lower(x).as_text()
+
+    x = jnp.ones((4, 8))
+    hashed = {"mode": "hash", "vocab_size": 9}
+    for options in ({}, hashed, {**hashed, "hash_weights": "scored"}):
+        assert "jax_router." in lowered(x, jnp.arange(4), **options)
+        assert "jax_router." not in lowered(x, jnp.arange(4), implementation="reference", **options)
+    with pytest.raises(NotImplementedError, match="4096 experts"):
+        router = Router(RouterConfig(8, 5000, 2, implementation="native"), rngs=nnx.Rngs(0))
+        jax.jit(router).lower(x)
