@@ -31,7 +31,9 @@ def array(name: str, value: Any, *, min_rank: int = 0) -> Array:
         raise ValueError(f"{name} must have at least {min_rank} axes, got shape {array.shape}")
     for size in array.shape:
         if isinstance(size, int) and size > MAX_SIZE:
-            raise ValueError(f"{name} must have at most 2^31 - 1 = {MAX_SIZE} elements an axis, got shape {array.shape}")
+            raise ValueError(
+                f"{name} must have at most 2^31 - 1 = {MAX_SIZE} elements an axis, got shape {array.shape}"
+            )
     return array
 
 
@@ -139,7 +141,11 @@ _TINY, _LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finf
 
 def _static_under_jit(name: str, value: Any) -> str:
     """What to do about a value that jax.jit traces."""
-    return f": name it in static_argnames of jax.jit, static_argnames=({name!r},)" if isinstance(value, jax.core.Tracer) else ""
+    return (
+        f": name it in static_argnames of jax.jit, static_argnames=({name!r},)"
+        if isinstance(value, jax.core.Tracer)
+        else ""
+    )
 
 
 def static_bool(name: str, value: Any) -> bool:
@@ -160,6 +166,11 @@ def precision(value: Any) -> Any:
                 f"precision must be None or what jax.lax.dot_general takes, 'highest' for example; got {value!r}"
             ) from error
     return value
+
+
+def instance(name: str, value: Any, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, {example} for example, got {value!r}")
 
 
 def float_dtype(name: str, value: Any) -> np.dtype[Any]:
@@ -202,8 +213,8 @@ def selection(
     if top_groups is None:
         if num_groups > 1:
             raise ValueError(
-                f"top_groups must be given with num_groups = {num_groups}: how many groups stay eligible, between 1 and "
-                f"{num_groups}; got None"
+                f"top_groups (how many groups stay eligible) must be given with num_groups = {num_groups}, between 1 "
+                f"and {num_groups}; got None"
             )
         top_groups = 1
     top_groups = static_int("top_groups", top_groups, 1, num_groups, " (num_groups)")

@@ -45,8 +45,8 @@ def dense_router(
 
     Args:
         x: f32, bf16 or f16 `[..., D]`.
-        weight: `[E, D]`, as checkpoints have it, in the dtype of `x` or in f32. With an `x` in half precision and a weight
-            in f32, as training has them, nothing is rounded before it is multiplied.
+        weight: `[E, D]`, as checkpoints have it, in the dtype of `x` or in f32. With `x` in half precision and a weight
+            in f32, as training has them, neither is rounded before they are multiplied.
         bias: f32 `[E]` or `[..., E]`; it steers the selection only, and gets no gradient.
         top_k: the number of experts a token.
         logit_bias: f32 `[E]`, part of the logits (gpt-oss has one).

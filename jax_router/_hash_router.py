@@ -44,7 +44,7 @@ def hash_router(
     return Routing(*_HASH_ROUTER(operands, scale=scale, implementation=_check.implementation(implementation)))
 
 
-def table_operands(token_ids: Any, hash_lut: Any, token_mask: Any = None) -> dict[str, Array]:
+def table_operands(token_ids: Any, hash_lut: Any, token_mask: Any = None) -> dict[str, Any]:
     """Token ids and a table, checked, as int32; -1 where there is a mask and it is False."""
     token_ids = _check.int_array("token_ids", token_ids)
     hash_lut = _check.int_array("hash_lut", hash_lut)

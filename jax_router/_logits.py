@@ -24,9 +24,9 @@ def router_logits(
 ) -> Array:
     """`x @ weight.T + logit_bias` in f32.
 
-    Without a `precision`, f32 operands are multiplied to f32 accuracy, and so are an x in half precision and a weight in
-    f32, but for an infinite x, which may give NaN where it should give infinity. With one, both are f32 operands. (The
-    derivative of such a mixed product is multiplied with the default precision of JAX, as that of half precision is.)
+    Without a `precision`, f32 operands are multiplied to f32 accuracy, and so are an x in half precision and a weight
+    in f32, but for an infinite x, which may give NaN where it should give infinity. With one, x is cast to f32 there.
+    (The derivative of such a mixed product has the default precision of JAX, as that of half precision has.)
 
     What x holds where `token_mask` is False reaches no gradient. The logits there are what they are without the mask.
     """
@@ -49,7 +49,9 @@ def _product(x: Array, weight: Array, token_mask: Array | None, precision: Any, 
 def _product_with_rule(x: Array, weight: Array, token_mask: Array | None, precision: Any, in_parts: bool) -> Array:
     if in_parts:
         # A CPU multiplies f32 as fast as bf16.
-        return lax.platform_dependent(x, weight, cpu=partial(_dot, precision=lax.Precision.HIGHEST), default=_dot_in_parts)
+        return lax.platform_dependent(
+            x, weight, cpu=partial(_dot, precision=lax.Precision.HIGHEST), default=_dot_in_parts
+        )
     return _dot(x, weight, precision)
 
 
@@ -61,8 +63,8 @@ def _product_jvp(precision, in_parts, primals, tangents):
     if not isinstance(x_dot, SymbolicZero):
         terms.append(_product(x_dot, weight, token_mask, precision, False))
     if not isinstance(weight_dot, SymbolicZero):
-        # The gradient of the weight sums over tokens, and 0 * NaN is NaN. Masked when it is computed, not before: else a
-        # masked copy of x would wait for the backward pass.
+        # The gradient of the weight sums over tokens, and 0 * NaN is NaN. x is masked when that is computed, not
+        # before: else a masked copy of it would wait for the backward pass.
         dot = jax.checkpoint(partial(_dot_of_routed, precision=precision), prevent_cse=False)
         terms.append(dot(x, weight_dot, token_mask))
     return logits, sum(terms[1:], terms[0])
@@ -91,8 +93,8 @@ def _dot(x: Array, weight: Array, precision: Any) -> Array:
 def _dot_in_parts(x: Array, weight: Array) -> Array:
     """The product of x in half precision and a weight in f32, to f32 accuracy, from bf16 products alone.
 
-    bf16 has the exponents of f32 and 8 of its 24 bits: f32 is the sum of three such parts, f16 of two, and their products
-    are exact in f32. All of them are one matrix product, with as many times the tokens and experts.
+    bf16 has the exponents of f32 and 8 of its 24 bits: f32 is the sum of three such parts, f16 of two, and their
+    products are exact in f32. All of them are one matrix product, with as many times the tokens and experts.
     """
     x_parts = x[None] if x.dtype == jnp.bfloat16 else _bf16_parts(x, 2)
     return _dot(x_parts, _bf16_parts(weight, 3), None).sum(axis=(0, -2))
@@ -103,7 +105,9 @@ def _bf16_parts(values: Array, count: int) -> Array:
     rest, parts = values.astype(jnp.float32), []
     for _ in range(count):
         # Bits, since XLA may take a conversion to bf16 and back for nothing.
-        part = lax.bitcast_convert_type(lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
+        part = lax.bitcast_convert_type(
+            lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
+        )
         parts.append(part.astype(jnp.bfloat16))
         rest = jnp.where(jnp.isinf(rest), 0.0, rest - part)
     return jnp.stack(parts)

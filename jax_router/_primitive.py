@@ -85,9 +85,9 @@ class Op:
         workspace: from a platform, the operands' avals and the parameters to the bytes of memory that the kernels need
             for each problem besides operands and results, or None if those of that platform take none. It is one more
             result of the custom call, named "workspace" in `results`, so that XLA plans it.
-        gathers: whether it reads but a few entries of a row of the first operand. Where vmap maps other operands and not
-            that one, "auto" takes the reference, which reads them where they are: the kernels would need a copy for every
-            problem. (A composed op computes what does not depend on the mapped operands once.)
+        gathers: whether it reads but a few entries of a row of the first operand. Where vmap maps other operands and
+            not that one, "auto" takes the reference, which reads them where they are: the kernels would need a copy of
+            it for every problem. (A composed op computes what does not depend on the mapped operands once.)
         share_again: what the kernels take where vmap maps an operand that all rows of a problem share. From operands by
             name, of which that one, and those with batch axes, have a leading axis for the problems, to operands of
             which all rows of all problems share it again; raises NotImplementedError where there are none. "auto" takes

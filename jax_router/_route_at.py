@@ -32,8 +32,9 @@ def route_at(
     row if `renormalize`, times `scale`. An id outside `[0, E)` gets weight 0, does not enter the sum and is returned as
     -1.
 
-    This is how routing is replayed. For experts by token id, as in the hash layers of DeepSeek-V4, there is
-    `scored_hash_router`. Only the chosen logits are read, unless softmax without renormalisation asks for the whole row.
+    This is how routing is replayed; for experts by token id, as the hash layers of DeepSeek-V4 have them, there is
+    `scored_hash_router`. Only the chosen logits are read, unless softmax without renormalisation asks for the whole
+    row.
 
     Args:
         logits: f32, bf16 or f16 `[..., E]`.

@@ -11,7 +11,6 @@ from jax.export import is_symbolic_dim
 from jax.interpreters import ad
 
 from . import _check, reference
-
 from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
 from ._ids import as_int32_lengths
 from ._native import native_module
@@ -59,12 +58,12 @@ def topk_select(
         _check.same_shape("lengths", lengths, scores.shape[:-1])
         if lengths.dtype != jnp.int32:
             lengths = as_int32_lengths(lengths, length)
-    implementation = _check.implementation(implementation)
+    how = _check.implementation(implementation)
     if not is_symbolic_dim(k) and k == 0:
         none = scores[..., :0]
         return none, jnp.zeros_like(none, jnp.int32)
     operands = {"scores": scores, "lengths": lengths}
-    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=implementation)
+    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=how)
     return values, indices
 
 

@@ -40,8 +40,8 @@ class Dispatch(NamedTuple):
     group_sizes: Array
 
 
-# Exported functions may return them when they are saved. JAX keeps the first class of a name: where the package is imported
-# again, after it was deleted from sys.modules, the names stay with the classes of the first import.
+# Exported functions may return them when they are saved. JAX keeps the first class of a name: where the package was
+# deleted from sys.modules and is imported again, the names stay with the classes of the first import.
 for _type in (Routing, Dispatch):
     with contextlib.suppress(ValueError):
         export.register_namedtuple_serialization(_type, serialized_name=f"jax_router.{_type.__name__}")

@@ -27,6 +27,7 @@ from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 Initializer = Callable[..., Array]
 
+_FLOAT32 = np.dtype(np.float32)
 _LECUN_NORMAL = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
 
@@ -67,8 +68,8 @@ class RouterConfig:
         hash_weights: in a hash layer, `"uniform"` (default), scale / k, or `"scored"`, by the scores of the table's
             experts.
         logit_bias: whether the logits have a trained bias, as those of gpt-oss; default False.
-        precision: of the product, as in `jax.lax.dot_general`; default None, f32 accuracy where the hidden states or the
-            weight are f32. See `dense_router`.
+        precision: of the product, as in `jax.lax.dot_general`; default None, f32 accuracy where the hidden states or
+            the weight are f32. See `dense_router`.
         implementation: of all ops, `"auto"` (default), `"native"` or `"reference"`.
         dtype: to cast the product's operands to; default None leaves the hidden states as they are, and the weight in
             their dtype or in f32.
@@ -96,7 +97,7 @@ class RouterConfig:
     precision: lax.PrecisionLike = None
     implementation: Implementation = "auto"
     dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = np.dtype(np.float32)
+    param_dtype: DTypeLike = _FLOAT32
 
     def __post_init__(self) -> None:
         _check.static_int("hidden_size", self.hidden_size, 1, None)
@@ -109,7 +110,9 @@ class RouterConfig:
         elif self.mode == "hash":
             raise ValueError("vocab_size must be an int for mode='hash', got None")
         if self.mode == "dense" and self.hash_weights != "uniform":
-            raise ValueError(f"hash_weights must be 'uniform', the default, for mode='dense', got {self.hash_weights!r}")
+            raise ValueError(
+                f"hash_weights must be 'uniform', the default, for mode='dense', got {self.hash_weights!r}"
+            )
         if _check.static_bool("logit_bias", self.logit_bias) and not self.has_weight:
             raise ValueError("logit_bias must be False for a hash router with uniform weights, which has no logits")
         _check.implementation(self.implementation)
@@ -201,11 +204,8 @@ class Router(nnx.Module):
         weight_init: Initializer = _LECUN_NORMAL,
         hash_lut_init: Callable[[Array, tuple[int, int], int], Array] = random_hash_table,
     ):
-        if not isinstance(config, RouterConfig):
-            hint = ": RouterConfig(**config) makes one of it" if isinstance(config, dict) else ""
-            raise TypeError(f"config must be a RouterConfig, got {type(config).__name__}{hint}")
-        if not isinstance(rngs, nnx.Rngs):
-            raise TypeError(f"rngs must be an nnx.Rngs, nnx.Rngs(0) for example, got {rngs!r}")
+        _check.instance("config", config, RouterConfig, "RouterConfig(**options)")
+        _check.instance("rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
         self.config = config
         if config.has_weight:
             shape = (config.num_experts, config.hidden_size)
@@ -294,12 +294,13 @@ class Router(nnx.Module):
             if token_ids is None:
                 raise ValueError("token_ids must be given to a hash router, got None")
             return self._hash(x, token_ids, token_mask, return_logits)
-        bias, options = self.bias[...], {"implementation": config.implementation, **config.selection}
+        options = {"token_mask": token_mask, "implementation": config.implementation, **config.selection}
         if not return_logits:
-            product = {"logit_bias": self._logit_bias, "precision": config.precision}
-            return dense_router(*self._factors(x), bias, token_mask=token_mask, **product, **options)
+            x, weight = self._factors(x)
+            options.update(logit_bias=self._logit_bias, precision=config.precision)
+            return dense_router(x, weight, self.bias[...], **options)
         logits = self._logits(x, token_mask)
-        routing = activation_topk(logits, bias, token_mask=token_mask, **options)
+        routing = activation_topk(logits, self.bias[...], **options)
         return routing, _masked(logits, token_mask)
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: several CPU devices, no implicit promotion of dtypes or ranks, and property tests that repeat."""
+"""Settings of the whole suite: several CPU devices, no implicit promotion, and property tests that repeat."""
 
 import os
 

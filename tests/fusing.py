@@ -54,5 +54,7 @@ printed |= {f"{implementation}, does not pay": calls(implementation) for impleme
 answers["pays"] = True
 printed["native, of float32 at another precision"] = calls("native", dtype=jnp.float32, precision=lax.Precision.DEFAULT)
 for tokens in (4, 65):
-    printed[f"{tokens} tokens in bfloat16, weight in float32"] = calls("native", weight_dtype=jnp.float32, tokens=tokens)
+    printed[f"{tokens} tokens in bfloat16, weight in float32"] = calls(
+        "native", weight_dtype=jnp.float32, tokens=tokens
+    )
 print(json.dumps(printed))

@@ -41,7 +41,15 @@ def dtype(request):
 def numbers(dtype, *bounds):
     """Ids of a dtype: on both sides of every bound, and its own ends."""
     ends = np.iinfo(dtype)
-    near = {number for bound in bounds for number in (bound - 1, bound)} | {0, 1, -1, ends.min, ends.max, 2**32, 2**32 + 3}
+    near = {number for bound in bounds for number in (bound - 1, bound)} | {
+        0,
+        1,
+        -1,
+        ends.min,
+        ends.max,
+        2**32,
+        2**32 + 3,
+    }
     return np.array(sorted(n for n in near if ends.min <= n <= ends.max), dtype)
 
 
@@ -113,16 +121,16 @@ def test_masked_token_of_a_router(weights, dtype):
     config = RouterConfig(4, 16, 2, mode="hash", vocab_size=70000, hash_weights=weights)
     router = Router(config, rngs=nnx.Rngs(0))
     token_ids = jnp.asarray(np.array([[1, 2, np.iinfo(dtype).max]], dtype))
-    routing = router(jnp.ones((1, 3, 4), jnp.float32), token_ids=token_ids, token_mask=jnp.array([[True, False, False]]))
+    routing = router(
+        jnp.ones((1, 3, 4), jnp.float32), token_ids=token_ids, token_mask=jnp.array([[True, False, False]])
+    )
     np.testing.assert_array_equal(routing.expert_ids[0, 0], router.hash_lut[1])
     np.testing.assert_array_equal(routing.expert_ids[0, 1:], -1)
     np.testing.assert_array_equal(routing.weights[0, 1:], 0)
 
 
 def test_table_that_was_restored_in_another_dtype(dtype):
-    router = Router(
-        RouterConfig(4, 16, 2, mode="hash", vocab_size=20, hash_weights="scored"), rngs=nnx.Rngs(0)
-    )
+    router = Router(RouterConfig(4, 16, 2, mode="hash", vocab_size=20, hash_weights="scored"), rngs=nnx.Rngs(0))
     x, token_ids = jnp.ones((1, 4), jnp.float32), jnp.array([3], jnp.int32)
     want = router(x, token_ids=token_ids)
     router.hash_lut = HashTable(router.hash_lut[...].astype(dtype))

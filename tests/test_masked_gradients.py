@@ -1,4 +1,4 @@
-"""Nothing that a masked token, or a choice of id -1, holds reaches a gradient: that is the one of the batch without it."""
+"""Nothing that a masked token, or a choice of id -1, holds reaches a gradient: it is that of the batch without it."""
 
 from functools import partial
 
@@ -229,7 +229,9 @@ def test_sharded(specs, mode, x_dtype, devices, rng):
         got = gradient(*sharded)
     rtol = 1e-4 if x_dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(np.asarray(got[1]), want[1], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(got[0], np.float32)[mask], np.asarray(want[0], np.float32), rtol=rtol, atol=1e-3)
+    np.testing.assert_allclose(
+        np.asarray(got[0], np.float32)[mask], np.asarray(want[0], np.float32), rtol=rtol, atol=1e-3
+    )
     np.testing.assert_array_equal(np.asarray(got[0], np.float32)[~mask], 0)
 
 

@@ -40,7 +40,9 @@ def test_parts_are_exact(rng):
     """Of all f32, but for those whose last part underflows. Infinity is the first part, and NaN stays NaN."""
     bits = rng.integers(0, 1 << 32, 100_000).astype(np.uint32)
     values = np.concatenate([bits.view(np.float32), np.float32([0, -0.0, np.finfo(np.float32).max, np.inf, -np.inf])])
-    values = np.append(values, np.array(0x7F800001, np.uint32).view(np.float32))  # a NaN whose first bits are infinity's
+    values = np.append(
+        values, np.array(0x7F800001, np.uint32).view(np.float32)
+    )  # a NaN whose first bits are infinity's
     parts = f64(jax.jit(partial(jax_router._logits._bf16_parts, count=3))(values))
     assert np.isnan(parts.sum(0)[np.isnan(values)]).all()
     rest = values[~np.isnan(values)]

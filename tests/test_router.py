@@ -266,7 +266,9 @@ def test_logit_bias_of_a_router(options, rng):
     router.logit_bias[...] = jnp.asarray(rng.normal(0, 1, 16), jnp.float32)
     x, token_ids = rng.normal(0, 1, (5, 32)).astype(np.float32), np.arange(5)
     _, logits = router(x, token_ids=token_ids, return_logits=True)
-    np.testing.assert_allclose(logits, x @ router.weight[...].T + np.asarray(router.logit_bias)[None], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits, x @ router.weight[...].T + np.asarray(router.logit_bias)[None], rtol=1e-4, atol=1e-5
+    )
     gradient = nnx.grad(lambda router: router(x, token_ids=token_ids).weights[..., 0].sum())(router)
     assert np.abs(gradient["logit_bias"][...]).max() > 1e-4
 
@@ -281,6 +283,6 @@ def test_implementation_of_a_router():
     for options in ({}, hashed, {**hashed, "hash_weights": "scored"}):
         assert "jax_router." in lowered(x, jnp.arange(4), **options)
         assert "jax_router." not in lowered(x, jnp.arange(4), implementation="reference", **options)
+    router = Router(RouterConfig(8, 5000, 2, implementation="native"), rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="4096 experts"):
-        router = Router(RouterConfig(8, 5000, 2, implementation="native"), rngs=nnx.Rngs(0))
         jax.jit(router).lower(x)
