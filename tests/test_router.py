@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import get_overloads, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jax_router
-from jax_router import HashTable, Router, RouterConfig, SelectionBias, random_hash_table
+from jax_router import HashTable, Router, RouterConfig, Routing, SelectionBias, random_hash_table
 
 DENSE = RouterConfig(hidden_size=32, num_experts=16, top_k=3, score_fn="sigmoid", scale=2.5, num_groups=4, top_groups=2)
 UNIFORM = RouterConfig(hidden_size=32, num_experts=16, top_k=3, scale=1.5, mode="hash", vocab_size=50)
@@ -21,7 +22,7 @@ CONFIGS = {"dense": DENSE, "uniform": UNIFORM, "scored": SCORED}
 def make(name):
     router = Router(CONFIGS[name], rngs=nnx.Rngs(1))
     if name == "dense":
-        router.bias[...] = jnp.linspace(-1, 1, 16)
+        router.bias[...] = jnp.linspace(-1, 1, 16, dtype=jnp.float32)
     return router
 
 
@@ -286,3 +287,32 @@ def test_implementation_of_a_router():
     router = Router(RouterConfig(8, 5000, 2, implementation="native"), rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="4096 experts"):
         jax.jit(router).lower(x)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_with_64_bits(name, tokens):
+    """No dtype changes with the flag, neither where the router is made nor where it routes."""
+    want = make(name)(**tokens)
+    with jax.enable_x64(True):
+        router = make(name)
+        got = jax.jit(lambda router, tokens: router(**tokens))(router, tokens)
+    for path, variable in nnx.to_flat_state(nnx.state(router)):
+        assert variable[...].dtype == (jnp.int32 if path[-1] == "hash_lut" else jnp.float32)
+    for mine, other in zip(got, want):
+        assert mine.dtype == other.dtype
+        np.testing.assert_array_equal(mine.shape, other.shape)
+
+
+def test_types_of_a_call():
+    """A type checker knows that logits come with return_logits=True, and else do not."""
+    returned = [get_type_hints(overload)["return"] for overload in get_overloads(Router.__call__)]
+    assert returned == [Routing, tuple[Routing, jax.Array], Routing | tuple[Routing, jax.Array]]
+
+
+def test_equal_configurations_compare_equal():
+    """However their dtypes and their precision are written; and they read well."""
+    one = RouterConfig(8, 16, 2, dtype=jnp.bfloat16, param_dtype="float32", precision=["high", "high"])
+    other = RouterConfig(8, 16, 2, dtype=np.dtype(jnp.bfloat16), param_dtype=np.float32, precision=("high", "high"))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert "dtype=dtype(bfloat16), param_dtype=dtype('float32')" in repr(one)
