@@ -56,7 +56,7 @@ def dense_router(
         renormalize: whether the weights of a token are divided by their sum.
         scale: a Python number that all weights are multiplied by.
         num_groups: the number of groups of experts.
-        top_groups: how many groups stay eligible.
+        top_groups: how many groups stay eligible; needed where `num_groups > 1`.
         group_score: `"top2_sum"` or `"max"`.
         token_mask: bool `[...]`; where False the ids are -1 and the weights 0, and nothing that x holds there reaches a
             gradient.

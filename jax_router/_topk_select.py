@@ -26,10 +26,13 @@ def topk_select(
     sorted: bool = True,
     implementation: Implementation = "auto",
 ) -> tuple[Array, Array]:
-    """The `k` largest entries of each row, exactly as `jax.lax.top_k` orders them, and their indices.
+    """The `k` largest entries of each row, best first, and their indices.
 
-    Equal entries go to the lower index, +0 is above -0, and every NaN counts as the positive NaN, above +inf. The same
-    input gives the same output, bit for bit. `topk_select(x, k)` may stand wherever `jax.lax.top_k(x, k)` stands.
+    Equal entries go to the lower index, +0 is above -0, and every NaN is above +inf. The same input gives the same
+    output, bit for bit.
+
+    It may stand where `jax.lax.top_k(scores, k)` stands, but that puts a NaN with the sign bit below -inf (0/0 gives one
+    on x86), takes integers too, and has an `axis`, where this selects along the last one.
 
     Args:
         scores: f32, bf16 or f16 `[..., L]`.
