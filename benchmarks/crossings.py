@@ -43,8 +43,8 @@ class Crossing:
         times: of sizes, the microseconds of the plan below and of that above; none where a kernel's limit is the
             threshold, so that no size has both.
         ratio: of the times above and below, at the size nearest to the threshold.
-        crossing: the size from which the plan above is the faster, interpolated between two of these sizes. None where it
-            becomes so between no two of them: it is slower at all sizes, or faster at all, or faster at small ones.
+        crossing: the size from which the plan above is the faster, interpolated between two of these sizes. None where
+            it becomes so between no two of them: it is slower at all sizes, or faster at all, or faster at small ones.
         cost: what the table costs at worst: the time of the plan that is taken, over that of the better, less 1.
         cost_at: the size where.
     """
