@@ -93,7 +93,7 @@ struct DenseRouterNumbers {
                                // weight as fast, and needs no hand-over
   int64_t few_tokens;          // up to so many, any number of experts is worth it
   int64_t few_experts;         // of more tokens, up to so many
-  int64_t small_tile_tokens;   // up to so many, blocks have 16 tokens instead of 64
+  int64_t small_tile_tokens;   // up to so many, blocks have 16 tokens instead of 64 (of most experts, up to few_tokens)
   int64_t tile_tokens;         // of more than these, more than least_experts up to most_experts
   int64_t least_experts, most_experts;
   int clusters[4];     // of 1, 2, 4 and 8 blocks that have room at a time
@@ -197,11 +197,12 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
     }
     return found;
   }
+  const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
   for (int i = 0; i < kFewTileCount; ++i) {
     const FewTile& tile = kFewTiles[i];
-    if (tile.token_tiles > 1 && op.select.rows <= kDenseRouterNumbers.of(device).small_tile_tokens) continue;
-    if (tile.is_for_two() && (op.select.rows <= tile.tokens() ||
-                              op.select.selection.experts <= kDenseRouterNumbers.of(device).least_experts))
+    if (tile.token_tiles > 1 && op.select.rows <= (tile.chunks > 3 ? numbers.few_tokens : numbers.small_tile_tokens))
+      continue;
+    if (tile.is_for_two() && (op.select.rows <= tile.tokens() || op.select.selection.experts <= numbers.least_experts))
       continue;
     if (can_use(op, tile, device)) return few_plan(op, i);
   }

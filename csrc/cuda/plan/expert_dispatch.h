@@ -46,7 +46,7 @@ struct ExpertDispatchNumbers {
   int two_block_experts;  // from so many on, a sort that two blocks can hold has no more
 };
 // Measured on an H100 alone, one sort at a time.
-constexpr auto kExpertDispatchNumbers = everywhere(ExpertDispatchNumbers{64, 320});
+constexpr auto kExpertDispatchNumbers = everywhere(ExpertDispatchNumbers{192, 320});
 
 enum class SortKernel {
   kCluster,  // a sort is one cluster's work, each block's chunk one tile

@@ -45,34 +45,16 @@ struct TopkSelectNumbers {
   int64_t narrow_k;           // and up to so many choices
   int64_t narrow_few_length;  // and where rows are few, up to so long
   int64_t narrow_few_k;       // and so many choices
-  int64_t small_cluster;      // of up to so many blocks,
-  int64_t small_part;         // each must have at least so much of a row
-  int64_t part_length;        // and of larger clusters, so much
-  int64_t parts_of_k;         // and so many times k
-  int64_t used_eighths;       // of the multiprocessors, that clusters of more than two blocks may take
+  int64_t small_cluster;      // of up to so many blocks, each must have
+  int64_t small_part;         // so much of a row, and k at least
+  int64_t part_length;        // of more blocks, so much
+  int64_t large_eighths;      // of the multiprocessors, that clusters of 8 blocks may take; of 16 blocks, half of them
   int64_t candidates;         // that a block of a cluster keeps at most, beside k
   int64_t lone_candidates;    // that a block which is alone keeps: a multiprocessor has room for two
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
-constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{{{1, 1, 4096, 4096}},
-                                                                 768,
-                                                                 1024,
-                                                                 256,
-                                                                 32,
-                                                                 512,
-                                                                 1365,
-                                                                 900,
-                                                                 32768,
-                                                                 1024,
-                                                                 16384,
-                                                                 128,
-                                                                 4,
-                                                                 2048,
-                                                                 4096,
-                                                                 2,
-                                                                 7,
-                                                                 4096,
-                                                                 3072});
+constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
+    {{1, 1, 4096, 4096}}, 768, 1024, 64, 32, 512, 1000, 950, 32768, 1024, 16384, 128, 4, 2048, 4096, 7, 4096, 3072});
 
 enum class TopkKernel {
   kTile,      // few choices of a short row: a bound and a ranking
@@ -235,13 +217,11 @@ constexpr int cluster_of(const TopkSelect& op, const Device& device) {
   const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
   int blocks = 1;
   const auto pays = [&](int64_t more) {
-    const bool small = more <= numbers.small_cluster;
-    const int64_t part =
-        small ? std::max(numbers.small_part, op.k) : std::max(numbers.part_length, numbers.parts_of_k * op.k);
-    const int64_t room = more == 2    ? device.multiprocessors
-                         : more == 16 ? device.multiprocessors / 2
-                                      : device.multiprocessors * numbers.used_eighths / 8;
-    return more <= device.cluster_blocks() && op.length > more * part && op.rows * more <= room;
+    const int64_t part = more <= numbers.small_cluster ? numbers.small_part : numbers.part_length;
+    const int64_t room = more <= numbers.small_cluster ? device.multiprocessors
+                         : more <= 8                   ? device.multiprocessors * numbers.large_eighths / 8
+                                                       : device.multiprocessors / 2;
+    return more <= device.cluster_blocks() && op.length > more * std::max(part, op.k) && op.rows * more <= room;
   };
   while (pays(2 * blocks)) blocks *= 2;
   return blocks;
