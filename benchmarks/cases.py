@@ -108,9 +108,9 @@ def model_with(num_experts: int, top_k: int) -> Model:
 
 
 def activation_topk_case(model: Model, tokens: int, *, dtype: Any = jnp.float32, with_bias: bool = False) -> Case:
-    """The id names groups and a score function that is not sqrtsoftplus; such a router has a bias."""
+    """The id names a score function that is not sqrtsoftplus, and groups; a router with groups has a bias."""
     grouped = model.num_groups > 1
-    scored = f"{model.score_fn}/" if grouped else ""
+    scored = f"{model.score_fn}/" if model.score_fn != "sqrtsoftplus" else ""
     groups = f"groups{model.num_groups}-{model.top_groups}/" if grouped else ""
     variant = ("/bf16" if dtype == jnp.bfloat16 else "") + ("/bias" if with_bias else "")
     logits = Spec((tokens, model.num_experts), dtype)
@@ -273,6 +273,7 @@ _TOPK_SELECT_ID = r"topk_select/B(\d+)/L(\d+)/k(\d+)"
 _BUILDERS: dict[str, Callable[..., Case]] = {
     r"activation_topk/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: activation_topk_case(model_with(e, k), n),
     r"activation_topk/sigmoid/E(\d+)/k(\d+)/groups(\d+)-(\d+)/N(\d+)": _grouped_case,
+    r"activation_topk/softmax/E128/k8/N(\d+)": lambda n: activation_topk_case(MODELS["qwen3-30b-a3b"], n),
     r"activation_topk_grad/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: activation_topk_grad_case(model_with(e, k), n),
     r"route_at/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: route_at_case(model_with(e, k), n),
     r"hash_router/V(\d+)/k(\d+)/N(\d+)": hash_router_case,
@@ -313,7 +314,8 @@ def _variants() -> Iterator[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    return [*map(_with_id, TARGETS), *_variants()]
+    variants = {case.id: case for case in _variants()}
+    return [*(variants.pop(case_id, None) or _with_id(case_id) for case_id in TARGETS), *variants.values()]
 
 
 def cpu_cases() -> list[Case]:

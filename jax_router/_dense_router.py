@@ -14,9 +14,9 @@ from . import _check
 from ._activation_topk import select, selection_operands
 from ._derivative import selecting_jvp
 from ._logits import router_logits
-from ._native import native_module
+from ._native import NATIVE_DTYPES, native_module
 from ._primitive import Op, Operand, Result
-from ._route_at import ROUTING_RESULTS, routing_result_types
+from ._route_at import routing_result_types
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -133,28 +133,34 @@ def _result_types(avals: dict[str, Any], *, selection: Selection, return_chosen:
     return routing_result_types(selection.top_k, return_chosen)
 
 
-def _size(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
+def _sizes(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
     """The case as the native module wants to know it."""
     x, (num_experts, hidden) = avals["x"], avals["weight"].shape
     return {
-        "tokens": prod(x.shape[:-1]),
-        "num_experts": num_experts,
+        "rows": prod(x.shape[:-1]),
         "hidden": hidden,
-        "top_k": selection.top_k,
+        "experts": num_experts,
+        "k": selection.top_k,
         "num_groups": selection.num_groups,
-        "dtype": x.dtype.name,
+        "dtype": NATIVE_DTYPES[x.dtype.name],
     }
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any) -> str | None:
     if precision is not None and avals["x"].dtype == np.float32:
         return "the fused kernels multiply f32 operands to f32 accuracy"
-    return native_module(platform).dense_router_unsupported(**_size(avals, selection)) or None
+    return native_module(platform).dense_router_unsupported(**_sizes(avals, selection)) or None
 
 
 def _pays(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> bool:
     """Whether a fused kernel is faster than XLA's product and the kernel of activation_topk."""
-    return native_module(platform).dense_router_pays(**_size(avals, selection))
+    return native_module(platform).dense_router_pays(**_sizes(avals, selection))
+
+
+def _workspace(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> int:
+    """Partial logits of a token, that the blocks of the kernel for few tokens hand to each other."""
+    sizes = _sizes(avals, selection)
+    return -(-native_module(platform).workspace_bytes("dense_router", **sizes) // max(sizes["rows"], 1))
 
 
 _DENSE_ROUTER = Op(
@@ -166,10 +172,11 @@ _DENSE_ROUTER = Op(
         "bias": Operand(1, batched="either", optional=True),
         "token_mask": Operand(0, optional=True),
     },
-    results=ROUTING_RESULTS,
+    results=("weights", "expert_ids", "workspace", "chosen_logits?"),
     result_types=_result_types,
     reference=_product_and_selection,
     composed=True,
+    workspace=_workspace,
     attributes={"selection": Selection},
     platforms=("cuda",),
     unsupported=_unsupported,

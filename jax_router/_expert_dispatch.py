@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _check, reference
-from ._native import unsupported_selection
+from ._native import native_module, unsupported_selection
 from ._primitive import Op, Operand, Result
 from ._sharding import align
 from ._types import Dispatch, Implementation
@@ -71,10 +71,22 @@ def _unsupported(platform: str, avals: dict[str, Any], *, num_experts: int) -> s
     return unsupported_selection(platform, num_experts, 1)
 
 
+def _workspace(platform: str, avals: dict[str, Any], *, num_experts: int) -> int | None:
+    """Counts of one sort, where one kernel counts for another. A sort whose size is open may be the longest."""
+    if platform != "cuda":
+        return None
+    *batch, tokens, k = avals["expert_ids"].shape
+    sorts = prod(batch) if all(isinstance(size, int) for size in batch) else 1
+    tokens = tokens if isinstance(tokens, int) else (2**31 - 1) // k
+    sizes = {"batch": sorts, "tokens": tokens, "k": k, "experts": num_experts}
+    return -(-native_module(platform).workspace_bytes("expert_dispatch", **sizes) // max(sorts, 1))
+
+
 _EXPERT_DISPATCH = Op(
     name="expert_dispatch",
     operands={"expert_ids": Operand(2)},
-    results=("token_index", "slot", "group_sizes"),
+    results=("token_index", "slot", "group_sizes", "workspace?"),
+    workspace=_workspace,
     result_types=_result_types,
     reference=_reference,
     attributes={"num_experts": int},

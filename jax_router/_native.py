@@ -203,6 +203,10 @@ def custom_call_targets() -> tuple[str, ...]:
 # What there is, and its limits
 
 
+# What the native modules call the dtypes that kernels compute with.
+NATIVE_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
 def native_module(platform: str) -> ModuleType:
     """The native module of a platform that has one. Its attributes are the limits of its kernels."""
     module = load(platform)

@@ -54,6 +54,10 @@ def _always_pays(platform: str, avals: Mapping[str, Any], **params: Any) -> bool
     return True
 
 
+def _no_workspace(platform: str, avals: Mapping[str, Any], **params: Any) -> int | None:
+    return None
+
+
 OPS: list[Op] = []
 
 
@@ -77,6 +81,9 @@ class Op:
         composed: whether `reference` is made of other ops; it then takes `implementation` for them. XLA sees these
             instead of a kernel where axes are split over devices or XLA may split them, because it can split further
             than over batch axes, and in exported programs, which may run anywhere.
+        workspace: from a platform, the operands' avals and the parameters to the bytes of memory that the kernels need
+            for each problem besides operands and results, or None if those of that platform take none. It is one more
+            result of the custom call, named "workspace" in `results`, so that XLA plans it.
         share_again: what the kernels take where vmap maps an operand that all rows of a problem share. From operands by
             name, of which that one, and those with batch axes, have a leading axis for the problems, to operands of
             which all rows of all problems share it again; raises NotImplementedError where there are none. "auto" takes
@@ -93,6 +100,7 @@ class Op:
     unsupported: Callable[..., str | None] = _supports_everything
     pays: Callable[..., bool] = _always_pays
     composed: bool = False
+    workspace: Callable[..., int | None] = _no_workspace
     share_again: Callable[[dict[str, Array]], dict[str, Array]] | None = None
     primitive: Primitive = dataclasses.field(init=False)
 
@@ -212,7 +220,7 @@ class Op:
         reason = self._reason_against_kernels(platform, ctx, **params)
         if reason is not None:
             return self._lower_without_kernel(f" on {platform}: {reason}", ctx, *values, **params)
-        return self._lower_to_kernels(ctx, *values, **params)
+        return self._lower_to_kernels(platform, ctx, *values, **params)
 
     def _reason_against_kernels(self, platform, ctx, *, names, implementation, **params) -> str | None:
         """Why a platform's kernels do not compute a case. All that decides between them and the reference is here."""
@@ -224,8 +232,14 @@ class Op:
         insists = implementation == "native" and not self.composed
         return None if insists or self.pays(platform, avals, **params) else "the kernels do not pay"
 
-    def _lower_to_kernels(self, ctx, *values, names, implementation, **params):
-        call = _Call(self, names, ctx.avals_in, ctx.avals_out)
+    def _lower_to_kernels(self, platform, ctx, *values, names, implementation, **params):
+        avals_out = list(ctx.avals_out)
+        nbytes = self.workspace(platform, dict(zip(names, ctx.avals_in)), **params)
+        if nbytes is not None:
+            place = [name.rstrip("?") for name in self.results].index("workspace")
+            batch_shape = ctx.avals_in[0].shape[: self.batch_ndim(names, ctx.avals_in)]
+            avals_out.insert(place, jax.core.ShapedArray((*batch_shape, nbytes), jnp.uint8))
+        call = _Call(self, names, ctx.avals_in, avals_out)
         has = {f"has_{name}": name in names for name in self.operands}
         lower = jax.ffi.ffi_lowering(_native.target_name(self.name), extra_attributes=call.sharding_attributes())
         results = lower(
@@ -233,7 +247,8 @@ class Op:
             *map(_reshape, values, ctx.avals_in, call.avals_in),
             **_native.attribute_values(self._sent, {**params, **has}),
         )
-        return list(map(_reshape, results, call.avals_out, ctx.avals_out))
+        results = list(map(_reshape, results, call.avals_out, avals_out))
+        return results if nbytes is None else results[:place] + results[place + 1 :]
 
     def _batch(self, values, dims, *, names, implementation, **params):
         mapped = [name for name, dim in zip(names, dims) if dim is not None]

@@ -27,8 +27,9 @@ cuda.ffi_api_version = (0, 0)
 cuda.max_experts, cuda.max_top_k = 4096, 64
 cuda.targets = dict
 cuda.declarations = declarations
-cuda.dense_router_unsupported = lambda *, tokens, num_experts, hidden, top_k, num_groups, dtype: answers["unsupported"]
-cuda.dense_router_pays = lambda *, tokens, num_experts, hidden, top_k, num_groups, dtype: answers["pays"]
+cuda.dense_router_unsupported = lambda *, rows, hidden, experts, k, num_groups, dtype: answers["unsupported"]
+cuda.dense_router_pays = lambda *, rows, hidden, experts, k, num_groups, dtype: answers["pays"]
+cuda.workspace_bytes = lambda op, **sizes: 4096
 
 import jax_router  # noqa: E402
 

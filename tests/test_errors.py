@@ -11,6 +11,7 @@ from flax import nnx
 
 import jax_router
 from jax_router import Router, RouterConfig, _native
+from matrix import OPS, native
 
 F32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 BF16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -127,47 +128,39 @@ def test_message(name, implementation):
         jax.eval_shape(function, *operands, **arrays)
 
 
-VALID = {
-    "activation_topk": ([LOGITS], {"top_k": 2}),
-    "route_at": ([LOGITS, I32((4, 2))], {}),
-    "hash_router": ([I32((4,)), I32((9, 2))], {}),
-    "topk_select": ([LOGITS], {"k": 2}),
-    "dense_router": ([X, WEIGHT], {"top_k": 2}),
-    "expert_dispatch": ([I32((4, 2))], {"num_experts": 16}),
-}
-
-
-@pytest.mark.parametrize("op", VALID)
+@pytest.mark.parametrize("op", OPS)
 def test_unknown_implementation(op):
-    operands, options = VALID[op]
-    function = partial(getattr(jax_router, op), implementation="cuda", **options)
+    function = partial(OPS[op].call, implementation="cuda")
     with pytest.raises(ValueError, match=says("implementation 'auto', 'native', 'reference' 'cuda'")):
-        jax.eval_shape(function, *operands)
+        jax.eval_shape(function, *OPS[op].draw(4))
 
 
-@pytest.mark.parametrize("op", ["activation_topk", "route_at", "topk_select", "dense_router"])
+@pytest.mark.parametrize("op", [op for op, case in OPS.items() if case.floats])
 def test_float64_says_to_cast(op):
-    operands, options = VALID[op]
+    first, *others = OPS[op].draw(4)
     with jax.enable_x64(True), pytest.raises(TypeError, match=says("float32, bfloat16 or float16 cast float64")):
-        jax.eval_shape(partial(getattr(jax_router, op), **options), F64(operands[0].shape), *operands[1:])
+        jax.eval_shape(OPS[op].call, first.astype(np.float64), *others)
 
 
 @pytest.mark.parametrize(
-    ("op", "option"), [("activation_topk", "top_k"), ("topk_select", "k"), ("expert_dispatch", "num_experts")]
+    ("op", "array", "option"),
+    [
+        ("activation_topk", LOGITS, "top_k"),
+        ("topk_select", LOGITS, "k"),
+        ("expert_dispatch", I32((4, 2)), "num_experts"),
+    ],
 )
-def test_traced_size(op, option):
-    (array, *_), _ = VALID[op]
+def test_traced_size(op, array, option):
     with pytest.raises(TypeError, match=says(f"{option} must be a Python int")):
         jax.eval_shape(lambda array, size: getattr(jax_router, op)(array, **{option: size}), array, I32(()))
 
 
-@pytest.mark.parametrize("op", VALID)
+@pytest.mark.parametrize("op", OPS)
 def test_native_without_a_kernel(op):
     """A platform that no native module serves: its lowering names what is loaded and what to do."""
-    operands, options = VALID[op]
-    function = partial(getattr(jax_router, op), implementation="native", **options)
+    traced = jax.jit(native(op)).trace(*OPS[op].draw(4))
     with pytest.raises(NotImplementedError, match=says("native no native kernel for tpu loaded auto")):
-        jax.jit(function).trace(*operands).lower(lowering_platforms=("tpu",))
+        traced.lower(lowering_platforms=("tpu",))
 
 
 def test_advice_without_any_native_module(monkeypatch):

@@ -272,7 +272,7 @@ def test_dense_router_multiplies_float32_to_float32_accuracy(rng):
     assert_weights(got.weights, np.sort(1 / (1 + np.exp(-logits)), axis=-1)[:, ::-1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("hidden", [1, 7, 63, 100, 1000])
+@pytest.mark.parametrize("hidden", [0, 1, 7, 63, 100, 1000])
 def test_dense_router_of_any_hidden_size(hidden, rng):
     x = rng.integers(1, 4, (3, 5, hidden)).astype(DTYPES["bf16"])  # a product of a zero may be -0
     weight = rng.integers(1, 4, (30, hidden)).astype(DTYPES["bf16"])

@@ -68,18 +68,14 @@ TABLES = {
     "tests/test_reference.py": in_file("tests/test_reference.py", r'reference_jit\("(\w+)"'),
     "tests/test_native.py": in_file("tests/test_native.py", r'native\("(\w+)"'),
     "tests/test_hard_cases.py": in_file("tests/test_hard_cases.py", r'op\("(\w+)"'),
-    "tests/test_errors.py: ERRORS": in_file(
-        "tests/test_errors.py", r'^    "[^"]+": \("(\w+)", \[', r"\nERRORS = \{(.*?)\n\}"
-    ),
-    "tests/test_errors.py: VALID": in_file("tests/test_errors.py", r'^    "(\w+)": \(\[', r"\nVALID = \{(.*?)\n\}"),
+    "tests/test_errors.py": in_file("tests/test_errors.py", r'^    "[^"]+": \("(\w+)", \['),
     "tests/launches/launches.cc: kOps": in_file("tests/launches/launches.cc", r'\{"(\w+)"', r"\bkOps = (\{.*?\});"),
     "benchmarks/cases.py: cpu_cases": Table(benchmark_cases, r"^cpu_cases (\w+)/"),
     "benchmarks/cases.py: gpu_cases": Table(benchmark_cases, r"^gpu_cases (\w+)/"),
     "docs/transformations.md: transformations": in_document("transformations", r"\| (\w+)", part=r"(.*?)\n"),
     "docs/transformations.md: sharded tokens": in_document("sharded tokens", r"^\| (\w+)[ ,]"),
     "docs/transformations.md: other axes": in_document("other axes", r"^\| `(\w+)`"),
-    "README.md: What is in it": in_file("README.md", r"^\| `(\w+)\(", r"\n## What is in it\n(.*?)\n## "),
-    "README.md: Speed": in_file("README.md", r"^\| `(\w+)`", r"\n## Speed\n(.*?)\n\["),
+    "README.md": in_file("README.md", r"^\| `(\w+)\(", r"\n## What is in it\n(.*?)\n## "),
 }
 
 

@@ -47,6 +47,14 @@ struct Selection {
   Groups groups;
 };
 
+// Memory that a kernel may use as it likes while it runs, aligned to 16 bytes, with any content. A result of the call,
+// so that XLA plans it as it does the others: what an allocator hands out while a CUDA graph is recorded may belong to
+// somebody else when the graph runs.
+struct Workspace {
+  void* data = nullptr;
+  int64_t bytes = INT64_MAX;  // how many there are; where nobody has said, as many as are asked for
+};
+
 struct HashRouter {
   int64_t rows;
   int64_t vocab_size;
@@ -138,6 +146,7 @@ struct ExpertDispatch {
   int32_t* token_index;       // [batch, tokens * k]
   int32_t* slot;              // [batch, tokens, k]
   int32_t* group_sizes;       // [batch, experts]
+  Workspace workspace;
 };
 
 // logits = x @ weight^T (+ logit_bias) in f32, and ActivationTopk on them.
@@ -148,6 +157,7 @@ struct DenseRouter {
   const void* weight;       // [experts, hidden]
   const float* logit_bias;  // optional, [experts]
   ActivationTopk select;    // all the rest; its logits stay null
+  Workspace workspace;
 };
 
 }  // namespace jax_router

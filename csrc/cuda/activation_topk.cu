@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kChunks, siz
   const unsigned tile = threadIdx.x / kLanes;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + tile;
   const bool exists = token < op.rows;
-  const bool wanted = exists && (op.token_mask == nullptr || op.token_mask[token]);
+  const bool wanted = exists && !is_masked(op, token);
   const T* row = static_cast<const T*>(op.logits) + token * op.selection.experts;
 
   // A masked token's logits are loaded too, so as not to wait for the mask.
@@ -60,7 +60,7 @@ __global__ void activation_topk_long(const ActivationTopk op, const int scratch_
   if (token >= op.rows) return;
   const T* row = static_cast<const T*>(op.logits) + token * op.selection.experts;
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, token * op.selection.k};
-  if (op.token_mask != nullptr && !op.token_mask[token]) {
+  if (is_masked(op, token)) {
     for (int j = static_cast<int>(threadIdx.x & 31); j < op.selection.k; j += 32) output.store(j, 0.0f, -1, 0.0f);
     return;
   }
@@ -85,7 +85,7 @@ cudaError_t run_tiles(const ActivationTopk& op, const ActivationTopkPlan& plan, 
 
 }  // namespace
 
-cudaError_t run(const ActivationTopk& op, const ActivationTopkPlan& plan, void*, cudaStream_t stream) {
+cudaError_t run(const ActivationTopk& op, const ActivationTopkPlan& plan, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     if (plan.tile < 0) {

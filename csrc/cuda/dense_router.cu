@@ -5,12 +5,14 @@
 
 namespace jax_router::cuda {
 
-cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, void* workspace, cudaStream_t stream) {
-  // The copies move 16 bytes at a time.
-  if (reinterpret_cast<uintptr_t>(op.x) % 16 != 0 || reinterpret_cast<uintptr_t>(op.weight) % 16 != 0) {
+cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream) {
+  // Copies and packets are 16 bytes.
+  const auto all = reinterpret_cast<uintptr_t>(op.x) | reinterpret_cast<uintptr_t>(op.weight) |
+                   reinterpret_cast<uintptr_t>(op.workspace.data);
+  if (all % 16 != 0) {
     return cudaErrorMisalignedAddress;
   }
-  return plan.few >= 0 ? run_few(op, plan, workspace, stream) : run_many(op, plan, stream);
+  return plan.few >= 0 ? run_few(op, plan, stream) : run_many(op, plan, stream);
 }
 
 }  // namespace jax_router::cuda

@@ -5,7 +5,7 @@
 
 namespace jax_router::cuda {
 
-cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream);
 cudaError_t run_many(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream);
 
 }  // namespace jax_router::cuda

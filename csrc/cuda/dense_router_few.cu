@@ -8,10 +8,11 @@
 // Sums are added up in the same order whatever the number of tokens.
 //
 // The hand-over: a packet is two partial logits and a tag, written and read as one 16-byte word, so that a reader who
-// sees the tag has the logits: no fence, no counter, nothing to initialise. The reader removes the tag. No tag is left
-// when the kernel ends, and none is there when it begins, whatever else the memory holds (bytes of others equal the tag
-// with a probability of 2^-64). The readers are the blocks that start last, and publish before they wait, so they never
-// keep a writer from running.
+// sees the tag has the logits: no fence, no counter, nothing to initialise. A tag is a random number of this launch (of
+// a CUDA graph, of its recording) that nobody else knows, and the reader removes it: whatever the memory holds when the
+// kernel begins, it holds the tag by a chance of 2^-64 a packet. The readers are the blocks that start last, and
+// publish before they wait, so they never keep a writer from running as long as they all run at once, which the plan
+// sees to. Should a packet never come, the launch ends with an error.
 //
 // The selection is that of parts/token.cuh, but all warps look for its candidates: a thread makes the keys of its
 // experts and lists those that reach a bound. One warp ranks these. Groups, softmax over all experts, and rows with NaN
@@ -19,6 +20,10 @@
 //
 // Floor: the weight is read once, experts * hidden elements; the tokens come from the L2, once for each tile of
 // experts.
+#include <atomic>
+#include <cstdint>
+#include <random>
+
 #include "dense_router.h"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
@@ -35,13 +40,15 @@ struct alignas(16) Packet {
   float logits[2];
   uint64_t tag;
 };
-constexpr uint64_t kTag = 0x9E3779B97F4A7C15;
+constexpr uint64_t kNoTag = 0;
+// A reader looks at a packet so often, a minute or so, before it gives up.
+constexpr uint32_t kMostLooks = 1u << 26;
 
-__device__ __forceinline__ void publish(Packet* packet, float2 sum) {
+__device__ __forceinline__ void publish(Packet* packet, float2 sum, uint64_t tag) {
   const uint64_t logits = static_cast<uint64_t>(float_bits(sum.y)) << 32 | float_bits(sum.x);
   asm volatile(
       "{\n.reg .b128 packet;\nmov.b128 packet, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], packet;\n}" ::"l"(packet),
-      "l"(logits), "l"(kTag)
+      "l"(logits), "l"(tag)
       : "memory");
 }
 
@@ -62,6 +69,7 @@ struct Product {
   const char* x;
   const char* weight;
   Packet* packets;
+  uint64_t tag;
   uint32_t row_bytes;
   int rows;
   int experts;
@@ -276,7 +284,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       sum.y += part.y;
     }
     if (first_expert + 2 * pair < product.experts) {
-      publish(packets + (static_cast<int>(split) * rows + first_token + token) * pairs + first_expert / 2 + pair, sum);
+      publish(packets + (static_cast<int>(split) * rows + first_token + token) * pairs + first_expert / 2 + pair, sum,
+              product.tag);
     }
   }
 
@@ -293,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       logit_offset[j] = op.logit_bias != nullptr && e < selection.experts ? __ldg(op.logit_bias + e) : 0.0f;
       key_offset[j] = kMode == KeyMode::kScores && e < selection.experts ? __ldg(bias + e) : 0.0f;
     }
-    const bool wanted = select.token_mask == nullptr || select.token_mask[token];
+    const bool wanted = !is_masked(select, token);
     if (thread == 0) candidates_listed = 0;
 
     // Expert e's two neighbouring threads receive half of the pair's packets each, and swap. All packets are asked for
@@ -301,7 +310,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     Packet* first = packets + (thread % 2 * (kFewSplits / 2) * rows + token) * pairs;
     float2 parts[kExpertsOfThread][kFewSplits / 2];
     bool complete;
+    uint32_t looks = 0;
     do {
+      if (++looks == kMostLooks) __trap();
       uint64_t tags[kExpertsOfThread][kFewSplits / 2];
 #pragma unroll
       for (int j = 0; j < kExpertsOfThread; ++j) {
@@ -313,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < kExpertsOfThread; ++j) {
 #pragma unroll
-        for (int s = 0; s < kFewSplits / 2; ++s) complete &= tags[j][s] == kTag;
+        for (int s = 0; s < kFewSplits / 2; ++s) complete &= tags[j][s] == product.tag;
       }
     } while (!__all_sync(kFullWarp, complete));
     float keys[kExpertsOfThread];
@@ -395,7 +406,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int s = 0; s < kFewSplits / 2; ++s) {
         const int pair = (j * kThreads + thread) / 2;
-        if (pair < pairs) first[s * rows * pairs + pair].tag = 0;
+        if (pair < pairs) first[s * rows * pairs + pair].tag = kNoTag;
       }
     }
     if (token + blocks < rows) __syncthreads();
@@ -403,6 +414,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 static_assert(sizeof(Packet) == kPacketBytes);
+
+// One that no launch of this process had before (splitmix64, from a random start).
+uint64_t new_tag() {
+  static const uint64_t start = [] {
+    std::random_device random;
+    return static_cast<uint64_t>(random()) << 32 | random();
+  }();
+  static std::atomic<uint64_t> launches = 0;
+  uint64_t tag = start + 0x9E3779B97F4A7C15 * ++launches;
+  tag = (tag ^ tag >> 30) * 0xBF58476D1CE4E5B9;
+  tag = (tag ^ tag >> 27) * 0x94D049BB133111EB;
+  tag ^= tag >> 31;
+  return tag == kNoTag ? new_tag() : tag;
+}
 
 template <class T, KeyMode kMode>
 cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet* packets, cudaStream_t stream) {
@@ -417,6 +442,7 @@ cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet*
       const Product product{static_cast<const char*>(op.x),
                             static_cast<const char*>(op.weight),
                             packets,
+                            new_tag(),
                             op.hidden * static_cast<uint32_t>(sizeof(T)),
                             rows,
                             experts};
@@ -430,8 +456,8 @@ cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet*
 
 }  // namespace
 
-cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, void* workspace, cudaStream_t stream) {
-  auto* packets = static_cast<Packet*>(workspace);
+cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream) {
+  auto* packets = static_cast<Packet*>(op.workspace.data);
   return with_type(op.operand_dtype, [&](auto type) {
     using T = decltype(type);
     switch (key_mode(op.select)) {

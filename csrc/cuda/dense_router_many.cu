@@ -365,7 +365,7 @@ __device__ __forceinline__ void select_for_rows(const DenseRouter& op, const Man
     const int row = base + tile;
     const bool exists = row < rows;
     const int64_t token = first_token + parts.first_row + row;
-    const bool wanted = exists && (select.token_mask == nullptr || select.token_mask[token]);
+    const bool wanted = exists && !is_masked(select, token);
     float logits[kManyExperts / kLanes];
     if (tiling.split_bits == 0) {
       add_parts<1, kLanes>(op, parts, row, exists, logits);

@@ -353,12 +353,11 @@ cudaError_t run_in_cluster(const ExpertDispatch& op, const ExpertDispatchPlan& p
 }
 
 template <int kThreads, uint32_t kClusters, uint32_t kRounds>
-cudaError_t run_counted(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace,
-                        cudaStream_t stream) {
+cudaError_t run_counted(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream) {
   const SortLayout& layout = plan.layout;
   const auto count = expert_dispatch_count<kThreads>;
   const auto sort = expert_dispatch_sort<kThreads, kClusters, kRounds>;
-  uint32_t* chunk_counts = static_cast<uint32_t*>(workspace);
+  uint32_t* chunk_counts = static_cast<uint32_t*>(op.workspace.data);
   uint32_t* cluster_counts = chunk_counts + plan.blocks * layout.bins();
   const LaunchShape count_shape{plan.blocks, kThreads, 4 * int64_t{layout.bins()},
                                 static_cast<int>(layout.cluster_blocks)};
@@ -376,23 +375,23 @@ cudaError_t run_counted(const ExpertDispatch& op, const ExpertDispatchPlan& plan
 }
 
 template <int kThreads>
-cudaError_t run_with(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t run_with(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream) {
   switch (plan.kernel) {
     case SortKernel::kCluster:
       return run_in_cluster<kThreads>(op, plan, stream);
     case SortKernel::kOneWave:
-      return run_counted<kThreads, kOneWaveCut.clusters, kOneWaveCut.rounds>(op, plan, workspace, stream);
+      return run_counted<kThreads, kOneWaveCut.clusters, kOneWaveCut.rounds>(op, plan, stream);
     case SortKernel::kLonger:
-      return run_counted<kThreads, kLongerCut.clusters, kLongerCut.rounds>(op, plan, workspace, stream);
+      return run_counted<kThreads, kLongerCut.clusters, kLongerCut.rounds>(op, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace, cudaStream_t stream) {
-  return plan.threads == kManySortThreads ? run_with<kManySortThreads>(op, plan, workspace, stream)
-                                          : run_with<kFewSortThreads>(op, plan, workspace, stream);
+cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream) {
+  return plan.threads == kManySortThreads ? run_with<kManySortThreads>(op, plan, stream)
+                                          : run_with<kFewSortThreads>(op, plan, stream);
 }
 
 }  // namespace jax_router::cuda

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kHashThreads)
 
 }  // namespace
 
-cudaError_t run(const HashRouter& op, const HashRouterPlan& plan, void*, cudaStream_t stream) {
+cudaError_t run(const HashRouter& op, const HashRouterPlan& plan, cudaStream_t stream) {
   LaunchShape shape{plan.blocks, dim3(plan.block_columns, plan.block_tokens)};
   shape.blocks_y = plan.column_blocks;
   const float weight = op.scale / static_cast<float>(op.k);

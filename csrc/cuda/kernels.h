@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../common/ops.h"
 #include "device.h"
@@ -16,15 +17,15 @@
 
 namespace jax_router::cuda {
 
-// `workspace`: as many bytes as the plan says, aligned to 16, with any content.
-cudaError_t run(const HashRouter& op, const HashRouterPlan& plan, void* workspace, cudaStream_t stream);
-cudaError_t run(const ActivationTopk& op, const ActivationTopkPlan& plan, void* workspace, cudaStream_t stream);
-cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, void* workspace, cudaStream_t stream);
-cudaError_t run(const RouteCotangent& op, const RouteCotangentPlan& plan, void* workspace, cudaStream_t stream);
-cudaError_t run(const TopkSelect& op, const TopkSelectPlan& plan, void* workspace, cudaStream_t stream);
-cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, void* workspace, cudaStream_t stream);
+// Workspaces have as many bytes as the plan says.
+cudaError_t run(const HashRouter& op, const HashRouterPlan& plan, cudaStream_t stream);
+cudaError_t run(const ActivationTopk& op, const ActivationTopkPlan& plan, cudaStream_t stream);
+cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, cudaStream_t stream);
+cudaError_t run(const RouteCotangent& op, const RouteCotangentPlan& plan, cudaStream_t stream);
+cudaError_t run(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
+cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream);
 // x and weight must be aligned to 16 bytes.
-cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream);
 
 // Whether there is nothing to write.
 inline bool is_empty(const ExpertDispatch& op) { return op.batch == 0; }
@@ -42,48 +43,62 @@ template <class Plan>
 constexpr bool kHasWorkspace<Plan, std::void_t<decltype(Plan::workspace_bytes)>> = true;
 
 template <class Plan>
-size_t workspace_bytes(const Plan& plan) {
-  if constexpr (kHasWorkspace<Plan>) return static_cast<size_t>(plan.workspace_bytes);
+int64_t workspace_bytes(const Plan& plan) {
+  if constexpr (kHasWorkspace<Plan>) return plan.workspace_bytes;
   return 0;
 }
 
-// Makes a plan for the current device, calls make_workspace(bytes) if it needs any, and runs it.
-template <class Op, class MakeWorkspace>
-cudaError_t launch(const Op& op, cudaStream_t stream, MakeWorkspace make_workspace) {
+// Makes a plan for the current device, and runs it.
+template <class Op>
+cudaError_t launch(const Op& op, cudaStream_t stream) {
   if (is_empty(op)) return cudaSuccess;
   const Device* device = current_device();
   if (device == nullptr) return cudaErrorInvalidDevice;
   const auto plan = planned(op, *device);
-  if (!plan) return cudaErrorNotSupported;
-  const size_t bytes = workspace_bytes(*plan);
-  void* workspace = bytes == 0 ? nullptr : make_workspace(bytes);
-  if (bytes > 0 && workspace == nullptr) return cudaErrorMemoryAllocation;
-  return run(op, *plan, workspace, stream);
+  return plan ? run(op, *plan, stream) : cudaErrorNotSupported;
 }
 
-// The k that every device of the process can do.
+// The devices that a program is lowered for: those of this process, or where there is none, one like that which the
+// tables were measured on, without the kernels that are for it alone.
+inline std::vector<Device> lowered_for() {
+  constexpr Device kMeasured{90, 132, 227 * 1024, true, false};
+  return devices().empty() ? std::vector{kMeasured} : devices();
+}
+
+// The k that all of them can do.
 inline int max_select_k() {
   int k = kMaxSelectK;
-  for (const Device& device : devices()) k = std::min(k, max_select_k(device));
+  for (const Device& device : lowered_for()) k = std::min(k, max_select_k(device));
   return k;
 }
 
-// Why some device of the process cannot compute a dense_router in one kernel; empty where all can.
+// Why one of them cannot compute a dense_router in one kernel; empty where all can.
 inline std::string why_not_fused_anywhere(const DenseRouter& op) {
   const std::string reason = why_not_fused(op);
   if (!reason.empty()) return reason;
-  for (const Device& device : devices()) {
+  for (const Device& device : lowered_for()) {
     if (!planned(op, device)) return "no fused kernel for so many tokens and experts on every device of this process";
   }
-  return devices().empty() ? "no CUDA device" : "";
+  return "";
 }
 
 // Whether that is faster on all of them than XLA's product and the kernel of activation_topk.
 inline bool pays_everywhere(const DenseRouter& op) {
-  return std::all_of(devices().begin(), devices().end(), [&](const Device& device) {
+  const std::vector<Device> all = lowered_for();
+  return std::all_of(all.begin(), all.end(), [&](const Device& device) {
     const auto plan = planned(op, device);
     return plan && (!ForcedPlan<DenseRouter>::get().empty() || pays(op, *plan, device));
   });
+}
+
+// The bytes of workspace that any of them needs; 0 for an op that it does not compute.
+template <class Op>
+int64_t most_workspace_bytes(const Op& op) {
+  int64_t most = 0;
+  for (const Device& device : lowered_for()) {
+    if (const auto plan = planned(op, device)) most = std::max(most, workspace_bytes(*plan));
+  }
+  return most;
 }
 
 }  // namespace jax_router::cuda

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRouteAtThreads) route_at_rows(const RouteAt o
 
 }  // namespace
 
-cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, void*, cudaStream_t stream) {
+cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     if (plan.by_rows) {

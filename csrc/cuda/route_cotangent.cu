@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kLongCotangentThreads)
 
 }  // namespace
 
-cudaError_t run(const RouteCotangent& op, const RouteCotangentPlan& plan, void*, cudaStream_t stream) {
+cudaError_t run(const RouteCotangent& op, const RouteCotangentPlan& plan, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     const LaunchShape shape{plan.blocks, plan.threads};

@@ -5,7 +5,7 @@
 
 namespace jax_router::cuda {
 
-cudaError_t run(const TopkSelect& op, const TopkSelectPlan& plan, void*, cudaStream_t stream) {
+cudaError_t run(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream) {
   switch (plan.kernel()) {
     case TopkKernel::kTile:
     case TopkKernel::kWarp:

@@ -132,6 +132,13 @@ class Argument {
     return numbers(wire(dtype), rows, own);
   }
 
+  // Its memory, whatever its axes are; and how many elements it has.
+  void* memory(ffi::DataType dtype) const {
+    if (dtype_ != dtype) must_be(text(dtype));
+    return dtype_ == dtype ? data_ : nullptr;
+  }
+  int64_t elements() const { return rows(0); }
+
   // The n of a table [n, size] that all rows share, which may come flattened; the lowest of the range if it is no such
   // table.
   template <typename T>

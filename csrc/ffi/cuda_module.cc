@@ -19,9 +19,6 @@ constexpr bool
     kHasPlan<Op, std::void_t<decltype(cuda::planned(std::declval<const Op&>(), std::declval<const cuda::Device&>()))>> =
         true;
 
-// The most that XLA grants; it refuses to allocate at all when asked for more.
-constexpr size_t kWorkspaceAlignment = 16;
-
 struct Cuda {
   static constexpr std::initializer_list<ffi::Traits> kTraits{ffi::Traits::kCmdBufferCompatible};
   template <typename Op>
@@ -36,19 +33,13 @@ struct Cuda {
 
   template <typename Binding>
   static auto add_context(Binding binding) {
-    return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>().template Ctx<ffi::ScratchAllocator>();
+    return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>();
   }
 
   template <typename Op>
-  static ffi::Error run(const Op& op, cudaStream_t stream, ffi::ScratchAllocator scratch) {
-    const cudaError_t status = cuda::launch(op, stream, [&](size_t bytes) -> void* {
-      const auto allocated = scratch.Allocate(bytes, kWorkspaceAlignment);
-      return allocated ? *allocated : nullptr;
-    });
+  static ffi::Error run(const Op& op, cudaStream_t stream) {
+    const cudaError_t status = cuda::launch(op, stream);
     if (status == cudaSuccess) return ffi::Error::Success();
-    if (status == cudaErrorMemoryAllocation) {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_router: no scratch memory");
-    }
     return ffi::Error::Internal(std::string("jax_router: kernel launch failed: ") + cudaGetErrorString(status));
   }
 };

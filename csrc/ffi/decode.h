@@ -95,7 +95,15 @@ inline void read_selection(Call& call, ActivationTopk& op) {
   op.token_mask = call.optional_operand("token_mask").numbers<uint8_t>(op.rows, {});
   op.weights = call.result("weights").numbers<float>(op.rows, {selection.k});
   op.expert_ids = call.result("expert_ids").numbers<int32_t>(op.rows, {selection.k});
-  op.chosen_logits = call.optional_result("chosen_logits").numbers<float>(op.rows, {selection.k});
+}
+
+inline void read_chosen_logits(Call& call, ActivationTopk& op) {
+  op.chosen_logits = call.optional_result("chosen_logits").numbers<float>(op.rows, {op.selection.k});
+}
+
+// A kernel that has not enough of it has no plan.
+inline Workspace read_workspace(const Argument& workspace) {
+  return {workspace.memory(ffi::DataType::U8), workspace.elements()};
 }
 
 template <>
@@ -105,6 +113,7 @@ struct Target<ActivationTopk> {
   static void read(Call& call, ActivationTopk& op) {
     read_logits(call, op, op.selection.experts, {1, kMaxExperts});
     read_selection(call, op);
+    read_chosen_logits(call, op);
   }
 };
 
@@ -125,6 +134,8 @@ struct Target<DenseRouter> {
     op.select.logits = nullptr;
     op.logit_bias = call.optional_operand("logit_bias").numbers<float>(1, {op.select.selection.experts});
     read_selection(call, op.select);
+    op.workspace = read_workspace(call.result("workspace"));
+    read_chosen_logits(call, op.select);
   }
 };
 
@@ -224,6 +235,7 @@ struct Target<ExpertDispatch> {
     op.token_index = call.result("token_index").numbers<int32_t>(op.batch, {op.tokens * op.k});
     op.slot = call.result("slot").numbers<int32_t>(op.batch, {op.tokens, op.k});
     op.group_sizes = call.result("group_sizes").numbers<int32_t>(op.batch, {op.experts});
+    op.workspace = read_workspace(call.optional_result("workspace"));
   }
 };
 

@@ -8,7 +8,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -135,15 +134,20 @@ inline cuda::Device device_of(const std::optional<nb::dict>& description) {
   return {capability, number("multiprocessors"), number("shared_bytes"), capability >= 90, capability == 90};
 }
 
+template <typename Op>
+void fill(Op& op, const nb::kwargs& values) {
+  Sizes sizes(values);
+  take_sizes(sizes, op);
+  sizes.finish();
+}
+
 // The name of the plan that would be taken, if any, and of all that could be.
 using Plans = std::pair<std::optional<std::string>, std::vector<std::string>>;
 
 inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
   const cuda::Device on = device_of(device);
   return with_op(name, [&](auto op) {
-    Sizes sizes(values);
-    take_sizes(sizes, op);
-    sizes.finish();
+    fill(op, values);
     Plans found;
     if (const auto plan = cuda::planned(op, on)) found.first = cuda::name(op, *plan);
     for (const auto& plan : plans(op, on)) found.second.push_back(cuda::name(op, plan));
@@ -151,36 +155,32 @@ inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& de
   });
 }
 
-inline DenseRouter dense_router_of(int64_t tokens, int64_t num_experts, int64_t hidden, int64_t top_k,
-                                   int64_t num_groups, const std::string& dtype) {
-  const auto narrow = [](int64_t size) {
-    return static_cast<int32_t>(std::min<int64_t>(size, std::numeric_limits<int32_t>::max()));
-  };
-  DenseRouter op{};
-  op.operand_dtype = dtype == "float32" ? DType::kF32 : dtype == "bfloat16" ? DType::kBF16 : DType::kF16;
-  op.hidden = narrow(hidden);
-  op.select.rows = tokens;
-  op.select.selection.experts = narrow(num_experts);
-  op.select.selection.k = narrow(top_k);
-  op.select.selection.groups.num_groups = narrow(num_groups);
-  return op;
-}
-
 inline void define_plans(nb::module_& module) {
   module.def("max_select_k", [] { return cuda::max_select_k(); });
-  const auto dense = [&](const char* name, auto ask) {
+  // Why dense_router cannot be one kernel, or ""; and whether it should be.
+  const auto ask = [&](const char* name, auto answer) {
     module.def(
         name,
-        [ask](int64_t tokens, int64_t num_experts, int64_t hidden, int64_t top_k, int64_t num_groups,
-              const std::string& dtype) {
-          return ask(dense_router_of(tokens, num_experts, hidden, top_k, num_groups, dtype));
+        [answer](const nb::kwargs& sizes) {
+          DenseRouter op{};
+          fill(op, sizes);
+          return answer(op);
         },
-        nb::arg("tokens"), nb::arg("num_experts"), nb::arg("hidden"), nb::arg("top_k"), nb::arg("num_groups"),
-        nb::arg("dtype"));
+        nb::arg("sizes"));
   };
-  dense("dense_router_unsupported", cuda::why_not_fused_anywhere);
-  dense("dense_router_pays", cuda::pays_everywhere);
+  ask("dense_router_unsupported", cuda::why_not_fused_anywhere);
+  ask("dense_router_pays", cuda::pays_everywhere);
   module.def("plans", plans_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
+  // What a launch needs at most, on the devices that are lowered for.
+  module.def(
+      "workspace_bytes",
+      [](const std::string& name, const nb::kwargs& values) {
+        return with_op(name, [&](auto op) {
+          fill(op, values);
+          return cuda::most_workspace_bytes(op);
+        });
+      },
+      nb::arg("op"), nb::arg("sizes"));
   // Every kernel of an op, as plans name it before their comma.
   module.def(
       "instances",

@@ -90,7 +90,7 @@ class Results {
 // One way to compute a call.
 struct Way {
   std::string plan;  // its name
-  size_t workspace_bytes;
+  int64_t workspace_bytes;
   std::function<cudaError_t(const Results&, void* workspace, cudaStream_t)> launch;
 };
 
@@ -195,9 +195,11 @@ class Maker {
       if (chosen && cuda::name(op, candidate) == cuda::name(op, *chosen)) call_.chosen = call_.ways.size();
       call_.ways.push_back({cuda::name(op, candidate), cuda::workspace_bytes(candidate),
                             [op, candidate, set_results](const Results& results, void* workspace, cudaStream_t stream) {
-                              Op with_results = op;
-                              set_results(with_results, results);
-                              return cuda::run(with_results, candidate, workspace, stream);
+                              Op of_launch = op;
+                              set_results(of_launch, results);
+                              if constexpr (cuda::kHasWorkspace<std::decay_t<decltype(candidate)>>)
+                                of_launch.workspace.data = workspace;
+                              return cuda::run(of_launch, candidate, stream);
                             }});
     }
     call_.result_bytes = std::move(result_bytes);

@@ -24,7 +24,8 @@ __device__ __forceinline__ uint32_t blocks_of_cluster() {
   return blocks;
 }
 
-// What this thread wrote before it arrives, every thread of the cluster sees after it waited.
+// The cluster's barrier, in two halves so that a thread can work between them. After its wait, a thread sees everything
+// that the other threads of the cluster wrote before they arrived.
 __device__ __forceinline__ void cluster_arrive() {
   JR_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
@@ -64,7 +65,8 @@ __device__ __forceinline__ uint32_t remote_load(uint32_t address) {
   return value;
 }
 
-// A barrier in shared memory that counts arrivals, and the bytes that were announced with them: no fence is needed.
+// A barrier in shared memory (PTX calls it mbarrier). It opens when as many threads have arrived as it was made for,
+// and when all bytes that they announced have been stored. Whoever has waited for it sees those bytes without a fence.
 using TransferBarrier = uint64_t;
 
 // By one thread, before any other uses it.
@@ -74,7 +76,7 @@ __device__ __forceinline__ void init_transfers(TransferBarrier* barrier, uint32_
       "r"(arrivals) : "memory");
 }
 
-// Announces bytes to a block's barrier, and sends them: whoever waits at it sees them.
+// Arrives at a block's barrier and announces bytes, which `send` or the copy engine then store in that block.
 __device__ __forceinline__ void announce(uint32_t barrier, uint32_t bytes) {
   JR_CLUSTER_ASM("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier),
                  "r"(bytes) : "memory");

@@ -63,8 +63,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Describes a matrix at a multiple of 1024 bytes whose rows are 128 bytes of shared memory, swizzled by the copy
-// engine: its low half, to which n is added to move it by 16 n bytes, and all of it.
+// wgmma reads its operands from shared memory by a 64-bit descriptor (PTX manual, "matrix descriptor format"). The
+// matrices here begin at a multiple of 1024 bytes and have rows of 128 bytes, swizzled as the copy engine stores them:
+//   bits 0 to 13   the address, in units of 16 bytes
+//   bit 16         the distance between columns of boxes, which this layout does not use: 1
+//   bit 32 on      the distance between groups of 8 rows, in units of 16 bytes: 64
+//   bit 62         the swizzle of 128 bytes
+// wgmma_place is the low half; adding n to it moves the matrix by 16 n bytes.
 __device__ __forceinline__ uint32_t wgmma_place(const void* matrix) { return address_of(matrix) >> 4 | 1u << 16; }
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t place) { return 64ull << 32 | 1ull << 62 | place; }
 

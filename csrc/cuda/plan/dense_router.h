@@ -39,8 +39,8 @@ struct FewTile {
   // Twice the experts, so that the blocks of two tiles of tokens all run at once.
   constexpr bool is_for_two() const { return token_tiles == 4 && expert_tiles >= 4 && chunks < 8; }
 };
-// In the order of preference. As many experts a block as make at most 128 blocks of up to 384 experts, and of 512 with
-// 64 tokens a block: an H100's 132 multiprocessors run these at once. Beyond that, at most 128 blocks for each tile of
+// In the order of preference. The blocks of a launch should all run at once, one a multiprocessor, of which an H100 has
+// 132: a block has so many experts that 384 of them, or 512 with 64 tokens a block, make at most 128 blocks a tile of
 // tokens.
 constexpr FewTile kFewTiles[] = {{4, 4, 2, 0}, {4, 6, 3, 2}, {4, 2, 2, 0}, {4, 3, 3, 2},
                                  {4, 4, 8, 3}, {1, 2, 2, 0}, {1, 3, 3, 2}, {1, 3, 8, 3}};
@@ -133,6 +133,10 @@ inline std::string why_not_fused(const DenseRouter& op) {
   return "";
 }
 
+constexpr int64_t few_workspace_bytes(const DenseRouter& op) {
+  return kFewSplits * op.select.rows * ceil_div(op.select.selection.experts, 2) * kPacketBytes;
+}
+
 inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& device) {
   const int experts = op.select.selection.experts;
   const bool many_tokens = tile.token_tiles > 1;
@@ -140,16 +144,11 @@ inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& de
   const int64_t waiting = std::min(op.select.rows, few_blocks(op, tile));
   return op.select.rows <= kFewTokens && waiting <= device.multiprocessors && 128 * tile.full_chunks <= experts &&
          experts <= 128 * tile.chunks && tile.shared_bytes() + tile.static_bytes() <= device.shared_bytes &&
-         !(many_tokens && op.operand_dtype == DType::kF32);
+         !(many_tokens && op.operand_dtype == DType::kF32) && few_workspace_bytes(op) <= op.workspace.bytes;
 }
 
 inline DenseRouterPlan few_plan(const DenseRouter& op, int tile) {
-  const int64_t pairs = ceil_div(op.select.selection.experts, 2);
-  return {tile,
-          {},
-          few_blocks(op, kFewTiles[tile]),
-          kFewTiles[tile].shared_bytes(),
-          kFewSplits * op.select.rows * pairs * kPacketBytes};
+  return {tile, {}, few_blocks(op, kFewTiles[tile]), kFewTiles[tile].shared_bytes(), few_workspace_bytes(op)};
 }
 
 // Divides the shared memory; returns the bytes that a block needs, or 0 if it has less.

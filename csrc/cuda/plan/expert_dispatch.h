@@ -73,6 +73,11 @@ constexpr int sort_threads(const ExpertDispatch& op) {
   return op.experts <= kExpertsForManyThreads ? kManySortThreads : kFewSortThreads;
 }
 
+// Of workspace: the choices of each bin in every chunk, and in every cluster of chunks.
+constexpr int64_t count_bytes(const ExpertDispatch& op, int64_t chunks, int64_t cluster_blocks) {
+  return 4 * op.batch * (chunks + chunks / cluster_blocks) * (int64_t{op.experts} + 1);
+}
+
 // The plan with so many chunks, in clusters of so many blocks.
 inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, SortKernel kernel, int64_t chunks,
                                                    uint32_t cluster_blocks, uint32_t rounds, const Device& device) {
@@ -93,10 +98,9 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
   if (kernel != SortKernel::kLonger && held > rounds) return std::nullopt;
   layout.rounds = static_cast<uint32_t>(std::min<int64_t>(held, rounds));
   ExpertDispatchPlan plan{kernel, threads, layout, op.batch * chunks, sort_shared_bytes(layout, threads), 0};
-  if (kernel != SortKernel::kCluster) {
-    plan.workspace_bytes = 4 * op.batch * (layout.chunks + layout.clusters()) * int64_t{layout.bins()};
-  }
-  const bool fits = plan.shared_bytes + 1024 <= device.shared_bytes && plan.blocks <= INT32_MAX;
+  if (kernel != SortKernel::kCluster) plan.workspace_bytes = count_bytes(op, chunks, cluster_blocks);
+  const bool fits = plan.shared_bytes + 1024 <= device.shared_bytes && plan.blocks <= INT32_MAX &&
+                    plan.workspace_bytes <= op.workspace.bytes;
   return fits ? std::optional(plan) : std::nullopt;
 }
 
@@ -108,7 +112,9 @@ inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, Sort
   const SortCut cut = kernel == SortKernel::kOneWave ? kOneWaveCut : kLongerCut;
   const int64_t cluster = device.has_clusters ? kCountBlocks : 1;
   const int64_t enough = std::max<int64_t>(cut.clusters / op.batch, 1);
-  const int64_t clusters = std::min(enough, ceil_div(op.tokens * op.k, cluster * sort_threads(op)));
+  const int64_t clusters = std::min({enough, ceil_div(op.tokens * op.k, cluster * sort_threads(op)),
+                                     op.workspace.bytes / count_bytes(op, cluster, cluster)});
+  if (clusters == 0) return std::nullopt;
   return sort_plan(op, kernel, clusters * cluster, static_cast<uint32_t>(cluster), cut.rounds, device);
 }
 

@@ -19,6 +19,7 @@ constexpr int kFewChoiceLanes = 8;           // that hold the choices of a row, 
 constexpr int kCotangentStretch = 1024;      // floats of shared memory a warp
 constexpr int kLongCotangentStretch = 4096;  // results of a block, where rows are cut
 constexpr int kLongCotangentThreads = 256;
+constexpr int kMostLongChoices = 1 << 30;  // numbers of choices are 32 bits wide
 
 struct RouteCotangentPlan {
   CotangentKernel kernel;
@@ -45,7 +46,7 @@ inline std::optional<RouteCotangentPlan> plan_with(const RouteCotangent& op, Cot
       plan.blocks = ceil_div(op.rows, kCotangentWarps);
       break;
     case CotangentKernel::kStretches:
-      if (!apart) return std::nullopt;
+      if (!apart || op.k > kMostLongChoices) return std::nullopt;
       plan.threads = kLongCotangentThreads;
       plan.stretches = static_cast<int>(ceil_div(op.experts, kLongCotangentStretch));
       plan.blocks = op.rows * plan.stretches;

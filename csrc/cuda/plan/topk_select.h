@@ -18,9 +18,10 @@ constexpr int kMaxWarpK = 128;         // where a warp bisects the range of the 
 constexpr int kMaxBlockLength = 8192;  // of a row in the registers of a block
 constexpr int kMaxFewK = 64;           // where a block ranks the few elements above a bound
 
-// The candidates of a row live in shared memory. What a block may have of it, an A100 at least, holds kMaxSelectK; that
-// of the smaller devices of its generation kMaxSelectKOfAny. Both less what the kernels declare as __shared__. Python
-// learns of the limit by max_select_k().
+// k is limited by shared memory, where the candidates of a row lie. A block of an A100 or a later large GPU has at
+// least kSharedBytesOfMaxSelectK of it, which is enough for kMaxSelectK; every GPU since the A100's generation has at
+// least kLeastSharedBytes, enough for kMaxSelectKOfAny. kStaticSharedBytes of both are left for what kernels declare as
+// __shared__. Python learns of the limit by max_select_k().
 constexpr int kMaxSelectK = 8192;
 constexpr int kMaxSelectKOfAny = 4096;
 constexpr int64_t kSharedBytesOfMaxSelectK = 163 * 1024;
