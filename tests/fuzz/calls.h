@@ -19,9 +19,11 @@ using Sizes = std::vector<int64_t>;
 
 // Makes the calls that jax_router/_primitive.py makes: any number of batch axes; where shapes are known, shared
 // operands are flat and rows without axes of their own have one of size 1.
-class Valid {
+class Calls {
  public:
-  explicit Valid(Random& random) : random_(random), flat_(chance(random, 70)) {
+  // With `beyond_limits` now and then with more experts or choices than kernels take, and right but for that.
+  Calls(Random& random, bool beyond_limits)
+      : random_(random), beyond_limits_(beyond_limits), flat_(chance(random, 70)) {
     const int64_t rank = below(random, 4);
     for (int64_t i = 0; i < rank; ++i) batch_.push_back(pick(random, Sizes{0, 1, 1, 2, 3, 5, 7}));
     if (chance(random, 10)) batch_ = {below(random, 3000)};  // enough for several threads
@@ -42,7 +44,7 @@ class Valid {
 
  private:
   void hash_router() {
-    const int64_t k = choices(64), vocabulary = pick(random_, Sizes{0, 1, 3, 50});
+    const int64_t k = some_choices(64), vocabulary = pick(random_, Sizes{0, 1, 3, 50});
     call_.operands = {scalars(kS32, vocabulary), shared(kS32, {vocabulary, k})};
     call_.results = {rows(kF32, {k}), rows(kS32, {k})};
     call_.attributes["scale"] = 1.5f;
@@ -60,23 +62,24 @@ class Valid {
     call_.operands = {rows(dtype, {hidden}), shared(dtype, {experts, hidden})};
     if (optional("logit_bias")) call_.operands.push_back(shared(kF32, {experts}));
     select(experts);
+    call_.results.insert(call_.results.begin() + 2, workspace());
   }
 
   void route_at() {
-    const int64_t experts = pick(random_, Sizes{0, 1, 2, 8, 65, 256}), k = chance(random_, 5) ? 0 : choices(64);
+    const int64_t experts = some_experts(0), k = chance(random_, 5) ? 0 : some_choices(64);
     call_.operands = {rows(a_float(), {experts}), rows(kS32, {k}, experts)};
     route(k);
   }
 
   void scored_hash_router() {
-    const int64_t experts = pick(random_, Sizes{1, 2, 8, 65, 256}), k = choices(64);
+    const int64_t experts = some_experts(0), k = some_choices(64);
     const int64_t vocabulary = pick(random_, Sizes{0, 1, 3, 50});
     call_.operands = {rows(a_float(), {experts}), scalars(kS32, vocabulary), shared(kS32, {vocabulary, k}, experts)};
     route(k);
   }
 
   void route_cotangent() {
-    const int64_t experts = pick(random_, Sizes{0, 1, 2, 8, 65, 256, 5000}), k = chance(random_, 5) ? 0 : choices(100);
+    const int64_t experts = chance(random_, 5) ? 5000 : some_experts(0), k = chance(random_, 5) ? 0 : some_choices(100);
     const auto dtype = a_float();
     call_.operands = {rows(kF32, {k}), rows(kS32, {k}, experts)};
     scoring({"sqrtsoftplus", "sigmoid", "softmax", "identity"});
@@ -105,11 +108,12 @@ class Valid {
   }
 
   void expert_dispatch() {
-    const int64_t experts = some_experts(), k = choices(12);
+    const int64_t experts = some_experts(), k = some_choices(12);
     const int64_t tokens = chance(random_, 10) ? below(random_, 5000) : below(random_, 30);
     if (batch_.size() == 1) batch_ = {below(random_, 4)};
     call_.operands = {rows(kS32, {tokens, k}, experts)};
     call_.results = {rows(kS32, {tokens * k}), rows(kS32, {tokens, k}), rows(kS32, {experts})};
+    if (chance(random_, 50)) call_.results.push_back(workspace());
     call_.attributes["num_experts"] = experts;
   }
 
@@ -128,7 +132,8 @@ class Valid {
     }
     const int64_t groups = chance(random_, 50) ? 1 : pick(random_, divisors);
     const int64_t top_groups = 1 + below(random_, groups);
-    const int64_t k = 1 + below(random_, std::min<int64_t>(64, experts / groups * top_groups));
+    const int64_t most = std::min<int64_t>(64, experts / groups * top_groups);
+    const int64_t k = most == 0 || beyond_limits_ ? some_choices(std::max<int64_t>(most, 1)) : 1 + below(random_, most);
     call_.attributes["group_score"] = group_score;
     call_.attributes["num_groups"] = groups;
     call_.attributes["top_groups"] = top_groups;
@@ -161,14 +166,21 @@ class Valid {
   XLA_FFI_DataType a_float() {
     return pick(random_, std::vector{kF32, kF32, XLA_FFI_DataType_BF16, XLA_FFI_DataType_F16});
   }
-  int64_t choices(int64_t most) { return 1 + below(random_, chance(random_, 80) ? std::min<int64_t>(most, 8) : most); }
-  int64_t some_experts() { return pick(random_, Sizes{1, 2, 6, 8, 33, 64, 128, 256, 384, 4096}); }
+  int64_t some_choices(int64_t most) {
+    if (beyond_limits_ && chance(random_, 50)) return most + 1 + below(random_, 200);
+    return 1 + below(random_, chance(random_, 80) ? std::min<int64_t>(most, 8) : most);
+  }
+  int64_t some_experts(int64_t least = 1) {
+    if (beyond_limits_ && chance(random_, 50)) return pick(random_, Sizes{0, 4097, 5000, 8192});
+    return pick(random_, Sizes{least, 1, 2, 6, 8, 33, 64, 65, 128, 256, 384, 4096});
+  }
 
   Array rows(XLA_FFI_DataType dtype, const Sizes& own, int64_t bound = 8) const {
     Sizes sizes = batch_;
     sizes.insert(sizes.end(), own.begin(), own.end());
     return {dtype, sizes, bound};
   }
+  Array workspace() { return rows(XLA_FFI_DataType_U8, {below(random_, 1000)}); }
   Array scalars(XLA_FFI_DataType dtype, int64_t bound = 8) const {
     return flat_ ? rows(dtype, {1}, bound) : rows(dtype, {}, bound);
   }
@@ -180,6 +192,7 @@ class Valid {
   }
 
   Random& random_;
+  const bool beyond_limits_;
   const bool flat_;
   Sizes batch_;
   Call call_;

@@ -73,6 +73,7 @@ void touch(const jax_router::DenseRouter& op) {
   look_at(op.x, width(op.operand_dtype) * op.select.rows * op.hidden);
   look_at(op.weight, width(op.operand_dtype) * op.select.selection.experts * op.hidden);
   look_at(op.logit_bias, 4 * op.select.selection.experts);
+  write_over(op.workspace.data, op.workspace.bytes);
   touch(op.select);
 }
 
@@ -104,6 +105,7 @@ void touch(const jax_router::ExpertDispatch& op) {
   write_over(op.token_index, 4 * op.batch * op.tokens * op.k);
   write_over(op.slot, 4 * op.batch * op.tokens * op.k);
   write_over(op.group_sizes, 4 * op.batch * op.experts);
+  write_over(op.workspace.data, op.workspace.bytes);
 }
 
 // Whether the memory of this thread's call is there to be touched.
@@ -143,14 +145,34 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw std::runtime_error(what);
 }
 
-// A call that Python makes has the attributes that are declared, and no more arrays.
+// A call that Python makes has the attributes that are declared.
 void check_valid(const Call& call, const jax_router::Declaration& declaration) {
   std::set<std::string> declared, made;
   for (const auto& attribute : declaration.attributes) declared.insert(attribute.first);
   for (const auto& attribute : call.attributes) made.insert(attribute.first);
   require(made == declared, "the calls made here have other attributes than the target declares");
-  require(call.operands.size() <= declaration.operands.size(), "calls with too many operands are made here");
-  require(call.results.size() <= declaration.results.size(), "calls with too many results are made here");
+}
+
+// Nothing that it does not declare or is not told of, and all of the rest.
+void check_accepted(const Call& call, const jax_router::Declaration& declaration) {
+  const auto is_optional = [](const std::string& name) { return name.back() == '?'; };
+  const auto is_told = [&](const std::string& name) {
+    return std::get<bool>(call.attributes.at("has_" + name.substr(0, name.size() - 1)));
+  };
+  size_t operands = 0, results = 0;
+  for (const std::string& name : declaration.operands) operands += !is_optional(name) || is_told(name);
+  for (const std::string& name : declaration.results) results += !is_optional(name);
+  require(call.operands.size() == operands, "accepted with too many or too few operands");
+  require(call.results.size() >= results && call.results.size() <= declaration.results.size(),
+          "accepted with too many or too few results");
+  for (const auto& [name, type] : declaration.attributes) {
+    const Value& value = call.attributes.at(name);
+    require(type == (std::holds_alternative<bool>(value)      ? "bool"
+                     : std::holds_alternative<int64_t>(value) ? "int64"
+                     : std::holds_alternative<float>(value)   ? "float32"
+                                                              : "string"),
+            "accepted with another type of " + name);
+  }
 }
 
 void check_refusal(const Call& call, const Outcome& outcome) {
@@ -195,7 +217,7 @@ std::string text(const std::vector<Array>& arrays) {
   return result;
 }
 
-enum class Kind { kValid, kShortOfMemory, kChanged, kAny };
+enum class Kind { kValid, kShortOfMemory, kBeyondLimits, kChanged, kAny };
 
 // The seed of the execution that began last, for the report of a sanitizer.
 std::atomic<uint64_t> last_seed{0};
@@ -216,7 +238,7 @@ class Fuzzer {
     last_seed = seed;
     Random random(seed);
     const Kind kind = valid_alone_ ? Kind::kValid : pick(random, kinds_);
-    Call call = Valid(random).make(pick(random, names_));
+    Call call = Calls(random, kind == Kind::kBeyondLimits).make(pick(random, names_));
     const Target& target = targets_.at(call.target);
     check_valid(call, target.declaration);
     if (kind == Kind::kAny) call = any_call(call, random);
@@ -258,6 +280,7 @@ class Fuzzer {
 
   void check(const Call& call, Kind kind, const Outcome& outcome) {
     if (outcome.success()) {
+      check_accepted(call, targets_.at(call.target).declaration);
       ++counts_.accepted;
     } else if (kind == Kind::kShortOfMemory && outcome.code == XLA_FFI_Error_Code_RESOURCE_EXHAUSTED) {
       ++counts_.out_of_memory;
@@ -270,8 +293,9 @@ class Fuzzer {
 
   const bool valid_alone_;
   const std::map<std::string, Target> targets_;
-  const std::vector<Kind> kinds_ = {Kind::kValid,   Kind::kValid,   Kind::kShortOfMemory, Kind::kChanged,
-                                    Kind::kChanged, Kind::kChanged, Kind::kChanged,       Kind::kAny};
+  const std::vector<Kind> kinds_ = {Kind::kValid,        Kind::kValid,   Kind::kShortOfMemory,
+                                    Kind::kBeyondLimits, Kind::kChanged, Kind::kChanged,
+                                    Kind::kChanged,      Kind::kChanged, Kind::kAny};
   std::vector<std::string> names_;
   Pool pool_;
   Counts counts_;
