@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 
 from .cases import cpu_cases, gpu_cases
 from .results import RESULTS, current_commit, device_name, save, slug, table
@@ -21,20 +23,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("cases", "sweep", "exactness"),
+        choices=("cases", "sweep", "exactness", "crossings"),
         default="cases",
         help=(
             "cases: the table of targets.json and variants of it (default); sweep: time over sizes, with pictures; "
-            "exactness: ids against an oracle over many rows"
+            "exactness: ids against an oracle over many rows; crossings: the sizes from which another kernel is taken, "
+            "with the times of both, on a GPU"
         ),
     )
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="GLOB",
-        help="cases (sweeps, scenarios) whose id matches one, such as 'topk_select/*'",
+        help="cases (sweeps, scenarios, lines) whose id matches one, such as 'topk_select/*'",
     )
-    parser.add_argument("--quick", action="store_true", help="kernel time alone: no rivals besides XLA, no time in jit")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="kernel time alone: no rivals besides XLA, no time in jit; of crossings, fewer sizes",
+    )
     parser.add_argument("--no-reference", action="store_true", help="do not time XLA and other rivals")
     parser.add_argument(
         "--rows",
@@ -72,6 +79,8 @@ def main() -> int:
             save(found, path)
         console.print(exactness.table(found, device))
         return 1 if any(count.wrong for count in found) else 0
+    if arguments.what == "crossings":
+        return _crossings(arguments, console, device, commit, on_gpu)
     is_sweep = arguments.what == "sweep"
     if is_sweep:
         sweeps = run.select(sweep.sweeps(on_gpu), arguments.only, lambda item: item.name)
@@ -104,6 +113,36 @@ def main() -> int:
     for case_id, error in benchmark.failures.items():
         console.print(f"[red]{case_id}[/]: {error}", highlight=False)
     return 1 if benchmark.failures else 0
+
+
+def _crossings(arguments: argparse.Namespace, console: Console, device: str, commit: str, on_gpu: bool) -> int:
+    from . import crossings, run
+    from .crossing_lines import lines
+
+    selected = run.select(lines(), arguments.only, lambda line: line.id)
+    if arguments.only is None:
+        selected = [line for line in selected if line.is_timed]
+    if arguments.list:
+        print("\n".join(line.id for line in selected))
+        return 0
+    if not on_gpu:
+        raise SystemExit("crossings are those of CUDA kernels, and JAX sees no GPU here")
+    start = time.perf_counter()
+    work = [(line, crossings.work_of(line, None, quick=arguments.quick)) for line in selected]
+    path = arguments.out or RESULTS / f"{slug(device)}-crossings.json"
+    records: list[crossings.Record] = []
+    failures: dict[str, str] = {}
+    timed = crossings.records(work, None, crossings.KernelClock(), failures)
+    for record in track(timed, total=len(work), console=console, disable=not console.is_terminal):
+        record.device, record.commit = device, commit
+        records.append(record)
+        save(records, path)
+    console.print(crossings.table(records, device))
+    timings = sum(len(to_do.points) for _, to_do in work)
+    console.print(f"{len(records)} lines, {timings} timings, {time.perf_counter() - start:.0f} s; records in {path}")
+    for line_id, error in failures.items():
+        console.print(f"[red]{line_id}[/]: {error}", highlight=False)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

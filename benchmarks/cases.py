@@ -126,22 +126,27 @@ def activation_topk_case(model: Model, tokens: int, *, dtype: Any = jnp.float32,
     )
 
 
+def backward(function: Callable[[jax.Array], jax.Array], x: Spec) -> Contender:
+    """The backward pass alone, on the residuals of the forward pass. The inputs are x and a cotangent."""
+
+    def pullback(x):
+        return jax.vjp(function, x)[1]
+
+    structure = jax.tree.structure(jax.eval_shape(pullback, x.struct))
+    return Contender(
+        lambda cotangent, *residuals: jax.tree.unflatten(structure, residuals)(cotangent),
+        prepare=lambda x, cotangent: (cotangent, *jax.tree.leaves(pullback(x))),
+    )
+
+
 def activation_topk_grad_case(model: Model, tokens: int) -> Case:
-    """The backward pass alone: the residuals of the forward pass are its inputs."""
     inputs = (Spec((tokens, model.num_experts)), Spec((tokens, model.top_k)))
 
     def contender(implementation):
-        def pullback(logits):
-            def weights(logits):
-                return activation_topk(logits, implementation=implementation, **model.selection).weights
+        def weights(logits):
+            return activation_topk(logits, implementation=implementation, **model.selection).weights
 
-            return jax.vjp(weights, logits)[1]
-
-        structure = jax.tree.structure(jax.eval_shape(pullback, inputs[0].struct))
-        return Contender(
-            lambda cotangent, *residuals: jax.tree.unflatten(structure, residuals)(cotangent),
-            prepare=lambda logits, cotangent: (cotangent, *jax.tree.leaves(pullback(logits))),
-        )
+        return backward(weights, inputs[0])
 
     return Case(
         f"activation_topk_grad/E{model.num_experts}/k{model.top_k}/N{tokens}",

@@ -70,7 +70,12 @@ def _cut(numbers: jax.Array, offset: int, spec: Spec) -> jax.Array:
 
 def compiled(contender: Contender, inputs: Sequence[Spec]) -> Callable[..., Any]:
     """The contender's computation, compiled for such inputs."""
-    return jax.jit(contender.run).lower(*contender_inputs(contender, inputs)).compile()
+    return lowered(contender, inputs).compile()
+
+
+def lowered(contender: Contender, inputs: Sequence[Spec]) -> jax.stages.Lowered:
+    """The contender's computation as it goes to the compiler."""
+    return jax.jit(contender.run).lower(*contender_inputs(contender, inputs))
 
 
 def contender_inputs(contender: Contender, inputs: Sequence[Spec]) -> tuple[jax.ShapeDtypeStruct, ...]:

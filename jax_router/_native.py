@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module, metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -212,6 +213,24 @@ def native_module(platform: str) -> ModuleType:
     module = load(platform)
     assert isinstance(module, ModuleType), module
     return module
+
+
+@contextlib.contextmanager
+def forced_plan(op: str, plan: str) -> Iterator[None]:
+    """Within it, every launch of an op's CUDA kernels in this process takes the plan of that name, or fails.
+
+    For tests and measurements: afterwards, plans are chosen again. `plan` is one of the names that the CUDA module's
+    `plans` gives for the sizes, or "" for the chosen one.
+
+    Raises:
+        ValueError: no op has that name.
+    """
+    module = native_module("cuda")
+    module.force_plan(op, plan)
+    try:
+        yield
+    finally:
+        module.force_plan(op, "")
 
 
 def unsupported_selection(platform: str, num_experts: int, top_k: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The sizes that broke other kernels, rows for topk_select, and the operands of the ops by name."""
+"""The sizes that broke other kernels, rows for topk_select, GPUs, and the operands of the ops by name."""
 
 import numpy as np
 
@@ -23,6 +23,14 @@ ROWS = {
     "as many as a kernel takes": (2, 20000, 8192),
     "few long rows": (2, 65536, 1024),
     "one long row": (1, 262209, 2048),
+}
+
+# GPUs, as the CUDA module wants them described.
+DEVICES = {
+    "H100": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    "A100": {"compute_capability": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
+    "B200": {"compute_capability": 100, "multiprocessors": 148, "shared_bytes": 227 * 1024},
+    "small": {"compute_capability": 86, "multiprocessors": 28, "shared_bytes": 99 * 1024},
 }
 
 # The bounds of integer operands, ids outside of [0, 16) or of a table of 12 rows among them.

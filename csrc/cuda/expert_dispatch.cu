@@ -390,8 +390,15 @@ cudaError_t run_with(const ExpertDispatch& op, const ExpertDispatchPlan& plan, c
 }  // namespace
 
 cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream) {
-  return plan.threads == kManySortThreads ? run_with<kManySortThreads>(op, plan, stream)
-                                          : run_with<kFewSortThreads>(op, plan, stream);
+  switch (plan.threads) {
+    case kSortThreads[0]:
+      return run_with<kSortThreads[0]>(op, plan, stream);
+    case kSortThreads[1]:
+      return run_with<kSortThreads[1]>(op, plan, stream);
+    case kSortThreads[2]:
+      return run_with<kSortThreads[2]>(op, plan, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace jax_router::cuda

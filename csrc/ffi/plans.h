@@ -3,14 +3,19 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -155,6 +160,34 @@ inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& de
   });
 }
 
+// Of each plan by its name: the bytes of shared memory of a block, the blocks of a cluster, and whether it runs kernels
+// of 9.0a.
+using NeedsOfPlans = std::map<std::string, std::tuple<int64_t, int, bool>>;
+
+inline NeedsOfPlans needs_of(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
+  const cuda::Device on = device_of(device);
+  return with_op(name, [&](auto op) {
+    fill(op, values);
+    NeedsOfPlans found;
+    for (const auto& plan : plans(op, on)) {
+      const cuda::Needs needs = cuda::needs(plan);
+      found[cuda::name(op, plan)] = {needs.shared_bytes, needs.cluster_blocks, needs.hopper_kernels};
+    }
+    return found;
+  });
+}
+
+// Whether the plan that would be taken is faster than what there is without it.
+inline bool pays_on(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
+  const cuda::Device on = device_of(device);
+  return with_op(name, [&](auto op) {
+    fill(op, values);
+    const auto plan = cuda::planned(op, on);
+    if constexpr (std::is_same_v<decltype(op), DenseRouter>) return plan && pays(op, *plan, on);
+    return plan.has_value();
+  });
+}
+
 inline void define_plans(nb::module_& module) {
   module.def("max_select_k", [] { return cuda::max_select_k(); });
   // Why dense_router cannot be one kernel, or ""; and whether it should be.
@@ -181,6 +214,8 @@ inline void define_plans(nb::module_& module) {
         });
       },
       nb::arg("op"), nb::arg("sizes"));
+  module.def("needs", needs_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
+  module.def("pays", pays_on, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
   // Every kernel of an op, as plans name it before their comma.
   module.def(
       "instances",

@@ -100,8 +100,11 @@ inline std::string instance_name(DType dtype, KeyMode mode, int tile) {
 }
 
 inline std::string name(const ActivationTopk& op, const ActivationTopkPlan& plan) {
-  return instance_name(op.dtype, key_mode(op), plan.tile) + ", " + std::to_string(plan.threads) + " threads";
+  const std::string instance = instance_name(op.dtype, key_mode(op), plan.tile);
+  return plan.tile < 0 ? instance : instance + ", " + std::to_string(plan.threads) + " threads";
 }
+
+constexpr Needs needs(const ActivationTopkPlan& plan) { return {plan.threads / 32 * plan.warp_bytes, 1, false}; }
 
 inline std::vector<std::string> instances(const ActivationTopk&, const Device&) {
   std::vector<std::string> all;

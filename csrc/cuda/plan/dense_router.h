@@ -249,11 +249,13 @@ inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int
 
 inline std::string name(const DenseRouter& op, const DenseRouterPlan& plan) {
   const KeyMode mode = key_mode(op.select);
-  if (plan.few >= 0) {
-    return instance_name(op.operand_dtype, mode, kFewTiles[plan.few]) + ", " + std::to_string(plan.blocks) + " blocks";
-  }
-  return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits) + ", " +
-         std::to_string(1 << plan.many.cluster_bits()) + " blocks a tile";
+  if (plan.few >= 0) return instance_name(op.operand_dtype, mode, kFewTiles[plan.few]);
+  return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits);
+}
+
+constexpr Needs needs(const DenseRouterPlan& plan) {
+  if (plan.few >= 0) return {plan.shared_bytes + kFewTiles[plan.few].static_bytes(), 1, false};
+  return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
 }
 
 inline std::vector<std::string> instances(const DenseRouter&, const Device& device) {

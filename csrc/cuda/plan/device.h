@@ -17,6 +17,18 @@ struct Device {
   constexpr int cluster_blocks() const { return !has_clusters ? 1 : multiprocessors >= 132 ? 16 : 8; }
 };
 
+// What a launch asks of a device.
+struct Needs {
+  int64_t shared_bytes;  // of a block
+  int cluster_blocks;
+  bool hopper_kernels;
+};
+// Nothing special, unless a plan has more to say.
+template <class Plan>
+constexpr Needs needs(const Plan&) {
+  return {0, 1, false};
+}
+
 // The numbers of a choice, one set an architecture.
 template <class Numbers>
 struct PerArchitecture {

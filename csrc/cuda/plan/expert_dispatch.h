@@ -33,10 +33,12 @@ struct SortLayout {
 
 constexpr uint32_t kMaxSortBlocks = 16;  // of a cluster that holds a whole sort
 constexpr uint32_t kCountBlocks = 8;     // of the clusters that count the chunks of a long sort
-// The tables of the warps' counts lie in shared memory beside each other, so many experts leave room for few warps.
-constexpr int kManySortThreads = 512;
-constexpr int kFewSortThreads = 256;
-constexpr int kExpertsForManyThreads = 1024;
+// Threads of a block, in the order of preference. The tables of the warps' counts lie in shared memory beside each
+// other, so many experts leave room for few warps: for 128 threads alone where a block has no more than 99 KiB.
+constexpr int kSortThreads[] = {512, 256, 128};
+constexpr int kMostSortThreads = kSortThreads[0];
+constexpr int kExpertsForMostThreads = 1024;  // of more experts, the next
+constexpr int64_t kSortStaticBytes = 1024;    // at most, of what the kernels declare as __shared__
 // A warp finds the lanes with the same bin by a table of lane masks, over the bin's low bits if it has more than these.
 constexpr uint32_t kMaskBins = 512;
 
@@ -69,19 +71,15 @@ JR_HOST_DEVICE constexpr int64_t sort_shared_bytes(const SortLayout& layout, int
          4 * threads * layout.rounds;
 }
 
-constexpr int sort_threads(const ExpertDispatch& op) {
-  return op.experts <= kExpertsForManyThreads ? kManySortThreads : kFewSortThreads;
-}
-
 // Of workspace: the choices of each bin in every chunk, and in every cluster of chunks.
 constexpr int64_t count_bytes(const ExpertDispatch& op, int64_t chunks, int64_t cluster_blocks) {
   return 4 * op.batch * (chunks + chunks / cluster_blocks) * (int64_t{op.experts} + 1);
 }
 
 // The plan with so many chunks, in clusters of so many blocks.
-inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, SortKernel kernel, int64_t chunks,
-                                                   uint32_t cluster_blocks, uint32_t rounds, const Device& device) {
-  const int threads = sort_threads(op);
+inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, SortKernel kernel, int threads,
+                                                   int64_t chunks, uint32_t cluster_blocks, uint32_t rounds,
+                                                   const Device& device) {
   SortLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
   // Exact for choice < 2^31, which slots are.
@@ -99,52 +97,65 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
   layout.rounds = static_cast<uint32_t>(std::min<int64_t>(held, rounds));
   ExpertDispatchPlan plan{kernel, threads, layout, op.batch * chunks, sort_shared_bytes(layout, threads), 0};
   if (kernel != SortKernel::kCluster) plan.workspace_bytes = count_bytes(op, chunks, cluster_blocks);
-  const bool fits = plan.shared_bytes + 1024 <= device.shared_bytes && plan.blocks <= INT32_MAX &&
+  const bool fits = plan.shared_bytes + kSortStaticBytes <= device.shared_bytes && plan.blocks <= INT32_MAX &&
                     plan.workspace_bytes <= op.workspace.bytes;
   return fits ? std::optional(plan) : std::nullopt;
 }
 
-inline std::optional<ExpertDispatchPlan> cluster_plan(const ExpertDispatch& op, int64_t chunks, const Device& device) {
-  return sort_plan(op, SortKernel::kCluster, chunks, static_cast<uint32_t>(chunks), kClusterRounds, device);
+inline std::optional<ExpertDispatchPlan> cluster_plan(const ExpertDispatch& op, int threads, int64_t chunks,
+                                                      const Device& device) {
+  return sort_plan(op, SortKernel::kCluster, threads, chunks, static_cast<uint32_t>(chunks), kClusterRounds, device);
 }
 
-inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, SortKernel kernel, const Device& device) {
+inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, SortKernel kernel, int threads,
+                                                  const Device& device) {
   const SortCut cut = kernel == SortKernel::kOneWave ? kOneWaveCut : kLongerCut;
   const int64_t cluster = device.has_clusters ? kCountBlocks : 1;
   const int64_t enough = std::max<int64_t>(cut.clusters / op.batch, 1);
-  const int64_t clusters = std::min({enough, ceil_div(op.tokens * op.k, cluster * sort_threads(op)),
-                                     op.workspace.bytes / count_bytes(op, cluster, cluster)});
+  const int64_t clusters = std::min(
+      {enough, ceil_div(op.tokens * op.k, cluster * threads), op.workspace.bytes / count_bytes(op, cluster, cluster)});
   if (clusters == 0) return std::nullopt;
-  return sort_plan(op, kernel, clusters * cluster, static_cast<uint32_t>(cluster), cut.rounds, device);
+  return sort_plan(op, kernel, threads, clusters * cluster, static_cast<uint32_t>(cluster), cut.rounds, device);
 }
 
-constexpr bool has_int32_choices(const ExpertDispatch& op) {
-  return op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
+// Whether there is anything to sort, and choices have numbers of 32 bits.
+constexpr bool can_sort(const ExpertDispatch& op) {
+  return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
+}
+
+inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int threads, const Device& device) {
+  const int64_t choices = op.tokens * op.k;
+  const int64_t most = std::min<int64_t>(device.cluster_blocks(), kMaxSortBlocks);
+  if (choices <= most * threads * int64_t{kClusterRounds}) {
+    int64_t chunks = 1;
+    while (chunks < most && choices > chunks * threads) chunks *= 2;
+    return cluster_plan(op, threads, chunks, device);
+  }
+  if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, threads, device)) return one_wave;
+  return cut_plan(op, SortKernel::kLonger, threads, device);
 }
 
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
-  if (!has_int32_choices(op)) return std::nullopt;
-  const int64_t choices = op.tokens * op.k;
-  const int64_t most = std::min<int64_t>(device.cluster_blocks(), kMaxSortBlocks);
-  if (choices <= most * sort_threads(op) * int64_t{kClusterRounds}) {
-    int64_t chunks = 1;
-    while (chunks < most && choices > chunks * sort_threads(op)) chunks *= 2;
-    return cluster_plan(op, chunks, device);
+  if (!can_sort(op)) return std::nullopt;
+  for (int threads : kSortThreads) {
+    if (threads == kMostSortThreads && op.experts > kExpertsForMostThreads) continue;
+    if (const auto found = plan_with(op, threads, device)) return found;
   }
-  if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, device)) return one_wave;
-  return cut_plan(op, SortKernel::kLonger, device);
+  return std::nullopt;
 }
 
 inline std::vector<ExpertDispatchPlan> plans(const ExpertDispatch& op, const Device& device) {
   std::vector<ExpertDispatchPlan> found;
-  if (!has_int32_choices(op)) return found;
+  if (!can_sort(op)) return found;
   const int most = std::min<int>(device.cluster_blocks(), kMaxSortBlocks);
-  for (int chunks = 1; chunks <= most; chunks *= 2) {
-    if (const auto plan = cluster_plan(op, chunks, device)) found.push_back(*plan);
-  }
-  if (op.tokens * op.k == 0) return found;
-  for (SortKernel kernel : {SortKernel::kOneWave, SortKernel::kLonger}) {
-    if (const auto plan = cut_plan(op, kernel, device)) found.push_back(*plan);
+  for (int threads : kSortThreads) {
+    for (int chunks = 1; chunks <= most; chunks *= 2) {
+      if (const auto plan = cluster_plan(op, threads, chunks, device)) found.push_back(*plan);
+    }
+    if (op.tokens * op.k == 0) continue;
+    for (SortKernel kernel : {SortKernel::kOneWave, SortKernel::kLonger}) {
+      if (const auto plan = cut_plan(op, kernel, threads, device)) found.push_back(*plan);
+    }
   }
   return found;
 }
@@ -158,13 +169,19 @@ inline std::string instance_name(SortKernel kernel, int threads) {
 }
 
 inline std::string name(const ExpertDispatch&, const ExpertDispatchPlan& plan) {
-  return instance_name(plan.kernel, plan.threads) + ", " + std::to_string(plan.layout.chunks) + " chunks";
+  const std::string instance = instance_name(plan.kernel, plan.threads);
+  return plan.kernel == SortKernel::kCluster ? instance + ", " + std::to_string(plan.layout.chunks) + " chunks"
+                                             : instance;
+}
+
+constexpr Needs needs(const ExpertDispatchPlan& plan) {
+  return {plan.shared_bytes + kSortStaticBytes, static_cast<int>(plan.layout.cluster_blocks), false};
 }
 
 inline std::vector<std::string> instances(const ExpertDispatch&, const Device&) {
   std::vector<std::string> all;
   for (SortKernel kernel : {SortKernel::kCluster, SortKernel::kOneWave, SortKernel::kLonger}) {
-    for (int threads : {kManySortThreads, kFewSortThreads}) all.push_back(instance_name(kernel, threads));
+    for (int threads : kSortThreads) all.push_back(instance_name(kernel, threads));
   }
   return all;
 }

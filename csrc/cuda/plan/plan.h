@@ -2,7 +2,10 @@
 //
 //   plan(op, device)    the plan that is taken, or none where no kernel can compute the op
 //   plans(op, device)   every plan that could be taken; their results are the same, of dense_router but for rounding
-//   name(op, plan)      the kernel as it is instantiated, and what else was chosen; a name has one plan
+//   name(op, plan)      the kernel as it is instantiated, and what else was chosen, but nothing that follows from
+//   sizes:
+//                       a name has one plan at a size, and means the same at all sizes
+//   needs(plan)         what the plan asks of the device
 //   instances(op, device)  every kernel that is compiled, for any op of the type: the names up to their comma
 //
 // Sizes, options and the alignment of pointers decide, never what they point to. To be included as "plan/plan.h", which

@@ -309,6 +309,10 @@ inline std::string name(const TopkSelect& op, const TopkSelectPlan& plan) {
   return instance_name(op.dtype, kTopkInstances[plan.instance]) + ", " + of;
 }
 
+constexpr Needs needs(const TopkSelectPlan& plan) {
+  return {plan.shared_bytes + kStaticSharedBytes, plan.cluster, false};
+}
+
 inline std::vector<std::string> instances(const TopkSelect&, const Device&) {
   std::vector<std::string> all;
   for (DType dtype : kDTypes) {

@@ -1,0 +1,240 @@
+"""The lines that `python -m benchmarks crossings` walks: an op at sizes of which one varies.
+
+Together they come through every kernel that an H100 takes, and past every number that a choice between two depends on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
+from jax_router._logits import router_logits
+from support.models import DTYPES
+
+from .cases import Contender, Spec, backward
+
+# In the place of a plan: dense_router as XLA's product and the kernel of activation_topk.
+UNFUSED = "unfused"
+
+Sizes = Mapping[str, Any]  # as `plans` of the native module takes them
+Program = tuple[Contender, tuple[Spec, ...]]  # and its inputs
+
+_LETTERS = {"rows": "N", "tokens": "N", "length": "L", "experts": "E", "hidden": "D", "num_groups": "groups"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """An op at sizes of which one varies.
+
+    Attributes:
+        op: as the native module calls it.
+        varied: the size that varies, from `first` to `last`.
+        fixed: all others.
+        is_timed: unless only lines of certain names are asked for. The other lines are like a timed one in another
+            dtype or with other keys.
+    """
+
+    op: str
+    varied: str
+    first: int
+    last: int
+    fixed: Sizes
+    is_timed: bool = True
+
+    @property
+    def id(self) -> str:
+        return "/".join([self.op, self.varied, *filter(None, itertools.starmap(_described, self.fixed.items()))])
+
+    def sizes(self, value: int) -> dict[str, Any]:
+        return {**self.fixed, self.varied: value}
+
+
+def _described(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else ""
+    return value if isinstance(value, str) else f"{_LETTERS.get(name, name)}{value}"
+
+
+def lines() -> list[Line]:
+    makers = (_activation_topk, _topk_select, _dense_router, _expert_dispatch, _others)
+    return [line for maker in makers for line in maker()]
+
+
+def _activation_topk() -> Iterator[Line]:
+    def line(varied: str, first: int, last: int, is_timed: bool, **fixed: Any) -> Line:
+        return Line("activation_topk", varied, first, last, fixed, is_timed)
+
+    for dtype, bias in itertools.product(DTYPES, (False, True)):
+        is_plain = dtype == "f32" and not bias
+        for experts in (64, 256, 512):
+            is_timed = experts == 256 and (dtype == "f32" or not bias) and dtype != "f16"
+            yield line("rows", 1, 70000, is_timed, dtype=dtype, bias=bias, experts=experts, k=6)
+        for rows in (512, 16384):
+            yield line("experts", 8, 4096, is_plain and rows > 512, dtype=dtype, bias=bias, rows=rows, k=6)
+        yield line("k", 1, 64, is_plain, dtype=dtype, bias=bias, rows=16384, experts=256)
+    for dtype, experts in itertools.product(DTYPES, (64, 256, 512, 1024, 2048)):
+        is_timed = dtype == "f32" and experts == 256
+        yield line("rows", 1, 70000, is_timed, dtype=dtype, num_groups=8, experts=experts, k=8)
+
+
+def _topk_select() -> Iterator[Line]:
+    def line(varied: str, first: int, last: int, *timed: str, **fixed: Any) -> Iterator[Line]:
+        for dtype in DTYPES:
+            yield Line("topk_select", varied, first, last, {"dtype": dtype, **fixed}, dtype in timed)
+
+    # Short rows: halves of warps and warps, alone in their blocks or not, and blocks.
+    yield from line("rows", 1, 70000, "f32", length=256, k=6, sorted=True)
+    yield from line("rows", 1, 70000, "f32", length=512, k=64, sorted=False)
+    yield from line("rows", 1, 70000, length=256, k=64, sorted=False)
+    yield from line("length", 8, 1024, rows=256, k=6, sorted=False)
+    yield from line("length", 8, 1024, rows=16384, k=6, sorted=False)
+    yield from line("length", 64, 65536, "f32", rows=256, k=64, sorted=False)
+    yield from line("length", 64, 16384, rows=4096, k=64, sorted=False)
+    yield from line("k", 1, 256, "f32", rows=4096, length=256, sorted=False)
+    # In the registers of a block.
+    yield from line("rows", 1, 8192, "f32", length=4096, k=512, sorted=False)
+    yield from line("rows", 1, 8192, "bf16", length=8192, k=1024, sorted=True)
+    yield from line("k", 1, 4096, "f32", rows=200, length=4096, sorted=True)
+    yield from line("k", 1, 4096, "bf16", rows=1024, length=4096, sorted=True)
+    yield from line("k", 1, 4096, "f32", rows=1024, length=8192, sorted=False)
+    # Streamed, by one block or by several.
+    yield from line("length", 512, 400000, "f32", rows=1, k=512, sorted=False)
+    yield from line("length", 512, 100000, rows=1024, k=512, sorted=True)
+    yield from line("length", 2048, 400000, "bf16", rows=200, k=2048, sorted=False)
+    yield from line("rows", 1, 512, "f32", length=65536, k=512, sorted=False)
+    yield from line("rows", 1, 2048, "f32", length=16384, k=64, sorted=False)
+    yield from line("k", 1, 4096, "f32", rows=1, length=65536, sorted=False)
+
+
+def _dense_router() -> Iterator[Line]:
+    def line(varied: str, first: int, last: int, is_timed: bool, **fixed: Any) -> Line:
+        return Line("dense_router", varied, first, last, fixed, is_timed)
+
+    timed = (("bf16", "logits", 256), ("bf16", "logits", 384), ("bf16", "logits", 1024), ("f32", "logits", 256))
+    for case in itertools.product(DTYPES, ("logits", "scores", "groups"), (128, 256, 384, 512, 1024)):
+        dtype, keys, experts = case
+        grouped = {"num_groups": 12 if experts == 384 else 8}  # of powers of two, or no kernel takes them
+        key: dict[str, Any] = {"logits": {}, "scores": {"bias": True}, "groups": grouped}[keys]
+        yield line("rows", 1, 16384, case in timed, dtype=dtype, **key, hidden=4096, experts=experts, k=8)
+    for rows in (1, 32, 100, 1024):
+        yield line("experts", 16, 1024, True, dtype="bf16", hidden=4096, rows=rows, k=8)
+
+
+def _expert_dispatch() -> Iterator[Line]:
+    for experts in (256, 2048):
+        yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8}, is_timed=experts == 256)
+    for tokens in (256, 16384):
+        yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
+
+
+def _others() -> Iterator[Line]:
+    """Little is chosen here: most follows from options and alignment."""
+    for k in (1, 2, 4):
+        yield Line("hash_router", "rows", 1, 70000, {"k": k})
+    for dtype, whole_row in itertools.product(DTYPES, (False, True)):
+        yield Line("route_at", "rows", 1, 70000, {"dtype": dtype, "whole_row": whole_row, "k": 8})
+        fixed = {"dtype": dtype, "whole_row": whole_row, "rows": 16384, "experts": 256}
+        yield Line("route_cotangent", "k", 1, 64, fixed, is_timed=dtype == "f32")
+    for dtype in DTYPES:
+        fixed = {"dtype": dtype, "identity": True, "rows": 1024, "experts": 4096}
+        yield Line("route_cotangent", "k", 1, 1024, fixed, is_timed=dtype == "f32")
+
+
+def program(op: str, sizes: Sizes, plan: str) -> Program:
+    """What computes an op of such sizes by a plan, which is to be forced where it is one."""
+    return _PROGRAMS[op](plan, **sizes)
+
+
+def _selection(
+    plan: str, rows: int, experts: int, k: int, dtype: str, bias: bool = False, num_groups: int = 1
+) -> Program:
+    select = partial(activation_topk, **_options(k, num_groups))
+    return Contender(select), (Spec((rows, experts), DTYPES[dtype]), *_bias(experts, bias))
+
+
+def _options(k: int, num_groups: int) -> dict[str, Any]:
+    return {
+        "top_k": k,
+        "num_groups": num_groups,
+        "top_groups": (num_groups + 1) // 2,
+        "implementation": "native",
+    }
+
+
+def _bias(experts: int, has_bias: bool) -> tuple[Spec, ...]:
+    return (Spec((experts,), scale=0.1),) if has_bias else ()
+
+
+def _product_and_selection(
+    plan: str, rows: int, hidden: int, experts: int, k: int, dtype: str, bias: bool = False, num_groups: int = 1
+) -> Program:
+    options = _options(k, num_groups)
+
+    def unfused(x, weight, bias=None):
+        return activation_topk(router_logits(x, weight), bias, **options)
+
+    inputs = (
+        Spec((rows, hidden), DTYPES[dtype]),
+        Spec((experts, hidden), DTYPES[dtype], scale=hidden**-0.5),
+        *_bias(experts, bias),
+    )
+    return Contender(unfused if plan == UNFUSED else partial(dense_router, **options)), inputs
+
+
+def _top_k(plan: str, rows: int, length: int, k: int, sorted: bool, dtype: str) -> Program:
+    select = partial(topk_select, k=k, sorted=sorted, implementation="native")
+    return Contender(select), (Spec((rows, length), DTYPES[dtype]),)
+
+
+def _dispatch(plan: str, tokens: int, experts: int, k: int) -> Program:
+    sort = partial(expert_dispatch, num_experts=experts, implementation="native")
+    return Contender(sort), (Spec((tokens, k), jnp.int32, bound=experts),)
+
+
+def _hash(plan: str, rows: int, k: int) -> Program:
+    vocab_size = 129280
+    tokens = Spec((rows,), jnp.int32, bound=vocab_size)
+    return Contender(partial(hash_router, implementation="native")), (
+        tokens,
+        Spec((vocab_size, k), jnp.int32, bound=256),
+    )
+
+
+def _scoring(whole_row: bool) -> dict[str, Any]:
+    return {"score_fn": "softmax" if whole_row else "sigmoid", "renormalize": not whole_row}
+
+
+def _weights_at(plan: str, rows: int, k: int, dtype: str, whole_row: bool) -> Program:
+    experts = 256
+    run = partial(route_at, implementation="native", **_scoring(whole_row))
+    return Contender(run), (Spec((rows, experts), DTYPES[dtype]), Spec((rows, k), jnp.int32, bound=experts))
+
+
+def _cotangent(
+    plan: str, rows: int, experts: int, k: int, dtype: str, whole_row: bool = False, identity: bool = False
+) -> Program:
+    def values(x: jax.Array) -> jax.Array:
+        if identity:
+            return topk_select(x, k, implementation="native")[0]
+        return activation_topk(x, top_k=k, implementation="native", **_scoring(whole_row)).weights
+
+    x = Spec((rows, experts), DTYPES[dtype])
+    return backward(values, x), (x, Spec((rows, k), x.dtype if identity else jnp.float32))
+
+
+_PROGRAMS: dict[str, Callable[..., Program]] = {
+    "activation_topk": _selection,
+    "dense_router": _product_and_selection,
+    "topk_select": _top_k,
+    "expert_dispatch": _dispatch,
+    "hash_router": _hash,
+    "route_at": _weights_at,
+    "route_cotangent": _cotangent,
+}

@@ -1,0 +1,289 @@
+"""The choice of CUDA kernels, on devices that are described: it takes no GPU."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_router
+from cases import DEVICES
+from jax_router import _native
+
+CUDA = _native.load("cuda")
+if isinstance(CUDA, ImportError):
+    pytest.skip(f"there is no CUDA module here: {CUDA}", allow_module_level=True)
+
+H100 = DEVICES["H100"]
+DTYPES = ("f32", "bf16", "f16")
+
+# What was measured: where a table in csrc/cuda/plan changes, so does this list.
+TAKEN_BY_AN_H100 = {
+    "activation_topk/E256/k6/N1": "f32 logits tile 32x2, 32 threads",
+    "activation_topk/E256/k6/N64": "f32 logits tile 32x2, 32 threads",
+    "activation_topk/E256/k6/N4096": "f32 logits tile 16x4, 128 threads",
+    "activation_topk/E256/k6/N16384": "f32 logits tile 16x4, 128 threads",
+    "activation_topk/E256/k6/N65536": "f32 logits tile 16x4, 128 threads",
+    "activation_topk/E384/k6/N1": "f32 logits tile 32x3, 32 threads",
+    "activation_topk/E384/k6/N64": "f32 logits tile 32x3, 32 threads",
+    "activation_topk/E384/k6/N4096": "f32 logits tile 16x6, 128 threads",
+    "activation_topk/E384/k6/N16384": "f32 logits tile 16x6, 128 threads",
+    "activation_topk/E384/k6/N65536": "f32 logits tile 16x6, 128 threads",
+    "activation_topk/sigmoid/E256/k8/groups8-4/N8192": "f32 groups tile 16x4, 128 threads",
+    "activation_topk_grad/E256/k6/N65536": "f32 few choices",
+    "route_at/E256/k6/N65536": "f32 choices",
+    "hash_router/V129280/k6/N65536": "width 2",
+    "hash_router/V129280/k6/N1048576": "width 2",
+    "topk_select/B1/L4096/k512": "f32 many 1024x1, 1024 threads",
+    "topk_select/B1/L65536/k512": "f32 streamed 512, 8 blocks a row",
+    "topk_select/B1/L262144/k2048": "f32 streamed 512, 16 blocks a row",
+    "topk_select/B16/L65536/k1024": "f32 streamed 512, 4 blocks a row",
+    "topk_select/B64/L8192/k2048": "f32 many 1024x2, 1024 threads",
+    "topk_select/B64/L65536/k2048": "f32 streamed 512, 2 blocks a row",
+    "topk_select/B256/L65536/k2048": "f32 streamed 512, 1 blocks a row",
+    "topk_select/B1024/L16384/k512": "f32 streamed 256, 1 blocks a row",
+    "topk_select/B128/L262144/k1024": "f32 streamed 512, 1 blocks a row",
+    "topk_select/B4096/L4096/k64": "f32 few 256x4, 256 threads",
+    "topk_select/B65536/L256/k6": "f32 tile 16x4, 128 threads",
+    "dense_router/bf16/D4096/E256/k6/N1": "bf16 logits few 16x16 of 256",
+    "dense_router/bf16/D4096/E256/k6/N8": "bf16 logits few 16x16 of 256",
+    "dense_router/bf16/D4096/E256/k6/N16": "bf16 logits few 16x16 of 256",
+    "dense_router/bf16/D4096/E256/k6/N64": "bf16 logits few 64x16 of 256",
+    "dense_router/bf16/D7168/E384/k6/N1": "unfused",
+    "dense_router/bf16/D7168/E384/k6/N8": "bf16 logits few 16x24 of 384",
+    "dense_router/bf16/D7168/E384/k6/N16": "bf16 logits few 16x24 of 384",
+    "dense_router/bf16/D7168/E384/k6/N64": "bf16 logits few 64x24 of 384",
+    "dense_router/bf16/D4096/E256/k6/N512": "bf16 logits many 40 by 4",
+    "dense_router/bf16/D4096/E256/k6/N4096": "bf16 logits many 144 by 2",
+    "dense_router/bf16/D4096/E256/k6/N16384": "unfused",
+    "dense_router/bf16/D7168/E384/k6/N512": "unfused",
+    "dense_router/bf16/D7168/E384/k6/N4096": "unfused",
+    "dense_router/bf16/D7168/E384/k6/N16384": "unfused",
+    "expert_dispatch/E256/k6/N4096": "cluster of 512 threads, 16 chunks",
+    "expert_dispatch/E256/k6/N65536": "one wave of 512 threads",
+}
+
+_SIZES = {"N": "rows", "B": "rows", "L": "length", "E": "experts", "D": "hidden", "k": "k", "groups": "num_groups"}
+
+
+def sizes_of(case_id):
+    """The op of a case of targets.json, and its sizes."""
+    op, *parts = case_id.split("/")
+    op = {"activation_topk_grad": "route_cotangent"}.get(op, op)
+    sizes = {_SIZES[name]: int(value) for name, value in re.findall(r"/([A-Z]|k|groups)(\d+)", case_id) if name != "V"}
+    if op == "expert_dispatch":
+        sizes["tokens"] = sizes.pop("rows")
+    elif op != "hash_router":
+        sizes["dtype"] = "bf16" if "bf16" in parts else "f32"
+    if op == "route_at":
+        del sizes["experts"]
+    return op, sizes | ({"sorted": False} if op == "topk_select" else {})
+
+
+@pytest.mark.parametrize("case_id", TAKEN_BY_AN_H100)
+def test_an_h100_takes_what_was_measured(case_id):
+    op, sizes = sizes_of(case_id)
+    chosen, _ = CUDA.plans(op, H100, **sizes)
+    assert (chosen if CUDA.pays(op, H100, **sizes) else "unfused") == TAKEN_BY_AN_H100[case_id]
+
+
+def test_the_list_has_every_target():
+    targets = json.loads((Path(__file__).parents[1] / "benchmarks" / "targets.json").read_text())
+    assert set(TAKEN_BY_AN_H100) == {target["id"] for target in targets}
+
+
+class Draw:
+    """Random sizes of every op, as large as the kernels take."""
+
+    def __init__(self, device):
+        self._rng = np.random.default_rng(13)
+        self._max_select_k = 8192 if device["shared_bytes"] >= 163 * 1024 else 4096
+
+    def _size(self, most):
+        """From 1 to `most`, in equal ratios; half of them beside powers of two, where thresholds lie."""
+        if self._rng.random() < 0.5:
+            return round(most ** self._rng.random())
+        power = 2 ** int(self._rng.integers(most.bit_length()))
+        return min(max(power + int(self._rng.integers(-1, 2)), 1), most)
+
+    def _flag(self):
+        return bool(self._rng.integers(2))
+
+    def _dtype(self):
+        return DTYPES[self._rng.integers(3)]
+
+    def activation_topk(self):
+        num_groups, experts = 1, self._size(4096)
+        if self._flag():
+            num_groups = self._size(64)
+            experts = num_groups * self._size(4096 // num_groups)
+        k = min(self._size(64), experts)
+        sizes = {"rows": self._size(2**20), "experts": experts, "k": k, "num_groups": num_groups}
+        return sizes | {"bias": self._flag(), "dtype": self._dtype()}
+
+    def dense_router(self):
+        return self.activation_topk() | {"hidden": self._size(16384)}
+
+    def topk_select(self):
+        length = self._size(2**22)
+        k = min(self._size(self._max_select_k), length)
+        sizes = {"rows": self._size(2**17), "length": length, "k": k}
+        return sizes | {"sorted": self._flag(), "dtype": self._dtype()}
+
+    def expert_dispatch(self):
+        sizes = {"tokens": self._size(2**20), "k": self._size(64), "experts": self._size(4096)}
+        return sizes | ({"batch": self._size(64)} if self._flag() else {})
+
+    def hash_router(self):
+        return {"rows": self._size(2**20), "k": self._size(64)}
+
+    def route_at(self):
+        return {"rows": self._size(2**20), "k": self._size(64), "whole_row": self._flag(), "dtype": self._dtype()}
+
+    def route_cotangent(self):
+        if self._flag():  # the gradient of topk_select
+            length = self._size(2**17)
+            k = min(self._size(self._max_select_k), length)
+            return {"rows": self._size(2**14), "experts": length, "k": k, "identity": True, "dtype": self._dtype()}
+        return self.route_at() | {"experts": self._size(4096)}
+
+
+OPS = [name for name in vars(Draw) if not name.startswith("_")]
+
+
+@functools.cache
+def answers(op, device_name):
+    """Some thousand sizes: each with the chosen plan, all plans, and what these need."""
+    device = DEVICES[device_name]
+    draw = getattr(Draw(device), op)
+    drawn = [draw() for _ in range(3000)]
+    return [(sizes, *CUDA.plans(op, device, **sizes), CUDA.needs(op, device, **sizes)) for sizes in drawn]
+
+
+over_all = pytest.mark.parametrize(("op", "device_name"), [(op, name) for op in OPS for name in DEVICES])
+
+
+def test_every_op_with_plans_is_drawn():
+    assert {*OPS, "scored_hash_router"} == set(CUDA.targets())
+    for op in OPS:
+        assert CUDA.instances(op, H100)
+
+
+@over_all
+def test_the_chosen_plan_is_one_of_all(op, device_name):
+    for sizes, chosen, plans, _ in answers(op, device_name):
+        assert chosen is None or chosen in plans, sizes
+
+
+@over_all
+def test_a_name_has_one_plan(op, device_name):
+    for sizes, _, plans, _ in answers(op, device_name):
+        assert len(set(plans)) == len(plans), sizes
+
+
+@over_all
+def test_plans_are_of_known_kernels(op, device_name):
+    kernels = set(CUDA.instances(op, DEVICES[device_name]))
+    for sizes, _, plans, _ in answers(op, device_name):
+        assert kernels.issuperset(plan.split(",")[0] for plan in plans), sizes
+
+
+@pytest.mark.parametrize("device_name", DEVICES)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "dense_router"])  # which other kernels can compute, too
+def test_there_is_a_plan_wherever_the_kernels_are_said_to_be(op, device_name):
+    for sizes, chosen, _, _ in answers(op, device_name):
+        assert chosen is not None, sizes
+
+
+@over_all
+def test_no_plan_needs_more_than_the_device_has(op, device_name):
+    device = DEVICES[device_name]
+    most_blocks = {80: 1, 86: 1, 90: 16, 100: 16}[device["compute_capability"]]
+    for sizes, _, plans, needs in answers(op, device_name):
+        assert set(needs) == set(plans), sizes
+        for plan, (shared_bytes, cluster_blocks, is_for_hopper) in needs.items():
+            assert 0 <= shared_bytes <= device["shared_bytes"], (plan, sizes)
+            assert 1 <= cluster_blocks <= most_blocks, (plan, sizes)
+            assert not is_for_hopper or device["compute_capability"] == 90, (plan, sizes)
+
+
+@pytest.mark.parametrize(("op", "most_blocks"), [("topk_select", 16), ("expert_dispatch", 16), ("dense_router", 8)])
+def test_an_h100_has_clusters_and_kernels_of_its_own(op, most_blocks):
+    """So that the test above has something to see."""
+    needs = [need for *_, all_needs in answers(op, "H100") for need in all_needs.values()]
+    assert max(blocks for _, blocks, _ in needs) == most_blocks
+    assert any(is_for_hopper for *_, is_for_hopper in needs) == (op == "dense_router")
+
+
+def test_only_dense_router_may_not_pay():
+    unfused = {"rows": 65536, "hidden": 4096, "experts": 256, "k": 6, "dtype": "bf16"}
+    assert CUDA.plans("dense_router", H100, **unfused)[0] is not None
+    assert not CUDA.pays("dense_router", H100, **unfused)
+    for op in set(OPS) - {"dense_router"}:
+        assert all(CUDA.pays(op, H100, **sizes) for sizes, *_ in answers(op, "H100")[:100])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_rows_are_no_harm(op):
+    for sizes, *_ in answers(op, "H100")[:300]:
+        for name in {"rows", "tokens", "batch"} & {*sizes}:
+            CUDA.plans(op, H100, **(sizes | {name: 0}))
+
+
+def test_sizes_are_checked():
+    with pytest.raises(ValueError, match="no op is called softmax"):
+        CUDA.plans("softmax", H100, rows=1)
+    with pytest.raises(ValueError, match="missing size: k"):
+        CUDA.plans("hash_router", H100, rows=1)
+    with pytest.raises(ValueError, match="sizes that the op does not have"):
+        CUDA.plans("hash_router", H100, rows=1, k=1, experts=8)
+
+
+ROWS = {"rows": 2, "length": 4096, "k": 100, "sorted": True, "dtype": "f32"}
+
+
+def test_a_forced_plan_is_taken_until_the_end_of_the_block():
+    free, plans = CUDA.plans("topk_select", H100, **ROWS)
+    other = next(plan for plan in plans if plan != free)
+    with _native.forced_plan("topk_select", other):
+        assert CUDA.plans("topk_select", H100, **ROWS) == (other, plans)
+    assert CUDA.plans("topk_select", H100, **ROWS)[0] == free
+
+
+def test_a_forced_plan_is_undone_after_an_error():
+    free, plans = CUDA.plans("topk_select", H100, **ROWS)
+    with pytest.raises(KeyError), _native.forced_plan("topk_select", plans[-1]):
+        raise KeyError
+    assert CUDA.plans("topk_select", H100, **ROWS)[0] == free
+
+
+def test_a_forced_plan_that_is_impossible_leaves_none():
+    dense = {"rows": 64, "hidden": 4096, "experts": 256, "k": 6, "dtype": "bf16"}
+    assert CUDA.pays("dense_router", H100, **dense)
+    for op, sizes in (("topk_select", ROWS), ("dense_router", dense)):
+        with _native.forced_plan(op, "no such plan"):
+            assert CUDA.plans(op, H100, **sizes)[0] is None
+            assert not CUDA.pays(op, H100, **sizes)
+
+
+def test_an_unknown_op_cannot_be_forced():
+    with pytest.raises(ValueError, match="no op is called softmax"), _native.forced_plan("softmax", "f32"):
+        pass
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="launches kernels")
+def test_a_launch_takes_the_forced_plan_or_fails():
+    select = jax.jit(functools.partial(jax_router.topk_select, k=100, implementation="native"))
+    scores = jax.random.normal(jax.random.key(0), (2, 4096), jnp.float32)
+    want = jax.block_until_ready(select(scores))
+    for plan in CUDA.plans("topk_select", **ROWS)[1]:
+        with _native.forced_plan("topk_select", plan):
+            for got, wanted in zip(select(scores), want):
+                np.testing.assert_array_equal(got, wanted)
+    with _native.forced_plan("topk_select", "no such plan"), pytest.raises(Exception, match="jax_router"):
+        jax.block_until_ready(select(scores))
+    jax.block_until_ready(select(scores))
