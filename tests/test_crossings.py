@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import crossings
 from benchmarks.crossing_lines import UNFUSED, Line, lines, program
+from benchmarks.timing import Pool, Timing
 
 H100 = DEVICES["H100"]
 CUDA = _native.native_module("cuda")
@@ -212,6 +213,29 @@ def test_the_table_marks_what_costs_more_than_5_percent():
     assert cells["threshold"] == ["1025", "4096"]
     assert cells["above / below"] == ["0.962", "1.060"]
     assert cells["cost"] == ["[default]4.0 %[/]", "[red]6.0 %[/]"]
+
+
+@pytest.mark.parametrize("op", sorted({line.op for line in lines()}))
+def test_the_clock_times_each_plan_where_it_is_forced(op):
+    """Few sizes of a short line, with all that runs but the timer: what it is given can be run, on any platform."""
+    line = next(line for line in lines() if line.op == op)
+    largest = {"rows": 8, "tokens": 8, "experts": 64, "hidden": 64}
+    fixed = {name: min(value, largest[name]) if name in largest else value for name, value in line.fixed.items()}
+    line = Line(op, line.varied, 1, 8, fixed)
+    points = sorted((value, plan) for value in (4, 8) for plan in crossings.possible(line, value, H100))
+    timed = []
+
+    def timing(run, copies):
+        value = copies[0][0].shape[-1 if line.varied == "k" else 0]  # the first operand is [rows, k] or [rows, ...]
+        timed.append((value, CUDA.plans(op, H100, **line.sizes(value))[0]))
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(run(*copies[0]))
+        return Timing.of([1.5])
+
+    us = crossings.KernelClock(Pool(2**21), timing)(line, points)
+    assert us == dict.fromkeys(points, 1.5)
+    chosen = {value: CUDA.plans(op, H100, **line.sizes(value))[0] for value in (4, 8)}
+    assert timed == [(value, chosen[value] if plan == UNFUSED else plan) for value, plan in points]
 
 
 @pytest.mark.parametrize("line_id", [line.id for line in lines() if line.is_timed])

@@ -54,8 +54,12 @@ inline std::optional<RouteCotangentPlan> plan_with(const RouteCotangent& op, Cot
   return plan.blocks <= INT32_MAX ? std::optional(plan) : std::nullopt;
 }
 
+// Of more experts, a row is a warp's work also where its choices are few (measured on an H100).
+constexpr int kFewChoiceExperts = 1024;
+
 inline std::optional<RouteCotangentPlan> plan(const RouteCotangent& op, const Device&) {
   for (CotangentKernel kernel : kCotangentKernels) {
+    if (kernel == CotangentKernel::kFewChoices && op.experts > kFewChoiceExperts) continue;
     if (const auto plan = plan_with(op, kernel)) return plan;
   }
   return std::nullopt;
