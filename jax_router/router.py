@@ -220,5 +220,6 @@ class Router(nnx.Module):
             return hash_router(token_ids, self.hash_lut[...], scale=config.scale)
         logits = router_logits(*self._product(x))
         token_ids = _check.as_int32_ids(token_ids, self.hash_lut.shape[0])
-        routing = scored_hash_router(logits, token_ids, self.hash_lut[...], config._selection.scoring)
+        hash_lut = _check.as_int32_ids(self.hash_lut[...], config.num_experts)
+        routing = scored_hash_router(logits, token_ids, hash_lut, config._selection.scoring)
         return (routing, logits) if return_logits else routing
