@@ -96,8 +96,7 @@ inline std::string instance_name(DType dtype, KeyMode mode, int tile) {
 }
 
 inline std::string name(const ActivationTopk& op, const ActivationTopkPlan& plan) {
-  const std::string instance = instance_name(op.dtype, key_mode(op), plan.tile);
-  return plan.tile < 0 ? instance : instance + ", " + std::to_string(plan.threads) + " threads";
+  return instance_name(op.dtype, key_mode(op), plan.tile);
 }
 
 constexpr Needs needs(const ActivationTopkPlan& plan) { return {plan.threads / 32 * plan.warp_bytes, 1, false}; }

@@ -323,6 +323,10 @@ inline std::string name(const TopkSelect& op, const TopkSelectPlan& plan) {
                                                 : kernel;
 }
 
+constexpr Needs needs(const TopkSelectPlan& plan) {
+  return {plan.shared_bytes + kStaticSharedBytes, plan.cluster, false};
+}
+
 inline std::vector<std::string> instances(const TopkSelect&, const Device&) {
   std::vector<std::string> all;
   for (DType dtype : kDTypes) {
