@@ -93,11 +93,7 @@ NUMBERS = {
             "f32 streamed 512, 16 blocks a row",
         ),
     ),
-    "TopkSelectNumbers.parts_of_k": (
-        "topk_select/k/f32/N1/L65536",
-        ("f32 streamed 512, 8 blocks a row", "f32 streamed 512, 4 blocks a row"),
-    ),
-    "TopkSelectNumbers.used_eighths": (
+    "TopkSelectNumbers.large_eighths": (
         "topk_select/rows/f32/L65536/k512",
         (
             "f32 streamed 512, 8 blocks a row",
@@ -111,11 +107,11 @@ NUMBERS = {
     ),
     "DenseRouterNumbers.few_tokens": (
         "dense_router/rows/bf16/D4096/E1024/k8",
-        ("bf16 logits few 16x24 of 1024", UNFUSED),
+        ("bf16 logits few 64x32 of 1024", UNFUSED),
     ),
     "DenseRouterNumbers.few_experts": (
         "dense_router/experts/bf16/D4096/N32/k8",
-        ("bf16 logits few 16x24 of 1024", UNFUSED),
+        ("bf16 logits few 64x32 of 1024", UNFUSED),
     ),
     "DenseRouterNumbers.small_tile_tokens": (
         "dense_router/rows/bf16/D4096/E256/k8",
