@@ -16,6 +16,7 @@
 #include "targets.h"
 
 namespace jax_router {
+
 // Splits [0, count) into chunks that the calling thread and the pool's threads take in turn. The caller works too and
 // waits only for chunks that another thread has begun, so that a pool whose threads all wait here still makes progress.
 inline void parallel_for(ffi::ThreadPool& pool, int64_t count, int64_t grain,

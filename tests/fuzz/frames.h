@@ -224,6 +224,21 @@ inline const XLA_FFI_Api& api() {
   return api;
 }
 
+// What XLA asks a handler when it is registered, before any call.
+inline void register_handler(XLA_FFI_Handler* handler) {
+  XLA_FFI_Metadata metadata{};
+  metadata.struct_size = XLA_FFI_Metadata_STRUCT_SIZE;
+  metadata.api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
+  XLA_FFI_Metadata_Extension extension{};
+  extension.extension_base = {XLA_FFI_Metadata_Extension_STRUCT_SIZE, XLA_FFI_Extension_Metadata, nullptr};
+  extension.metadata = &metadata;
+  XLA_FFI_CallFrame frame{};
+  frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
+  frame.extension_start = &extension.extension_base;
+  frame.api = &api();
+  if (handler(&frame) != nullptr) std::abort();
+}
+
 struct Outcome {
   XLA_FFI_Error_Code code;
   std::string message;

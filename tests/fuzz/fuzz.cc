@@ -131,11 +131,14 @@ struct Target {
 std::map<std::string, Target> all_targets() {
   std::map<std::string, Target> targets;
   jax_router::for_each_target<Touch>([&](const char* name, XLA_FFI_Handler* handler, const auto& declaration) {
+    register_handler(handler);
     targets[name].touch = handler;
     targets[name].declaration = declaration;
   });
-  jax_router::for_each_target<jax_router::Cpu>(
-      [&](const char* name, XLA_FFI_Handler* handler, const auto&) { targets[name].cpu = handler; });
+  jax_router::for_each_target<jax_router::Cpu>([&](const char* name, XLA_FFI_Handler* handler, const auto&) {
+    register_handler(handler);
+    targets[name].cpu = handler;
+  });
   return targets;
 }
 
