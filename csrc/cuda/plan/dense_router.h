@@ -198,10 +198,11 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
     return found;
   }
   const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
+  const bool most = op.select.selection.experts > numbers.most_experts;
+  const int64_t small = most ? numbers.few_tokens : numbers.small_tile_tokens;
   for (int i = 0; i < kFewTileCount; ++i) {
     const FewTile& tile = kFewTiles[i];
-    if (tile.token_tiles > 1 && op.select.rows <= (tile.chunks > 3 ? numbers.few_tokens : numbers.small_tile_tokens))
-      continue;
+    if (tile.token_tiles > 1 && op.select.rows <= small) continue;
     if (tile.is_for_two() && (op.select.rows <= tile.tokens() || op.select.selection.experts <= numbers.least_experts))
       continue;
     if (can_use(op, tile, device)) return few_plan(op, i);

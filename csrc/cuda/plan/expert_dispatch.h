@@ -42,11 +42,11 @@ constexpr int64_t kSortStaticBytes = 1024;  // at most, of what the kernels decl
 constexpr uint32_t kMaskBins = 512;
 
 struct ExpertDispatchNumbers {
-  int few_experts;        // up to so many, blocks have 256 threads
+  int few_experts;        // up to so many, blocks have 256 threads: each has one bin at most
   int two_block_experts;  // from so many on, a sort that two blocks can hold has no more
 };
 // Measured on an H100 alone, one sort at a time.
-constexpr auto kExpertDispatchNumbers = everywhere(ExpertDispatchNumbers{192, 320});
+constexpr auto kExpertDispatchNumbers = everywhere(ExpertDispatchNumbers{255, 320});
 
 enum class SortKernel {
   kCluster,  // a sort is one cluster's work, each block's chunk one tile
@@ -155,10 +155,19 @@ inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int
   return cut_plan(op, SortKernel::kLonger, threads, device);
 }
 
+// Whether blocks of so many threads hold a sort in a cluster of theirs, or in one wave where no cluster can.
+constexpr bool holds_better(const ExpertDispatch& op, int threads) {
+  const int64_t choices = op.tokens * op.k;
+  const int64_t of_cluster = int64_t{kMaxSortBlocks} * kClusterRounds;
+  const int64_t of_wave = int64_t{kOneWaveCut.clusters} * kCountBlocks * kOneWaveCut.rounds;
+  return choices <= of_cluster * threads || (choices > of_cluster * kMostSortThreads && choices <= of_wave * threads);
+}
+
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
   if (!can_sort(op)) return std::nullopt;
   for (int threads : kSortThreads) {
-    if (threads == kMostSortThreads && op.experts <= kExpertDispatchNumbers.of(device).few_experts) continue;
+    const bool fewer = op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1]);
+    if (threads == kMostSortThreads && fewer) continue;
     if (const auto found = plan_with(op, threads, device)) return found;
   }
   return std::nullopt;

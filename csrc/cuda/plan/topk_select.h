@@ -34,27 +34,25 @@ constexpr int max_select_k(const Device& device) {
 
 struct TopkSelectNumbers {
   HalfWarpRows half_warps;
-  int64_t warp_rows;          // from so many on, a warp a row where a row has up to kMaxShortLength / 2 elements
-  int64_t long_warp_rows;     // and where it has up to kMaxShortLength
-  int64_t warp_length;        // of fewer rows, a warp for rows so short that a block has nothing to share out
-  int64_t short_few_k;        // of rows up to kMaxShortLength, up to so many choices count as few
-  int64_t ordered_k;          // from so many sorted choices on there is much to put in order: more threads a row
-  int64_t crowded_k;          // from so many on, the longest sorted rows have the most threads
-  int64_t long_block_k;       // from so many on, the longest rows stay in registers also where rows are many
-  int64_t narrow_length;      // a streamed row has 256 threads instead of 512 up to so long, where rows are many,
-  int64_t narrow_k;           // and up to so many choices
-  int64_t narrow_few_length;  // and where rows are few, up to so long
-  int64_t narrow_few_k;       // and so many choices
-  int64_t small_cluster;      // of up to so many blocks, each must have
-  int64_t small_part;         // so much of a row, and k at least
-  int64_t part_length;        // of more blocks, so much
-  int64_t large_eighths;      // of the multiprocessors, that clusters of 8 blocks may take; of 16 blocks, half of them
-  int64_t candidates;         // that a block of a cluster keeps at most, beside k
-  int64_t lone_candidates;    // that a block which is alone keeps: a multiprocessor has room for two
+  int64_t warp_rows;        // from so many on, a warp a row where a row has up to kMaxShortLength / 2 elements
+  int64_t long_warp_rows;   // and where it has up to kMaxShortLength
+  int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
+  int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
+  int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
+  int64_t crowded_k;        // from so many on, the longest sorted rows have the most threads
+  int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
+  int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
+  int64_t narrow_k;         // and so many choices, where rows are many,
+  int64_t narrow_few_k;     // or so many, where they are few
+  int64_t small_cluster;    // of up to so many blocks, each must have
+  int64_t small_part;       // so much of a row
+  int64_t part_length;      // and of more blocks, so much
+  int64_t candidates;       // that a block of a cluster keeps at most, beside k
+  int64_t lone_candidates;  // that a block which is alone keeps: a multiprocessor has room for two
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
-    {{1, 1, 4096, 4096}}, 768, 1024, 64, 32, 512, 1000, 950, 32768, 1024, 16384, 128, 4, 2048, 4096, 7, 4096, 3072});
+    {{1, 1, 2048, 2048}}, 768, 1024, 64, 32, 512, 1000, 950, 32768, 1024, 300, 4, 2048, 4096, 4096, 3072});
 
 enum class TopkKernel {
   kTile,      // few choices of a short row: a bound and a ranking
@@ -218,10 +216,11 @@ constexpr int cluster_of(const TopkSelect& op, const Device& device) {
   int blocks = 1;
   const auto pays = [&](int64_t more) {
     const int64_t part = more <= numbers.small_cluster ? numbers.small_part : numbers.part_length;
+    // Large clusters do not fill a device: the multiprocessors of one lie together.
     const int64_t room = more <= numbers.small_cluster ? device.multiprocessors
-                         : more <= 8                   ? device.multiprocessors * numbers.large_eighths / 8
+                         : more <= 8                   ? device.multiprocessors * 7 / 8
                                                        : device.multiprocessors / 2;
-    return more <= device.cluster_blocks() && op.length > more * std::max(part, op.k) && op.rows * more <= room;
+    return more <= device.cluster_blocks() && op.length > more * std::max(part, op.k * 3 / 4) && op.rows * more <= room;
   };
   while (pays(2 * blocks)) blocks *= 2;
   return blocks;
@@ -268,8 +267,8 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
     const int held = find_instance_for_many(op, device);
     if (held >= 0) return held;
   }
-  const bool narrow = few_rows ? op.length <= numbers.narrow_few_length && op.k <= numbers.narrow_few_k
-                               : op.length <= numbers.narrow_length && op.k <= numbers.narrow_k;
+  const bool narrow =
+      op.length <= numbers.narrow_length && op.k <= (few_rows ? numbers.narrow_few_k : numbers.narrow_k);
   const int wanted = find_instance(op, device, TopkKernel::kStreamed, narrow ? 256 : 512);
   return wanted >= 0 ? wanted : find_instance(op, device, TopkKernel::kStreamed);
 }
