@@ -118,6 +118,7 @@ def main() -> int:
 def _crossings(arguments: argparse.Namespace, console: Console, device: str, commit: str, on_gpu: bool) -> int:
     from . import crossings, run
     from .crossing_lines import lines
+    from .timing import Pool
 
     selected = run.select(lines(), arguments.only, lambda line: line.id)
     if arguments.only is None:
@@ -132,7 +133,8 @@ def _crossings(arguments: argparse.Namespace, console: Console, device: str, com
     path = arguments.out or RESULTS / f"{slug(device)}-crossings.json"
     records: list[crossings.Record] = []
     failures: dict[str, str] = {}
-    timed = crossings.records(work, None, crossings.KernelClock(), failures)
+    clock = crossings.KernelClock(Pool(run.GPU_POOL))
+    timed = crossings.records(work, None, clock, failures)
     for record in track(timed, total=len(work), console=console, disable=not console.is_terminal):
         record.device, record.commit = device, commit
         records.append(record)

@@ -73,11 +73,12 @@ def _activation_topk() -> Iterator[Line]:
 
     for dtype, bias in itertools.product(DTYPES, (False, True)):
         is_plain = dtype == "f32" and not bias
-        for experts in (64, 256, 512):
-            is_timed = experts == 256 and (dtype == "f32" or not bias) and dtype != "f16"
+        # Up to 256 experts without a bias have halves of warps however few the rows.
+        for experts in (64, 256, 384, 512):
+            is_timed = dtype == "f32" and experts >= (256 if bias else 384)
             yield line("rows", 1, 70000, is_timed, dtype=dtype, bias=bias, experts=experts, k=6)
-        for rows in (512, 16384):
-            yield line("experts", 8, 4096, is_plain and rows > 512, dtype=dtype, bias=bias, rows=rows, k=6)
+        for rows in (256, 16384):
+            yield line("experts", 8, 4096, is_plain and rows > 256, dtype=dtype, bias=bias, rows=rows, k=6)
         yield line("k", 1, 64, is_plain, dtype=dtype, bias=bias, rows=16384, experts=256)
     for dtype, experts in itertools.product(DTYPES, (64, 256, 512, 1024, 2048)):
         is_timed = dtype == "f32" and experts == 256
@@ -89,28 +90,32 @@ def _topk_select() -> Iterator[Line]:
         for dtype in DTYPES:
             yield Line("topk_select", varied, first, last, {"dtype": dtype, **fixed}, dtype in timed)
 
-    # Short rows: halves of warps and warps, alone in their blocks or not, and blocks.
-    yield from line("rows", 1, 70000, "f32", length=256, k=6, sorted=True)
+    # Short rows: halves of warps, warps, and blocks.
+    yield from line("rows", 1, 70000, "f32", length=512, k=6, sorted=True)
     yield from line("rows", 1, 70000, "f32", length=512, k=64, sorted=False)
-    yield from line("rows", 1, 70000, length=256, k=64, sorted=False)
+    yield from line("rows", 1, 70000, "f32", length=1024, k=64, sorted=False)
     yield from line("length", 8, 1024, rows=256, k=6, sorted=False)
     yield from line("length", 8, 1024, rows=16384, k=6, sorted=False)
     yield from line("length", 64, 65536, "f32", rows=256, k=64, sorted=False)
     yield from line("length", 64, 16384, rows=4096, k=64, sorted=False)
     yield from line("k", 1, 256, "f32", rows=4096, length=256, sorted=False)
+    yield from line("k", 1, 256, "f32", rows=256, length=512, sorted=False)
     # In the registers of a block.
     yield from line("rows", 1, 8192, "f32", length=4096, k=512, sorted=False)
     yield from line("rows", 1, 8192, "bf16", length=8192, k=1024, sorted=True)
-    yield from line("k", 1, 4096, "f32", rows=200, length=4096, sorted=True)
+    yield from line("k", 1, 4096, "f32", rows=200, length=8192, sorted=True)
     yield from line("k", 1, 4096, "bf16", rows=1024, length=4096, sorted=True)
     yield from line("k", 1, 4096, "f32", rows=1024, length=8192, sorted=False)
     # Streamed, by one block or by several.
     yield from line("length", 512, 400000, "f32", rows=1, k=512, sorted=False)
     yield from line("length", 512, 100000, rows=1024, k=512, sorted=True)
     yield from line("length", 2048, 400000, "bf16", rows=200, k=2048, sorted=False)
+    yield from line("length", 4096, 65536, "f32", rows=64, k=64, sorted=False)
     yield from line("rows", 1, 512, "f32", length=65536, k=512, sorted=False)
     yield from line("rows", 1, 2048, "f32", length=16384, k=64, sorted=False)
     yield from line("k", 1, 4096, "f32", rows=1, length=65536, sorted=False)
+    yield from line("k", 1, 4096, "f32", rows=1, length=16384, sorted=False)
+    yield from line("k", 1, 4096, "f32", rows=256, length=16384, sorted=False)
 
 
 def _dense_router() -> Iterator[Line]:
@@ -128,9 +133,9 @@ def _dense_router() -> Iterator[Line]:
 
 
 def _expert_dispatch() -> Iterator[Line]:
-    for experts in (256, 2048):
-        yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8}, is_timed=experts == 256)
-    for tokens in (256, 16384):
+    for experts in (64, 256, 384):
+        yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8})
+    for tokens in (512, 16384):
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
 
 
@@ -142,6 +147,9 @@ def _others() -> Iterator[Line]:
         yield Line("route_at", "rows", 1, 70000, {"dtype": dtype, "whole_row": whole_row, "k": 8})
         fixed = {"dtype": dtype, "whole_row": whole_row, "rows": 16384, "experts": 256}
         yield Line("route_cotangent", "k", 1, 64, fixed, is_timed=dtype == "f32")
+    for dtype in DTYPES:
+        fixed = {"dtype": dtype, "rows": 4096, "k": 8}
+        yield Line("route_cotangent", "experts", 8, 4096, fixed, is_timed=dtype == "f32")
     for dtype in DTYPES:
         fixed = {"dtype": dtype, "identity": True, "rows": 1024, "experts": 4096}
         yield Line("route_cotangent", "k", 1, 1024, fixed, is_timed=dtype == "f32")

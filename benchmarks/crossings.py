@@ -22,7 +22,7 @@ from rich.table import Table
 from jax_router._native import forced_plan, native_module
 
 from .crossing_lines import UNFUSED, Line, program
-from .timing import Pool, kernel_timing, lowered
+from .timing import Pool, Timing, kernel_timing, lowered
 
 # What a device is, for the native module: None is the one at hand.
 Device = Mapping[str, int] | None
@@ -43,8 +43,8 @@ class Crossing:
         times: of sizes, the microseconds of the plan below and of that above; none where a kernel's limit is the
             threshold, so that no size has both.
         ratio: of the times above and below, at the size nearest to the threshold.
-        crossing: the size from which the plan above is the faster, between two sizes by interpolation; None if that
-            happens at no size of these, or is the case at all.
+        crossing: the size from which the plan above is the faster, interpolated between two of these sizes. None where
+            it becomes so between no two of them: it is slower at all sizes, or faster at all, or faster at small ones.
         cost: what the table costs at worst: the time of the plan that is taken, over that of the better, less 1.
         cost_at: the size where.
     """
@@ -182,10 +182,10 @@ def crossing_of(times: Sequence[tuple[int, float, float]]) -> float | None:
 
 
 class KernelClock:
-    """Times the kernels on this process's GPU, each plan forced."""
+    """Times kernels on this process's GPU, each plan forced."""
 
-    def __init__(self) -> None:
-        self._pool = Pool(2**27)
+    def __init__(self, pool: Pool, timing: Callable[..., Timing] = kernel_timing):
+        self._pool, self._timing = pool, timing
 
     def __call__(self, line: Line, points: Sequence[Point]) -> dict[Point, float]:
         compiled, inputs_of = {}, {}
@@ -201,7 +201,7 @@ class KernelClock:
             copies = [prepare(*drawn) for drawn in self._pool.copies(inputs)]
             for plan in (plan for at, plan in points if at == value):
                 with _forced(line.op, plan):
-                    us[value, plan] = round(kernel_timing(compiled[value, plan].result(), copies).us, 3)
+                    us[value, plan] = round(self._timing(compiled[value, plan].result(), copies).us, 3)
         return us
 
 

@@ -20,7 +20,7 @@ from .results import Record
 from .timing import Pool, Timing, compiled, kernel_timing, wall_timings
 
 _Item = TypeVar("_Item")
-_GPU_POOL, _CPU_POOL = 2**27, 2**24
+GPU_POOL, _CPU_POOL = 2**27, 2**24
 _IN_JIT = {NATIVE: f"{NATIVE} in jit", XLA: f"{XLA} in jit"}
 
 
@@ -60,7 +60,7 @@ class Benchmark:
     ):
         self._console, self._on_gpu = console, on_gpu
         self._quick, self._with_rivals, self._is_sweep = quick, with_rivals, is_sweep
-        self._pool = Pool(_GPU_POOL if on_gpu else _CPU_POOL)
+        self._pool = Pool(GPU_POOL if on_gpu else _CPU_POOL)
         self._xla: dict[str, Timing] = {}
         self.failures: dict[str, str] = {}
         self._peaks = self._measured_peaks() if on_gpu else None

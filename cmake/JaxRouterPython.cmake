@@ -3,14 +3,7 @@
 find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module
              OPTIONAL_COMPONENTS ${SKBUILD_SABI_COMPONENT})
 
-# JAX_FFI_INCLUDE_DIR: without importing jaxlib, which needs more than its headers do.
-execute_process(
-  COMMAND ${Python_EXECUTABLE} -c
-          "import importlib.util as u; print(u.find_spec('jaxlib').submodule_search_locations[0] + '/include')"
-  OUTPUT_VARIABLE JAX_FFI_INCLUDE_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-if(NOT EXISTS ${JAX_FFI_INCLUDE_DIR}/xla/ffi/api/ffi.h)
-  message(FATAL_ERROR "jax_router: no XLA FFI headers under ${JAX_FFI_INCLUDE_DIR}")
-endif()
+include(JaxRouterHeaders) # JAX_FFI_INCLUDE_DIR
 
 # Asked of this interpreter, because a plain find_package may find another environment's nanobind.
 execute_process(

@@ -36,8 +36,8 @@ def activation_topk(
     2. The selection key is `s + bias` where a bias is given; without bias and groups it is the logit itself.
     3. If `num_groups > 1`, the experts lie in `num_groups` equal runs, and only those of the `top_groups` best groups
        stay eligible. A group's score is the sum of its two best keys (`"top2_sum"`, DeepSeek-V3) or its best (`"max"`).
-    4. The ids of the `top_k` best keys, best first: equal keys to the lower id, +0 above -0, NaN above everything, as in
-       `jax.lax.top_k` but for a NaN with the sign bit. The ids are always distinct numbers in `[0, E)`.
+    4. The ids of the `top_k` best keys, best first: equal keys to the lower id, +0 above -0, NaN above everything, as
+       in `jax.lax.top_k` but for a NaN with the sign bit. The ids are always distinct numbers in `[0, E)`.
     5. `weights = s[ids]`, never with the bias in it, divided by `sum + 1e-20` if `renormalize`, times `scale`.
 
     Args:

@@ -31,8 +31,8 @@ def topk_select(
     Equal entries go to the lower index, +0 is above -0, and every NaN is above +inf. The same input gives the same
     output, bit for bit.
 
-    It may stand where `jax.lax.top_k(scores, k)` stands, but that puts a NaN with the sign bit below -inf (0/0 gives one
-    on x86), takes integers too, and has an `axis`, where this selects along the last one.
+    It may stand where `jax.lax.top_k(scores, k)` stands, but that puts a NaN with the sign bit below -inf (0/0 gives
+    one on x86), takes integers and bool too, and has an `axis`, where this selects along the last one.
 
     Args:
         scores: f32, bf16 or f16 `[..., L]`.

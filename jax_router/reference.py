@@ -141,7 +141,7 @@ def activation_topk(
 
 def _eligible_order_keys(keys: Array, num_groups: int, top_groups: int, group_score: str) -> Array:
     """int32 keys in the order of `keys`, and below all of those for an expert outside the `top_groups` best groups."""
-    grouped = keys.reshape(*keys.shape[:-1], num_groups, -1)
+    grouped = keys.reshape(*keys.shape[:-1], num_groups, keys.shape[-1] // num_groups)
     best, _ = topk_select(grouped, 2 if group_score == "top2_sum" else 1)
     _, groups = topk_select(best.sum(axis=-1), top_groups)
     eligible = (groups[..., None, :] == numbers(num_groups, groups.ndim)[..., None]).any(axis=-1)

@@ -1,5 +1,6 @@
 """`python -m benchmarks crossings` but for its clock: where a line's thresholds lie, and what is made of the times."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,56 +19,167 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import crossings
 from benchmarks.crossing_lines import UNFUSED, Line, lines, program
+from benchmarks.timing import Pool, Timing
 
 H100 = DEVICES["H100"]
 CUDA = _native.native_module("cuda")
 LINES = {line.id: line for line in lines()}
-ROWS = LINES["activation_topk/rows/f32/E256/k6"]
-FEW, MORE, MANY = (
-    "f32 logits tile 32x2, 32 threads",
-    "f32 logits tile 32x2, 128 threads",
-    "f32 logits tile 16x4, 128 threads",
-)
 
-# On a timed line, the thresholds of each number of the tables in csrc/cuda/plan. Not here is what no choice depends on:
-# TopkSelectNumbers' candidates and lone_candidates, which are room that a kernel has, and the first of
-# DenseRouterNumbers' clusters, of a kernel that pays nowhere.
+# For each number of the tables in csrc/cuda/plan, a timed line and the plans that it chooses between there: each is
+# followed by the next at some threshold, wherever the number puts that. Not here is what no choice on an H100 depends
+# on: of HalfWarpRows, those of 1, which are for all rows, and those for which no tile was compiled; TopkSelectNumbers'
+# candidates and lone_candidates, which are room that a kernel has, and small_part, as rows so short are not streamed
+# where clusters have room; and the first of DenseRouterNumbers' clusters, of a kernel that pays nowhere.
 NUMBERS = {
-    "ActivationTopkNumbers.many_rows": ("activation_topk/rows/f32/E256/k6", [4096]),
-    "ActivationTopkNumbers.few_rows": ("activation_topk/rows/f32/E256/k6", [1025]),
-    "TopkSelectNumbers.many_tile_rows": ("topk_select/rows/f32/L256/k6/sorted", [4096]),
-    "TopkSelectNumbers.few_tile_rows": ("topk_select/rows/f32/L256/k6/sorted", [1025]),
-    "TopkSelectNumbers.many_warp_rows": ("topk_select/rows/f32/L512/k64", [1024]),
-    "TopkSelectNumbers.warp_length": ("topk_select/length/f32/N256/k64", [257]),
-    "TopkSelectNumbers.ordered_k": ("topk_select/k/bf16/N1024/L4096/sorted", [512]),
-    "TopkSelectNumbers.long_block_k": ("topk_select/k/f32/N1024/L8192", [1365]),
-    "TopkSelectNumbers.narrow_length": ("topk_select/length/f32/N256/k64", [32769]),
-    "TopkSelectNumbers.part_length": ("topk_select/length/f32/N1/k512", [16385, 32769, 65537]),
-    "TopkSelectNumbers.parts_of_k": ("topk_select/k/f32/N1/L65536", [2731]),
-    "DenseRouterNumbers.lone_token_experts": ("dense_router/experts/bf16/D4096/N1/k8", [257]),
-    "DenseRouterNumbers.few_tokens": ("dense_router/rows/bf16/D4096/E1024/k8", [17]),
-    "DenseRouterNumbers.few_experts": ("dense_router/experts/bf16/D4096/N32/k8", [513]),
-    "DenseRouterNumbers.tile_tokens": ("dense_router/rows/f32/D4096/E256/k8", [65]),
-    "DenseRouterNumbers.least_experts": ("dense_router/experts/bf16/D4096/N100/k8", [129]),
-    "DenseRouterNumbers.most_experts": ("dense_router/experts/bf16/D4096/N100/k8", [385]),
+    "ActivationTopkNumbers.half_warps, logits, 6 quads": (
+        "activation_topk/rows/f32/E384/k6",
+        ("f32 logits tile 32x3", "f32 logits tile 16x6"),
+    ),
+    "ActivationTopkNumbers.half_warps, logits, 8 quads": (
+        "activation_topk/rows/f32/E512/k6",
+        ("f32 logits tile 32x4", "f32 logits tile 16x8"),
+    ),
+    "ActivationTopkNumbers.half_warps, scores, 4 quads": (
+        "activation_topk/rows/f32/bias/E256/k6",
+        ("f32 scores tile 32x2", "f32 scores tile 16x4"),
+    ),
+    "ActivationTopkNumbers.half_warps, scores, 6 quads": (
+        "activation_topk/rows/f32/bias/E384/k6",
+        ("f32 scores tile 32x3", "f32 scores tile 16x6"),
+    ),
+    "ActivationTopkNumbers.half_warps, scores, 8 quads": (
+        "activation_topk/rows/f32/bias/E512/k6",
+        ("f32 scores tile 32x4", "f32 scores tile 16x8"),
+    ),
+    "ActivationTopkNumbers.half_warps, groups": (
+        "activation_topk/rows/f32/groups8/E256/k8",
+        ("f32 groups tile 32x2", "f32 groups tile 16x4"),
+    ),
+    "TopkSelectNumbers.half_warps": ("topk_select/rows/f32/L512/k6/sorted", ("f32 tile 32x4", "f32 tile 16x8")),
+    "TopkSelectNumbers.warp_rows": ("topk_select/rows/f32/L512/k64", ("f32 many 256x1", "f32 warp 32x4")),
+    "TopkSelectNumbers.long_warp_rows": ("topk_select/rows/f32/L1024/k64", ("f32 many 256x1", "f32 warp 32x8")),
+    "TopkSelectNumbers.warp_length": ("topk_select/length/f32/N256/k64", ("f32 warp 32x2", "f32 many 256x1")),
+    "TopkSelectNumbers.short_few_k": ("topk_select/k/f32/N256/L512", ("f32 few 256x1", "f32 many 256x1")),
+    "TopkSelectNumbers.ordered_k": (
+        "topk_select/k/bf16/N1024/L4096/sorted",
+        ("bf16 many 256x2", "bf16 many 512x1"),
+    ),
+    "TopkSelectNumbers.crowded_k": ("topk_select/k/f32/N200/L8192/sorted", ("f32 many 512x4", "f32 many 1024x2")),
+    "TopkSelectNumbers.long_block_k": (
+        "topk_select/k/f32/N1024/L8192",
+        ("f32 streamed 256, 1 blocks a row", "f32 many 512x4"),
+    ),
+    "TopkSelectNumbers.narrow_length": (
+        "topk_select/length/f32/N256/k64",
+        ("f32 streamed 256, 1 blocks a row", "f32 streamed 512, 1 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrow_k": (
+        "topk_select/k/f32/N256/L16384",
+        ("f32 streamed 256, 1 blocks a row", "f32 streamed 512, 1 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrow_few_length": (
+        "topk_select/length/f32/N64/k64",
+        ("f32 streamed 256, 2 blocks a row", "f32 streamed 512, 2 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrow_few_k": (
+        "topk_select/k/f32/N1/L16384",
+        ("f32 streamed 256, 4 blocks a row", "f32 streamed 512, 4 blocks a row"),
+    ),
+    "TopkSelectNumbers.small_cluster and part_length": (
+        "topk_select/length/f32/N1/k512",
+        (
+            "f32 streamed 512, 4 blocks a row",
+            "f32 streamed 512, 8 blocks a row",
+            "f32 streamed 512, 16 blocks a row",
+        ),
+    ),
+    "TopkSelectNumbers, room for clusters": (
+        "topk_select/rows/f32/L65536/k512",
+        (
+            "f32 streamed 512, 8 blocks a row",
+            "f32 streamed 512, 4 blocks a row",
+            "f32 streamed 512, 2 blocks a row",
+        ),
+    ),
+    "DenseRouterNumbers.lone_token_experts": (
+        "dense_router/experts/bf16/D4096/N1/k8",
+        ("bf16 logits few 16x16 of 256", UNFUSED),
+    ),
+    "DenseRouterNumbers.few_tokens": (
+        "dense_router/rows/bf16/D4096/E1024/k8",
+        ("bf16 logits few 16x24 of 1024", UNFUSED),
+    ),
+    "DenseRouterNumbers.few_experts": (
+        "dense_router/experts/bf16/D4096/N32/k8",
+        ("bf16 logits few 64x32 of 1024", UNFUSED),
+    ),
+    "DenseRouterNumbers.small_tile_tokens": (
+        "dense_router/rows/bf16/D4096/E256/k8",
+        ("bf16 logits few 16x16 of 256", "bf16 logits few 64x16 of 256"),
+    ),
+    "DenseRouterNumbers.tile_tokens": (
+        "dense_router/rows/f32/D4096/E256/k8",
+        ("f32 logits few 16x16 of 256", UNFUSED),
+    ),
+    "DenseRouterNumbers.least_experts": (
+        "dense_router/experts/bf16/D4096/N100/k8",
+        (UNFUSED, "bf16 logits few 64x32 of 256"),
+    ),
+    "DenseRouterNumbers.most_experts": (
+        "dense_router/experts/bf16/D4096/N100/k8",
+        ("bf16 logits few 64x48 of 384", UNFUSED),
+    ),
     "DenseRouterNumbers.clusters": (
         "dense_router/rows/bf16/D4096/E256/k8",
-        [361, 601, 841, 1081, 1681, 2161, 3361, 4321, 7393, 8449],
+        (
+            "bf16 logits many 24 by 4",
+            "bf16 logits many 40 by 4",
+            "bf16 logits many 56 by 4",
+            "bf16 logits many 72 by 4",
+            "bf16 logits many 56 by 2",
+            "bf16 logits many 72 by 2",
+            "bf16 logits many 112 by 2",
+            "bf16 logits many 144 by 2",
+            UNFUSED,
+        ),
     ),
-    "DenseRouterNumbers.filled_eighths": ("dense_router/experts/bf16/D4096/N1024/k8", [113, 225]),
-    "DenseRouterNumbers.filled_tenths": ("dense_router/rows/bf16/D4096/E256/k8", [6653, 7604]),
-    "kClusterRounds": ("expert_dispatch/tokens/E256/k8", [4097]),
-    "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", [49153]),
-    "kExpertsForMostThreads": ("expert_dispatch/experts/N256/k8", [1025]),
+    "DenseRouterNumbers.filled_eighths": (
+        "dense_router/experts/bf16/D4096/N1024/k8",
+        (UNFUSED, "bf16 logits many 40 by 4", UNFUSED, "bf16 logits many 72 by 4"),
+    ),
+    "DenseRouterNumbers.filled_tenths": (
+        "dense_router/rows/bf16/D4096/E256/k8",
+        (UNFUSED, "bf16 logits many 112 by 1", "bf16 logits many 128 by 1", UNFUSED),
+    ),
+    "ExpertDispatchNumbers.few_experts": (
+        "expert_dispatch/experts/N16384/k8",
+        ("one wave of 256 threads", "one wave of 512 threads"),
+    ),
+    "ExpertDispatchNumbers.two_block_experts": (
+        "expert_dispatch/experts/N512/k8",
+        ("cluster of 512 threads, 16 chunks", "cluster of 512 threads, 2 chunks"),
+    ),
+    "kClusterRounds": (
+        "expert_dispatch/tokens/E384/k8",
+        (
+            "cluster of 512 threads, 1 chunks",
+            "cluster of 512 threads, 2 chunks",
+            "cluster of 512 threads, 16 chunks",
+            "one wave of 512 threads",
+        ),
+    ),
+    "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
+    "kFewChoiceExperts": ("route_cotangent/experts/f32/N4096/k8", ("f32 few choices", "f32 choices")),
 }
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_every_number_is_a_threshold_of_a_timed_line(number):
-    line_id, expected = NUMBERS[number]
+def test_every_number_chooses_on_a_timed_line(number):
+    line_id, plans = NUMBERS[number]
     assert LINES[line_id].is_timed
-    found = [crossing.threshold for crossing in crossings.thresholds(LINES[line_id], H100)]
-    assert set(expected) <= set(found)
+    work = crossings.work_of(LINES[line_id], H100)
+    timed = {(found.below, found.above) for found, values in zip(work.found, work.values) if values}
+    assert set(itertools.pairwise(plans)) <= timed
 
 
 def test_line_ids_are_unique():
@@ -85,8 +197,10 @@ def test_every_kernel_that_an_h100_takes_is_taken_on_a_line(op):
         steps = range(line.first, line.last + 1, max(1, (line.last - line.first) // 2000))
         taken |= {CUDA.plans(op, H100, **line.sizes(value))[0] for value in steps if op == "dense_router"}
     kernels = {plan.split(",")[0] for plan in taken - {UNFUSED, None}}
-    # 128 threads are for devices with less shared memory.
-    never_taken = {f"{kernel} of 128 threads" for kernel in ("cluster", "one wave", "longer")}
+    # Fewer threads are for devices with less shared memory.
+    never_taken = {f"{kernel} of 128 threads" for kernel in ("cluster", "one wave", "longer")} | {
+        "longer of 256 threads"
+    }
     assert set(CUDA.instances(op, H100)) - kernels == (never_taken if op == "expert_dispatch" else set())
 
 
@@ -116,23 +230,47 @@ def test_a_walk_misses_nothing():
         assert [crossing.threshold for crossing in crossings.thresholds(line, H100)] == want
 
 
+class MadeUp:
+    """A native module with plans of its own: of each, the first size that takes it, and the last that it can do."""
+
+    def __init__(self, **plans):
+        self._plans = plans
+
+    def plans(self, op, device, rows):
+        possible = [plan for plan, (_, last) in self._plans.items() if rows <= last]
+        return max((first, plan) for plan, (first, _) in self._plans.items() if first <= rows)[1], possible
+
+
+ROWS = Line("topk_select", "rows", 1, 70000, {})
+ANY = 70000
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Makes up the plans of ROWS."""
+    return lambda **plans: monkeypatch.setattr(crossings, "native_module", lambda platform: MadeUp(**plans))
+
+
+@pytest.fixture
+def three_plans(made_up):
+    made_up(few=(1, ANY), more=(1025, ANY), many=(4096, ANY))
+
+
+@pytest.mark.usefixtures("three_plans")
 def test_sizes_around_a_threshold():
     work = crossings.work_of(ROWS, H100)
     assert [(found.threshold, found.below, found.above) for found in work.found] == [
-        (1025, FEW, MORE),
-        (4096, MORE, MANY),
+        (1025, "few", "more"),
+        (4096, "more", "many"),
     ]
     assert work.values == [[512, 769, 1025, 1281, 2050], [2048, 3072, 4096, 5120, 8192]]
     assert crossings.work_of(ROWS, H100, quick=True).values == [[769, 1025, 1281], [3072, 4096, 5120]]
 
 
-def test_where_the_plan_below_ends_sizes_end_too():
+def test_where_the_plan_below_ends_sizes_end_too(made_up):
     """Half and twice a threshold are left out where other plans are taken, and what one of both cannot do."""
-    line = LINES["topk_select/length/f32/N256/k64"]
-    work = crossings.work_of(line, H100)
-    values = {crossing.threshold: values for crossing, values in zip(work.found, work.values)}
-    assert values[2049] == [1537, 2048]
-    assert values[32769] == [16384, 24577, 32769, 40961]
+    made_up(few=(1, 2048), more=(2049, ANY), many=(3000, ANY))
+    assert crossings.work_of(ROWS, H100).values == [[1024, 1537, 2048], [2250, 3000, 3750, 6000]]
 
 
 def measured(line, us):
@@ -147,9 +285,10 @@ def measured(line, us):
     return crossings.measure(line, crossings.work_of(line, H100), H100, clock), asked
 
 
+@pytest.mark.usefixtures("three_plans")
 def test_figures():
     """Below 1025 rows a size takes as many microseconds, above 1000; few to many cross at 2500, and not at 4096."""
-    slopes = {FEW: lambda rows: float(rows), MORE: lambda rows: 1000.0, MANY: lambda rows: 2500000.0 / rows}
+    slopes = {"few": lambda rows: float(rows), "more": lambda rows: 1000.0, "many": lambda rows: 2500000.0 / rows}
     found, asked = measured(ROWS, lambda value, plan: slopes[plan](value))
     assert len(asked) == len(set(asked)) == 20
     first, second = found
@@ -162,8 +301,9 @@ def test_figures():
     assert (second.cost, second.cost_at) == (pytest.approx(1000 / (2.5e6 / 3072) - 1, abs=1e-4), 3072)
 
 
+@pytest.mark.usefixtures("three_plans")
 def test_a_plan_that_is_always_faster_crosses_nowhere():
-    found, _ = measured(ROWS, lambda value, plan: 2.0 if plan == MORE else 3.0)
+    found, _ = measured(ROWS, lambda value, plan: 2.0 if plan == "more" else 3.0)
     assert [crossing.crossing for crossing in found] == [None, None]
     assert [(crossing.cost, crossing.cost_at) for crossing in found] == [(0.5, 769), (0.5, 8192)]
 
@@ -191,13 +331,15 @@ def test_crossing_of(times, crossing):
     assert crossings.crossing_of(times) == crossing
 
 
+@pytest.mark.usefixtures("three_plans")
 def test_a_line_that_fails_leaves_the_others():
+    some = [Line("route_at", "rows", 1, 2000, {}), ROWS]
+
     def clock(line, points):
-        if line.op == "topk_select":
+        if line.op == "route_at":
             raise RuntimeError("no figure")
         return dict.fromkeys(points, 1.0)
 
-    some = [LINES["topk_select/rows/f32/L512/k64"], ROWS]
     failures = {}
     work = [(line, crossings.work_of(line, H100)) for line in some]
     (record,) = crossings.records(work, H100, clock, failures)
@@ -205,13 +347,37 @@ def test_a_line_that_fails_leaves_the_others():
     assert failures == {some[0].id: "RuntimeError: no figure"}
 
 
+@pytest.mark.usefixtures("three_plans")
 def test_the_table_marks_what_costs_more_than_5_percent():
-    found, _ = measured(ROWS, lambda value, plan: {FEW: 1.04, MORE: 1.0, MANY: 1.06}[plan])
+    found, _ = measured(ROWS, lambda value, plan: {"few": 1.04, "more": 1.0, "many": 1.06}[plan])
     columns = crossings.table([crossings.Record(ROWS.id, "rows", found)], "an H100").columns
     cells = {column.header: list(column.cells) for column in columns}
     assert cells["threshold"] == ["1025", "4096"]
     assert cells["above / below"] == ["0.962", "1.060"]
     assert cells["cost"] == ["[default]4.0 %[/]", "[red]6.0 %[/]"]
+
+
+@pytest.mark.parametrize("op", sorted({line.op for line in lines()}))
+def test_the_clock_times_each_plan_where_it_is_forced(op):
+    """Few sizes of a short line, with all that runs but the timer: what it is given can be run, on any platform."""
+    line = next(line for line in lines() if line.op == op)
+    largest = {"rows": 8, "tokens": 8, "experts": 64, "hidden": 64}
+    fixed = {name: min(value, largest[name]) if name in largest else value for name, value in line.fixed.items()}
+    line = Line(op, line.varied, 1, 8, fixed)
+    points = sorted((value, plan) for value in (4, 8) for plan in crossings.possible(line, value, H100))
+    timed = []
+
+    def timing(run, copies):
+        value = copies[0][0].shape[-1 if line.varied == "k" else 0]  # the first operand is [rows, k] or [rows, ...]
+        timed.append((value, CUDA.plans(op, H100, **line.sizes(value))[0]))
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(run(*copies[0]))
+        return Timing.of([1.5])
+
+    us = crossings.KernelClock(Pool(2**21), timing)(line, points)
+    assert us == dict.fromkeys(points, 1.5)
+    chosen = {value: CUDA.plans(op, H100, **line.sizes(value))[0] for value in (4, 8)}
+    assert timed == [(value, chosen[value] if plan == UNFUSED else plan) for value, plan in points]
 
 
 @pytest.mark.parametrize("line_id", [line.id for line in lines() if line.is_timed])

@@ -50,8 +50,8 @@ def test_few_tokens_are_one_call(name, cuda):
     assert calls(route, bf16(8, model.hidden_size), weight) == [FUSED]
     assert calls(route, bf16(2, 4, model.hidden_size), weight) == [FUSED]
     assert calls(jax.vmap(route, in_axes=(0, None)), bf16(2, 4, model.hidden_size), weight) == [FUSED]
-    assert calls(route, bf16(65, model.hidden_size), weight) == [FUSED if model.num_experts > 128 else UNFUSED]
-    assert calls(route, bf16(128, model.hidden_size), weight) == [FUSED if model.num_experts > 128 else UNFUSED]
+    assert calls(route, bf16(65, model.hidden_size), weight) == [FUSED]
+    assert calls(route, bf16(128, model.hidden_size), weight) == [FUSED]
 
 
 def test_many_tokens_are_one_call_where_a_kernel_is_faster(cuda):

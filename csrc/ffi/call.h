@@ -181,7 +181,7 @@ class Call {
   Argument result(const char* name);
   Argument optional_result(const char* name);  // there if the call has one more result
 
-  bool flag(const char* name) { return attribute<bool>(name, "bool"); }
+  bool flag(std::string_view name) { return attribute<bool>(name, "bool"); }
   float number(const char* name) { return attribute<float>(name, "float32"); }
 
   // The lowest of the range if there is none.
@@ -199,14 +199,14 @@ class Call {
   // Nothing may be left over. Returns the first thing that was wrong.
   ffi::Error finish();
 
-  void must_be(const std::string& name, const std::string& wanted, const std::string& got);
+  void must_be(std::string_view name, const std::string& wanted, const std::string& got);
 
  private:
   friend class Argument;
 
   template <typename T>
-  T attribute(const std::string& name, const char* type);
-  const char* type_of(const std::string& name) const;
+  T attribute(std::string_view name, const char* type);
+  const char* type_of(std::string_view name) const;
 
   static constexpr XLA_FFI_Args kNoOperands{};
   static constexpr XLA_FFI_Rets kNoResults{};
@@ -321,7 +321,7 @@ inline Argument Call::operand(const char* name) {
 }
 
 inline Argument Call::optional_operand(const char* name) {
-  const bool given = flag(("has_" + std::string(name)).c_str());
+  const bool given = flag("has_" + std::string(name));
   if (declaration_ != nullptr) declaration_->operands.push_back(std::string(name) + "?");
   return given ? operand(name) : Argument(*this, name);
 }
@@ -342,7 +342,7 @@ inline Argument Call::optional_result(const char* name) {
   return next_result_ < results_.size() ? result(name) : Argument(*this, name);
 }
 
-inline const char* Call::type_of(const std::string& name) const {
+inline const char* Call::type_of(std::string_view name) const {
   if (!attributes_.contains(name)) return "none";
   if (attributes_.contains<bool>(name)) return "bool";
   if (attributes_.contains<int32_t>(name)) return "int32";
@@ -354,12 +354,13 @@ inline const char* Call::type_of(const std::string& name) const {
 }
 
 template <typename T>
-T Call::attribute(const std::string& name, const char* type) {
+T Call::attribute(std::string_view name, const char* type) {
   if (declaration_ != nullptr) {
     declaration_->attributes.emplace_back(name, type);
     return T{};
   }
-  if (attributes_.contains<T>(name)) return *attributes_.get<T>(name);
+  const ffi::ErrorOr<T> value = attributes_.get<T>(name);
+  if (value.has_value()) return *value;
   must_be(name, std::string("of type ") + type, type_of(name));
   return T{};
 }
@@ -394,10 +395,10 @@ inline ffi::Error Call::finish() {
   return error_;
 }
 
-inline void Call::must_be(const std::string& name, const std::string& wanted, const std::string& got) {
+inline void Call::must_be(std::string_view name, const std::string& wanted, const std::string& got) {
   if (error_.failure()) return;
-  error_ =
-      ffi::Error::InvalidArgument(std::string(kPrefix) + target_ + ": " + name + " must be " + wanted + ", got " + got);
+  error_ = ffi::Error::InvalidArgument(std::string(kPrefix) + target_ + ": " + std::string(name) + " must be " +
+                                       wanted + ", got " + got);
 }
 
 }  // namespace jax_router

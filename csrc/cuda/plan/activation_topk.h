@@ -12,11 +12,12 @@
 namespace jax_router::cuda {
 
 struct ActivationTopkNumbers {
-  int64_t many_rows;  // from so many on, tiles of 16 lanes: fewer instructions a token; below, the steps in a row count
-  int64_t few_rows;   // up to so many, a token has a thread block of its own
+  HalfWarpRows half_warps[3];  // by KeyMode
 };
-// Measured on an H100 alone.
-constexpr auto kActivationTopkNumbers = everywhere(ActivationTopkNumbers{4096, 1024});
+// Measured on an H100 alone, for up to 512 experts and 8192 rows: there, with a bias, tiles of 16 lanes are slower for
+// 512 experts. With more rows they are taken unmeasured.
+constexpr auto kActivationTopkNumbers =
+    everywhere(ActivationTopkNumbers{{{{1, 1, 512, 2048}}, {{1, 512, 1536, 16384}}, {{4096, 4096, 4096, 4096}}}});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
 constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4}, {16, 8, 6},
@@ -36,8 +37,8 @@ constexpr KeyMode key_mode(const ActivationTopk& op) {
 }
 
 struct ActivationTopkPlan {
-  int tile;  // of kActivationTopkTiles, or -1: rows in shared memory
-  int threads;
+  int tile;     // of kActivationTopkTiles, or -1: rows in shared memory
+  int threads;  // of a block
   int64_t blocks;
   int warp_bytes;  // of shared memory, for rows there
 };
@@ -58,9 +59,8 @@ constexpr bool can_use(const ActivationTopk& op, const RowTile& tile) {
 
 constexpr int kActivationTopkTileCount = static_cast<int>(std::size(kActivationTopkTiles));
 
-inline ActivationTopkPlan tile_plan(const ActivationTopk& op, int tile, int threads) {
-  const TileGrid grid(op.rows, kActivationTopkTiles[tile].lanes, threads);
-  return {tile, grid.threads, grid.blocks, 0};
+inline ActivationTopkPlan tile_plan(const ActivationTopk& op, int tile) {
+  return {tile, kTileThreads, tile_blocks(op.rows, kActivationTopkTiles[tile].lanes), 0};
 }
 
 inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
@@ -71,13 +71,12 @@ inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
 }
 
 inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const Device& device) {
-  const ActivationTopkNumbers& numbers = kActivationTopkNumbers.of(device);
+  const HalfWarpRows& half_warps = kActivationTopkNumbers.of(device).half_warps[static_cast<int>(key_mode(op))];
   for (int lanes : {16, 32}) {
-    if (lanes == 16 && op.rows < numbers.many_rows) continue;
     for (int i = 0; i < kActivationTopkTileCount; ++i) {
       const RowTile& tile = kActivationTopkTiles[i];
       if (tile.lanes != lanes || !can_use(op, tile)) continue;
-      return tile_plan(op, i, lanes == 32 && op.rows <= numbers.few_rows ? kLoneTileThreads : kTileThreads);
+      if (lanes == 32 || half_warps.pay(op.rows, tile.chunks)) return tile_plan(op, i);
     }
   }
   return long_plan(op);
@@ -86,9 +85,7 @@ inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const De
 inline std::vector<ActivationTopkPlan> plans(const ActivationTopk& op, const Device&) {
   std::vector<ActivationTopkPlan> found;
   for (int i = 0; i < kActivationTopkTileCount; ++i) {
-    if (!can_use(op, kActivationTopkTiles[i])) continue;
-    found.push_back(tile_plan(op, i, kTileThreads));
-    if (kActivationTopkTiles[i].lanes == 32) found.push_back(tile_plan(op, i, kLoneTileThreads));
+    if (can_use(op, kActivationTopkTiles[i])) found.push_back(tile_plan(op, i));
   }
   if (const auto plan = long_plan(op)) found.push_back(*plan);
   return found;
@@ -100,8 +97,7 @@ inline std::string instance_name(DType dtype, KeyMode mode, int tile) {
 }
 
 inline std::string name(const ActivationTopk& op, const ActivationTopkPlan& plan) {
-  const std::string instance = instance_name(op.dtype, key_mode(op), plan.tile);
-  return plan.tile < 0 ? instance : instance + ", " + std::to_string(plan.threads) + " threads";
+  return instance_name(op.dtype, key_mode(op), plan.tile);
 }
 
 constexpr Needs needs(const ActivationTopkPlan& plan) { return {plan.threads / 32 * plan.warp_bytes, 1, false}; }

@@ -93,18 +93,18 @@ struct DenseRouterNumbers {
                                // weight as fast, and needs no hand-over
   int64_t few_tokens;          // up to so many, any number of experts is worth it
   int64_t few_experts;         // of more tokens, up to so many
+  int64_t small_tile_tokens;   // up to so many, blocks have 16 tokens instead of 64 (of most experts, up to few_tokens)
   int64_t tile_tokens;         // of more than these, more than least_experts up to most_experts
   int64_t least_experts, most_experts;
   int clusters[4];     // of 1, 2, 4 and 8 blocks that have room at a time
   int filled_eighths;  // of the experts' tiles, that must be more than this to be worth it
   int filled_tenths;   // of a wave of tokens, at least, where the hidden axis is not split
 };
-// Measured on an H100: 1 to 64 tokens, 64 to 1024 experts and hidden sizes from 2048 to 7168; 65 to 128 tokens, 160 to
-// 384 experts and hidden sizes from 4096; more tokens, 64 to 256 experts and hidden sizes from 2048. In numbers of
-// tokens, the last two lines come to up to 4320 tokens of 256 experts and 9504 of 128, and to what all but fills one
-// wave.
+// Measured on an H100: up to 128 tokens with 64 to 1024 experts and hidden sizes from 2048 to 7168, more with 64 to 256
+// experts. In numbers of tokens, the last two come to up to 4320 tokens of 256 experts and 9504 of 128, and to 5175 to
+// 8448 of 256.
 constexpr auto kDenseRouterNumbers =
-    everywhere(DenseRouterNumbers{256, 16, 512, 64, 128, 384, {132, 66, 30, 15}, 7, 9});
+    everywhere(DenseRouterNumbers{256, 16, 512, 32, 64, 96, 384, {132, 66, 30, 15}, 6, 7});
 
 struct DenseRouterPlan {
   int few;          // of kFewTiles, or -1: the kernel for many tokens, with
@@ -197,10 +197,14 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
     }
     return found;
   }
+  const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
+  const bool most = op.select.selection.experts > numbers.most_experts;
+  const int64_t small = most ? numbers.few_tokens : numbers.small_tile_tokens;
   for (int i = 0; i < kFewTileCount; ++i) {
     const FewTile& tile = kFewTiles[i];
-    if (tile.token_tiles > 1 && op.select.rows <= 16) continue;
-    if (tile.is_for_two() && (op.select.rows <= tile.tokens() || op.select.selection.experts <= 128)) continue;
+    if (tile.token_tiles > 1 && op.select.rows <= small) continue;
+    if (tile.is_for_two() && (op.select.rows <= tile.tokens() || op.select.selection.experts <= numbers.least_experts))
+      continue;
     if (can_use(op, tile, device)) return few_plan(op, i);
   }
   return std::nullopt;

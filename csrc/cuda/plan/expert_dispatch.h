@@ -37,10 +37,16 @@ constexpr uint32_t kCountBlocks = 8;     // of the clusters that count the chunk
 // other, so many experts leave room for few warps: for 128 threads alone where a block has no more than 99 KiB.
 constexpr int kSortThreads[] = {512, 256, 128};
 constexpr int kMostSortThreads = kSortThreads[0];
-constexpr int kExpertsForMostThreads = 1024;  // of more experts, the next
-constexpr int64_t kSortStaticBytes = 1024;    // at most, of what the kernels declare as __shared__
+constexpr int64_t kSortStaticBytes = 1024;  // at most, of what the kernels declare as __shared__
 // A warp finds the lanes with the same bin by a table of lane masks, over the bin's low bits if it has more than these.
 constexpr uint32_t kMaskBins = 512;
+
+struct ExpertDispatchNumbers {
+  int few_experts;        // up to so many, blocks have 256 threads: each has one bin at most
+  int two_block_experts;  // from so many on, a sort that two blocks can hold has no more
+};
+// Measured on an H100 alone, one sort at a time.
+constexpr auto kExpertDispatchNumbers = everywhere(ExpertDispatchNumbers{255, 320});
 
 enum class SortKernel {
   kCluster,  // a sort is one cluster's work, each block's chunk one tile
@@ -123,22 +129,45 @@ constexpr bool can_sort(const ExpertDispatch& op) {
   return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
 }
 
+// Into how many chunks a sort is cut that one cluster holds, of `most` blocks at most. Every block adds up the counts
+// of all: one block does without, two are enough where there are many experts to add up, and else more blocks are
+// faster.
+constexpr int64_t cluster_chunks(const ExpertDispatch& op, int threads, int64_t most, const Device& device) {
+  const int64_t choices = op.tokens * op.k;
+  const int64_t held = threads * int64_t{kClusterRounds};
+  if (choices <= held) return 1;
+  if (op.batch * most > device.multiprocessors) {
+    int64_t chunks = 2;
+    while (chunks < most && choices > chunks * threads) chunks *= 2;
+    return chunks;
+  }
+  const bool two = op.experts >= kExpertDispatchNumbers.of(device).two_block_experts && choices <= 2 * held;
+  return two ? 2 : most;
+}
+
 inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int threads, const Device& device) {
   const int64_t choices = op.tokens * op.k;
   const int64_t most = std::min<int64_t>(device.cluster_blocks(), kMaxSortBlocks);
   if (choices <= most * threads * int64_t{kClusterRounds}) {
-    int64_t chunks = 1;
-    while (chunks < most && choices > chunks * threads) chunks *= 2;
-    return cluster_plan(op, threads, chunks, device);
+    return cluster_plan(op, threads, cluster_chunks(op, threads, most, device), device);
   }
   if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, threads, device)) return one_wave;
   return cut_plan(op, SortKernel::kLonger, threads, device);
 }
 
+// Whether blocks of so many threads hold a sort in a cluster of theirs, or in one wave where no cluster can.
+constexpr bool holds_better(const ExpertDispatch& op, int threads) {
+  const int64_t choices = op.tokens * op.k;
+  const int64_t of_cluster = int64_t{kMaxSortBlocks} * kClusterRounds;
+  const int64_t of_wave = int64_t{kOneWaveCut.clusters} * kCountBlocks * kOneWaveCut.rounds;
+  return choices <= of_cluster * threads || (choices > of_cluster * kMostSortThreads && choices <= of_wave * threads);
+}
+
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
   if (!can_sort(op)) return std::nullopt;
   for (int threads : kSortThreads) {
-    if (threads == kMostSortThreads && op.experts > kExpertsForMostThreads) continue;
+    const bool fewer = op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1]);
+    if (threads == kMostSortThreads && fewer) continue;
     if (const auto found = plan_with(op, threads, device)) return found;
   }
   return std::nullopt;

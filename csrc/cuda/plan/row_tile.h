@@ -36,17 +36,16 @@ constexpr bool tile_can_group(int lanes, int experts, int num_groups) {
   return whole && quads <= lanes && num_groups <= lanes;
 }
 
-// The blocks of a launch whose tiles have a row each.
-struct TileGrid {
-  int threads;
-  int64_t blocks;
-
-  constexpr TileGrid(int64_t rows, int lanes, int threads)
-      : threads(threads), blocks(ceil_div(rows, threads / lanes)) {}
-};
-
-// Of a block: of many tiles, and of one that is alone.
+// Of a block, whose tiles have a row each. Fewer are no faster for a few rows either.
 constexpr int kTileThreads = 128;
-constexpr int kLoneTileThreads = 32;
+constexpr int64_t tile_blocks(int64_t rows, int lanes) { return ceil_div(rows, kTileThreads / lanes); }
+
+// From how many rows on tiles of 16 lanes are faster than those of 32, which have more steps in a row for each lane; by
+// the quads of a lane, up to 2, 4, 6 and 8.
+struct HalfWarpRows {
+  int64_t by_chunks[4];
+
+  constexpr bool pay(int64_t rows, int chunks) const { return rows >= by_chunks[(chunks - 1) / 2]; }
+};
 
 }  // namespace jax_router::cuda

@@ -33,21 +33,26 @@ constexpr int max_select_k(const Device& device) {
 }
 
 struct TopkSelectNumbers {
-  int64_t many_tile_rows;   // from so many rows on, tiles of 16 lanes: fewer instructions a row
-  int64_t few_tile_rows;    // up to so many, a row has a thread block of its own
-  int64_t many_warp_rows;   // from so many on, a warp a row of any short length
+  HalfWarpRows half_warps;
+  int64_t warp_rows;        // from so many on, a warp a row where a row has up to kMaxShortLength / 2 elements
+  int64_t long_warp_rows;   // and where it has up to kMaxShortLength
   int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
+  int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
   int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
+  int64_t crowded_k;        // from so many on, the longest sorted rows have the most threads
   int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
-  int64_t narrow_length;    // up to so long, of many rows, a streamed row has 256 threads instead of 512
-  int64_t part_length;      // what each block of a cluster must at least have of a row
-  int64_t parts_of_k;       // and so many times k
+  int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
+  int64_t narrow_k;         // and so many choices, where rows are many,
+  int64_t narrow_few_k;     // or so many, where they are few
+  int64_t small_cluster;    // of up to so many blocks, each must have
+  int64_t small_part;       // so much of a row
+  int64_t part_length;      // and of more blocks, so much
   int64_t candidates;       // that a block of a cluster keeps at most, beside k
   int64_t lone_candidates;  // that a block which is alone keeps: a multiprocessor has room for two
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
-constexpr auto kTopkSelectNumbers =
-    everywhere(TopkSelectNumbers{4096, 1024, 1024, 256, 512, kMaxBlockLength / 6, 32768, 4096, 3, 4096, 3072});
+constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
+    {{1, 1, 2048, 2048}}, 768, 1024, 64, 32, 512, 1000, 950, 32768, 1024, 300, 4, 2048, 4096, 4096, 3072});
 
 enum class TopkKernel {
   kTile,      // few choices of a short row: a bound and a ranking
@@ -179,15 +184,17 @@ constexpr int find_instance_for_many(const TopkSelect& op, const Device& device)
   const bool is_long = op.length > kMaxBlockLength / 2;
   const bool orders_many = op.sorted && op.k >= kTopkSelectNumbers.of(device).ordered_k;
   const bool some_rows = op.rows <= 2 * device.multiprocessors;
-  const bool few_rows = op.rows <= device.multiprocessors || (is_long && op.sorted && (some_rows || !is_wide));
+  const bool few_rows = op.rows <= device.multiprocessors;
+  const bool crowded = is_long && op.sorted && op.k >= kTopkSelectNumbers.of(device).crowded_k;
   struct Choice {
     bool wanted;
     int threads;
     int vectors;
   };
-  const Choice choices[] = {{few_rows, 512, 1},
-                            {few_rows, 1024, 1},
-                            {few_rows, 1024, 2},
+  const Choice choices[] = {{op.length <= kMaxShortLength, 256, 1},
+                            {few_rows, 512, 1},
+                            {few_rows || crowded, 1024, 1},
+                            {few_rows || crowded, 1024, 2},
                             {true, 256, 1},
                             {some_rows || (orders_many && !is_wide), 512, 1},
                             {true, 256, 2},
@@ -208,22 +215,23 @@ constexpr int cluster_of(const TopkSelect& op, const Device& device) {
   const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
   int blocks = 1;
   const auto pays = [&](int64_t more) {
-    return more <= device.cluster_blocks() &&
-           op.length > more * std::max(numbers.part_length, numbers.parts_of_k * op.k) &&
-           op.rows * more <= (more == 2 ? device.multiprocessors : device.multiprocessors / 2);
+    const int64_t part = more <= numbers.small_cluster ? numbers.small_part : numbers.part_length;
+    // Large clusters do not fill a device: the multiprocessors of one lie together.
+    const int64_t room = more <= numbers.small_cluster ? device.multiprocessors
+                         : more <= 8                   ? device.multiprocessors * 7 / 8
+                                                       : device.multiprocessors / 2;
+    return more <= device.cluster_blocks() && op.length > more * std::max(part, op.k * 3 / 4) && op.rows * more <= room;
   };
   while (pays(2 * blocks)) blocks *= 2;
   return blocks;
 }
 
-constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, int instance, int cluster,
-                                   bool lone_tiles) {
+constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, int instance, int cluster) {
   const TopkInstance& kernel = kTopkInstances[instance];
   TopkSelectPlan plan{instance, kernel.threads, op.rows, 1, 0, 0};
   if (kernel.kernel == TopkKernel::kTile || kernel.kernel == TopkKernel::kWarp) {
-    const TileGrid grid(op.rows, kernel.threads, lone_tiles ? kLoneTileThreads : kTileThreads);
-    plan.threads = grid.threads;
-    plan.blocks = grid.blocks;
+    plan.threads = kTileThreads;
+    plan.blocks = tile_blocks(op.rows, kernel.threads);
   } else if (kernel.kernel == TopkKernel::kMany) {
     plan.shared_bytes = block_row_bytes(kernel.threads, op.sorted ? op.k : 0);
   } else if (kernel.kernel == TopkKernel::kStreamed) {
@@ -238,23 +246,31 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
 constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
   const bool few_rows = op.rows <= device.multiprocessors;
-  if (op.length <= kMaxShortLength && op.k <= kMaxTileK) {
-    const int half = op.rows >= numbers.many_tile_rows ? find_instance(op, device, TopkKernel::kTile, 16) : -1;
-    return half >= 0 ? half : find_instance(op, device, TopkKernel::kTile, 32);
+  const bool some_rows = op.rows <= 2 * device.multiprocessors;
+  const bool is_short = op.length <= kMaxShortLength;
+  if (is_short && op.k <= kMaxTileK) {
+    const int half = find_instance(op, device, TopkKernel::kTile, 16);
+    if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size)) return half;
+    return find_instance(op, device, TopkKernel::kTile, 32);
   }
-  if (op.length <= (op.rows >= numbers.many_warp_rows ? kMaxShortLength : numbers.warp_length) &&
-      op.k <= (op.sorted && op.length > kMaxShortLength / 2 ? kMaxFewK : kMaxWarpK)) {
+  const int64_t warp_length = op.rows >= numbers.long_warp_rows ? kMaxShortLength
+                              : op.rows >= numbers.warp_rows    ? kMaxShortLength / 2
+                                                                : numbers.warp_length;
+  if (op.length <= warp_length && op.k <= (op.sorted && op.length > kMaxShortLength / 2 ? kMaxFewK : kMaxWarpK)) {
     return find_instance(op, device, TopkKernel::kWarp);
   }
-  if (op.length <= kMaxBlockLength && op.k <= kMaxFewK) return find_instance(op, device, TopkKernel::kFew);
+  if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK)) {
+    return find_instance(op, device, TopkKernel::kFew);
+  }
   // The longest of these rows fill so many registers that few of them are under way at once.
-  if (op.length <= (few_rows || op.k >= numbers.long_block_k ? kMaxBlockLength : kMaxBlockLength / 2)) {
+  if (op.length <= (some_rows || op.k >= numbers.long_block_k ? kMaxBlockLength : kMaxBlockLength / 2)) {
     const int held = find_instance_for_many(op, device);
     if (held >= 0) return held;
   }
-  const int threads = op.rows > device.multiprocessors && op.length <= numbers.narrow_length ? 256 : 512;
-  const int wide = find_instance(op, device, TopkKernel::kStreamed, threads);
-  return wide >= 0 ? wide : find_instance(op, device, TopkKernel::kStreamed);
+  const bool narrow =
+      op.length <= numbers.narrow_length && op.k <= (few_rows ? numbers.narrow_few_k : numbers.narrow_k);
+  const int wanted = find_instance(op, device, TopkKernel::kStreamed, narrow ? 256 : 512);
+  return wanted >= 0 ? wanted : find_instance(op, device, TopkKernel::kStreamed);
 }
 
 constexpr int kMostBlocks = INT32_MAX;  // of a grid
@@ -262,9 +278,7 @@ constexpr int kMostBlocks = INT32_MAX;  // of a grid
 inline std::optional<TopkSelectPlan> plan(const TopkSelect& op, const Device& device) {
   const int instance = find_chosen_instance(op, device);
   if (instance < 0) return std::nullopt;
-  const bool lone_tiles =
-      kTopkInstances[instance].threads == 32 && op.rows <= kTopkSelectNumbers.of(device).few_tile_rows;
-  const TopkSelectPlan plan = make_plan(op, device, instance, cluster_of(op, device), lone_tiles);
+  const TopkSelectPlan plan = make_plan(op, device, instance, cluster_of(op, device));
   return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
 }
 
@@ -276,11 +290,10 @@ inline std::vector<TopkSelectPlan> plans(const TopkSelect& op, const Device& dev
   };
   for (int i = 0; i < kTopkInstanceCount; ++i) {
     if (!can_use(op, kTopkInstances[i], device)) continue;
-    add(make_plan(op, device, i, 1, false));
-    if (kTopkInstances[i].threads == 32) add(make_plan(op, device, i, 1, true));
+    add(make_plan(op, device, i, 1));
     if (kTopkInstances[i].kernel != TopkKernel::kStreamed) continue;
     for (int cluster = 2; cluster <= device.cluster_blocks() && op.length > cluster * kLeastPart; cluster *= 2) {
-      add(make_plan(op, device, i, cluster, false));
+      add(make_plan(op, device, i, cluster));
     }
   }
   return found;
@@ -304,9 +317,9 @@ inline std::string instance_name(DType dtype, const TopkInstance& instance) {
 }
 
 inline std::string name(const TopkSelect& op, const TopkSelectPlan& plan) {
-  const std::string of = plan.kernel() == TopkKernel::kStreamed ? std::to_string(plan.cluster) + " blocks a row"
-                                                                : std::to_string(plan.threads) + " threads";
-  return instance_name(op.dtype, kTopkInstances[plan.instance]) + ", " + of;
+  const std::string kernel = instance_name(op.dtype, kTopkInstances[plan.instance]);
+  return plan.kernel() == TopkKernel::kStreamed ? kernel + ", " + std::to_string(plan.cluster) + " blocks a row"
+                                                : kernel;
 }
 
 constexpr Needs needs(const TopkSelectPlan& plan) {
