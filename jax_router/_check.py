@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.export import is_symbolic_dim
+from jax.extend.core import InconclusiveDimensionOperation
 
 from ._types import GroupScore, Implementation, ScoreFn, Scoring, Selection
 
@@ -24,17 +25,17 @@ MAX_SIZE = 2**31 - 1
 def array(name: str, value: Any, *, min_rank: int = 0) -> Array:
     """An array with axes that int32 can number."""
     try:
-        array = jnp.asarray(value)
+        values = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {value!r}") from error
-    if array.ndim < min_rank:
-        raise ValueError(f"{name} must have at least {min_rank} axes, got shape {array.shape}")
-    for size in array.shape:
+    if values.ndim < min_rank:
+        raise ValueError(f"{name} must have at least {min_rank} axes, got shape {values.shape}")
+    for size in values.shape:
         if isinstance(size, int) and size > MAX_SIZE:
             raise ValueError(
-                f"{name} must have at most 2^31 - 1 = {MAX_SIZE} elements an axis, got shape {array.shape}"
+                f"{name} must have at most 2^31 - 1 = {MAX_SIZE} elements an axis, got shape {values.shape}"
             )
-    return array
+    return values
 
 
 def float_array(name: str, value: Any, *, min_rank: int = 1) -> Array:
@@ -109,7 +110,7 @@ def static_int(name: str, value: Any, low: int, high: int | None, meaning: str =
     try:
         # What is symbolic is the size of an axis, or is computed from one.
         inside = value >= low and (is_symbolic or value <= MAX_SIZE if high is None else value <= high)
-    except jax.errors.InconclusiveDimensionOperation as error:
+    except InconclusiveDimensionOperation as error:
         raise ValueError(
             f"{name} must be {limits}{meaning}, got {value}, of which that is not known: say it in the constraints of "
             "jax.export.symbolic_shape"

@@ -52,14 +52,10 @@ def table_operands(token_ids: Any, hash_lut: Any, token_mask: Any = None) -> dic
         raise ValueError(f"hash_lut must have shape (vocab_size, k), both at least 1, got {hash_lut.shape}")
     token_ids = as_int32_ids(token_ids, hash_lut.shape[0])
     if token_mask is not None:
-        token_ids = masked_ids(token_ids, _check.mask_array("token_mask", token_mask, token_ids.shape))
+        token_mask = _check.mask_array("token_mask", token_mask, token_ids.shape)
+        token_ids, token_mask = align([token_ids, token_mask], [0, 0])
+        token_ids = jnp.where(token_mask, token_ids, -1)
     return {"token_ids": token_ids, "hash_lut": as_int32_ids(hash_lut, 2**31)}
-
-
-def masked_ids(ids: Array, mask: Array) -> Array:
-    """int32 ids, -1 where the mask is False."""
-    ids, mask = align([ids, mask], [0, 0])
-    return jnp.where(mask, ids, -1)
 
 
 def hash_reference(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:

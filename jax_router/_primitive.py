@@ -14,7 +14,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Primitive
+from jax.extend.core import InconclusiveDimensionOperation, Primitive
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
 
@@ -239,7 +239,7 @@ class Op:
                 return reason
             insists = implementation == "native" and not self.composed
             return None if insists or self.pays(platform, avals, **params) else "the kernels do not pay"
-        except jax.errors.InconclusiveDimensionOperation as error:
+        except InconclusiveDimensionOperation as error:
             return f"whether the kernels take symbolic sizes is not known: {str(error).splitlines()[0]}"
 
     def _lower_to_kernels(self, platform, ctx, *values, names, implementation, **params):
