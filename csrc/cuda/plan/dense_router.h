@@ -15,7 +15,6 @@ namespace jax_router::cuda {
 
 // Few tokens (dense_router_few.cu): kFewSplits blocks share the hidden axis of the same tokens and experts.
 constexpr int kFewTokens = 128;  // at most
-constexpr int kFewExperts = 1024;
 constexpr int kFewSplits = 8;
 constexpr int kFewWarps = 8;
 constexpr int kFewStepBytes = 128;  // of every row, for one warp
@@ -103,8 +102,10 @@ struct DenseRouterNumbers {
 // Measured on an H100: up to 128 tokens with 64 to 1024 experts and hidden sizes from 2048 to 7168, more with 64 to 256
 // experts. In numbers of tokens, the last two come to up to 4320 tokens of 256 experts and 9504 of 128, and to 5175 to
 // 8448 of 256.
-constexpr auto kDenseRouterNumbers =
-    everywhere(DenseRouterNumbers{256, 16, 512, 32, 64, 96, 384, {132, 66, 30, 15}, 6, 7});
+constexpr auto kDenseRouterNumbers = everywhere(
+    DenseRouterNumbers{/*lone_token_experts=*/256, /*few_tokens=*/16, /*few_experts=*/512, /*small_tile_tokens=*/32,
+                       /*tile_tokens=*/64, /*least_experts=*/96, /*most_experts=*/384, /*clusters=*/{132, 66, 30, 15},
+                       /*filled_eighths=*/6, /*filled_tenths=*/7});
 
 struct DenseRouterPlan {
   int few;          // of kFewTiles, or -1: the kernel for many tokens, with

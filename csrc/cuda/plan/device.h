@@ -45,6 +45,8 @@ constexpr PerArchitecture<Numbers> everywhere(const Numbers& sm90) {
   return {sm90, sm90, sm90};
 }
 
+constexpr int64_t kMostBlocks = INT32_MAX;  // of a grid
+
 // What a block may have of shared memory without asking.
 constexpr int kUnaskedSharedBytes = 48 * 1024;
 

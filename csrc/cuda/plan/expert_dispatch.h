@@ -46,7 +46,8 @@ struct ExpertDispatchNumbers {
   int two_block_experts;  // from so many on, a sort that two blocks can hold has no more
 };
 // Measured on an H100 alone, one sort at a time.
-constexpr auto kExpertDispatchNumbers = everywhere(ExpertDispatchNumbers{255, 320});
+constexpr auto kExpertDispatchNumbers =
+    everywhere(ExpertDispatchNumbers{/*few_experts=*/255, /*two_block_experts=*/320});
 
 enum class SortKernel {
   kCluster,  // a sort is one cluster's work, each block's chunk one tile
@@ -103,7 +104,7 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
   layout.rounds = static_cast<uint32_t>(std::min<int64_t>(held, rounds));
   ExpertDispatchPlan plan{kernel, threads, layout, op.batch * chunks, sort_shared_bytes(layout, threads), 0};
   if (kernel != SortKernel::kCluster) plan.workspace_bytes = count_bytes(op, chunks, cluster_blocks);
-  const bool fits = plan.shared_bytes + kSortStaticBytes <= device.shared_bytes && plan.blocks <= INT32_MAX &&
+  const bool fits = plan.shared_bytes + kSortStaticBytes <= device.shared_bytes && plan.blocks <= kMostBlocks &&
                     plan.workspace_bytes <= op.workspace.bytes;
   return fits ? std::optional(plan) : std::nullopt;
 }
@@ -165,8 +166,8 @@ constexpr bool holds_better(const ExpertDispatch& op, int threads) {
 
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
   if (!can_sort(op)) return std::nullopt;
+  const bool fewer = op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1]);
   for (int threads : kSortThreads) {
-    const bool fewer = op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1]);
     if (threads == kMostSortThreads && fewer) continue;
     if (const auto found = plan_with(op, threads, device)) return found;
   }

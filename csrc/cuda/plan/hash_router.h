@@ -42,7 +42,7 @@ inline std::vector<HashRouterPlan> plans(const HashRouter& op, const Device&) {
     plan.block_tokens = tokens >= 16 ? tokens / 16 * 16 : tokens;
     plan.blocks = ceil_div(op.rows, int64_t{plan.block_tokens} * kHashTokens);
     plan.column_blocks = static_cast<int>(ceil_div(plan.columns, kHashThreads));
-    if (plan.blocks <= INT32_MAX && plan.column_blocks <= kMostColumnBlocks) found.push_back(plan);
+    if (plan.blocks <= kMostBlocks && plan.column_blocks <= kMostColumnBlocks) found.push_back(plan);
   }
   return found;
 }

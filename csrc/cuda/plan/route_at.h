@@ -22,7 +22,7 @@ inline std::optional<RouteAtPlan> plan(const RouteAt& op, const Device&) {
   if (op.k < 1 || (!by_rows && op.k > kRouteAtThreads)) return std::nullopt;
   const int tokens = by_rows ? kRouteAtThreads / 32 : kRouteAtThreads / op.k;
   const RouteAtPlan plan{by_rows, tokens, ceil_div(op.rows, tokens)};
-  return plan.blocks <= INT32_MAX ? std::optional(plan) : std::nullopt;
+  return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
 }
 
 inline std::vector<RouteAtPlan> plans(const RouteAt& op, const Device& device) {

@@ -51,7 +51,7 @@ inline std::optional<RouteCotangentPlan> plan_with(const RouteCotangent& op, Cot
       plan.stretches = static_cast<int>(ceil_div(op.experts, kLongCotangentStretch));
       plan.blocks = op.rows * plan.stretches;
   }
-  return plan.blocks <= INT32_MAX ? std::optional(plan) : std::nullopt;
+  return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
 }
 
 // Measured on an H100: of more experts, a row is a warp's work also where its choices are few, and of more choices too

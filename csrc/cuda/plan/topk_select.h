@@ -52,7 +52,10 @@ struct TopkSelectNumbers {
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
-    {{1, 1, 2048, 2048}}, 768, 1024, 64, 32, 512, 1000, 950, 32768, 1024, 300, 4, 2048, 4096, 4096, 3072});
+    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*warp_length=*/64,
+    /*short_few_k=*/32, /*ordered_k=*/512, /*crowded_k=*/1000, /*long_block_k=*/950, /*narrow_length=*/32768,
+    /*narrow_k=*/1024, /*narrow_few_k=*/300, /*small_cluster=*/4, /*small_part=*/2048, /*part_length=*/4096,
+    /*candidates=*/4096, /*lone_candidates=*/3072});
 
 enum class TopkKernel {
   kTile,      // few choices of a short row: a bound and a ranking
@@ -272,8 +275,6 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   const int wanted = find_instance(op, device, TopkKernel::kStreamed, narrow ? 256 : 512);
   return wanted >= 0 ? wanted : find_instance(op, device, TopkKernel::kStreamed);
 }
-
-constexpr int kMostBlocks = INT32_MAX;  // of a grid
 
 inline std::optional<TopkSelectPlan> plan(const TopkSelect& op, const Device& device) {
   const int instance = find_chosen_instance(op, device);
