@@ -15,7 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
+from jax_router import (
+    activation_topk,
+    dense_router,
+    expert_dispatch,
+    hash_router,
+    route_at,
+    scored_hash_router,
+    topk_select,
+)
 from support.models import MODELS, Model
 from support.programs import load_example
 
@@ -171,6 +179,21 @@ def route_at_case(model: Model, tokens: int) -> Case:
     )
 
 
+def scored_hash_router_case(model: Model, tokens: int) -> Case:
+    assert model.vocab_size is not None
+    lut = Spec((model.vocab_size, model.top_k), jnp.int32, bound=model.num_experts)
+
+    def run(logits, token_ids, hash_lut, *, implementation):
+        return scored_hash_router(logits, token_ids, hash_lut, implementation=implementation, **model.scoring)
+
+    return Case(
+        f"scored_hash_router/E{model.num_experts}/V{model.vocab_size}/k{model.top_k}/N{tokens}",
+        (Spec((tokens, model.num_experts)), Spec((tokens,), jnp.int32, bound=model.vocab_size), lut),
+        _both(run),
+        tokens * (4 + model.top_k * (32 + 8)) + min(lut.nbytes, tokens * 32),
+    )
+
+
 def hash_router_case(vocab_size: int, top_k: int, tokens: int) -> Case:
     lut = Spec((vocab_size, top_k), jnp.int32, bound=256)
 
@@ -308,6 +331,7 @@ def _variants() -> Iterator[Case]:
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16)
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16, with_bias=True)
     yield activation_topk_case(_V3, 65536)
+    yield scored_hash_router_case(_FLASH, 65536)
     for match in filter(None, (re.fullmatch(_TOPK_SELECT_ID, case_id) for case_id in TARGETS)):
         rows, length, k = map(int, match.groups())
         yield topk_select_case(rows, length, k, is_sorted=True)
@@ -331,6 +355,7 @@ def cpu_cases() -> list[Case]:
         activation_topk_grad_case(_FLASH, 16384),
         route_at_case(_FLASH, 16384),
         hash_router_case(129280, 6, 65536),
+        scored_hash_router_case(_FLASH, 16384),
         topk_select_case(1, 65536, 512),
         topk_select_case(64, 8192, 2048),
         topk_select_case(64, 8192, 2048, is_sorted=True),

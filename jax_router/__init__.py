@@ -6,7 +6,7 @@ from ._dense_router import dense_router
 from ._expert_dispatch import expert_dispatch
 from ._hash_router import hash_router
 from ._native import custom_call_targets
-from ._route_at import route_at
+from ._route_at import route_at, scored_hash_router
 from ._topk_select import topk_select
 from ._types import Dispatch, Routing
 from ._version import __version__
@@ -28,6 +28,7 @@ __all__ = [
     "random_hash_table",
     "reference",
     "route_at",
+    "scored_hash_router",
     "topk_select",
 ]
 

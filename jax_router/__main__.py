@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jax-router", description="The router of a mixture-of-experts layer, native to JAX."
     )
     parser.add_argument("--version", action="version", version=f"jax-router {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about_info = "what was built, what loaded and why not, on which devices"
     commands.add_parser("info", help=about_info, description=f"Shows {about_info}.")
     demo = commands.add_parser(
@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     demo.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a UTF-8 text (default: a page of Alice)")
-    demo.add_argument("--rows", type=int, default=20, metavar="N", help="tokens to show of each layer (default: 20)")
+    demo.add_argument("--rows", type=_count, default=20, metavar="N", help="tokens to show of each layer (default: 20)")
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     if arguments.command == "info":
         return _info()
     try:
@@ -47,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments.file, arguments.rows)
     except DemoError as error:
         demo.error(str(error))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
+    return int(text)
 
 
 def _info() -> int:

@@ -23,7 +23,7 @@ def activation_topk(
     renormalize: bool = True,
     scale: float = 1.0,
     num_groups: int = 1,
-    top_groups: int = 1,
+    top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
     token_mask: Array | None = None,
     implementation: Implementation = "auto",
@@ -36,8 +36,8 @@ def activation_topk(
     2. The selection key is `s + bias` where a bias is given; without bias and groups it is the logit itself.
     3. If `num_groups > 1`, the experts lie in `num_groups` equal runs, and only those of the `top_groups` best groups
        stay eligible. A group's score is the sum of its two best keys (`"top2_sum"`, DeepSeek-V3) or its best (`"max"`).
-    4. The ids of the `top_k` best keys, in exactly the order of `jax.lax.top_k`: equal keys to the lower id, +0 above
-       -0, NaN above everything. The ids are always distinct numbers in `[0, E)`.
+    4. The ids of the `top_k` best keys, best first: equal keys to the lower id, +0 above -0, NaN above everything, as
+       in `jax.lax.top_k` but for a NaN with the sign bit. The ids are always distinct numbers in `[0, E)`.
     5. `weights = s[ids]`, never with the bias in it, divided by `sum + 1e-20` if `renormalize`, times `scale`.
 
     Args:
@@ -48,7 +48,7 @@ def activation_topk(
         renormalize: whether the weights of a token are divided by their sum.
         scale: a Python number that all weights are multiplied by (`routed_scaling_factor`).
         num_groups: the number of groups; divides E.
-        top_groups: how many groups stay eligible.
+        top_groups: how many groups stay eligible; needed where `num_groups > 1`.
         group_score: `"top2_sum"` or `"max"`.
         token_mask: bool `[...]`. Where False the ids are -1 and the weights 0, whatever the row holds.
         implementation: `"auto"`, `"native"` or `"reference"`.

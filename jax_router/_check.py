@@ -4,47 +4,75 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.export import is_symbolic_dim
+from jax.extend.core import InconclusiveDimensionOperation
 
 from ._types import GroupScore, Implementation, ScoreFn, Scoring, Selection
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
+# XLA numbers the elements of an axis, and so do ids and indices, by int32.
+MAX_SIZE = 2**31 - 1
+
+
+def array(name: str, value: Any, *, min_rank: int = 0) -> Array:
+    """An array with axes that int32 can number."""
+    try:
+        values = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {value!r}") from error
+    if values.ndim < min_rank:
+        raise ValueError(f"{name} must have at least {min_rank} axes, got shape {values.shape}")
+    for size in values.shape:
+        if isinstance(size, int) and size > MAX_SIZE:
+            raise ValueError(
+                f"{name} must have at most 2^31 - 1 = {MAX_SIZE} elements an axis, got shape {values.shape}"
+            )
+    return values
+
 
 def float_array(name: str, value: Any, *, min_rank: int = 1) -> Array:
     """An f32, bf16 or f16 array of at least `min_rank` axes."""
-    array = jnp.asarray(value)
-    if array.dtype not in _FLOATS:
-        hint = " (cast it, for example with .astype(jnp.float32))" if array.dtype == np.float64 else ""
-        raise TypeError(f"{name} must have dtype float32, bfloat16 or float16{hint}, got {array.dtype}")
-    _rank(name, array, min_rank)
-    return array
+    values = array(name, value, min_rank=min_rank)
+    if values.dtype not in _FLOATS:
+        raise TypeError(f"{name} must have dtype float32, bfloat16 or float16, got {values.dtype}{_cast(values)}")
+    return values
+
+
+def float32_array(name: str, value: Any) -> Array:
+    """An f32 array."""
+    values = array(name, value)
+    if values.dtype != jnp.float32:
+        raise TypeError(f"{name} must have dtype float32, got {values.dtype}{_cast(values)}")
+    return values
+
+
+def _cast(values: Array) -> str:
+    """What to do about a float dtype that no op takes here."""
+    return ": cast it with .astype(jnp.float32)" if jnp.issubdtype(values.dtype, jnp.floating) else ""
 
 
 def int_array(name: str, value: Any, *, min_rank: int = 0) -> Array:
     """An array of any integer dtype; bool does not count as one."""
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
-    _rank(name, array, min_rank)
-    return array
+    values = array(name, value, min_rank=min_rank)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")
+    return values
 
 
 def mask_array(name: str, value: Any, shape: Sequence[int]) -> Array:
-    array = jnp.asarray(value)
-    if array.dtype != jnp.bool_:
-        raise TypeError(f"{name} must have dtype bool, got {array.dtype}")
-    same_shape(name, array, shape)
-    return array
-
-
-def _rank(name: str, array: Array, min_rank: int) -> None:
-    if array.ndim < min_rank:
-        raise ValueError(f"{name} must have at least {min_rank} axes, got shape {array.shape}")
+    values = array(name, value)
+    if values.dtype != jnp.bool_:
+        raise TypeError(f"{name} must have dtype bool, got {values.dtype}")
+    same_shape(name, values, shape)
+    return values
 
 
 def same_shape(name: str, array: Array, shape: Sequence[int]) -> None:
@@ -54,45 +82,107 @@ def same_shape(name: str, array: Array, shape: Sequence[int]) -> None:
 
 def selection_bias(name: str, value: Any, logits_shape: Sequence[int]) -> Array:
     """An f32 bias, one for all tokens `[E]` or one a token."""
-    array = jnp.asarray(value)
-    if array.dtype != jnp.float32:
-        raise TypeError(f"{name} must have dtype float32, got {array.dtype}")
-    if array.shape not in (tuple(logits_shape[-1:]), tuple(logits_shape)):
+    bias = float32_array(name, value)
+    if bias.shape not in (tuple(logits_shape[-1:]), tuple(logits_shape)):
         raise ValueError(
             f"{name} must have shape {tuple(logits_shape[-1:])} (num_experts) or, one bias a token, "
-            f"{tuple(logits_shape)}; got {array.shape}"
+            f"{tuple(logits_shape)}; got {bias.shape}"
         )
-    return array
+    return bias
 
 
 def static_int(name: str, value: Any, low: int, high: int | None, meaning: str = "") -> int:
-    """A Python integer in `[low, high]`."""
-    try:
-        number = operator.index(value)
-    except Exception as error:
-        raise TypeError(f"{name} must be a Python int (it decides shapes), got {value!r}") from error
+    """A Python integer in `[low, high]`, of which None means the largest size of an axis.
+
+    A symbolic dimension of `jax.export` is one where its constraints say that it is in that range.
+    """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if number < low or (high is not None and number > high):
-        limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {limits}{meaning}, got {number}")
-    return number
+    is_symbolic = is_symbolic_dim(value)
+    if not is_symbolic:
+        try:
+            value = operator.index(value)
+        except Exception as error:
+            raise TypeError(
+                f"{name} must be a Python int (it decides shapes), got {value!r}{_static_under_jit(name, value)}"
+            ) from error
+    limits = f"at least {low}" if high is None else f"between {low} and {high}"
+    try:
+        # What is symbolic is the size of an axis, or is computed from one.
+        inside = value >= low and (is_symbolic or value <= MAX_SIZE if high is None else value <= high)
+    except InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"{name} must be {limits}{meaning}, got {value}, of which that is not known: say it in the constraints of "
+            "jax.export.symbolic_shape"
+        ) from error
+    if inside:
+        return value
+    if high is None and value > MAX_SIZE:
+        limits = f"at most 2^31 - 1 = {MAX_SIZE}"
+    raise ValueError(f"{name} must be {limits}{meaning}, got {value}")
 
 
 def static_float(name: str, value: Any) -> float:
+    """A Python number that f32 can hold."""
     try:
+        if isinstance(value, (bool, np.bool_, str, bytes)):
+            raise TypeError
         number = float(value)
     except Exception as error:
-        raise TypeError(f"{name} must be a Python number, got {value!r}") from error
+        raise TypeError(f"{name} must be a Python number, got {value!r}{_static_under_jit(name, value)}") from error
     if not np.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
+    if not (number == 0 or _TINY <= abs(number) <= _LARGEST):
+        raise ValueError(f"{name} must be 0 or in the range of float32, {_TINY:.1e} to {_LARGEST:.1e}, got {number}")
     return number
+
+
+_TINY, _LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
+def _static_under_jit(name: str, value: Any) -> str:
+    """What to do about a value that jax.jit traces."""
+    return (
+        f": name it in static_argnames of jax.jit, static_argnames=({name!r},)"
+        if isinstance(value, jax.core.Tracer)
+        else ""
+    )
 
 
 def static_bool(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {value!r}{_static_under_jit(name, value)}")
     return bool(value)
+
+
+def precision(value: Any) -> Any:
+    """What `jax.lax.dot_general` takes as its precision, made hashable."""
+    value = tuple(value) if isinstance(value, list) else value
+    if value is not None:
+        one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        try:
+            jax.eval_shape(partial(lax.dot, precision=value), one, one)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"precision must be None or what jax.lax.dot_general takes, 'highest' for example; got {value!r}"
+            ) from error
+    return value
+
+
+def instance(name: str, value: Any, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, {example} for example, got {value!r}")
+
+
+def float_dtype(name: str, value: Any) -> np.dtype[Any]:
+    """The dtype float32, bfloat16 or float16, however it is written."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if value is None or dtype not in _FLOATS:
+        raise TypeError(f"{name} must be one of jnp.float32, jnp.bfloat16 and jnp.float16, got {value!r}")
+    return dtype
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -119,10 +209,17 @@ def selection(
 ) -> Selection:
     """A Selection among `num_experts`, of checked options."""
     num_groups = static_int("num_groups", num_groups, 1, num_experts, " (num_experts)")
-    top_groups = static_int("top_groups", top_groups, 1, num_groups, " (num_groups)")
-    group_score = choice("group_score", group_score, get_args(GroupScore))
     if num_experts % num_groups:
         raise ValueError(f"num_groups must divide num_experts = {num_experts}, got {num_groups}")
+    if top_groups is None:
+        if num_groups > 1:
+            raise ValueError(
+                f"top_groups (how many groups stay eligible) must be given with num_groups = {num_groups}, between 1 "
+                f"and {num_groups}; got None"
+            )
+        top_groups = 1
+    top_groups = static_int("top_groups", top_groups, 1, num_groups, " (num_groups)")
+    group_score = choice("group_score", group_score, get_args(GroupScore))
     experts_a_group = num_experts // num_groups
     if num_groups > 1 and group_score == "top2_sum" and experts_a_group < 2:
         raise ValueError(
@@ -138,12 +235,3 @@ def selection(
         top_groups=top_groups,
         group_score=group_score,
     )
-
-
-def as_int32_ids(ids: Array, bound: int) -> Array:
-    """ids as int32. One that int32 cannot hold becomes -1, which is as invalid for every op as it was."""
-    if ids.dtype == jnp.int32:
-        return ids
-    if jnp.iinfo(ids.dtype).max <= jnp.iinfo(jnp.int32).max:
-        return ids.astype(jnp.int32)
-    return jnp.where((ids >= 0) & (ids < bound), ids.astype(jnp.int32), -1)

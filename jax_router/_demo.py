@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +42,7 @@ _HASH = RouterConfig(
 _MAX_CHARACTERS = 20_000
 _TOLERANCE = 1e-4
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = " .:-=+*#@"
 
 
 class DemoError(Exception):
@@ -48,6 +51,8 @@ class DemoError(Exception):
 
 def run(file: Path | None, rows: int) -> int:
     """Shows the demo. Returns 0, or 1 if a layer differs from the reference."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of a text that the terminal has no characters for
     console = Console(highlight=False)
     token_ids, title = _tokens(file)
     device = jax.devices()[0]
@@ -67,11 +72,11 @@ def run(file: Path | None, rows: int) -> int:
     all_agree = True
     for name, router in layers.items():
         with console.status(f"{name}: routing and checking"):
-            routing = jax.jit(router)(x, ids)
+            routing = jax.jit(partial(_route, router))(x, ids)
             agrees, report = _check_against_reference(router, x, ids, routing)
         all_agree &= agrees
         console.print(_token_table(name, token_ids[:rows], routing))
-        console.print(_load_panel(routing.expert_ids))
+        console.print(_load_panel(routing.expert_ids, _ASCII_BLOCKS if console.options.ascii_only else _BLOCKS))
         console.print(report, "\n")
     with console.status("timing"):
         console.print(_timing_table(layers, token_ids))
@@ -80,17 +85,19 @@ def run(file: Path | None, rows: int) -> int:
 
 def _tokens(file: Path | None) -> tuple[list[int], str]:
     """The ids of a text, and what it is."""
-    title = f"The beginning of {file}" if file else "Alice's Adventures in Wonderland (Lewis Carroll, 1865)"
+    title = _printable(str(file)) if file else "Alice's Adventures in Wonderland (Lewis Carroll, 1865)"
     try:
         text = (file or resources.files(__package__) / "data" / "alice.txt").read_text(encoding="utf-8")
     except OSError as error:
-        raise DemoError(f"cannot read {file}: {error.strerror}") from error
+        raise DemoError(f"cannot read {title}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DemoError(f"{file} is no UTF-8 text") from error
+        raise DemoError(f"{title} is no UTF-8 text") from error
     token_ids = ds_token.encode(text[:_MAX_CHARACTERS], add_special_tokens=False)
     if not token_ids:
-        raise DemoError(f"{file} is empty")
-    return token_ids, title if len(text) > _MAX_CHARACTERS or not file else str(file)
+        raise DemoError(f"{title} is empty")
+    if len(text) > _MAX_CHARACTERS:
+        title = f"{title}, the first {_MAX_CHARACTERS:,} of its {len(text):,} characters"
+    return token_ids, title
 
 
 @jax.jit
@@ -101,13 +108,17 @@ def _hidden_states(token_ids: jax.Array) -> jax.Array:
     return jax.vmap(draw)(token_ids)
 
 
+def _route(router: Router, x: jax.Array, token_ids: jax.Array) -> Routing:
+    return router(x, token_ids=token_ids)
+
+
 def _reference(router: Router, x: jax.Array, token_ids: jax.Array) -> Routing:
     """What the router computes, in plain jax.numpy."""
     config, weight = router.config, router.weight[...]
     if config.mode == "dense":
         return reference.dense_router(x, weight, router.bias[...], **config.selection)
-    expert_ids = reference.hash_router(token_ids, router.hash_lut[...]).expert_ids
-    return reference.route_at(reference.router_logits(x, weight), expert_ids, **config.scoring)
+    logits = reference.router_logits(x, weight)
+    return reference.scored_hash_router(logits, token_ids, router.hash_lut[...], **config.scoring)
 
 
 def _check_against_reference(router: Router, x: jax.Array, token_ids: jax.Array, routing: Routing) -> tuple[bool, str]:
@@ -145,16 +156,21 @@ def _table(title: str) -> Table:
 
 def _visible(token_id: int) -> str:
     text = ds_token.decode([token_id], clean_up_tokenization_spaces=False)
-    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    return _printable(text.replace(" ", "·").replace("\n", "↵").replace("\t", "→"))
 
 
-def _load_panel(expert_ids: jax.Array, width: int = 64) -> Panel:
+def _printable(text: str) -> str:
+    """The text with what is no character to be seen as Python would write it: a terminal obeys control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _load_panel(expert_ids: jax.Array, levels: str, width: int = 64) -> Panel:
     """How many choices every expert got: a block for each, full for the busiest."""
     load = np.bincount(np.asarray(expert_ids).ravel(), minlength=_DENSE.num_experts)
-    heights = np.ceil(load / load.max() * (len(_BLOCKS) - 1)).astype(int)
+    heights = np.ceil(load / load.max() * (len(levels) - 1)).astype(int)
     lines: list[Any] = []
     for first in range(0, load.size, width):
-        blocks = "".join(_BLOCKS[height] for height in heights[first : first + width])
+        blocks = "".join(levels[height] for height in heights[first : first + width])
         lines += [Text.assemble((f"{first:3}-{first + width - 1:3} ", "dim"), (blocks, "cyan")), ""]
     order = np.argsort(-load, kind="stable")
     busiest = ", ".join(f"{expert} ({load[expert]})" for expert in order[:3])
@@ -178,7 +194,8 @@ def _timing_table(layers: dict[str, Router], token_ids: list[int]) -> Table:
     for heading in ("jax_router", "reference under jit", "ratio"):
         table.add_column(heading, justify="right")
     for name, router in layers.items():
-        _add_times(table, name.split(" (")[0], router, partial(_reference, router), x, ids)
+        route = partial(_route, router)
+        _add_times(table, name.split(" (")[0], route, partial(_reference, router), x, ids)
     logits = jax.jit(reference.router_logits)(x, router.weight[...])
 
     def select(logits: jax.Array, op: Callable[..., Routing] = activation_topk) -> Routing:
@@ -204,4 +221,4 @@ def _add_times(
             jax.block_until_ready(program(*operands))
             times.append(1e6 * (time.perf_counter() - start))
     mine, its = (statistics.median(times[2:]) for times in times_us)
-    table.add_row(name, f"{mine:,.0f} µs", f"{its:,.0f} µs", f"{its / mine:.1f}")
+    table.add_row(name, f"{mine:,.0f} us", f"{its:,.0f} us", f"{its / mine:.1f}")

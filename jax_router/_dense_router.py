@@ -32,7 +32,7 @@ def dense_router(
     renormalize: bool = True,
     scale: float = 1.0,
     num_groups: int = 1,
-    top_groups: int = 1,
+    top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
     token_mask: Array | None = None,
     implementation: Implementation = "auto",
@@ -45,18 +45,21 @@ def dense_router(
 
     Args:
         x: f32, bf16 or f16 `[..., D]`.
-        weight: `[E, D]`, as checkpoints have it, in the dtype of `x`.
+        weight: `[E, D]`, as checkpoints have it, in the dtype of `x` or in f32. With `x` in half precision and a weight
+            in f32, as training has them, neither is rounded before they are multiplied.
         bias: f32 `[E]` or `[..., E]`; it steers the selection only, and gets no gradient.
         top_k: the number of experts a token.
         logit_bias: f32 `[E]`, part of the logits (gpt-oss has one).
-        precision: of the product, as in `jax.lax.dot_general`. None multiplies f32 operands to f32 accuracy.
+        precision: of the product, as in `jax.lax.dot_general`. None multiplies to f32 accuracy where an operand is f32;
+            with another one, a half-precision x is cast to the f32 of its weight, and they are multiplied at that.
         score_fn: see `activation_topk`, as for all options down to `token_mask`.
         renormalize: whether the weights of a token are divided by their sum.
         scale: a Python number that all weights are multiplied by.
         num_groups: the number of groups of experts.
-        top_groups: how many groups stay eligible.
+        top_groups: how many groups stay eligible; needed where `num_groups > 1`.
         group_score: `"top2_sum"` or `"max"`.
-        token_mask: bool `[...]`; where False the ids are -1 and the weights 0.
+        token_mask: bool `[...]`; where False the ids are -1 and the weights 0, and nothing that x holds there reaches a
+            gradient.
         implementation: `"auto"`, `"native"` or `"reference"`. "native" means kernels throughout: the fused one, or
             XLA's product and the kernel of `activation_topk`, or an error that says what is missing.
 
@@ -89,7 +92,7 @@ def dense_router(
         *_DENSE_ROUTER(
             operands,
             selection=selection,
-            precision=tuple(precision) if isinstance(precision, list) else precision,  # hashable, as all parameters
+            precision=_check.precision(precision),
             return_chosen=False,
             implementation=_check.implementation(implementation),
         )
@@ -102,12 +105,10 @@ def product_operands(x: Any, weight: Any, logit_bias: Any) -> dict[str, Any]:
     weight = _check.float_array("weight", weight)
     if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must have shape (num_experts, {x.shape[-1]}), as x has {x.shape}; got {weight.shape}")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}: cast one of them")
+    if weight.dtype not in (x.dtype, np.float32):
+        raise TypeError(f"weight must have the dtype of x, {x.dtype}, or float32, got {weight.dtype}: cast one of them")
     if logit_bias is not None:
-        logit_bias = jnp.asarray(logit_bias)
-        if logit_bias.dtype != np.float32:
-            raise TypeError(f"logit_bias must have dtype float32, got {logit_bias.dtype}")
+        logit_bias = _check.float32_array("logit_bias", logit_bias)
         _check.same_shape("logit_bias", logit_bias, weight.shape[:1])
     return {"x": x, "weight": weight, "logit_bias": logit_bias}
 
@@ -124,9 +125,25 @@ def _product_and_selection(
     return_chosen: bool,
     implementation: str,
 ) -> list[Array]:
-    logits = router_logits(x, weight, logit_bias, precision=precision)
+    if x.dtype != weight.dtype and precision is None and implementation != "reference" and _are_few(x):
+        x = x.astype(jnp.float32)  # exactly, and what is left to do has kernels
+        operands = {"x": x, "weight": weight, "logit_bias": logit_bias, "bias": bias, "token_mask": token_mask}
+        return _DENSE_ROUTER(
+            operands,
+            selection=selection,
+            precision=precision,
+            return_chosen=return_chosen,
+            implementation=implementation,
+        )
+    logits = router_logits(x, weight, logit_bias, precision=precision, token_mask=token_mask)
     operands = {"logits": logits, "bias": bias, "token_mask": token_mask}
     return select(operands, selection, implementation, return_chosen=return_chosen)
+
+
+def _are_few(x: Array) -> bool:
+    """Whether a product reads more of the weight than of x, so that an x in f32 costs nothing."""
+    tokens = prod(x.shape[:-1])
+    return isinstance(tokens, int) and tokens <= 64
 
 
 def _result_types(avals: dict[str, Any], *, selection: Selection, return_chosen: bool, **_: Any) -> list[Result]:
@@ -147,6 +164,8 @@ def _sizes(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any) -> str | None:
+    if avals["weight"].dtype != avals["x"].dtype:
+        return "the fused kernels take x and weight of one dtype"
     if precision is not None and avals["x"].dtype == np.float32:
         return "the fused kernels multiply f32 operands to f32 accuracy"
     return native_module(platform).dense_router_unsupported(**_sizes(avals, selection)) or None
@@ -186,6 +205,7 @@ _DENSE_ROUTER = Op(
 
 @_DENSE_ROUTER.def_jvp
 def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
-    scoring, logits_of = params["selection"].scoring, partial(router_logits, precision=params["precision"])
+    scoring = params["selection"].scoring
+    logits_of = partial(router_logits, precision=params["precision"], token_mask=primals.get("token_mask"))
     factors = ("x", "weight", "logit_bias")
     return selecting_jvp(_DENSE_ROUTER, primals, tangents, scoring, logits_of, factors, **params)

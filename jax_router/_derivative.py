@@ -26,6 +26,7 @@ from jax.interpreters import ad
 
 from . import reference
 from ._primitive import Op, Operand, Result
+from ._shapes import numbers
 from ._types import Scoring
 
 # The name by which the policies of jax.checkpoint know what an op selected: where a policy saves it, the backward pass
@@ -120,7 +121,7 @@ def _cotangent_reference(
         (chosen_bar,) = pullback(grad_weights)
     if scoring.needs_whole_row:
         return [chosen_bar.astype(dtype)]
-    here = expert_ids[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
+    here = expert_ids[..., None] == numbers(num_experts, expert_ids.ndim + 1)
     return [jnp.where(here, chosen_bar[..., None], 0.0).sum(axis=-2).astype(dtype)]
 
 
@@ -146,6 +147,7 @@ _TANGENT = Op(
     result_types=lambda avals, **_: [Result(avals["expert_ids"].shape[-1:], jnp.float32)],
     reference=_tangent_reference,
     platforms=(),
+    gathers=True,
 )
 
 _COTANGENT = Op(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _check, reference
+from ._ids import as_int32_ids
 from ._native import native_module, unsupported_selection
 from ._primitive import Op, Operand, Result
 from ._sharding import align
@@ -25,7 +26,7 @@ def expert_dispatch(expert_ids: Array, num_experts: int, *, implementation: Impl
     -1. To combine: `y[slot]` are a token's results, where `slot >= 0`.
 
     Args:
-        expert_ids: integers `[..., k]`, of N tokens in any number of leading axes; any values.
+        expert_ids: integers `[..., k]`, of N tokens in one or more leading axes; any values. At most 2^31 - 1 in all.
         num_experts: the number of experts.
         implementation: `"auto"`, `"native"` or `"reference"`.
 
@@ -37,11 +38,22 @@ def expert_dispatch(expert_ids: Array, num_experts: int, *, implementation: Impl
         ValueError: a wrong shape or number.
         NotImplementedError: `implementation="native"` where no kernel can run.
     """
-    expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
+    expert_ids = _check.int_array("expert_ids", expert_ids)
     num_experts = _check.static_int("num_experts", num_experts, 1, None)
+    if expert_ids.ndim < 2:
+        raise ValueError(
+            f"expert_ids must have shape [..., k], with an axis of tokens before that of their choices, got "
+            f"{expert_ids.shape}: give [N, 1] for N tokens of one choice, and [1, k] for one token"
+        )
     if expert_ids.shape[-1] < 1:
         raise ValueError(f"expert_ids must have at least one choice a token, got shape {expert_ids.shape}")
-    expert_ids = _check.as_int32_ids(expert_ids, num_experts)
+    choices = prod(expert_ids.shape)
+    if isinstance(choices, int) and choices > _check.MAX_SIZE:
+        raise ValueError(
+            f"expert_ids must have at most 2^31 - 1 = {_check.MAX_SIZE} choices in all, which int32 numbers; got shape "
+            f"{expert_ids.shape}"
+        )
+    expert_ids = as_int32_ids(expert_ids, num_experts)
     (whole,) = align([expert_ids], [expert_ids.ndim])
     tokens = whole.reshape(prod(whole.shape[:-1]), whole.shape[-1])
     token_index, slot, group_sizes = _EXPERT_DISPATCH(

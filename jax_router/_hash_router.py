@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _check, reference
+from ._ids import as_int32_ids
 from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
-from ._sharding import with_rows_as
+from ._sharding import align, with_rows_as
 from ._types import Implementation, Routing
 
 
@@ -22,7 +23,7 @@ def hash_router(
 
     A token id outside `[0, V)` (padding, say) gets ids -1 and weights 0. Entries of the table pass through unchanged;
     one outside `[0, E)` is handled by `route_at` and `expert_dispatch`. For weights by score, as the hash layers of
-    DeepSeek-V4 have them, use `route_at(logits, hash_lut[token_ids])`. Hash layers: arXiv:2106.04426.
+    DeepSeek-V4 have them, use `scored_hash_router`. Hash layers: arXiv:2106.04426.
 
     Args:
         token_ids: integers `[...]`.
@@ -38,15 +39,23 @@ def hash_router(
         ValueError: a wrong shape.
         NotImplementedError: `implementation="native"` where no kernel can run.
     """
+    scale = _check.static_float("scale", scale)
+    operands = table_operands(token_ids, hash_lut)
+    return Routing(*_HASH_ROUTER(operands, scale=scale, implementation=_check.implementation(implementation)))
+
+
+def table_operands(token_ids: Any, hash_lut: Any, token_mask: Any = None) -> dict[str, Any]:
+    """Token ids and a table, checked, as int32; -1 where there is a mask and it is False."""
     token_ids = _check.int_array("token_ids", token_ids)
     hash_lut = _check.int_array("hash_lut", hash_lut)
     if hash_lut.ndim != 2 or 0 in hash_lut.shape:
         raise ValueError(f"hash_lut must have shape (vocab_size, k), both at least 1, got {hash_lut.shape}")
-    scale = _check.static_float("scale", scale)
-    token_ids = _check.as_int32_ids(token_ids, hash_lut.shape[0])
-    hash_lut = _check.as_int32_ids(hash_lut, jnp.iinfo(jnp.int32).max)
-    operands = {"token_ids": token_ids, "hash_lut": hash_lut}
-    return Routing(*_HASH_ROUTER(operands, scale=scale, implementation=_check.implementation(implementation)))
+    token_ids = as_int32_ids(token_ids, hash_lut.shape[0])
+    if token_mask is not None:
+        token_mask = _check.mask_array("token_mask", token_mask, token_ids.shape)
+        token_ids, token_mask = align([token_ids, token_mask], [0, 0])
+        token_ids = jnp.where(token_mask, token_ids, -1)
+    return {"token_ids": token_ids, "hash_lut": as_int32_ids(hash_lut, 2**31)}
 
 
 def hash_reference(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:

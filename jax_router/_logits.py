@@ -2,24 +2,112 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
-from ._sharding import product_sharding, shard_last_axis_as
+from ._shapes import with_rank
+from ._sharding import product_sharding, shard_as, shard_last_axis_as
 
 
 def router_logits(
-    x: Array, weight: Array, logit_bias: Array | None = None, *, precision: lax.PrecisionLike = None
+    x: Array,
+    weight: Array,
+    logit_bias: Array | None = None,
+    *,
+    precision: lax.PrecisionLike = None,
+    token_mask: Array | None = None,
 ) -> Array:
-    """`x @ weight.T + logit_bias` in f32; of f32 operands to f32 accuracy unless `precision` asks for less."""
-    if precision is None and x.dtype == jnp.float32:
+    """`x @ weight.T + logit_bias` in f32.
+
+    Without a `precision`, f32 operands are multiplied to f32 accuracy, and so are an x in half precision and a weight
+    in f32, but for an infinite x, which may give NaN where it should give infinity. With one, x is cast to f32 there.
+    (The derivative of such a mixed product has the default precision of JAX, as that of half precision has.)
+
+    What x holds where `token_mask` is False reaches no gradient. The logits there are what they are without the mask.
+    """
+    is_mixed = x.dtype != weight.dtype
+    if precision is None and not is_mixed and x.dtype == jnp.float32:
         precision = lax.Precision.HIGHEST
-    logits = lax.dot_general(
+    if token_mask is not None:
+        token_mask = shard_as(x, token_mask)
+    logits = _product(x, weight, token_mask, precision, is_mixed and precision is None)
+    return logits if logit_bias is None else logits + with_rank(shard_last_axis_as(logits, logit_bias), logits.ndim)
+
+
+def _product(x: Array, weight: Array, token_mask: Array | None, precision: Any, in_parts: bool) -> Array:
+    if token_mask is None and not in_parts:
+        return _dot(x, weight, precision)
+    return _product_with_rule(x, weight, token_mask, precision, in_parts)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _product_with_rule(x: Array, weight: Array, token_mask: Array | None, precision: Any, in_parts: bool) -> Array:
+    if in_parts:
+        # On a CPU one product in f32 is faster than three in bf16.
+        return lax.platform_dependent(
+            x, weight, cpu=partial(_dot, precision=lax.Precision.HIGHEST), default=_dot_in_parts
+        )
+    return _dot(x, weight, precision)
+
+
+@partial(_product_with_rule.defjvp, symbolic_zeros=True)
+def _product_jvp(precision, in_parts, primals, tangents):
+    (x, weight, token_mask), (x_dot, weight_dot, _) = primals, tangents
+    logits = _product_with_rule(x, weight, token_mask, precision, in_parts)
+    terms = []
+    if not isinstance(x_dot, SymbolicZero):
+        terms.append(_product(x_dot, weight, token_mask, precision, False))
+    if not isinstance(weight_dot, SymbolicZero):
+        # The gradient of the weight sums over tokens, and 0 * NaN is NaN. x is masked when that is computed, not
+        # before: else a masked copy of it would wait for the backward pass.
+        dot = jax.checkpoint(partial(_dot_of_routed, precision=precision), prevent_cse=False)
+        terms.append(dot(x, weight_dot, token_mask))
+    return logits, sum(terms[1:], terms[0])
+
+
+def _dot_of_routed(x: Array, weight: Array, token_mask: Array | None, *, precision: Any) -> Array:
+    if token_mask is not None:
+        x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
+    return _dot(x, weight, precision)
+
+
+def _dot(x: Array, weight: Array, precision: Any) -> Array:
+    """`x @ weight.T` in f32; the weight may have axes before that of its experts."""
+    if x.dtype != weight.dtype:
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    return lax.dot_general(
         x,
         weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
+        (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())),
         precision=precision,
         preferred_element_type=jnp.float32,
         out_sharding=product_sharding(x, weight),
     )
-    return logits if logit_bias is None else logits + shard_last_axis_as(logits, logit_bias)
+
+
+def _dot_in_parts(x: Array, weight: Array) -> Array:
+    """The product of x in half precision and a weight in f32, to f32 accuracy, from bf16 products alone.
+
+    bf16 has the exponents of f32 and 8 of its 24 bits: f32 is the sum of three such parts, f16 of two, and their
+    products are exact in f32. All of them are one matrix product, with as many times the tokens and experts.
+    """
+    x_parts = x[None] if x.dtype == jnp.bfloat16 else _bf16_parts(x, 2)
+    return _dot(x_parts, _bf16_parts(weight, 3), None).sum(axis=(0, -2))
+
+
+def _bf16_parts(values: Array, count: int) -> Array:
+    """Parts that add up to the values, the largest first, on a new leading axis."""
+    rest, parts = values.astype(jnp.float32), []
+    for _ in range(count):
+        # Bits, since XLA may take a conversion to bf16 and back for nothing.
+        part = lax.bitcast_convert_type(
+            lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
+        )
+        parts.append(part.astype(jnp.bfloat16))
+        rest = jnp.where(jnp.isinf(rest), 0.0, rest - part)
+    return jnp.stack(parts)

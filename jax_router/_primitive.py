@@ -10,10 +10,11 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Primitive
+from jax.extend.core import InconclusiveDimensionOperation, Primitive
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
 
@@ -84,6 +85,9 @@ class Op:
         workspace: from a platform, the operands' avals and the parameters to the bytes of memory that the kernels need
             for each problem besides operands and results, or None if those of that platform take none. It is one more
             result of the custom call, named "workspace" in `results`, so that XLA plans it.
+        gathers: whether it reads but a few entries of a row of the first operand. Where vmap maps other operands and
+            not that one, "auto" takes the reference, which reads them where they are: the kernels would need a copy of
+            it for every problem. (A composed op computes what does not depend on the mapped operands once.)
         share_again: what the kernels take where vmap maps an operand that all rows of a problem share. From operands by
             name, of which that one, and those with batch axes, have a leading axis for the problems, to operands of
             which all rows of all problems share it again; raises NotImplementedError where there are none. "auto" takes
@@ -100,6 +104,7 @@ class Op:
     unsupported: Callable[..., str | None] = _supports_everything
     pays: Callable[..., bool] = _always_pays
     composed: bool = False
+    gathers: bool = False
     workspace: Callable[..., int | None] = _no_workspace
     share_again: Callable[[dict[str, Array]], dict[str, Array]] | None = None
     primitive: Primitive = dataclasses.field(init=False)
@@ -227,10 +232,15 @@ class Op:
         avals = dict(zip(names, ctx.avals_in))
         if self.composed and _may_be_partitioned(ctx):
             return "XLA may partition the program"
-        if reason := self.unsupported(platform, avals, **params):
-            return reason
-        insists = implementation == "native" and not self.composed
-        return None if insists or self.pays(platform, avals, **params) else "the kernels do not pay"
+        if symbolic := [name for name in self.attributes if jax.export.is_symbolic_dim(params[name])]:
+            return f"the kernels take no symbolic {' and '.join(symbolic)}"
+        try:
+            if reason := self.unsupported(platform, avals, **params):
+                return reason
+            insists = implementation == "native" and not self.composed
+            return None if insists or self.pays(platform, avals, **params) else "the kernels do not pay"
+        except InconclusiveDimensionOperation as error:
+            return f"whether the kernels take symbolic sizes is not known: {str(error).splitlines()[0]}"
 
     def _lower_to_kernels(self, platform, ctx, *values, names, implementation, **params):
         avals_out = list(ctx.avals_out)
@@ -254,15 +264,17 @@ class Op:
         mapped = [name for name, dim in zip(names, dims) if dim is not None]
         no_longer_shared = [name for name in mapped if self.operands[name].batched == "never"]
         params.update(names=names, implementation=implementation)
-        if not no_longer_shared:
-            results = self.primitive.bind(*self._add_batch_axes(values, dims, names).values(), **params)
-        elif self.share_again and implementation == "native":
+        insists = implementation == "native" and bool(self.platforms) and not self.composed
+        shares_first = dims[0] is None and (self.gathers or self.composed)
+        if no_longer_shared and self.share_again and implementation == "native":
             operands = self.share_again(self._add_batch_axes(values, dims, names))
             results = self.primitive.bind(*operands.values(), **params)
-        else:
+        elif no_longer_shared or (shares_first and not insists):
             why = f": no kernel takes a mapped {' and '.join(no_longer_shared)}"
             run = partial(self._run_without_kernel, why, **params)
             results = jax.vmap(run, in_axes=tuple(dims))(*values)
+        else:
+            results = self.primitive.bind(*self._add_batch_axes(values, dims, names).values(), **params)
         return results, [0] * len(results)
 
     def _add_batch_axes(self, values, dims, names) -> dict[str, Array]:

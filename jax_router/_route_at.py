@@ -10,7 +10,8 @@ from jax import Array
 
 from . import _check, reference
 from ._derivative import selecting_jvp
-from ._hash_router import hash_reference, share_table_again
+from ._hash_router import hash_reference, share_table_again, table_operands
+from ._ids import as_int32_ids
 from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
 from ._types import Implementation, Routing, ScoreFn, Scoring
@@ -31,9 +32,9 @@ def route_at(
     row if `renormalize`, times `scale`. An id outside `[0, E)` gets weight 0, does not enter the sum and is returned as
     -1.
 
-    This is how routing is replayed, and how the hash layers of DeepSeek-V4 weigh their experts:
-    `route_at(logits, hash_lut[token_ids], scale=...)`. Only the chosen logits are read, unless softmax without
-    renormalisation asks for the whole row.
+    This is how routing is replayed; for experts by token id, as the hash layers of DeepSeek-V4 have them, there is
+    `scored_hash_router`. Only the chosen logits are read, unless softmax without renormalisation asks for the whole
+    row.
 
     Args:
         logits: f32, bf16 or f16 `[..., E]`.
@@ -57,7 +58,7 @@ def route_at(
     expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
     _check.same_shape("expert_ids", expert_ids, (*logits.shape[:-1], expert_ids.shape[-1]))
     scoring = _check.scoring(score_fn, renormalize, scale)
-    expert_ids = _check.as_int32_ids(expert_ids, logits.shape[-1])
+    expert_ids = as_int32_ids(expert_ids, logits.shape[-1])
     operands = {"logits": logits, "expert_ids": expert_ids}
     return Routing(
         *_ROUTE_AT(operands, scoring=scoring, return_chosen=False, implementation=_check.implementation(implementation))
@@ -65,14 +66,53 @@ def route_at(
 
 
 def scored_hash_router(
-    logits: Array, token_ids: Array, hash_lut: Array, scoring: Scoring, implementation: Implementation = "auto"
+    logits: Array,
+    token_ids: Array,
+    hash_lut: Array,
+    *,
+    score_fn: ScoreFn = "sqrtsoftplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    token_mask: Array | None = None,
+    implementation: Implementation = "auto",
 ) -> Routing:
-    """`route_at(logits, hash_lut[token_ids])` in one kernel, for int32 ids.
+    """The experts of each token by its id, from a table, and their weights by its logits, in one kernel.
 
-    A token id outside the table has no experts.
+    `route_at(logits, hash_lut[token_ids], ...)`, but for token ids outside `[0, V)` (padding, say): they get ids -1 and
+    weights 0, where plain indexing would wrap or clamp them to the experts of other tokens. The hash layers of
+    DeepSeek-V4 are `scored_hash_router(logits, token_ids, hash_lut, scale=...)`.
+
+    Args:
+        logits: f32, bf16 or f16 `[..., E]`.
+        token_ids: integers `[...]`.
+        hash_lut: integers `[V, k]`. An entry outside `[0, E)` is no expert: its id is -1 and its weight 0.
+        score_fn: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`, see `activation_topk`.
+        renormalize: whether the weights of a token are divided by their sum.
+        scale: a Python number that all weights are multiplied by.
+        token_mask: bool `[...]`. Where False the ids are -1 and the weights 0, whatever the row holds.
+        implementation: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `Routing(weights, expert_ids)`: f32 `[..., k]` and int32 `[..., k]`, in the order of the table.
+
+    Differentiable in `logits`.
+
+    Raises:
+        TypeError: an operand has a wrong dtype, or an option a wrong type.
+        ValueError: a wrong shape or option.
+        NotImplementedError: `implementation="native"` where no kernel can run.
     """
-    operands = {"logits": logits, "token_ids": token_ids, "hash_lut": hash_lut}
-    return Routing(*_SCORED_HASH_ROUTER(operands, scoring=scoring, return_chosen=False, implementation=implementation))
+    logits = _check.float_array("logits", logits)
+    table = table_operands(token_ids, hash_lut, token_mask)
+    _check.same_shape("token_ids", table["token_ids"], logits.shape[:-1])
+    return Routing(
+        *_SCORED_HASH_ROUTER(
+            {"logits": logits, **table},
+            scoring=_check.scoring(score_fn, renormalize, scale),
+            return_chosen=False,
+            implementation=_check.implementation(implementation),
+        )
+    )
 
 
 def _reference(logits: Array, expert_ids: Array, *, scoring: Scoring, return_chosen: bool) -> list[Array]:
@@ -120,6 +160,7 @@ _ROUTE_AT = Op(
     reference=_reference,
     attributes={"scoring": Scoring},
     unsupported=_unsupported,
+    gathers=True,
 )
 
 
@@ -131,6 +172,7 @@ _SCORED_HASH_ROUTER = Op(
     reference=_scored_hash_reference,
     attributes={"scoring": Scoring},
     unsupported=_unsupported,
+    gathers=True,
     share_again=share_table_again,
 )
 

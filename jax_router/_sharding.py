@@ -42,6 +42,12 @@ def shard_last_axis_as(model: Array, value: Array) -> Array:
     return _reshard(value, sharding.update(spec=last)) if any(sharding.spec) else value
 
 
+def shard_as(model: Array, value: Array) -> Array:
+    """An array with the first axes of `model`: if that is sharded, then as it is."""
+    sharding = jax.typeof(model).sharding
+    return _reshard(value, sharding.update(spec=sharding.spec[: value.ndim])) if any(sharding.spec) else value
+
+
 def with_rows_as(model: Array, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose results are rows, one for each element of `model`: sharded as that is.
 
@@ -77,11 +83,11 @@ def product_sharding(x: Array, weight: Array) -> Any:
     """
     x_sharding, weight_sharding = jax.typeof(x).sharding, jax.typeof(weight).sharding
     *tokens, x_hidden = x_sharding.spec
-    experts, weight_hidden = weight_sharding.spec
-    conflict = not _mesh_axes(*tokens).isdisjoint(_mesh_axes(experts))
+    *experts, weight_hidden = weight_sharding.spec
+    conflict = not _mesh_axes(*tokens).isdisjoint(_mesh_axes(*experts))
     if not conflict and (x_hidden is None or weight_hidden is None):
         return None
-    return x_sharding.update(spec=(*tokens, None if conflict else experts))
+    return x_sharding.update(spec=(*tokens, *([None] * len(experts) if conflict else experts)))
 
 
 def _reshard(value: Array, sharding: Any) -> Array:

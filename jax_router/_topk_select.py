@@ -7,10 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.export import is_symbolic_dim
 from jax.interpreters import ad
 
 from . import _check, reference
 from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
+from ._ids import as_int32_lengths
 from ._native import native_module
 from ._primitive import Op, Operand, Result
 from ._types import Implementation
@@ -24,14 +26,17 @@ def topk_select(
     sorted: bool = True,
     implementation: Implementation = "auto",
 ) -> tuple[Array, Array]:
-    """The `k` largest entries of each row, exactly as `jax.lax.top_k` orders them, and their indices.
+    """The `k` largest entries of each row, best first, and their indices.
 
-    Equal entries go to the lower index, +0 is above -0, and every NaN counts as the positive NaN, above +inf. The same
-    input gives the same output, bit for bit. `topk_select(x, k)` may stand wherever `jax.lax.top_k(x, k)` stands.
+    Equal entries go to the lower index, +0 is above -0, and every NaN is above +inf. The same input gives the same
+    output, bit for bit.
+
+    It may stand where `jax.lax.top_k(scores, k)` stands, but that puts a NaN with the sign bit below -inf (0/0 gives
+    one on x86), takes integers and bool too, and has an `axis`, where this selects along the last one.
 
     Args:
         scores: f32, bf16 or f16 `[..., L]`.
-        k: how many, from 1 to L.
+        k: how many, from 0 to L.
         lengths: integers `[...]`. Only the first `lengths` entries of a row count (clamped to `[0, L]`). Results past
             them hold index -1 and value -inf.
         sorted: best first; or else the same set in ascending order of the index.
@@ -49,16 +54,19 @@ def topk_select(
     """
     scores = _check.float_array("scores", scores)
     length = scores.shape[-1]
-    k = _check.static_int("k", k, 1, length, " (the last axis of scores)")
+    k = _check.static_int("k", k, 0, length, " (the last axis of scores)")
     sorted = _check.static_bool("sorted", sorted)
     if lengths is not None:
         lengths = _check.int_array("lengths", lengths)
         _check.same_shape("lengths", lengths, scores.shape[:-1])
         if lengths.dtype != jnp.int32:
-            bound = min(length, jnp.iinfo(lengths.dtype).max)
-            lengths = jnp.clip(lengths, 0, bound).astype(jnp.int32)
+            lengths = as_int32_lengths(lengths, length)
+    how = _check.implementation(implementation)
+    if not is_symbolic_dim(k) and k == 0:
+        none = scores[..., :0]
+        return none, jnp.zeros_like(none, jnp.int32)
     operands = {"scores": scores, "lengths": lengths}
-    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=_check.implementation(implementation))
+    values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=how)
     return values, indices
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -39,9 +40,11 @@ class Dispatch(NamedTuple):
     group_sizes: Array
 
 
-# Exported functions may return them when they are saved.
-export.register_namedtuple_serialization(Routing, serialized_name="jax_router.Routing")
-export.register_namedtuple_serialization(Dispatch, serialized_name="jax_router.Dispatch")
+# Exported functions may return them when they are saved. JAX keeps the first class of a name: where the package was
+# deleted from sys.modules and is imported again, the names stay with the classes of the first import.
+for _type in (Routing, Dispatch):
+    with contextlib.suppress(ValueError):
+        export.register_namedtuple_serialization(_type, serialized_name=f"jax_router.{_type.__name__}")
 
 
 @dataclass(frozen=True)

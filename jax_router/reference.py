@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ._ids import as_int32_ids, as_int32_lengths
 from ._logits import router_logits
+from ._shapes import numbers, with_rank
 from ._types import Dispatch, GroupScore, Routing, ScoreFn
 
 _RENORMALIZE_EPSILON = 1e-20
@@ -34,29 +36,61 @@ def _sqrtsoftplus(x: Array) -> Array:
 
 @_sqrtsoftplus.defjvp
 def _sqrtsoftplus_jvp(primals, tangents):
-    # sigmoid(x) / (2 * score), with the factor h that both have for a negative x cancelled.
     (x,), (x_dot,) = primals, tangents
+    return _sqrtsoftplus(x), _sqrtsoftplus_derivative(x) * x_dot
+
+
+@jax.custom_jvp
+def _sqrtsoftplus_derivative(x: Array) -> Array:
+    # sigmoid(x) / (2 * score), with the factor h that both have for a negative x cancelled.
     h, u, radicand = _sqrtsoftplus_parts(x)
-    derivative = jnp.where(x < 0, h, 1.0) / (2 * (1 + u) * jnp.sqrt(radicand))
-    return _sqrtsoftplus(x), derivative * x_dot
+    return jnp.where(x < 0, h, 1.0) / (2 * (1 + u) * jnp.sqrt(radicand))
+
+
+@_sqrtsoftplus_derivative.defjvp
+def _sqrtsoftplus_derivative_jvp(primals, tangents):
+    # The derivative of its logarithm, which is 1 - sigmoid(x) - sigmoid(x) / (2 * score**2).
+    (x,), (x_dot,) = primals, tangents
+    derivative = _sqrtsoftplus_derivative(x)
+    _, u, radicand = _sqrtsoftplus_parts(x)
+    return derivative, derivative * ((jnp.where(x < 0, 1.0, u) - 0.5 / radicand) / (1 + u)) * x_dot
 
 
 def _sqrtsoftplus_parts(x: Array) -> tuple[Array, Array, Array]:
-    h = jnp.exp(-0.5 * jnp.abs(x))
+    # Each side of 0 by its own smooth formula, and 0 by that of x > 0: so derivatives of every order are right there,
+    # where those of abs and maximum are not.
+    h = jnp.exp(-0.5 * _absolute(x))
     u = h * h
     log1p_over_u = jnp.where(u < 1e-4, 1 - 0.5 * u, jnp.log1p(u) / jnp.where(u < 1e-4, 1.0, u))
-    return h, u, jnp.where(x < 0, log1p_over_u, jnp.maximum(x, 0) + u * log1p_over_u)
+    return h, u, jnp.where(x < 0, log1p_over_u, jnp.where(x < 0, 0.0, x) + u * log1p_over_u)
+
+
+def _absolute(x: Array) -> Array:
+    return jnp.where(x < 0, -x, x)
 
 
 def sigmoid(x: Array) -> Array:
-    """`1 / (1 + exp(-x))`."""
+    """`1 / (1 + exp(-x))`, accurate for every x, and so is its derivative."""
+    return _sigmoid(x)
+
+
+@jax.custom_jvp
+def _sigmoid(x: Array) -> Array:
     return jax.nn.sigmoid(x)
+
+
+@_sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    # Not s (1 - s): above logits of 17, s is 1.
+    (x,), (x_dot,) = primals, tangents
+    e = jnp.exp(-_absolute(x))
+    return _sigmoid(x), e / ((1 + e) * (1 + e)) * x_dot
 
 
 def softmax(x: Array) -> Array:
     """`exp(x) / sum(exp(x))` over the last axis; 0 for a row of -inf alone, NaN for a row with +inf."""
     lowest = jnp.finfo(jnp.float32).min
-    numerator = jnp.exp(x - lax.stop_gradient(jnp.maximum(jnp.max(x, axis=-1, keepdims=True), lowest)))
+    numerator = jnp.exp(x - lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True, initial=lowest)))
     total = jnp.sum(numerator, axis=-1, keepdims=True)
     return numerator / jnp.where(total == 0, 1.0, total)
 
@@ -67,8 +101,9 @@ _SCORE_FNS = {"sqrtsoftplus": sqrtsoftplus, "sigmoid": sigmoid, "softmax": softm
 def hash_router(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:
     """See `jax_router.hash_router`."""
     vocab_size, k = hash_lut.shape
+    token_ids = as_int32_ids(token_ids, vocab_size)
     valid = (token_ids >= 0) & (token_ids < vocab_size)
-    rows = hash_lut[jnp.where(valid, token_ids, 0)].astype(jnp.int32)
+    rows = as_int32_ids(jnp.asarray(hash_lut)[jnp.where(valid, token_ids, 0)], 2**31)
     expert_ids = jnp.where(valid[..., None], rows, -1)
     weights = jnp.where(valid[..., None], jnp.float32(scale) / jnp.float32(k), jnp.float32(0))
     return Routing(jnp.broadcast_to(weights, expert_ids.shape), expert_ids)
@@ -83,7 +118,7 @@ def activation_topk(
     renormalize: bool = True,
     scale: float = 1.0,
     num_groups: int = 1,
-    top_groups: int = 1,
+    top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
     token_mask: Array | None = None,
 ) -> Routing:
@@ -92,9 +127,10 @@ def activation_topk(
     if bias is not None or num_groups > 1:
         keys = _SCORE_FNS[score_fn](logits)
     if bias is not None:
-        keys = keys + bias
+        keys = keys + with_rank(bias, keys.ndim)
     keys = lax.stop_gradient(keys)
     if num_groups > 1:
+        assert top_groups is not None, "top_groups must be given with num_groups"
         _, expert_ids = lax.top_k(_eligible_order_keys(keys, num_groups, top_groups, group_score), top_k)
     else:
         _, expert_ids = topk_select(keys, top_k)
@@ -108,7 +144,7 @@ def _eligible_order_keys(keys: Array, num_groups: int, top_groups: int, group_sc
     grouped = keys.reshape(*keys.shape[:-1], num_groups, keys.shape[-1] // num_groups)
     best, _ = topk_select(grouped, 2 if group_score == "top2_sum" else 1)
     _, groups = topk_select(best.sum(axis=-1), top_groups)
-    eligible = (groups[..., None, :] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]).any(axis=-1)
+    eligible = (groups[..., None, :] == numbers(num_groups, groups.ndim)[..., None]).any(axis=-1)
     bits = lax.bitcast_convert_type(jnp.where(jnp.isnan(grouped), jnp.nan, grouped), jnp.int32)
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return jnp.where(eligible[..., None], order, jnp.iinfo(jnp.int32).min).reshape(keys.shape)
@@ -124,8 +160,9 @@ def route_at(
 ) -> Routing:
     """See `jax_router.route_at`."""
     num_experts = logits.shape[-1]
+    expert_ids = as_int32_ids(expert_ids, num_experts)
     valid = (expert_ids >= 0) & (expert_ids < num_experts)
-    expert_ids = jnp.where(valid, expert_ids, -1).astype(jnp.int32)
+    expert_ids = jnp.where(valid, expert_ids, -1)
     logits = logits.astype(jnp.float32)
     if score_fn == "softmax" and not renormalize:
         # A row without a valid id (masked, or padding) may hold anything, also for the gradient.
@@ -133,6 +170,23 @@ def route_at(
     chosen = jnp.take_along_axis(logits, jnp.where(valid, expert_ids, 0), axis=-1)
     weights = weights_of_chosen(chosen, valid, score_fn=score_fn, renormalize=renormalize, scale=scale)
     return Routing(weights, expert_ids)
+
+
+def scored_hash_router(
+    logits: Array,
+    token_ids: Array,
+    hash_lut: Array,
+    *,
+    score_fn: ScoreFn = "sqrtsoftplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    token_mask: Array | None = None,
+) -> Routing:
+    """See `jax_router.scored_hash_router`."""
+    expert_ids = hash_router(token_ids, hash_lut).expert_ids
+    if token_mask is not None:
+        expert_ids = jnp.where(token_mask[..., None], expert_ids, -1)
+    return route_at(logits, expert_ids, score_fn=score_fn, renormalize=renormalize, scale=scale)
 
 
 def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize: bool, scale: float) -> Array:
@@ -170,12 +224,12 @@ def topk_select(scores: Array, k: int, *, lengths: Array | None = None, sorted: 
     scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)  # a NaN with the sign bit would sort below -inf
     ordered = lax.stop_gradient(scores)
     if lengths is not None:
-        lengths = jnp.clip(lengths, 0, length).astype(jnp.int32)[..., None]
-        ordered = jnp.where(jnp.arange(length, dtype=jnp.int32) < lengths, ordered, -jnp.inf)
+        lengths = as_int32_lengths(lengths, length)[..., None]
+        ordered = jnp.where(numbers(length, scores.ndim) < lengths, ordered, -jnp.inf)
     _, indices = lax.top_k(ordered, k)
     if lengths is not None:
         # What lies past the end ties with -inf inside the row and comes after it, having the higher indices.
-        indices = jnp.where(jnp.arange(k, dtype=jnp.int32) < lengths, indices, length)
+        indices = jnp.where(numbers(k, scores.ndim) < lengths, indices, length)
     if not sorted:
         indices = jnp.sort(indices, axis=-1)
     past_end = indices == length
@@ -195,13 +249,13 @@ def dense_router(
     renormalize: bool = True,
     scale: float = 1.0,
     num_groups: int = 1,
-    top_groups: int = 1,
+    top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
     token_mask: Array | None = None,
 ) -> Routing:
     """See `jax_router.dense_router`."""
     return activation_topk(
-        router_logits(x, weight, logit_bias, precision=precision),
+        router_logits(x, weight, logit_bias, precision=precision, token_mask=token_mask),
         bias,
         top_k=top_k,
         score_fn=score_fn,
@@ -216,8 +270,8 @@ def dense_router(
 
 def expert_dispatch(expert_ids: Array, num_experts: int) -> Dispatch:
     """See `jax_router.expert_dispatch`."""
-    flat = expert_ids.reshape(-1)
-    group = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.int32)
+    flat = as_int32_ids(expert_ids, num_experts).reshape(-1)
+    group = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     choices = jnp.arange(flat.size, dtype=jnp.int32)
     order = jnp.argsort(group, stable=True).astype(jnp.int32)
     slot = jnp.zeros_like(choices).at[order].set(choices, unique_indices=True)

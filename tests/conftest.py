@@ -1,4 +1,4 @@
-"""Settings of the whole suite: several CPU devices, no implicit promotion of dtypes, and property tests that repeat."""
+"""Settings of the whole suite: several CPU devices, no implicit promotion, and property tests that repeat."""
 
 import os
 
@@ -13,6 +13,7 @@ import pytest
 import matrix
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile(
     "jax_router",

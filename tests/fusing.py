@@ -34,9 +34,10 @@ cuda.workspace_bytes = lambda op, **sizes: 4096
 import jax_router  # noqa: E402
 
 
-def calls(implementation, num_experts=256, dtype=jnp.bfloat16, precision=None):
+def calls(implementation, num_experts=256, dtype=jnp.bfloat16, weight_dtype=None, tokens=4, precision=None):
     route = functools.partial(jax_router.dense_router, top_k=6, precision=precision, implementation=implementation)
-    x, weight = jax.ShapeDtypeStruct((4, 32), dtype), jax.ShapeDtypeStruct((num_experts, 32), dtype)
+    x = jax.ShapeDtypeStruct((tokens, 32), dtype)
+    weight = jax.ShapeDtypeStruct((num_experts, 32), weight_dtype or dtype)
     try:
         text = jax.jit(route).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
     except NotImplementedError as error:
@@ -52,4 +53,8 @@ answers.update(unsupported="", pays=False)
 printed |= {f"{implementation}, does not pay": calls(implementation) for implementation in ("auto", "native")}
 answers["pays"] = True
 printed["native, of float32 at another precision"] = calls("native", dtype=jnp.float32, precision=lax.Precision.DEFAULT)
+for tokens in (4, 65):
+    printed[f"{tokens} tokens in bfloat16, weight in float32"] = calls(
+        "native", weight_dtype=jnp.float32, tokens=tokens
+    )
 print(json.dumps(printed))

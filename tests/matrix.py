@@ -99,6 +99,10 @@ def call_dense(x, weight, logit_bias, bias, **options):
     return jax_router.dense_router(x, weight, bias, logit_bias=logit_bias, top_k=3, **options)
 
 
+def call_half(x, weight, **options):
+    return jax_router.dense_router(x.astype(jnp.bfloat16), weight, top_k=3, **options)
+
+
 OPS = {
     "hash_router": Case(
         jax_router.hash_router, (Operand("token_ids", ()), Operand("lut", (12, 2), per_token=False))
@@ -112,10 +116,16 @@ OPS = {
     ),
     "activation_topk, softmax of all, mask": Case(call_softmax, (LOGITS, Operand("mask", ())), (0,)),
     "route_at": Case(jax_router.route_at, (LOGITS, Operand("ids", (2,))), (0,)),
+    "scored_hash_router": Case(
+        jax_router.scored_hash_router,
+        (LOGITS, Operand("token_ids", ()), Operand("lut", (12, 2), per_token=False)),
+        (0,),
+    ),
     "dense_router": Case(partial(jax_router.dense_router, top_k=3), (X, WEIGHT), (0, 1)),
     "dense_router, biases": Case(
         call_dense, (X, WEIGHT, Operand("logit_bias", (16,), per_token=False), SHARED_BIAS), (0, 1, 2)
     ),
+    "dense_router, bf16 x and f32 weight": Case(call_half, (X, WEIGHT), (0, 1)),
     "expert_dispatch": Case(partial(jax_router.expert_dispatch, num_experts=16), (Operand("ids", (2,)),)),
 }  # fmt: skip
 

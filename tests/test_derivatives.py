@@ -184,6 +184,52 @@ def test_derivative_of_sqrtsoftplus_where_it_underflows(implementation):
     np.testing.assert_array_equal(beyond, 0)
 
 
+def exact_derivatives(score_fn, x):
+    """The first and the second derivative of a score, in float64, from formulas without a kink."""
+    x = f64(x)
+    s, rest = np.exp(-np.logaddexp(0, -x)), np.exp(-np.logaddexp(0, x))  # sigmoid(x), and 1 - sigmoid(x)
+    if score_fn == "sigmoid":
+        return s * rest, s * rest * (rest - s)
+    score = np.sqrt(np.logaddexp(0, x))
+    return s / (2 * score), s * rest / (2 * score) - s**2 / (4 * score**3)
+
+
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid"])
+def test_derivatives_of_scores(score_fn, implementation):
+    """Where the formulas for both signs meet, and above logits of 17, where sigmoid(x) rounds to 1."""
+    x = np.concatenate([np.linspace(-80, 80, 3201), np.linspace(-1, 1, 41), [-0.0, 1e-6, -1e-6, 17, 30, 85]])
+    x = x.astype(np.float32)
+
+    def score(x):
+        routing = jax_router.route_at(
+            x[None], jnp.zeros(1, jnp.int32), score_fn=score_fn, renormalize=False, implementation=implementation
+        )
+        return routing.weights[0]
+
+    first, second = exact_derivatives(score_fn, x)
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(score)))(x), first, rtol=3e-6, atol=1e-37)
+    near = np.abs(x) < 3  # there the second derivative has a zero, as a difference of numbers near 1
+    for order in (jax.grad(jax.grad(score)), jax.jacfwd(jax.grad(score)), jax.jacrev(jax.jacfwd(score))):
+        got = np.asarray(jax.jit(jax.vmap(order))(x))
+        np.testing.assert_allclose(got[near], second[near], rtol=3e-6, atol=5e-8)
+        np.testing.assert_allclose(got[~near], second[~near], rtol=3e-6, atol=1e-37)
+    infinite = np.float32([np.inf, -np.inf])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.grad(jax.grad(score))))(infinite), 0)
+
+
+def test_third_derivative_at_zero(implementation):
+    """Of log(1 + exp(x)) ** 0.5, by hand: at 0 its derivatives follow from log(2) and those of the sigmoid."""
+
+    def score(x):
+        return jax_router.route_at(x[None], jnp.zeros(1, jnp.int32), renormalize=False, implementation=implementation)[
+            0
+        ][0]
+
+    f, d1, d2, d3 = np.log(2), 1 / 2, 1 / 4, 0
+    want = d3 / (2 * f**0.5) - 3 * d1 * d2 / (4 * f**1.5) + 3 * d1**3 / (8 * f**2.5)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.grad(jax.grad(score))))(jnp.float32(0)), want, rtol=1e-5)
+
+
 def test_integer_operands_have_float0_cotangents(rng):
     logits, ids = draw(rng, "logits", 5, 16), draw(rng, "ids", 5, 2)
     token_ids, lut = draw(rng, "token_ids", 5), draw(rng, "lut", 12, 2)

@@ -1,5 +1,6 @@
 """What is wrong with a call is said at trace time, with the argument, what it got and what it takes."""
 
+import inspect
 import re
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jax_router
-from jax_router import Router, RouterConfig, _native
+from jax_router import Router, RouterConfig, _native, random_hash_table
 from matrix import OPS, native
 
 F32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -24,6 +25,8 @@ X, WEIGHT = F32((4, 8)), F32((16, 8))
 
 TOP_1 = {"top_k": 1}
 
+HUGE, MOST = 2**31, "2^31 - 1 = 2147483647"
+
 # The op, its operands, its options, the error, and what its message says in this order.
 ERRORS = {
     # activation_topk
@@ -33,7 +36,10 @@ ERRORS = {
     "no experts": ("activation_topk", [F32((4, 0))], TOP_1, ValueError, "logits at least one expert (4, 0)"),
     "bias of other experts": ("activation_topk", [LOGITS, F32((15,))], TOP_1, ValueError, "bias (16,) (4, 16) (15,)"),
     "bias of other tokens": ("activation_topk", [LOGITS, F32((5, 16))], TOP_1, ValueError, "bias (4, 16) (5, 16)"),
-    "bias in bf16": ("activation_topk", [LOGITS, BF16((16,))], TOP_1, TypeError, "bias float32 bfloat16"),
+    "bias in bf16": ("activation_topk", [LOGITS, BF16((16,))], TOP_1, TypeError,
+                     "bias float32 bfloat16 cast .astype(jnp.float32)"),
+    "logits in fp8": ("activation_topk", [jax.ShapeDtypeStruct((4, 16), jnp.float8_e4m3fn)], TOP_1, TypeError,
+                      "logits bfloat16 float8_e4m3fn cast .astype(jnp.float32)"),
     "bias of integers": ("activation_topk", [LOGITS, I32((16,))], TOP_1, TypeError, "bias float32 int32"),
     "k above E": ("activation_topk", [LOGITS], {"top_k": 17}, ValueError, "top_k between 1 and 16 17"),
     "k is 0": ("activation_topk", [LOGITS], {"top_k": 0}, ValueError, "top_k between 1 and 16 0"),
@@ -47,11 +53,19 @@ ERRORS = {
                                           "score_fn 'identity'"),
     "renormalize": ("activation_topk", [LOGITS], {"top_k": 1, "renormalize": 1}, TypeError, "renormalize True False 1"),
     "scale is no number": ("activation_topk", [LOGITS], {"top_k": 1, "scale": None}, TypeError, "scale number None"),
+    "scale beyond float32": ("activation_topk", [LOGITS], {"top_k": 1, "scale": 1e39}, ValueError,
+                             "scale range of float32 1e+39"),
+    "scale below float32": ("activation_topk", [LOGITS], {"top_k": 1, "scale": 1e-39}, ValueError,
+                            "scale 0 range of float32 1e-39"),
+    "scale is text": ("activation_topk", [LOGITS], {"top_k": 1, "scale": "2"}, TypeError, "scale number '2'"),
+    "scale is a bool": ("activation_topk", [LOGITS], {"top_k": 1, "scale": True}, TypeError, "scale number True"),
     "scale is nan": ("activation_topk", [LOGITS], {"top_k": 1, "scale": float("nan")}, ValueError, "scale finite nan"),
     "groups do not divide": ("activation_topk", [LOGITS], {"top_k": 1, "num_groups": 3}, ValueError,
                              "num_groups divide 16 3"),
     "groups above E": ("activation_topk", [LOGITS], {"top_k": 1, "num_groups": 17}, ValueError,
                        "num_groups between 1 and 16 17"),
+    "groups and none of them": ("activation_topk", [LOGITS], {"top_k": 1, "num_groups": 4}, ValueError,
+                                "top_groups num_groups = 4 between 1 and 4 None"),
     "no groups": ("activation_topk", [LOGITS], {"top_k": 1, "num_groups": 0}, ValueError,
                   "num_groups between 1 and 16 0"),
     "top_groups above groups": ("activation_topk", [LOGITS], {"top_k": 1, "num_groups": 4, "top_groups": 5}, ValueError,
@@ -80,11 +94,22 @@ ERRORS = {
     "table without columns": ("hash_router", [I32((4,)), I32((9, 0))], {}, ValueError, "hash_lut at least 1 (9, 0)"),
     "table without rows": ("hash_router", [I32((4,)), I32((0, 2))], {}, ValueError, "hash_lut at least 1 (0, 2)"),
     "hash_router: scale": ("hash_router", [I32((4,)), I32((9, 2))], {"scale": np.inf}, ValueError, "scale finite inf"),
+    # scored_hash_router
+    "scored: token ids of other rows": ("scored_hash_router", [LOGITS, I32((5,)), I32((9, 2))], {}, ValueError,
+                                        "token_ids (4,) (5,)"),
+    "scored: token ids of floats": ("scored_hash_router", [LOGITS, F32((4,)), I32((9, 2))], {}, TypeError,
+                                    "token_ids integer float32"),
+    "scored: table of one axis": ("scored_hash_router", [LOGITS, I32((4,)), I32((9,))], {}, ValueError,
+                                  "hash_lut (vocab_size, k) (9,)"),
+    "scored: mask of integers": ("scored_hash_router", [LOGITS, I32((4,)), I32((9, 2))], {"token_mask": I32((4,))},
+                                 TypeError, "token_mask bool int32"),
+    "scored: score_fn": ("scored_hash_router", [LOGITS, I32((4,)), I32((9, 2))], {"score_fn": "relu"}, ValueError,
+                         "score_fn 'relu'"),
     # topk_select
     "scores have no axis": ("topk_select", [F32(())], {"k": 1}, ValueError, "scores 1 axes ()"),
     "scores of integers": ("topk_select", [I32((4, 9))], {"k": 1}, TypeError, "scores float32 int32"),
-    "k above L": ("topk_select", [F32((4, 9))], {"k": 10}, ValueError, "k between 1 and 9 scores 10"),
-    "select none": ("topk_select", [F32((4, 9))], {"k": 0}, ValueError, "k between 1 and 9 0"),
+    "k above L": ("topk_select", [F32((4, 9))], {"k": 10}, ValueError, "k between 0 and 9 scores 10"),
+    "select fewer than none": ("topk_select", [F32((4, 9))], {"k": -1}, ValueError, "k between 0 and 9 -1"),
     "lengths of floats": ("topk_select", [F32((4, 9))], {"k": 1, "lengths": F32((4,))}, TypeError,
                           "lengths integer float32"),
     "lengths of other rows": ("topk_select", [F32((4, 9))], {"k": 1, "lengths": I32((9,))}, ValueError,
@@ -96,7 +121,11 @@ ERRORS = {
     "weight is transposed": ("dense_router", [X, F32((8, 16))], TOP_1, ValueError, "weight (num_experts, 8) (8, 16)"),
     "weight of one axis": ("dense_router", [X, F32((8,))], TOP_1, ValueError, "weight (num_experts, 8) (8,)"),
     "weight of no expert": ("dense_router", [X, F32((0, 8))], TOP_1, ValueError, "weight (0, 8)"),
-    "weight of another dtype": ("dense_router", [X, BF16((16, 8))], TOP_1, TypeError, "weight float32 bfloat16 cast"),
+    "weight of less than x": ("dense_router", [X, BF16((16, 8))], TOP_1, TypeError, "weight float32 bfloat16 cast"),
+    "weight of another half": ("dense_router", [BF16((4, 8)), jax.ShapeDtypeStruct((16, 8), jnp.float16)], TOP_1,
+                               TypeError, "weight bfloat16 or float32 float16 cast"),
+    "precision": ("dense_router", [X, WEIGHT], {"top_k": 1, "precision": "exact"}, ValueError,
+                  "precision 'highest' 'exact'"),
     "logit_bias in bf16": ("dense_router", [X, WEIGHT], {"top_k": 1, "logit_bias": BF16((16,))}, TypeError,
                            "logit_bias float32 bfloat16"),
     "logit_bias of other experts": ("dense_router", [X, WEIGHT], {"top_k": 1, "logit_bias": F32((8,))}, ValueError,
@@ -106,10 +135,38 @@ ERRORS = {
     # expert_dispatch
     "dispatch of floats": ("expert_dispatch", [F32((4, 2))], {"num_experts": 3}, TypeError,
                            "expert_ids integer float32"),
-    "dispatch of a scalar": ("expert_dispatch", [I32(())], {"num_experts": 3}, ValueError, "expert_ids 1 axes ()"),
+    "dispatch of a scalar": ("expert_dispatch", [I32(())], {"num_experts": 3}, ValueError, "expert_ids [..., k] ()"),
+    "dispatch of a flat list": ("expert_dispatch", [I32((12,))], {"num_experts": 3}, ValueError,
+                                "expert_ids [..., k] axis of tokens (12,) [N, 1] [1, k]"),
     "dispatch of no choice": ("expert_dispatch", [I32((4, 0))], {"num_experts": 3}, ValueError, "expert_ids (4, 0)"),
     "dispatch to none": ("expert_dispatch", [I32((4, 2))], {"num_experts": 0}, ValueError, "num_experts at least 1 0"),
     "dispatch to a float": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3.0}, TypeError, "num_experts int 3.0"),
+    # Axes past int32
+    "logits of too many tokens": ("activation_topk", [BF16((HUGE, 1))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
+    "too many experts": ("activation_topk", [BF16((1, HUGE))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
+    "ids of too many tokens": ("route_at", [F32((HUGE, 0)), I32((HUGE, 2))], {}, ValueError, f"logits {MOST} {HUGE}"),
+    "too many ids": ("route_at", [F32((1, 4)), I32((1, HUGE))], {}, ValueError, f"expert_ids {MOST} {HUGE}"),
+    "too many token ids": ("hash_router", [I32((HUGE,)), I32((9, 2))], {}, ValueError, f"token_ids {MOST} {HUGE}"),
+    "a table too long": ("hash_router", [I32((4,)), I32((HUGE, 2))], {}, ValueError, f"hash_lut {MOST} {HUGE}"),
+    "a scored table too long": ("scored_hash_router", [LOGITS, I32((4,)), I32((HUGE, 2))], {}, ValueError,
+                                f"hash_lut {MOST} {HUGE}"),
+    "a row too long": ("topk_select", [BF16((1, HUGE))], {"k": 1}, ValueError, f"scores {MOST} {HUGE}"),
+    "a hidden size too large": ("dense_router", [F32((2, HUGE)), F32((16, HUGE))], TOP_1, ValueError,
+                                f"x {MOST} {HUGE}"),
+    "a weight too long": ("dense_router", [X, F32((HUGE, 8))], TOP_1, ValueError, f"weight {MOST} {HUGE}"),
+    "a mask too long": ("activation_topk", [LOGITS], {"top_k": 1, "token_mask": BOOL((HUGE,))}, ValueError,
+                        f"token_mask {MOST} {HUGE}"),
+    "a bias too long": ("activation_topk", [LOGITS, F32((HUGE,))], TOP_1, ValueError, f"bias {MOST} {HUGE}"),
+    "lengths too long": ("topk_select", [F32((4, 9))], {"k": 1, "lengths": I32((HUGE,))}, ValueError,
+                         f"lengths {MOST} {HUGE}"),
+    "a dispatch of too many choices": ("expert_dispatch", [I32((2**28, 8))], {"num_experts": 3}, ValueError,
+                                       f"expert_ids {MOST} choices in all (268435456, 8)"),
+    "a dispatch in several axes": ("expert_dispatch", [I32((2**16, 2**12, 8))], {"num_experts": 3}, ValueError,
+                                   f"expert_ids {MOST} choices in all (65536, 4096, 8)"),
+    "a dispatch of too many tokens": ("expert_dispatch", [I32((HUGE, 1))], {"num_experts": 3}, ValueError,
+                                      f"expert_ids {MOST} {HUGE}"),
+    "a dispatch to too many": ("expert_dispatch", [I32((4, 2))], {"num_experts": HUGE}, ValueError,
+                               f"num_experts at most {MOST} {HUGE}"),
 }  # fmt: skip
 
 
@@ -135,10 +192,10 @@ def test_unknown_implementation(op):
         jax.eval_shape(function, *OPS[op].draw(4))
 
 
-@pytest.mark.parametrize("op", [op for op, case in OPS.items() if case.floats])
+@pytest.mark.parametrize("op", [op for op, case in OPS.items() if case.floats and "," not in op])
 def test_float64_says_to_cast(op):
     first, *others = OPS[op].draw(4)
-    with jax.enable_x64(True), pytest.raises(TypeError, match=says("float32, bfloat16 or float16 cast float64")):
+    with jax.enable_x64(True), pytest.raises(TypeError, match=says("float32, bfloat16 or float16 float64 cast")):
         jax.eval_shape(OPS[op].call, first.astype(np.float64), *others)
 
 
@@ -151,8 +208,34 @@ def test_float64_says_to_cast(op):
     ],
 )
 def test_traced_size(op, array, option):
-    with pytest.raises(TypeError, match=says(f"{option} must be a Python int")):
+    with pytest.raises(TypeError, match=says(f"{option} must be a Python int jax.jit static_argnames ('{option}',)")):
         jax.eval_shape(lambda array, size: getattr(jax_router, op)(array, **{option: size}), array, I32(()))
+
+
+def test_traced_scale():
+    with pytest.raises(TypeError, match=says("scale must be a Python number jax.jit static_argnames ('scale',)")):
+        jax.eval_shape(lambda x, scale: jax_router.activation_topk(x, top_k=1, scale=scale), LOGITS, F32(()))
+
+
+@pytest.mark.parametrize(
+    ("op", "operands", "argument"),
+    [
+        ("activation_topk", [None], "logits"),
+        ("activation_topk", ["logits"], "logits"),
+        ("topk_select", [{}], "scores"),
+        ("route_at", [np.ones((4, 16), np.float32), None], "expert_ids"),
+        ("hash_router", [None, np.ones((9, 2), np.int32)], "token_ids"),
+        ("scored_hash_router", [np.ones((4, 16), np.float32), np.ones(4, np.int32), None], "hash_lut"),
+        ("dense_router", [np.ones((4, 8), np.float32), None], "weight"),
+        ("expert_dispatch", [None], "expert_ids"),
+    ],
+)
+def test_no_array(op, operands, argument):
+    required = {"top_k": 1, "k": 1, "num_experts": 3}
+    names = inspect.signature(getattr(jax_router, op)).parameters
+    options = {name: value for name, value in required.items() if name in names}
+    with pytest.raises(TypeError, match=says(f"{argument} must be an array got")):
+        getattr(jax_router, op)(*operands, **options)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -201,6 +284,24 @@ CONFIG = {"hidden_size": 8, "num_experts": 16, "top_k": 2}
         ({"hash_weights": "learned"}, ValueError, "hash_weights 'uniform', 'scored' 'learned'"),
         ({"score_fn": "relu"}, ValueError, "score_fn 'relu'"),
         ({"num_groups": 5}, ValueError, "num_groups divide 16 5"),
+        ({"num_groups": 4}, ValueError, "top_groups num_groups = 4 between 1 and 4 None"),
+        ({"hidden_size": HUGE}, ValueError, f"hidden_size at most {MOST} {HUGE}"),
+        ({"num_experts": HUGE}, ValueError, f"num_experts at most {MOST} {HUGE}"),
+        ({"mode": "hash", "vocab_size": HUGE}, ValueError, f"vocab_size at most {MOST} {HUGE}"),
+        ({"vocab_size": "x"}, TypeError, "vocab_size int 'x'"),
+        ({"vocab_size": True}, TypeError, "vocab_size int True"),
+        ({"hash_weights": "scored"}, ValueError, "hash_weights 'uniform' mode='dense' 'scored'"),
+        ({"logit_bias": 1}, TypeError, "logit_bias True False 1"),
+        ({"logit_bias": True, "mode": "hash", "vocab_size": 9}, ValueError, "logit_bias False uniform no logits"),
+        ({"precision": "exact"}, ValueError, "precision 'highest' 'exact'"),
+        ({"implementation": "cuda"}, ValueError, "implementation 'auto', 'native', 'reference' 'cuda'"),
+        ({"scale": 1e39}, ValueError, "scale range of float32 1e+39"),
+        ({"scale": "2"}, TypeError, "scale number '2'"),
+        ({"scale": True}, TypeError, "scale number True"),
+        ({"param_dtype": "bf16"}, TypeError, "param_dtype jnp.bfloat16 'bf16'"),
+        ({"param_dtype": None}, TypeError, "param_dtype jnp.float32 None"),
+        ({"param_dtype": np.float64}, TypeError, "param_dtype jnp.float32 float64"),
+        ({"dtype": jnp.float8_e4m3fn}, TypeError, "dtype jnp.bfloat16 float8_e4m3fn"),
     ],
 )
 def test_router_config(change, error, words):
@@ -208,19 +309,79 @@ def test_router_config(change, error, words):
         RouterConfig(**{**CONFIG, **change})
 
 
-def test_router_call():
-    dense = Router(RouterConfig(**CONFIG), rngs=nnx.Rngs(0))
-    hashed = Router(RouterConfig(**CONFIG, mode="hash", vocab_size=9), rngs=nnx.Rngs(0))
-    x = jnp.ones((4, 8))
-    with pytest.raises(ValueError, match=says("x (..., 8) hidden_size (4, 7)")):
-        dense(x[:, :7])
-    with pytest.raises(TypeError, match=says("x float32 int32")):
-        dense(jnp.ones((4, 8), jnp.int32))
-    with pytest.raises(ValueError, match=says("token_ids None")):
-        hashed(x)
-    with pytest.raises(ValueError, match=says("token_ids (4,) (3,)")):
-        hashed(x, jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match=says("return_logits False uniform")):
-        hashed(x, jnp.zeros(4, jnp.int32), return_logits=True)
-    with pytest.raises(ValueError, match=says("token_mask (4,) (3,)")):
-        hashed(x, jnp.zeros(4, jnp.int32), jnp.ones(3, bool))
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ([CONFIG], {}, TypeError, "config RouterConfig RouterConfig(**options) {'hidden_size': 8"),
+        ([None], {}, TypeError, "config RouterConfig None"),
+        ([RouterConfig(**CONFIG)], {"rngs": 0}, TypeError, "rngs Rngs nnx.Rngs(0) 0"),
+        ([RouterConfig(**CONFIG)], {"rngs": jax.random.key(0)}, TypeError, "rngs Rngs nnx.Rngs(0) Array"),
+    ],
+)
+def test_router(arguments, options, error, words):
+    with pytest.raises(error, match=says(words)):
+        Router(*arguments, **{"rngs": nnx.Rngs(0), **options})
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "words"),
+    [
+        (np.zeros((9, 2), np.float32), TypeError, "hash_lut_init integer float32"),
+        (np.zeros((2, 9), np.int32), ValueError, "hash_lut_init (9, 2) (2, 9)"),
+        (np.zeros((9, 3), np.int32), ValueError, "hash_lut_init (9, 2) (9, 3)"),
+        (None, TypeError, "hash_lut_init array None"),
+    ],
+)
+def test_initial_table(table, error, words):
+    config = RouterConfig(**CONFIG, mode="hash", vocab_size=9)
+    with pytest.raises(error, match=says(words)):
+        Router(config, rngs=nnx.Rngs(0), hash_lut_init=lambda *_: table)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_experts", "error", "words"),
+    [
+        (10, 16, TypeError, "shape (vocab_size, k) 10"),
+        ((10,), 16, TypeError, "shape (vocab_size, k) (10,)"),
+        ((10, 17), 16, ValueError, "shape[1] (k) between 1 and 16 17"),
+        ((0, 2), 16, ValueError, "shape[0] (vocab_size) at least 1 0"),
+        ((10, 2), 1.5, TypeError, "num_experts int 1.5"),
+    ],
+)
+def test_random_hash_table(shape, num_experts, error, words):
+    with pytest.raises(error, match=says(words)):
+        random_hash_table(jax.random.key(0), shape, num_experts)
+
+
+X4, IDS4, MASK4 = np.ones((4, 8), np.float32), np.zeros(4, np.int32), np.ones(4, bool)
+
+
+@pytest.mark.parametrize(
+    ("mode", "x", "options", "error", "words"),
+    [
+        ("dense", X4[:, :7], {}, ValueError, "x (..., 8) hidden_size (4, 7)"),
+        ("dense", X4.astype(np.int32), {}, TypeError, "x float32 int32"),
+        ("dense", None, {}, TypeError, "x array None"),
+        ("dense", X4, {"token_ids": MASK4}, TypeError, "token_ids integer bool"),
+        ("dense", X4, {"token_ids": IDS4[:3]}, ValueError, "token_ids (4,) (3,)"),
+        ("dense", X4, {"token_mask": IDS4}, TypeError, "token_mask bool int32"),
+        ("dense", X4, {"token_mask": MASK4[:3]}, ValueError, "token_mask (4,) (3,)"),
+        ("dense", X4, {"return_logits": 1}, TypeError, "return_logits True False 1"),
+        ("hash", X4, {}, ValueError, "token_ids None"),
+        ("hash", X4, {"token_ids": IDS4[:3]}, ValueError, "token_ids (4,) (3,)"),
+        ("hash", X4, {"token_ids": X4[:, 0]}, TypeError, "token_ids integer float32"),
+        ("hash", X4, {"token_ids": IDS4, "return_logits": True}, ValueError, "return_logits False uniform"),
+        ("hash", X4, {"token_ids": IDS4, "token_mask": MASK4[:3]}, ValueError, "token_mask (4,) (3,)"),
+    ],
+)
+def test_router_call(mode, x, options, error, words):
+    router = Router(RouterConfig(**CONFIG, mode=mode, vocab_size=9), rngs=nnx.Rngs(0))
+    with pytest.raises(error, match=says(words)):
+        router(x, **options)
+
+
+def test_a_mask_is_not_taken_for_token_ids():
+    """All arguments but the hidden states have names."""
+    router = Router(RouterConfig(**CONFIG), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="positional argument"):
+        router(X4, MASK4)

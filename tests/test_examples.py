@@ -14,6 +14,13 @@ from matrix import assert_close
 from programs import EXAMPLES, load_example
 
 
+@pytest.fixture(autouse=True)
+def ranks_as_users_have_them():
+    """The examples are programs of users, who need not spell out ranks as the package does."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture
 def expert_parallel(devices):
     """The example, a mesh, and tokens and weights on it."""

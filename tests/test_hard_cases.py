@@ -87,6 +87,10 @@ def test_token_ids_out_of_range(implementation, rng):
     np.testing.assert_array_equal(routing.expert_ids[: wild.size], -1)
     np.testing.assert_array_equal(routing.weights[: wild.size], 0)
     np.testing.assert_array_equal(routing.expert_ids[wild.size :], lut)
+    logits = rng.normal(0, 1, (ids.size, 9)).astype(np.float32)
+    scored = op("scored_hash_router", implementation=implementation)(logits, ids, lut)
+    np.testing.assert_array_equal(scored.expert_ids, routing.expert_ids)
+    assert_weights(scored.weights, weights_at(logits, routing.expert_ids, "sqrtsoftplus", True, 1.0))
 
 
 def test_table_entries_out_of_range(implementation, rng):
@@ -193,6 +197,32 @@ def test_fewer_than_k_finite_scores(implementation):
     routing = route(logits)
     np.testing.assert_array_equal(routing.expert_ids, [[3, 7, 0, 1], [11, 0, 1, 2], [0, 1, 2, 3]])
     np.testing.assert_allclose(routing.weights, [[0.7310586, 0.26894143, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_no_choice_and_no_expert(score_fn, renormalize, implementation):
+    """Weights at no ids, and at ids of which none is an expert, with their gradient."""
+    route = op("route_at", score_fn=score_fn, renormalize=renormalize, implementation=implementation)
+    for experts, k in ((5, 0), (0, 2), (0, 0)):
+        logits, ids = np.ones((3, experts), np.float32), np.zeros((3, k), np.int32)
+        weights, valid_ids = route(logits, ids)
+        np.testing.assert_array_equal(weights, np.zeros((3, k)))
+        np.testing.assert_array_equal(valid_ids, np.full((3, k), -1))
+        gradient = jax.grad(lambda x, ids=ids: route(x, ids).weights.sum())(logits)
+        np.testing.assert_array_equal(gradient, np.zeros((3, experts)))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 0), (0,), (2, 0, 5)])
+def test_the_none_best(shape, implementation):
+    """k = 0, of rows of any length, as of `jax.lax.top_k`: values and indices, and their gradient."""
+    x = jnp.ones(shape, jnp.bfloat16)
+    select = op("topk_select", k=0, implementation=implementation)
+    for mine, want in zip(select(x), jax.lax.top_k(x, 0)):
+        assert (mine.shape, mine.dtype) == (want.shape, want.dtype)
+    lengths = jnp.zeros(shape[:-1], jnp.int32)
+    assert select(x, lengths=lengths)[0].shape == (*shape[:-1], 0)
+    np.testing.assert_array_equal(jax.grad(lambda x: select(x)[0].astype(jnp.float32).sum())(x), jnp.zeros_like(x))
 
 
 def test_every_expert_is_chosen(implementation, rng):

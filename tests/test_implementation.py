@@ -16,8 +16,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax_router
 from cases import draw
 from jax_router._primitive import OPS as PRIMITIVES
-from jax_router._route_at import scored_hash_router
-from jax_router._types import Scoring
 from matrix import OPS, native
 
 PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
@@ -65,7 +63,7 @@ def test_a_mapped_table_of_a_scored_hash_layer_is_one_kernel(tables, rng):
     tables, token_ids = tables
     logits = draw(rng, "logits", TABLES, 40, 16)
     route, plain = (
-        jax.vmap(partial(scored_hash_router, scoring=Scoring(), implementation=implementation))
+        jax.vmap(partial(jax_router.scored_hash_router, implementation=implementation))
         for implementation in ("native", "reference")
     )
     assert calls(route, logits, token_ids, tables) == ["scored_hash_router"]
@@ -120,6 +118,8 @@ def test_fusing():
         "native, does not pay": ["activation_topk"],
         "native, unsupported, nor is the selection": "at most 4096 experts, got 5000",
         "native, of float32 at another precision": ["activation_topk"],
+        "4 tokens in bfloat16, weight in float32": ["dense_router"],
+        "65 tokens in bfloat16, weight in float32": ["activation_topk"],
     }
 
 

@@ -153,18 +153,22 @@ def test_route_at(score_fn, renormalize, dtype, rng):
     assert_weights(weights, weights_at(logits, ids, score_fn, renormalize, 2.0), rtol=6e-6)
 
 
-@pytest.mark.parametrize("id_dtype", [np.int8, np.uint8, np.uint32])
-def test_ids_of_any_integer_dtype(id_dtype, rng):
-    ids = rng.integers(0, 100, (9, 4)).astype(id_dtype)
-    logits = rng.normal(0, 1, (9, 50)).astype(np.float32)
-    lut = np.arange(80, dtype=id_dtype).reshape(40, 2)
-    routed = jax_router.route_at(logits, ids, implementation="native")
-    hashed = jax_router.hash_router(ids, lut, implementation="native")
-    sizes = jax_router.expert_dispatch(ids, 50, implementation="native").group_sizes
-    ids = ids.astype(np.int32)
-    np.testing.assert_array_equal(routed.expert_ids, np.where(ids < 50, ids, -1))
-    np.testing.assert_array_equal(hashed.expert_ids[..., 1], np.where(ids < 40, 2 * ids + 1, -1))
-    np.testing.assert_array_equal(sizes, np.bincount(ids.ravel(), minlength=100)[:50])
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score_fn", ["sqrtsoftplus", "sigmoid", "softmax"])
+def test_scored_hash_router(score_fn, renormalize, rng):
+    """Token ids and entries of the table out of range among the others, and masked tokens that hold NaN."""
+    route = native("scored_hash_router", score_fn=score_fn, renormalize=renormalize, scale=2.0)
+    logits = rng.normal(0, 3, (5, 13, 40)).astype(np.float32)
+    token_ids = rng.integers(-3, 33, (5, 13)).astype(np.int32)
+    table = rng.integers(-1, 42, (30, 6)).astype(np.int32)
+    mask = rng.random((5, 13)) < 0.8
+    logits[~mask] = np.nan
+    weights, expert_ids = route(logits, token_ids, table, token_mask=mask)
+    known = (token_ids >= 0) & (token_ids < 30) & mask
+    ids = np.where(known[..., None], table[np.where(known, token_ids, 0)], -1)
+    np.testing.assert_array_equal(expert_ids, np.where((ids >= 0) & (ids < 40), ids, -1))
+    logits[~mask] = 0
+    assert_weights(weights, weights_at(logits, ids, score_fn, renormalize, 2.0), rtol=6e-6)
 
 
 @pytest.mark.parametrize("sorted", [True, False])

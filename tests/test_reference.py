@@ -134,6 +134,11 @@ def test_route_at(score_fn, renormalize, rng):
     valid = (ids >= 0) & (ids < 20)
     np.testing.assert_array_equal(routing.expert_ids, np.where(valid, ids, -1))
     assert_weights(routing.weights, weights_at(logits, ids, score_fn, renormalize, 1.5))
+    table, token_ids = ids.reshape(32, 5), np.arange(32, dtype=np.int32).reshape(4, 8)
+    options = {"score_fn": score_fn, "renormalize": renormalize, "scale": 1.5}
+    hashed = reference_jit("scored_hash_router", **options)(logits, token_ids, table)
+    np.testing.assert_array_equal(hashed.expert_ids, routing.expert_ids)
+    np.testing.assert_array_equal(hashed.weights, routing.weights)
 
 
 @pytest.mark.parametrize(

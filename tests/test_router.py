@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import get_overloads, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jax_router
-from jax_router import HashTable, Router, RouterConfig, SelectionBias, random_hash_table
+from jax_router import HashTable, Router, RouterConfig, Routing, SelectionBias, random_hash_table
 
 DENSE = RouterConfig(hidden_size=32, num_experts=16, top_k=3, score_fn="sigmoid", scale=2.5, num_groups=4, top_groups=2)
 UNIFORM = RouterConfig(hidden_size=32, num_experts=16, top_k=3, scale=1.5, mode="hash", vocab_size=50)
@@ -21,7 +22,7 @@ CONFIGS = {"dense": DENSE, "uniform": UNIFORM, "scored": SCORED}
 def make(name):
     router = Router(CONFIGS[name], rngs=nnx.Rngs(1))
     if name == "dense":
-        router.bias[...] = jnp.linspace(-1, 1, 16)
+        router.bias[...] = jnp.linspace(-1, 1, 16, dtype=jnp.float32)
     return router
 
 
@@ -30,21 +31,21 @@ def tokens(rng):
     """Hidden states, token ids (one out of range), a mask."""
     ids = rng.integers(0, 50, (4, 6)).astype(np.int32)
     ids[1, 1] = 50
-    return (
-        jnp.asarray(rng.normal(0, 1, (4, 6, 32)), jnp.float32),
-        jnp.asarray(ids),
-        jnp.asarray(rng.random((4, 6)) < 0.8),
-    )
+    return {
+        "x": jnp.asarray(rng.normal(0, 1, (4, 6, 32)), jnp.float32),
+        "token_ids": jnp.asarray(ids),
+        "token_mask": jnp.asarray(rng.random((4, 6)) < 0.8),
+    }
 
 
-def functional(router, weight, x, ids, mask, implementation="auto"):
+def functional(router, weight, x, token_ids, token_mask, implementation="auto"):
     """What the module stands for, in terms of the ops."""
     config = router.config
     if config.mode == "dense":
         return jax_router.dense_router(
-            x, weight, router.bias[...], token_mask=mask, implementation=implementation, **config.selection
+            x, weight, router.bias[...], token_mask=token_mask, implementation=implementation, **config.selection
         )
-    hashed = jax_router.hash_router(jnp.where(mask, ids, -1), router.hash_lut[...], scale=config.scale)
+    hashed = jax_router.hash_router(jnp.where(token_mask, token_ids, -1), router.hash_lut[...], scale=config.scale)
     if weight is None:
         return hashed
     logits = jax_router.reference.router_logits(x, weight)
@@ -54,10 +55,10 @@ def functional(router, weight, x, ids, mask, implementation="auto"):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_routes_as_the_ops_do(name, tokens):
     router = make(name)
-    x, ids, mask = tokens
-    weights, expert_ids = nnx.jit(lambda router, *args: router(*args))(router, x, ids, mask)
+    ids, mask = tokens["token_ids"], tokens["token_mask"]
+    weights, expert_ids = nnx.jit(lambda router, tokens: router(**tokens))(router, tokens)
     weight = router.weight[...] if router.config.has_weight else None
-    want = jax.jit(partial(functional, router))(weight, x, ids, mask)
+    want = jax.jit(partial(functional, router))(weight, **tokens)
     np.testing.assert_array_equal(expert_ids, want.expert_ids)
     np.testing.assert_allclose(weights, want.weights, rtol=1e-6)
     np.testing.assert_array_equal(expert_ids[~mask], -1)
@@ -121,22 +122,22 @@ def test_dtypes(dtype, tokens):
     config = replace(DENSE, dtype=dtype, param_dtype=jnp.bfloat16)
     router = Router(config, rngs=nnx.Rngs(0))
     assert router.weight[...].dtype == jnp.bfloat16
-    (weights, expert_ids), logits = router(tokens[0], return_logits=True)
+    (weights, expert_ids), logits = router(tokens["x"], return_logits=True)
     assert (weights.dtype, expert_ids.dtype, logits.dtype) == (jnp.float32, jnp.int32, jnp.float32)
     cast = jnp.float32 if dtype is None else dtype
-    want = jax_router.reference.router_logits(tokens[0].astype(cast), router.weight[...].astype(cast))
+    want = jax_router.reference.router_logits(tokens["x"].astype(cast), router.weight[...].astype(cast))
     np.testing.assert_allclose(logits, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dense", "scored"])
 def test_logits(name, tokens):
     router = make(name)
-    routing, logits = router(*tokens, return_logits=True)
+    routing, logits = router(**tokens, return_logits=True)
     assert logits.shape == (4, 6, 16)
-    np.testing.assert_allclose(
-        logits, np.asarray(tokens[0], np.float64) @ np.asarray(router.weight[...], np.float64).T, rtol=1e-4, atol=1e-5
-    )
-    plain = router(*tokens)
+    want = np.asarray(tokens["x"], np.float64) @ np.asarray(router.weight[...], np.float64).T
+    routed = np.asarray(tokens["token_mask"]) & (name == "dense" or np.asarray(tokens["token_ids"]) < 50)
+    np.testing.assert_allclose(logits, np.where(routed[..., None], want, 0), rtol=1e-4, atol=1e-5)
+    plain = router(**tokens)
     np.testing.assert_array_equal(routing.expert_ids, plain.expert_ids)
     np.testing.assert_allclose(routing.weights, plain.weights, rtol=1e-5)
 
@@ -146,16 +147,16 @@ def test_gradient(name, tokens):
     """nnx.grad gives the weight's gradient, that of the ops, and has nothing for bias and table."""
     router = make(name)
 
-    def loss(router, *tokens):
-        return (router(*tokens).weights[..., 0] ** 2).sum()
+    def loss(router, tokens):
+        return (router(**tokens).weights[..., 0] ** 2).sum()
 
-    gradient = nnx.jit(nnx.grad(loss))(router, *tokens)
+    gradient = nnx.jit(nnx.grad(loss))(router, tokens)
     (path, value), *others = nnx.to_flat_state(gradient)
     assert path == ("weight",)
     assert others == []
 
     def functional_loss(weight):
-        return (functional(router, weight, *tokens, implementation="reference").weights[..., 0] ** 2).sum()
+        return (functional(router, weight, **tokens, implementation="reference").weights[..., 0] ** 2).sum()
 
     want = jax.jit(jax.grad(functional_loss))(router.weight[...])
     assert np.abs(want).max() > 1e-4
@@ -168,7 +169,7 @@ def test_gradient_of_the_whole_state(tokens):
         graph, state = nnx.split(make(name))
 
         def loss(state, graph=graph):
-            return (nnx.merge(graph, state)(*tokens).weights[..., 0] ** 2).sum()
+            return (nnx.merge(graph, state)(**tokens).weights[..., 0] ** 2).sum()
 
         gradient = jax.grad(loss, allow_int=True)(state)
         leaf = gradient[other][...]
@@ -183,11 +184,11 @@ def test_a_training_step_moves_the_weight_alone(tokens):
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(router)))
 
     @nnx.jit
-    def step(router, *tokens):
-        gradient = nnx.grad(lambda router: (router(*tokens).weights[..., 0] ** 2).sum())(router)
+    def step(router, tokens):
+        gradient = nnx.grad(lambda router: (router(**tokens).weights[..., 0] ** 2).sum())(router)
         nnx.update(router, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(router, nnx.Param), gradient))
 
-    step(router, *tokens)
+    step(router, tokens)
     assert (before["weight"] != np.asarray(router.weight[...])).any()
     np.testing.assert_array_equal(before["bias"], router.bias[...])
 
@@ -196,9 +197,9 @@ def test_bias_update_between_steps(tokens):
     """A balancing rule writes the bias; a compiled router sees it."""
     router = make("dense")
     route = nnx.jit(lambda router, x: router(x))
-    route(router, tokens[0])
+    route(router, tokens["x"])
     router.bias[...] = jnp.zeros(16).at[jnp.array([2, 3, 9])].set(100.0)
-    ids = np.unique(route(router, tokens[0]).expert_ids)
+    ids = np.unique(route(router, tokens["x"]).expert_ids)
     assert set(ids) == {2, 3, 9}
 
 
@@ -208,13 +209,13 @@ def test_split_and_merge(name, tokens):
     graph, state = nnx.split(router)
     rebuilt = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
     assert rebuilt.config == router.config
-    for mine, want in zip(rebuilt(*tokens), router(*tokens)):
+    for mine, want in zip(rebuilt(**tokens), router(**tokens)):
         np.testing.assert_array_equal(mine, want)
 
 
 def test_layers_in_a_scan(tokens):
     """Routers of one configuration, stacked by nnx.vmap and run by nnx.scan."""
-    x = tokens[0]
+    x = tokens["x"]
     create = nnx.vmap(lambda rngs: Router(DENSE, rngs=rngs))
     stacked = create(nnx.Rngs(0).split(3))
     assert stacked.weight[...].shape == (3, 16, 32)
@@ -237,7 +238,7 @@ def test_layers_in_a_scan(tokens):
 
 def test_dense_router_ignores_token_ids(tokens):
     router = make("dense")
-    for mine, want in zip(router(tokens[0], tokens[1]), router(tokens[0])):
+    for mine, want in zip(router(tokens["x"], token_ids=tokens["token_ids"]), router(tokens["x"])):
         np.testing.assert_array_equal(mine, want)
 
 
@@ -245,3 +246,73 @@ def test_config_is_frozen_and_hashable():
     assert hash(DENSE) == hash(replace(DENSE))
     with pytest.raises(AttributeError):
         DENSE.top_k = 1
+
+
+def test_precision_of_a_router():
+    def program(**options):
+        router = Router(RouterConfig(32, 16, 2, **options), rngs=nnx.Rngs(0))
+        return jax.jit(router).lower(jnp.ones((200, 32))).as_text()
+
+    assert "precision = [HIGHEST, HIGHEST]" in program()
+    assert "precision = [DEFAULT, DEFAULT]" in program(precision="default")
+    assert "precision = [HIGH, HIGH]" in program(precision=jax.lax.Precision.HIGH)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "hash", "vocab_size": 9, "hash_weights": "scored"}])
+def test_logit_bias_of_a_router(options, rng):
+    """It is part of the logits, and trained."""
+    router = Router(RouterConfig(32, 16, 2, logit_bias=True, **options), rngs=nnx.Rngs(0))
+    assert type(router.logit_bias) is nnx.Param
+    np.testing.assert_array_equal(router.logit_bias, np.zeros(16, np.float32))
+    router.logit_bias[...] = jnp.asarray(rng.normal(0, 1, 16), jnp.float32)
+    x, token_ids = rng.normal(0, 1, (5, 32)).astype(np.float32), np.arange(5)
+    _, logits = router(x, token_ids=token_ids, return_logits=True)
+    np.testing.assert_allclose(
+        logits, x @ router.weight[...].T + np.asarray(router.logit_bias)[None], rtol=1e-4, atol=1e-5
+    )
+    gradient = nnx.grad(lambda router: router(x, token_ids=token_ids).weights[..., 0].sum())(router)
+    assert np.abs(gradient["logit_bias"][...]).max() > 1e-4
+
+
+def test_implementation_of_a_router():
+    def lowered(x, token_ids=None, **options):
+        router = Router(RouterConfig(8, 16, 2, **options), rngs=nnx.Rngs(0))
+        return jax.jit(lambda x: router(x, token_ids=token_ids)).lower(x).as_text()
+
+    x = jnp.ones((4, 8))
+    hashed = {"mode": "hash", "vocab_size": 9}
+    for options in ({}, hashed, {**hashed, "hash_weights": "scored"}):
+        assert "jax_router." in lowered(x, jnp.arange(4), **options)
+        assert "jax_router." not in lowered(x, jnp.arange(4), implementation="reference", **options)
+    router = Router(RouterConfig(8, 5000, 2, implementation="native"), rngs=nnx.Rngs(0))
+    with pytest.raises(NotImplementedError, match="4096 experts"):
+        jax.jit(router).lower(x)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_with_64_bits(name, tokens):
+    """No dtype changes with the flag, neither where the router is made nor where it routes."""
+    want = make(name)(**tokens)
+    with jax.enable_x64(True):
+        router = make(name)
+        got = jax.jit(lambda router, tokens: router(**tokens))(router, tokens)
+    for path, variable in nnx.to_flat_state(nnx.state(router)):
+        assert variable[...].dtype == (jnp.int32 if path[-1] == "hash_lut" else jnp.float32)
+    for mine, other in zip(got, want):
+        assert mine.dtype == other.dtype
+        np.testing.assert_array_equal(mine.shape, other.shape)
+
+
+def test_types_of_a_call():
+    """A type checker knows that logits come with return_logits=True, and else do not."""
+    returned = [get_type_hints(overload)["return"] for overload in get_overloads(Router.__call__)]
+    assert returned == [Routing, tuple[Routing, jax.Array], Routing | tuple[Routing, jax.Array]]
+
+
+def test_equal_configurations_compare_equal():
+    """However their dtypes and their precision are written; and they read well."""
+    one = RouterConfig(8, 16, 2, dtype=jnp.bfloat16, param_dtype="float32", precision=["high", "high"])
+    other = RouterConfig(8, 16, 2, dtype=np.dtype(jnp.bfloat16), param_dtype=np.float32, precision=("high", "high"))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert "dtype=dtype(bfloat16), param_dtype=dtype('float32')" in repr(one)

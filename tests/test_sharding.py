@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
@@ -191,6 +192,7 @@ EXCHANGES = {
     "softmax of all: logits over E": (OPS["activation_topk, softmax of all, mask"], ("d",), [(None, "d"), ()]),
     "`topk_select`: scores over L": (OPS["topk_select"], ("d",), [(None, "d")]),
     "`route_at`: logits over E": (OPS["route_at"], ("d",), [(None, "d"), ()]),
+    "`scored_hash_router`: logits over E": (OPS["scored_hash_router"], ("d",), [(None, "d"), (), ()]),
     "`hash_router`: table over V": (OPS["hash_router"], ("d",), [(), ("d",)]),
     "table over V, tokens over the same axis": (OPS["hash_router"], ("d",), [("d",), ("d",)]),
     "`expert_dispatch`: tokens, one sort": (OPS["expert_dispatch"], ("d",), [("d",)]),
@@ -390,6 +392,23 @@ def test_shard_map_knows_that_results_vary(devices):
     assert_close(mapped(P("d"))(logits, mask), want)
     with pytest.raises(ValueError, match="out_specs"):
         mapped(P())(logits, mask)
+
+
+def test_exported_programs(devices):
+    """With sizes in numbers they are sharded as any other; with symbolic ones the tokens are gathered."""
+    mesh = make_mesh(devices, ("d",), "Auto")
+    tokens = NamedSharding(mesh, P("d"))
+    (logits,) = OPS["activation_topk"].draw(2 * len(devices))
+    safe = [export.DisabledSafetyCheck.custom_call(target) for target in jax_router.custom_call_targets()]
+    counts = {}
+    for shape in (str(logits.shape[0]), f"{len(devices)}*n"):
+        aval = jax.ShapeDtypeStruct(export.symbolic_shape(f"{shape}, 16"), jnp.float32, sharding=tokens)
+        program = jax.jit(OPS["activation_topk"].call, in_shardings=tokens)
+        exported = jax.jit(export.export(program, disabled_checks=safe)(aval).call)
+        compiled = exported.lower(jax.device_put(logits, tokens)).compile()
+        counts["n" in shape] = describe(count_collectives(compiled))
+        assert_close(compiled(jax.device_put(logits, tokens)), OPS["activation_topk"].call(logits))
+    assert counts == {False: "none", True: "1 all-gather"}
 
 
 def test_local_devices_have_their_own_results(devices):

@@ -331,8 +331,9 @@ inline DenseRouter dense_sizes(DType dtype, int64_t rows, int32_t hidden, int32_
 
 // With a vocabulary the ids are those of a table.
 inline Call route_at(Maker& make, DType dtype, int64_t rows, int32_t experts, int32_t k, int64_t vocab_size,
-                     Content content) {
-  make.name(vocab_size > 0 ? "route_at by token" : "route_at", dtype, content, {{"N", rows}, {"E", experts}, {"k", k}});
+                     Scoring scoring, Content content) {
+  make.name(vocab_size > 0 ? "scored_hash_router" : "route_at", dtype, content,
+            {{"N", rows}, {"E", experts}, {"k", k}});
   RouteAt op{};
   op.rows = rows;
   op.experts = experts;
@@ -342,7 +343,7 @@ inline Call route_at(Maker& make, DType dtype, int64_t rows, int32_t experts, in
   op.vocab_size = vocab_size;
   if (vocab_size > 0) op.token_ids = make.ids(rows, vocab_size);
   op.expert_ids = make.ids((vocab_size > 0 ? vocab_size : rows) * k, experts);
-  op.scoring = make.scoring();
+  op.scoring = scoring;
   const size_t bytes = 4 * rows * k;
   const auto set = [](RouteAt& op, const Results& results) {
     op.weights = results.get<float>(0);

@@ -74,14 +74,20 @@ void activation_topk_cases(const Visit& visit) {
   }
 }
 
-void route_at_cases(const Visit& visit) {
+void weighing_cases(const Visit& visit, int64_t vocab_size) {
   Maker make;
   for (DType dtype : kDTypes)
     for (int32_t experts : {36, 257})
       for (int32_t k : {1, 6, 8, 64})
-        for (int64_t vocab_size : {0, 50})
-          visit(route_at(make, dtype, make.pick({1, 33}), experts, k, vocab_size, make.pick(kContents)));
+        for (bool whole_row : {false, true}) {
+          const Scoring scoring = whole_row ? Scoring{ScoreFn::kSoftmax, false, 2.5f} : make.scoring();
+          visit(route_at(make, dtype, make.pick({1, 33}), experts, k, vocab_size, scoring, make.pick(kContents)));
+        }
 }
+
+void route_at_cases(const Visit& visit) { weighing_cases(visit, 0); }
+
+void scored_hash_router_cases(const Visit& visit) { weighing_cases(visit, 50); }
 
 void route_cotangent_cases(const Visit& visit) {
   Maker make;
@@ -169,6 +175,7 @@ const std::map<std::string, OpCases> kOps = {{"activation_topk", {activation_top
                                              {"hash_router", {hash_router_cases, instances_of<HashRouter>}},
                                              {"route_at", {route_at_cases, instances_of<RouteAt>}},
                                              {"route_cotangent", {route_cotangent_cases, instances_of<RouteCotangent>}},
+                                             {"scored_hash_router", {scored_hash_router_cases, instances_of<RouteAt>}},
                                              {"topk_select", {topk_select_cases, instances_of<TopkSelect>}}};
 
 // dense_router looks at its workspace before it has written there, to see whether it was written; any content does. So

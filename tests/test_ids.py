@@ -1,0 +1,129 @@
+"""Ids, lengths and tables of any integer dtype: they mean the same numbers in all of them, on every implementation.
+
+A narrow dtype cannot hold -1, or the number of experts; a wide one holds numbers that int32 cannot.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_router
+from jax_router import Router, RouterConfig
+from jax_router import reference as plain_reference
+from oracle import dispatch, select
+
+DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+
+
+@pytest.fixture(params=["native", "reference", "jax_router.reference"])
+def op(request):
+    """An op by name: public, on kernels or not, or that of `jax_router.reference` itself."""
+
+    def find(name, **options):
+        if request.param == "jax_router.reference":
+            return jax.jit(partial(getattr(plain_reference, name), **options))
+        return jax.jit(partial(getattr(jax_router, name), implementation=request.param, **options))
+
+    return find
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    """A dtype, in a test that runs with 64 bits where it has them."""
+    with jax.enable_x64(request.param.endswith("64")):
+        yield np.dtype(request.param)
+
+
+def numbers(dtype, *bounds):
+    """Ids of a dtype: on both sides of every bound, and its own ends."""
+    ends = np.iinfo(dtype)
+    near = {number for bound in bounds for number in (bound - 1, bound)} | {
+        0,
+        1,
+        -1,
+        ends.min,
+        ends.max,
+        2**32,
+        2**32 + 3,
+    }
+    return np.array(sorted(n for n in near if ends.min <= n <= ends.max), dtype)
+
+
+@pytest.mark.parametrize("num_experts", [5, 200, 256, 300])
+def test_route_at(num_experts, dtype, op, rng):
+    ids = numbers(dtype, num_experts, 128, 256)[None]
+    logits = rng.normal(0, 1, (1, num_experts)).astype(np.float32)
+    weights, expert_ids = op("route_at", score_fn="sigmoid", renormalize=False)(logits, ids)
+    valid = (ids.astype(object) >= 0) & (ids.astype(object) < num_experts)
+    want = np.where(valid, ids, 0).astype(np.int64)
+    assert expert_ids.dtype == np.int32
+    np.testing.assert_array_equal(expert_ids, np.where(valid, want, -1))
+    scores = 1 / (1 + np.exp(-np.take_along_axis(logits, want, -1)))
+    np.testing.assert_allclose(weights, np.where(valid, scores, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 200, 256, 70000])
+def test_token_ids(vocab_size, dtype, op, rng):
+    """Of hash_router and scored_hash_router."""
+    table = rng.integers(0, 16, (vocab_size, 2)).astype(np.int32)
+    ids = numbers(dtype, vocab_size, 128, 256, 65536)
+    valid = (ids.astype(object) >= 0) & (ids.astype(object) < vocab_size)
+    want = np.where(valid[:, None], table[np.where(valid, ids, 0).astype(np.int64)], -1)
+    np.testing.assert_array_equal(op("hash_router")(ids, table).expert_ids, want)
+    logits = rng.normal(0, 1, (ids.size, 16)).astype(np.float32)
+    np.testing.assert_array_equal(op("scored_hash_router")(logits, ids, table).expert_ids, want)
+    mask = np.arange(ids.size) % 2 == 0
+    masked = op("scored_hash_router")(logits, ids, table, token_mask=mask)
+    np.testing.assert_array_equal(masked.expert_ids, np.where(mask[:, None], want, -1))
+
+
+def test_tables(dtype, op, rng):
+    """Entries that int32 can hold pass through hash_router; the others are as invalid as -1, which they become."""
+    table = np.stack([numbers(dtype, 16, 128, 256)] * 2, axis=1)
+    fits = table.astype(object) < 2**31
+    fits &= table.astype(object) >= -(2**31)
+    want = np.where(fits, table, 0).astype(np.int64)
+    token_ids = np.arange(len(table), dtype=np.int32)
+    ids = op("hash_router")(token_ids, table).expert_ids
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(ids, np.where(fits, want, -1))
+    logits = rng.normal(0, 1, (len(table), 16)).astype(np.float32)
+    scored = op("scored_hash_router")(logits, token_ids, table)
+    np.testing.assert_array_equal(scored.expert_ids, np.where(fits & (want >= 0) & (want < 16), want, -1))
+
+
+@pytest.mark.parametrize("num_experts", [5, 200, 256])
+def test_expert_dispatch(num_experts, dtype, op):
+    ids = numbers(dtype, num_experts, 128, 256)[:, None]
+    valid = (ids.astype(object) >= 0) & (ids.astype(object) < num_experts)
+    got = op("expert_dispatch", num_experts=num_experts)(ids)
+    want = dispatch(np.where(valid, ids, 0).astype(np.int64) - np.where(valid, 0, 1), num_experts)
+    for mine, other in zip(got, want):
+        assert mine.dtype == np.int32
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_lengths(dtype, op, rng):
+    lengths = numbers(dtype, 128, 256, 300)
+    scores = rng.normal(0, 1, (lengths.size, 300)).astype(np.float32)
+    _, indices = op("topk_select", k=290)(scores, lengths=lengths)
+    clamped = np.clip(lengths.astype(object), 0, 300).astype(np.int32)
+    np.testing.assert_array_equal(indices, select(scores, 290, clamped)[1])
+
+
+@pytest.mark.parametrize("weights", ["uniform", "scored"])
+def test_masked_token_of_a_router(weights, dtype):
+    """-1 is no token id of an unsigned dtype: 65535 in uint16, which may be one of the vocabulary."""
+    config = RouterConfig(4, 16, 2, mode="hash", vocab_size=70000, hash_weights=weights)
+    router = Router(config, rngs=nnx.Rngs(0))
+    token_ids = jnp.asarray(np.array([[1, 2, np.iinfo(dtype).max]], dtype))
+    routing = router(
+        jnp.ones((1, 3, 4), jnp.float32), token_ids=token_ids, token_mask=jnp.array([[True, False, False]])
+    )
+    np.testing.assert_array_equal(routing.expert_ids[0, 0], router.hash_lut[1])
+    np.testing.assert_array_equal(routing.expert_ids[0, 1:], -1)
+    np.testing.assert_array_equal(routing.weights[0, 1:], 0)
