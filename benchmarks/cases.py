@@ -187,7 +187,7 @@ def scored_hash_router_case(model: Model, tokens: int) -> Case:
         return scored_hash_router(logits, token_ids, hash_lut, implementation=implementation, **model.scoring)
 
     return Case(
-        f"scored_hash_router/E{model.num_experts}/V{model.vocab_size}/k{model.top_k}/N{tokens}",
+        f"scored_hash_router/V{model.vocab_size}/E{model.num_experts}/k{model.top_k}/N{tokens}",
         (Spec((tokens, model.num_experts)), Spec((tokens,), jnp.int32, bound=model.vocab_size), lut),
         _both(run),
         tokens * (4 + model.top_k * (32 + 8)) + min(lut.nbytes, tokens * 32),
@@ -258,20 +258,23 @@ def sparse_attention_case(length: int, k: int) -> Case:
     )
 
 
-def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False) -> Case:
+def dense_router_case(
+    model: Model, tokens: int, *, with_bias: bool = False, weight_dtype: Any = jnp.bfloat16
+) -> Case:
     hidden, num_experts = model.hidden_size, model.num_experts
     x = Spec((tokens, hidden), jnp.bfloat16)
-    weight = Spec((num_experts, hidden), jnp.bfloat16, scale=hidden**-0.5)
+    weight = Spec((num_experts, hidden), weight_dtype, scale=hidden**-0.5)
+    dtypes, products = ("bf16xf32", 3) if weight_dtype == jnp.float32 else ("bf16", 1)  # of the parts of the weight
 
     def run(x, weight, bias=None, *, implementation):
         return dense_router(x, weight, bias, implementation=implementation, **model.selection)
 
     return Case(
-        f"dense_router/bf16/D{hidden}/E{num_experts}/k{model.top_k}/N{tokens}" + ("/bias" if with_bias else ""),
+        f"dense_router/{dtypes}/D{hidden}/E{num_experts}/k{model.top_k}/N{tokens}" + ("/bias" if with_bias else ""),
         (x, weight, *([Spec((num_experts,), scale=0.1)] if with_bias else [])),
         _both(run),
         x.nbytes + weight.nbytes + tokens * model.top_k * 8,
-        flops=2 * tokens * hidden * num_experts,
+        flops=2 * products * tokens * hidden * num_experts,
     )
 
 
@@ -292,8 +295,13 @@ def _grouped_case(num_experts: int, top_k: int, num_groups: int, top_groups: int
     return activation_topk_case(dataclasses.replace(MODELS["deepseek-v3"], **sizes), tokens)
 
 
-def _dense_case(hidden: int, num_experts: int, top_k: int, tokens: int) -> Case:
-    return dense_router_case(dataclasses.replace(model_with(num_experts, top_k), hidden_size=hidden), tokens)
+def _dense_case(hidden: int, num_experts: int, top_k: int, tokens: int, **options: Any) -> Case:
+    model = dataclasses.replace(model_with(num_experts, top_k), hidden_size=hidden)
+    return dense_router_case(model, tokens, **options)
+
+
+def _scored_hash_case(vocab_size: int, num_experts: int, top_k: int, tokens: int) -> Case:
+    return scored_hash_router_case(dataclasses.replace(model_with(num_experts, top_k), vocab_size=vocab_size), tokens)
 
 
 _TOPK_SELECT_ID = r"topk_select/B(\d+)/L(\d+)/k(\d+)"
@@ -305,8 +313,10 @@ _BUILDERS: dict[str, Callable[..., Case]] = {
     r"activation_topk_grad/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: activation_topk_grad_case(model_with(e, k), n),
     r"route_at/E(\d+)/k(\d+)/N(\d+)": lambda e, k, n: route_at_case(model_with(e, k), n),
     r"hash_router/V(\d+)/k(\d+)/N(\d+)": hash_router_case,
+    r"scored_hash_router/V(\d+)/E(\d+)/k(\d+)/N(\d+)": _scored_hash_case,
     _TOPK_SELECT_ID: topk_select_case,
     r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": _dense_case,
+    r"dense_router/bf16xf32/D(\d+)/E(\d+)/k(\d+)/N(\d+)": partial(_dense_case, weight_dtype=jnp.float32),
     r"expert_dispatch/E(\d+)/k(\d+)/N(\d+)": expert_dispatch_case,
 }
 
@@ -331,7 +341,6 @@ def _variants() -> Iterator[Case]:
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16)
         yield activation_topk_case(_FLASH, tokens, dtype=jnp.bfloat16, with_bias=True)
     yield activation_topk_case(_V3, 65536)
-    yield scored_hash_router_case(_FLASH, 65536)
     for match in filter(None, (re.fullmatch(_TOPK_SELECT_ID, case_id) for case_id in TARGETS)):
         rows, length, k = map(int, match.groups())
         yield topk_select_case(rows, length, k, is_sorted=True)
