@@ -258,9 +258,7 @@ def sparse_attention_case(length: int, k: int) -> Case:
     )
 
 
-def dense_router_case(
-    model: Model, tokens: int, *, with_bias: bool = False, weight_dtype: Any = jnp.bfloat16
-) -> Case:
+def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False, weight_dtype: Any = jnp.bfloat16) -> Case:
     hidden, num_experts = model.hidden_size, model.num_experts
     x = Spec((tokens, hidden), jnp.bfloat16)
     weight = Spec((num_experts, hidden), weight_dtype, scale=hidden**-0.5)
