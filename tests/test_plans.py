@@ -78,6 +78,13 @@ TAKEN_BY_AN_H100 = {
     "activation_topk/softmax/E128/k8/N1": "f32 logits tile 16x2",
     "activation_topk/softmax/E128/k8/N4096": "f32 logits tile 16x2",
     "activation_topk/softmax/E128/k8/N65536": "f32 logits tile 16x2",
+    "scored_hash_router/V129280/E256/k6/N1": "f32 choices",
+    "scored_hash_router/V129280/E256/k6/N64": "f32 choices",
+    "scored_hash_router/V129280/E256/k6/N65536": "f32 choices",
+    "dense_router/bf16xf32/D4096/E256/k6/N1": "unfused",
+    "dense_router/bf16xf32/D4096/E256/k6/N16": "f32 logits few 16x16 of 256",
+    "dense_router/bf16xf32/D4096/E256/k6/N64": "f32 logits few 16x16 of 256",
+    "dense_router/bf16xf32/D4096/E256/k6/N4096": "unfused",
 }
 
 _SIZES = {"N": "rows", "B": "rows", "L": "length", "E": "experts", "D": "hidden", "k": "k", "groups": "num_groups"}
@@ -86,12 +93,12 @@ _SIZES = {"N": "rows", "B": "rows", "L": "length", "E": "experts", "D": "hidden"
 def sizes_of(case_id):
     """The op of a case of targets.json, and its sizes."""
     op, *parts = case_id.split("/")
-    op = {"activation_topk_grad": "route_cotangent"}.get(op, op)
+    op = {"activation_topk_grad": "route_cotangent", "scored_hash_router": "route_at"}.get(op, op)
     sizes = {_SIZES[name]: int(value) for name, value in re.findall(r"/([A-Z]|k|groups)(\d+)", case_id) if name != "V"}
     if op == "expert_dispatch":
         sizes["tokens"] = sizes.pop("rows")
     elif op != "hash_router":
-        sizes["dtype"] = "bf16" if "bf16" in parts else "f32"
+        sizes["dtype"] = "bf16" if "bf16" in parts else "f32"  # x in bf16 is cast for a weight in f32
     if op == "route_at":
         del sizes["experts"]
     if op == "topk_select":

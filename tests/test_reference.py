@@ -138,7 +138,8 @@ def test_route_at(score_fn, renormalize, rng):
     options = {"score_fn": score_fn, "renormalize": renormalize, "scale": 1.5}
     hashed = reference_jit("scored_hash_router", **options)(logits, token_ids, table)
     np.testing.assert_array_equal(hashed.expert_ids, routing.expert_ids)
-    np.testing.assert_array_equal(hashed.weights, routing.weights)
+    # Two programs, which XLA may round each in its own way.
+    np.testing.assert_allclose(hashed.weights, routing.weights, rtol=3e-7)
 
 
 @pytest.mark.parametrize(

@@ -267,9 +267,8 @@ def test_logit_bias_of_a_router(options, rng):
     router.logit_bias[...] = jnp.asarray(rng.normal(0, 1, 16), jnp.float32)
     x, token_ids = rng.normal(0, 1, (5, 32)).astype(np.float32), np.arange(5)
     _, logits = router(x, token_ids=token_ids, return_logits=True)
-    np.testing.assert_allclose(
-        logits, x @ router.weight[...].T + np.asarray(router.logit_bias)[None], rtol=1e-4, atol=1e-5
-    )
+    weight, logit_bias = np.asarray(router.weight[...]), np.asarray(router.logit_bias)
+    np.testing.assert_allclose(logits, x @ weight.T + logit_bias, rtol=1e-4, atol=1e-5)
     gradient = nnx.grad(lambda router: router(x, token_ids=token_ids).weights[..., 0].sum())(router)
     assert np.abs(gradient["logit_bias"][...]).max() > 1e-4
 

@@ -54,7 +54,7 @@ struct TopkSelectNumbers {
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
     /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*warp_length=*/64,
     /*short_few_k=*/32, /*ordered_k=*/512, /*crowded_k=*/1000, /*long_block_k=*/950, /*narrow_length=*/32768,
-    /*narrow_k=*/1024, /*narrow_few_k=*/300, /*small_cluster=*/4, /*small_part=*/2048, /*part_length=*/4096,
+    /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048, /*part_length=*/4352,
     /*candidates=*/4096, /*lone_candidates=*/3072});
 
 enum class TopkKernel {
@@ -221,7 +221,7 @@ constexpr int cluster_of(const TopkSelect& op, const Device& device) {
     const int64_t part = more <= numbers.small_cluster ? numbers.small_part : numbers.part_length;
     // Large clusters do not fill a device: the multiprocessors of one lie together.
     const int64_t room = more <= numbers.small_cluster ? device.multiprocessors
-                         : more <= 8                   ? device.multiprocessors * 7 / 8
+                         : more <= 8                   ? device.multiprocessors * 11 / 12
                                                        : device.multiprocessors / 2;
     return more <= device.cluster_blocks() && op.length > more * std::max(part, op.k * 3 / 4) && op.rows * more <= room;
   };
