@@ -158,8 +158,8 @@ struct DispatchedRows {
   int64_t hidden;              // elements of a row
   const int32_t* token_index;  // [batch, slots]
   const int32_t* slot;         // [batch, tokens, k]
-  constexpr int64_t token_rows() const { return batch * tokens; }
-  constexpr int64_t slot_rows() const { return batch * slots; }
+  JR_DEVICE_TOO constexpr int64_t token_rows() const { return batch * tokens; }
+  JR_DEVICE_TOO constexpr int64_t slot_rows() const { return batch * slots; }
 };
 
 // Whether the choice of a token is in a slot, which also says so. Numbers are within one problem.

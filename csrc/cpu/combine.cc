@@ -1,5 +1,5 @@
-// combine, and permute's cotangents, which are a combine with products beside it: a stretch of a token's row is summed in
-// f32 over the rows of its slots.
+// combine, and permute's cotangents, which are a combine with products beside it: a stretch of a token's row is summed
+// in f32 over the rows of its slots.
 #include "dispatched.h"
 #include "rows.h"
 

@@ -108,9 +108,7 @@ void run(const Permute& op, const ParallelFor& parallel_for) {
   clear_unused(op.rows, op.rows.hidden * op.element_bytes, op.out, parallel_for);
 }
 
-void run(const Combine& op, const ParallelFor& parallel_for) {
-  run_rows(op, nanoseconds(op.rows, 0.2), parallel_for);
-}
+void run(const Combine& op, const ParallelFor& parallel_for) { run_rows(op, nanoseconds(op.rows, 0.2), parallel_for); }
 
 void run(const PermuteCotangent& op, const ParallelFor& parallel_for) {
   run_rows(op, nanoseconds(op.rows, 0.3), parallel_for);

@@ -1,5 +1,5 @@
-// permute, and combine's cotangents, which are a permute with products beside it: a token's row is read once from memory,
-// and goes to its slots. Who clears the slots without a choice is instruction_set.cc.
+// permute, and combine's cotangents, which are a permute with products beside it: a token's row is read once from
+// memory, and goes to its slots. Who clears the slots without a choice is instruction_set.cc.
 #include <cstring>
 
 #include "dispatched.h"
