@@ -51,7 +51,8 @@ def rows_to_copy(name: str, value: Any) -> Array:
     values = array(name, value, min_rank=1)
     if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize not in (1, 2, 4):
         raise TypeError(
-            f"{name} must have dtype float32, bfloat16, float16 or a float dtype of 8 bits, got {values.dtype}"
+            f"{name} must have dtype float32, bfloat16 or float16, or a float dtype of 8 bits, got {values.dtype}"
+            f"{_cast(values)}"
         )
     return values
 
