@@ -59,7 +59,7 @@ def rows_to_copy(name: str, value: Any) -> Array:
 
 def dispatch_arrays(name: str, value: Any) -> Dispatch:
     """A Dispatch of integers."""
-    instance(name, value, Dispatch, "what expert_dispatch returns")
+    instance(name, value, Dispatch, "expert_dispatch(expert_ids, num_experts)")
     token_index = int_array(f"{name}.token_index", value.token_index)
     if token_index.ndim != 1:
         raise ValueError(f"{name}.token_index must have one axis, that of the slots, got shape {token_index.shape}")

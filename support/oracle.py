@@ -164,10 +164,9 @@ def assert_rounded(got, want, slack=1e-6):
     """Rows against float64 ones: equal but for one rounding to their dtype, and that of f32 sums before it."""
     got = np.asarray(got)
     step = {4: 2.0**-23, 2: 2.0**-10 if got.dtype == np.float16 else 2.0**-7}[got.dtype.itemsize]
-    scale = np.abs(want)
-    np.testing.assert_array_less(
-        np.abs(f64(got) - want), (step / 2 + slack) * scale + slack * scale.max(initial=1) + 1e-7
-    )
+    size = np.abs(want)
+    allowed = (step / 2 + slack) * size + slack * size.max(initial=1) + 1e-7
+    np.testing.assert_array_less(np.abs(f64(got) - want), allowed)
 
 
 def assert_same_ids(got, want, keys, slack=0.0):

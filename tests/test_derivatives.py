@@ -278,9 +278,10 @@ def test_pullbacks_of_moved_rows_are_linear_maps(name, implementation, rng):
     rows = 7 if name == "permute" else len(dispatch.token_index)
     operands = draw(rng, "x", rows, 4), draw(rng, "w", 7, 3)
     tangents = draw(rng, "x", rows, 4), draw(rng, "w", 7, 3)
-    move = lambda *operands: getattr(jax_router, name)(
-        operands[0], dispatch, operands[1], implementation=implementation
-    )  # noqa: E731
+
+    def move(rows, weights):
+        return getattr(jax_router, name)(rows, dispatch, weights, implementation=implementation)
+
     result, pull = jax.vjp(move, *operands)
     _, want = jax.jvp(move, operands, tangents)
     (got,) = jax.linear_transpose(pull, result)(tangents)
