@@ -152,7 +152,7 @@ def _moved() -> Iterator[Line]:
     """Rows of an odd length have no accesses of 16 bytes."""
 
     def line(op: str, hidden: int, is_timed: bool, **fixed: Any) -> Line:
-        return Line(op, "tokens", 1, 16384 if is_timed else 4096, {**fixed, "hidden": hidden, "k": 8}, is_timed)
+        return Line(op, "tokens", 1, 16384, {**fixed, "hidden": hidden, "k": 8}, is_timed)
 
     for dtype, hidden in itertools.product(DTYPES, (2048, 2047)):
         is_timed = dtype == "bf16" and hidden == 2048

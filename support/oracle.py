@@ -121,10 +121,14 @@ def dispatch(ids, num_experts):
     return (order // ids.shape[-1]).astype(np.int32), slot.reshape(ids.shape), sizes.astype(np.int32)
 
 
+def _flat(x):
+    """float64, with one axis of tokens."""
+    return f64(x).reshape(int(np.prod(np.shape(x)[:-1])), np.shape(x)[-1])
+
+
 def _choices(dispatch):
     """(n, j, s) of the choices that have slots, which the slots confirm."""
-    token_index, slot = (np.asarray(part).astype(np.int64) for part in dispatch[:2])
-    slot = slot.reshape(-1, slot.shape[-1])
+    token_index, slot = dispatch.token_index.astype(np.int64), _flat(dispatch.slot).astype(np.int64)
     n, j = np.nonzero((slot >= 0) & (slot < len(token_index)))
     s = slot[n, j]
     return [index[token_index[s] == n] for index in (n, j, s)]
@@ -132,9 +136,9 @@ def _choices(dispatch):
 
 def permute(x, dispatch, weights=None):
     n, j, s = _choices(dispatch)
-    rows = f64(x).reshape(-1, np.shape(x)[-1])[n]
+    rows = _flat(x)[n]
     if weights is not None:
-        rows = f64(weights).reshape(-1, np.shape(weights)[-1])[n, j, None] * rows
+        rows = _flat(weights)[n, j, None] * rows
     out = np.zeros((len(dispatch.token_index), rows.shape[-1]))
     out[s] = rows
     return out
@@ -144,7 +148,7 @@ def combine(y, dispatch, weights=None):
     n, j, s = _choices(dispatch)
     rows = f64(y)[s]
     if weights is not None:
-        rows = f64(weights).reshape(-1, np.shape(weights)[-1])[n, j, None] * rows
+        rows = _flat(weights)[n, j, None] * rows
     tokens = np.shape(dispatch.slot)[:-1]
     out = np.zeros((int(np.prod(tokens)), rows.shape[-1]))
     np.add.at(out, n, rows)
@@ -155,8 +159,8 @@ def products(x, y, dispatch):
     """What the weights of either op get: the product of the row of its token and that of its slot for each choice."""
     n, j, s = _choices(dispatch)
     slot = np.asarray(dispatch.slot)
-    out = np.zeros((slot[..., 0].size, slot.shape[-1]))
-    out[n, j] = (f64(x).reshape(-1, np.shape(x)[-1])[n] * f64(y)[s]).sum(-1)
+    out = np.zeros_like(_flat(slot))
+    out[n, j] = (_flat(x)[n] * f64(y)[s]).sum(-1)
     return out.reshape(slot.shape)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import jax_router
 from cases import lay_out
-from matrix import OPS
+from matrix import OPS, SORTING
 from models import DTYPES
 from oracle import (
     assert_routes,
@@ -400,6 +400,10 @@ def test_no_tokens(name, shape, implementation):
     if name == "expert_dispatch":
         assert [leaf.shape for leaf in results] == [(0,), (*shape, 2), (16,)]
         np.testing.assert_array_equal(results.group_sizes, 0)
+    elif name in SORTING:
+        rows, group_sizes = results
+        assert rows.shape == (*(shape if name == "combine" else (0,)), 8)
+        np.testing.assert_array_equal(group_sizes, 0)
     else:
         first, second = results
         assert first.shape == second.shape == (*shape, first.shape[-1])

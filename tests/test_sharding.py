@@ -125,11 +125,10 @@ def gradient_around_shard_map(op, check_vma, devices):
     case = TOKEN_OPS[op]
     values = case.draw(16)
     specs = tuple(P("d") if operand.per_token else P() for operand in case.operands)
-    mapped = jax.shard_map(
-        token_function(op, (16,)), mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma
-    )  # fmt: skip
+    function = token_function(op, (16,))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma)
     results, counts, _ = compile_and_run(case.derivative_of(mapped), values, mesh, specs)
-    assert_close(results, jax.jit(case.derivative_of(case.call))(*values), atol=1e-5)
+    assert_close(results, jax.jit(case.derivative_of(function))(*values), atol=1e-5)
     return counts
 
 
