@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_router import (
+    Dispatch,
     activation_topk,
+    combine,
     dense_router,
     expert_dispatch,
     hash_router,
+    permute,
     route_at,
     scored_hash_router,
     topk_select,
@@ -34,7 +37,13 @@ TARGETS: dict[str, dict[str, Any]] = {
     target["id"]: target for target in json.loads((Path(__file__).parent / "targets.json").read_text())
 }
 # What the CPU kernels owe the reference in the same run.
-CPU_SPEEDUPS = {"activation_topk": 5.0, "expert_dispatch": 5.0, "topk_select": 1.0}
+CPU_SPEEDUPS = {
+    "activation_topk": 5.0,
+    "expert_dispatch": 5.0,
+    "topk_select": 1.0,
+    "permute_grad": 2.0,
+    "combine_grad": 2.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +297,97 @@ def expert_dispatch_case(num_experts: int, top_k: int, tokens: int) -> Case:
     )
 
 
+def _sort(expert_ids: jax.Array) -> Dispatch:
+    return expert_dispatch(expert_ids, 256)
+
+
+def _moved_case(
+    op: str,
+    hidden: int,
+    top_k: int,
+    tokens: int,
+    dtype: Any,
+    runs: Mapping[str, Callable[..., Any]],
+    prepare: Callable[..., tuple[Any, ...]],
+    rows: tuple[int, int],
+) -> Case:
+    """Rows that are moved between tokens and slots, of which so many a token and a choice cross the memory's pins.
+
+    The dispatch is made of 256 experts, and not timed; nor are rows of slots, which are too many to be drawn.
+    """
+    x = Spec((tokens, hidden), dtype)
+    ids, weights = Spec((tokens, top_k), jnp.int32, bound=256), Spec((tokens, top_k))
+    of_token, of_choice = rows
+    return Case(
+        f"{op}/{'bf16' if dtype == jnp.bfloat16 else 'f32'}/D{hidden}/k{top_k}/N{tokens}",
+        (x, ids, weights),
+        {name: Contender(run, prepare) for name, run in runs.items()},
+        (of_token + of_choice * top_k) * x.nbytes + 12 * ids.size,
+    )
+
+
+def _indexed(x: jax.Array, dispatch: Dispatch) -> jax.Array:
+    return x[dispatch.token_index]
+
+
+def _weighted_sum(y: jax.Array, weights: jax.Array, dispatch: Dispatch) -> jax.Array:
+    return (weights[..., None] * y[dispatch.slot].astype(jnp.float32)).sum(axis=-2).astype(y.dtype)
+
+
+# What is timed, what a JAX user writes, and that without the scatter-add of its derivative.
+_MOVES: dict[str, dict[str, Callable[..., jax.Array]]] = {
+    "permute": {
+        NATIVE: partial(permute, implementation="native"),
+        XLA: _indexed,
+        "reference": partial(permute, implementation="reference"),
+    },
+    "combine": {
+        NATIVE: lambda y, weights, dispatch: combine(y, dispatch, weights, implementation="native"),
+        XLA: _weighted_sum,
+        "reference": lambda y, weights, dispatch: combine(y, dispatch, weights, implementation="reference"),
+    },
+}
+
+
+def _pulled_back(move: Callable[..., jax.Array], grad: jax.Array, *operands: Any) -> tuple[jax.Array, ...]:
+    """The cotangents of all operands but the dispatch, which is the last one. XLA drops the forward pass."""
+    *floats, dispatch = operands
+    return jax.vjp(lambda *floats: move(*floats, dispatch), *floats)[1](grad)
+
+
+def permute_case(hidden: int, top_k: int, tokens: int, dtype: Any = jnp.bfloat16) -> Case:
+    def prepare(x, expert_ids, weights):
+        return x, _sort(expert_ids)
+
+    return _moved_case("permute", hidden, top_k, tokens, dtype, _MOVES["permute"], prepare, (1, 1))
+
+
+def permute_grad_case(hidden: int, top_k: int, tokens: int, dtype: Any = jnp.bfloat16) -> Case:
+    def prepare(x, expert_ids, weights):
+        dispatch = _sort(expert_ids)
+        return _indexed(x, dispatch), x, dispatch
+
+    runs = {name: partial(_pulled_back, move) for name, move in _MOVES["permute"].items()}
+    return _moved_case("permute_grad", hidden, top_k, tokens, dtype, runs, prepare, (1, 1))
+
+
+def combine_case(hidden: int, top_k: int, tokens: int, dtype: Any = jnp.bfloat16) -> Case:
+    def prepare(x, expert_ids, weights):
+        dispatch = _sort(expert_ids)
+        return _indexed(x, dispatch), weights, dispatch
+
+    return _moved_case("combine", hidden, top_k, tokens, dtype, _MOVES["combine"], prepare, (1, 1))
+
+
+def combine_grad_case(hidden: int, top_k: int, tokens: int, dtype: Any = jnp.bfloat16) -> Case:
+    def prepare(x, expert_ids, weights):
+        dispatch = _sort(expert_ids)
+        return x, _indexed(x, dispatch), weights, dispatch
+
+    runs = {name: partial(_pulled_back, move) for name, move in _MOVES["combine"].items()}
+    return _moved_case("combine_grad", hidden, top_k, tokens, dtype, runs, prepare, (1, 2))
+
+
 def _grouped_case(num_experts: int, top_k: int, num_groups: int, top_groups: int, tokens: int) -> Case:
     sizes = {"num_experts": num_experts, "top_k": top_k, "num_groups": num_groups, "top_groups": top_groups}
     return activation_topk_case(dataclasses.replace(MODELS["deepseek-v3"], **sizes), tokens)
@@ -316,6 +416,10 @@ _BUILDERS: dict[str, Callable[..., Case]] = {
     r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": _dense_case,
     r"dense_router/bf16xf32/D(\d+)/E(\d+)/k(\d+)/N(\d+)": partial(_dense_case, weight_dtype=jnp.float32),
     r"expert_dispatch/E(\d+)/k(\d+)/N(\d+)": expert_dispatch_case,
+    r"permute/bf16/D(\d+)/k(\d+)/N(\d+)": permute_case,
+    r"permute_grad/bf16/D(\d+)/k(\d+)/N(\d+)": permute_grad_case,
+    r"combine/bf16/D(\d+)/k(\d+)/N(\d+)": combine_case,
+    r"combine_grad/bf16/D(\d+)/k(\d+)/N(\d+)": combine_grad_case,
 }
 
 
@@ -344,6 +448,9 @@ def _variants() -> Iterator[Case]:
         yield topk_select_case(rows, length, k, is_sorted=True)
         yield topk_select_case(rows, length, k, dtype=jnp.bfloat16)
         yield topk_select_case(rows, length, k, dtype=jnp.bfloat16, is_sorted=True)
+    for tokens in (1, 64):
+        for build in (permute_case, permute_grad_case, combine_case, combine_grad_case):
+            yield build(4096, 6, tokens)
     yield sparse_attention_case(65536, 512)
     for tokens in (1, 4096):
         yield dense_router_case(_FLASH, tokens, with_bias=True)
@@ -370,4 +477,8 @@ def cpu_cases() -> list[Case]:
         topk_select_case(16384, 256, 6, is_sorted=True),
         dense_router_case(_FLASH, 8),
         expert_dispatch_case(256, 6, 16384),
+        permute_case(1024, 6, 4096),
+        permute_grad_case(1024, 6, 4096),
+        combine_case(1024, 6, 4096),
+        combine_grad_case(1024, 6, 4096),
     ]

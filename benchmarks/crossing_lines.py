@@ -14,7 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
+from jax_router import (
+    activation_topk,
+    combine,
+    dense_router,
+    expert_dispatch,
+    hash_router,
+    permute,
+    route_at,
+    topk_select,
+)
 from jax_router._logits import router_logits
 from support.models import DTYPES
 
@@ -63,7 +72,7 @@ def _described(name: str, value: Any) -> str:
 
 
 def lines() -> list[Line]:
-    makers = (_activation_topk, _topk_select, _dense_router, _expert_dispatch, _others)
+    makers = (_activation_topk, _topk_select, _dense_router, _expert_dispatch, _moved, _others)
     return [line for maker in makers for line in maker()]
 
 
@@ -139,6 +148,22 @@ def _expert_dispatch() -> Iterator[Line]:
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
 
 
+def _moved() -> Iterator[Line]:
+    """Rows of an odd length have no accesses of 16 bytes."""
+
+    def line(op: str, hidden: int, is_timed: bool, **fixed: Any) -> Line:
+        return Line(op, "tokens", 1, 16384, {**fixed, "hidden": hidden, "k": 8}, is_timed)
+
+    for dtype, hidden in itertools.product(DTYPES, (2048, 2047)):
+        is_timed = dtype == "bf16" and hidden == 2048
+        yield line("permute", hidden, is_timed, dtype=dtype)
+        yield line("permute", hidden, False, dtype=dtype, weights=True)
+        yield line("combine", hidden, False, dtype=dtype)
+        yield line("permute_cotangent", hidden, False, dtype=dtype)
+        yield line("combine_cotangent", hidden, is_timed, dtype=dtype)
+    yield line("permute", 2047, False, dtype="f16", element_bytes=1)
+
+
 def _others() -> Iterator[Line]:
     """Little is chosen here: most follows from options and alignment."""
     for k in (1, 2, 4):
@@ -206,6 +231,39 @@ def _dispatch(plan: str, tokens: int, experts: int, k: int) -> Program:
     return Contender(sort), (Spec((tokens, k), jnp.int32, bound=experts),)
 
 
+def _moved_inputs(tokens: int, hidden: int, k: int, dtype: Any) -> tuple[Spec, ...]:
+    return Spec((tokens, hidden), dtype), Spec((tokens, k), jnp.int32, bound=256), Spec((tokens, k))
+
+
+def _permuted(
+    plan: str, tokens: int, hidden: int, k: int, dtype: str, weights: bool = False, element_bytes: int = 0
+) -> Program:
+    def prepare(x, expert_ids, its_weights):
+        return x, expert_dispatch(expert_ids, 256), its_weights if weights else None
+
+    of_bytes = jnp.float8_e4m3fn if element_bytes == 1 else DTYPES[dtype]
+    run = partial(permute, implementation="native")
+    return Contender(run, prepare), _moved_inputs(tokens, hidden, k, of_bytes)
+
+
+def _moved_program(plan: str, tokens: int, hidden: int, k: int, dtype: str, op: str) -> Program:
+    """A combine, or the cotangents of a weighted permute or combine."""
+
+    def prepare(x, expert_ids, weights):
+        dispatch = expert_dispatch(expert_ids, 256)
+        return x, x[dispatch.token_index], weights, dispatch
+
+    def run(x, y, weights, dispatch):
+        if op == "combine":
+            return combine(y, dispatch, weights, implementation="native")
+        move, of, grad = (permute, x, y) if op == "permute_cotangent" else (combine, y, x)
+        return jax.vjp(lambda *floats: move(floats[0], dispatch, floats[1], implementation="native"), of, weights)[1](
+            grad
+        )
+
+    return Contender(run, prepare), _moved_inputs(tokens, hidden, k, DTYPES[dtype])
+
+
 def _hash(plan: str, rows: int, k: int) -> Program:
     vocab_size = 129280
     tokens = Spec((rows,), jnp.int32, bound=vocab_size)
@@ -242,6 +300,10 @@ _PROGRAMS: dict[str, Callable[..., Program]] = {
     "dense_router": _product_and_selection,
     "topk_select": _top_k,
     "expert_dispatch": _dispatch,
+    "permute": _permuted,
+    "combine": partial(_moved_program, op="combine"),
+    "permute_cotangent": partial(_moved_program, op="permute_cotangent"),
+    "combine_cotangent": partial(_moved_program, op="combine_cotangent"),
     "hash_router": _hash,
     "route_at": _weights_at,
     "route_cotangent": _cotangent,

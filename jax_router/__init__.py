@@ -6,6 +6,7 @@ from ._dense_router import dense_router
 from ._expert_dispatch import expert_dispatch
 from ._hash_router import hash_router
 from ._native import custom_call_targets
+from ._permute import combine, permute
 from ._route_at import route_at, scored_hash_router
 from ._topk_select import topk_select
 from ._types import Dispatch, Routing
@@ -21,10 +22,12 @@ __all__ = [
     "SelectionBias",
     "__version__",
     "activation_topk",
+    "combine",
     "custom_call_targets",
     "dense_router",
     "expert_dispatch",
     "hash_router",
+    "permute",
     "random_hash_table",
     "reference",
     "route_at",

@@ -14,9 +14,9 @@ from jax import Array, lax
 from jax.export import is_symbolic_dim
 from jax.extend.core import InconclusiveDimensionOperation
 
-from ._types import GroupScore, Implementation, ScoreFn, Scoring, Selection
+from ._types import Dispatch, GroupScore, Implementation, ScoreFn, Scoring, Selection
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 # XLA numbers the elements of an axis, and so do ids and indices, by int32.
 MAX_SIZE = 2**31 - 1
@@ -41,9 +41,29 @@ def array(name: str, value: Any, *, min_rank: int = 0) -> Array:
 def float_array(name: str, value: Any, *, min_rank: int = 1) -> Array:
     """An f32, bf16 or f16 array of at least `min_rank` axes."""
     values = array(name, value, min_rank=min_rank)
-    if values.dtype not in _FLOATS:
+    if values.dtype not in FLOATS:
         raise TypeError(f"{name} must have dtype float32, bfloat16 or float16, got {values.dtype}{_cast(values)}")
     return values
+
+
+def rows_to_copy(name: str, value: Any) -> Array:
+    """Rows of any float dtype of at most 32 bits."""
+    values = array(name, value, min_rank=1)
+    if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize not in (1, 2, 4):
+        raise TypeError(
+            f"{name} must have dtype float32, bfloat16 or float16, or a float dtype of 8 bits, got {values.dtype}"
+            f"{_cast(values)}"
+        )
+    return values
+
+
+def dispatch_arrays(name: str, value: Any) -> Dispatch:
+    """A Dispatch of integers."""
+    instance(name, value, Dispatch, "expert_dispatch(expert_ids, num_experts)")
+    token_index = int_array(f"{name}.token_index", value.token_index)
+    if token_index.ndim != 1:
+        raise ValueError(f"{name}.token_index must have one axis, that of the slots, got shape {token_index.shape}")
+    return value._replace(token_index=token_index, slot=int_array(f"{name}.slot", value.slot, min_rank=1))
 
 
 def float32_array(name: str, value: Any) -> Array:
@@ -180,7 +200,7 @@ def float_dtype(name: str, value: Any) -> np.dtype[Any]:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if value is None or dtype not in _FLOATS:
+    if value is None or dtype not in FLOATS:
         raise TypeError(f"{name} must be one of jnp.float32, jnp.bfloat16 and jnp.float16, got {value!r}")
     return dtype
 

@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from . import reference
-from ._primitive import Op, Operand, Result
+from ._primitive import Op, Operand, Result, zero_tangent
 from ._shapes import numbers
 from ._types import Scoring
 
@@ -81,11 +81,6 @@ def selecting_jvp(
     weights_dot = tangent_of(logits if whole_row else chosen[0], how)
     chosen_dot = [tangent_of(None, IDENTITY)] if return_chosen else []
     return results, [weights_dot, zero_tangent(expert_ids), *chosen_dot]
-
-
-def zero_tangent(primal: Array) -> ad.Zero:
-    """The tangent of a result that does not move."""
-    return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
 def _weights(residual: Array, expert_ids: Array, scoring: Scoring) -> Array:
@@ -163,16 +158,19 @@ _TANGENT.def_jvp(partial(_jvp, _TANGENT, "tangent"))
 _COTANGENT.def_jvp(partial(_jvp, _COTANGENT, "grad_weights"))
 
 
-@partial(_TANGENT.def_transpose, "tangent")
-def _tangent_transpose(cotangent: Array, operands: dict[str, Any], **params: Any) -> Array:
+@_TANGENT.def_transpose
+def _tangent_transpose(cotangents: Sequence[Array], operands: dict[str, Any], **params: Any) -> dict[str, Array]:
+    (grad_weights,) = cotangents
     aval = operands["tangent"].aval
-    return _COTANGENT({**operands, "grad_weights": cotangent}, num_experts=aval.shape[-1], dtype=aval.dtype, **params)[
-        0
-    ]
+    (tangent,) = _COTANGENT(
+        {**operands, "grad_weights": grad_weights}, num_experts=aval.shape[-1], dtype=aval.dtype, **params
+    )
+    return {"tangent": tangent}
 
 
-@partial(_COTANGENT.def_transpose, "grad_weights")
+@_COTANGENT.def_transpose
 def _cotangent_transpose(
-    cotangent: Array, operands: dict[str, Any], *, num_experts: int, dtype: Any, **params: Any
-) -> Array:
-    return _TANGENT({**operands, "tangent": cotangent}, **params)[0]
+    cotangents: Sequence[Array], operands: dict[str, Any], *, num_experts: int, dtype: Any, **params: Any
+) -> dict[str, Array]:
+    (tangent,) = cotangents
+    return {"grad_weights": _TANGENT({**operands, "tangent": tangent}, **params)[0]}

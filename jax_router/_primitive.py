@@ -88,6 +88,8 @@ class Op:
         gathers: whether it reads but a few entries of a row of the first operand. Where vmap maps other operands and
             not that one, "auto" takes the reference, which reads them where they are: the kernels would need a copy of
             it for every problem. (A composed op computes what does not depend on the mapped operands once.)
+        derives_itself: whether the derivative rules are those of the reference too, because JAX would find a worse
+            derivative of it. "reference" is then the same primitive, which is lowered to the reference alone.
         share_again: what the kernels take where vmap maps an operand that all rows of a problem share. From operands by
             name, of which that one, and those with batch axes, have a leading axis for the problems, to operands of
             which all rows of all problems share it again; raises NotImplementedError where there are none. "auto" takes
@@ -105,6 +107,7 @@ class Op:
     pays: Callable[..., bool] = _always_pays
     composed: bool = False
     gathers: bool = False
+    derives_itself: bool = False
     workspace: Callable[..., int | None] = _no_workspace
     share_again: Callable[[dict[str, Array]], dict[str, Array]] | None = None
     primitive: Primitive = dataclasses.field(init=False)
@@ -123,14 +126,16 @@ class Op:
         """The results for operands by name, of which optional ones may be None or left out.
 
         `implementation` is what the caller of a public function asked for:
-            "reference": the reference, which JAX maps and differentiates as it does any other function.
+            "reference": the reference, which JAX maps and differentiates as it does any other function, unless the op
+                derives itself.
             "auto": a kernel where there is one and it pays, and else the reference.
             "native": a kernel, or an error. Of a composed op: kernels throughout, its own or those of the ops that it
                 is made of. (An op that has kernels on no platform has nothing but its reference to offer.)
         """
         given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
         split = any(is_split(value, self.operands[name].core_rank) for name, value in given.items())
-        if implementation == "reference" or (self.composed and split):
+        plainly = implementation == "reference" and not self.derives_itself
+        if plainly or (self.composed and split):
             return self._run_reference(given, implementation, **params)
         values = _vary_over_the_same_axes(list(self._aligned(given).values()))
         return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
@@ -159,18 +164,18 @@ class Op:
 
         ad.primitive_jvps[self.primitive] = jvp
 
-    def def_transpose(self, linear_operand: str, rule: Callable[..., Array]) -> None:
-        """`rule(cotangent, operands, **params)` returns the cotangent of the operand in which the op is linear.
+    def def_transpose(self, rule: Callable[..., dict[str, Array]]) -> None:
+        """`rule(cotangents, operands, **params)` returns the cotangents of the operands in which the op is linear.
 
-        The op has one result.
+        Cotangents are one a result, of which some may be `ad.Zero`; operands and what is returned are by name. An
+        operand whose cotangent is asked for is an `ad.UndefinedPrimal` there.
         """
 
         def transpose(cotangents, *values, names, **params):
-            (cotangent,) = cotangents
-            if isinstance(cotangent, ad.Zero):
+            if all(isinstance(cotangent, ad.Zero) for cotangent in cotangents):
                 return [None] * len(values)
-            result = rule(cotangent, dict(zip(names, values)), **params)
-            return [result if name == linear_operand else None for name in names]
+            found = rule(cotangents, dict(zip(names, values)), **params)
+            return [found[name] if ad.is_undefined_primal(value) else None for name, value in zip(names, values)]
 
         ad.primitive_transposes[self.primitive] = transpose
 
@@ -230,6 +235,8 @@ class Op:
     def _reason_against_kernels(self, platform, ctx, *, names, implementation, **params) -> str | None:
         """Why a platform's kernels do not compute a case. All that decides between them and the reference is here."""
         avals = dict(zip(names, ctx.avals_in))
+        if implementation == "reference":
+            return "the reference is asked for"
         if self.composed and _may_be_partitioned(ctx):
             return "XLA may partition the program"
         if symbolic := [name for name in self.attributes if jax.export.is_symbolic_dim(params[name])]:
@@ -285,6 +292,11 @@ class Op:
             name: _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
             for name, value, dim in zip(names, values, dims)
         }
+
+
+def zero_tangent(primal: Array) -> ad.Zero:
+    """The tangent of a result that does not move."""
+    return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
 def use_kernels() -> None:

@@ -11,10 +11,10 @@ from jax.export import is_symbolic_dim
 from jax.interpreters import ad
 
 from . import _check, reference
-from ._derivative import IDENTITY, ROUTING, weights_tangent, zero_tangent
+from ._derivative import IDENTITY, ROUTING, weights_tangent
 from ._ids import as_int32_lengths
 from ._native import native_module
-from ._primitive import Op, Operand, Result
+from ._primitive import Op, Operand, Result, zero_tangent
 from ._types import Implementation
 
 

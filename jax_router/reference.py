@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from . import _slots
 from ._ids import as_int32_ids, as_int32_lengths
 from ._logits import router_logits
 from ._shapes import numbers, with_rank
@@ -278,3 +279,13 @@ def expert_dispatch(expert_ids: Array, num_experts: int) -> Dispatch:
     slot = jnp.where(group == num_experts, -1, slot)
     group_sizes = jnp.zeros(num_experts, jnp.int32).at[group].add(1, mode="drop")
     return Dispatch(order // jnp.int32(expert_ids.shape[-1]), slot.reshape(expert_ids.shape), group_sizes)
+
+
+def permute(x: Array, dispatch: Dispatch, weights: Array | None = None) -> Array:
+    """See `jax_router.permute`."""
+    return _slots.permute(x, dispatch, weights, "reference")
+
+
+def combine(y: Array, dispatch: Dispatch, weights: Array | None = None) -> Array:
+    """See `jax_router.combine`."""
+    return _slots.combine(y, dispatch, weights, "reference")

@@ -121,6 +121,58 @@ def dispatch(ids, num_experts):
     return (order // ids.shape[-1]).astype(np.int32), slot.reshape(ids.shape), sizes.astype(np.int32)
 
 
+def _flat(x):
+    """float64, with one axis of tokens."""
+    return f64(x).reshape(int(np.prod(np.shape(x)[:-1])), np.shape(x)[-1])
+
+
+def _choices(dispatch):
+    """(n, j, s) of the choices that have slots, which the slots confirm."""
+    token_index, slot = dispatch.token_index.astype(np.int64), _flat(dispatch.slot).astype(np.int64)
+    n, j = np.nonzero((slot >= 0) & (slot < len(token_index)))
+    s = slot[n, j]
+    return [index[token_index[s] == n] for index in (n, j, s)]
+
+
+def permute(x, dispatch, weights=None):
+    n, j, s = _choices(dispatch)
+    rows = _flat(x)[n]
+    if weights is not None:
+        rows = _flat(weights)[n, j, None] * rows
+    out = np.zeros((len(dispatch.token_index), rows.shape[-1]))
+    out[s] = rows
+    return out
+
+
+def combine(y, dispatch, weights=None):
+    n, j, s = _choices(dispatch)
+    rows = f64(y)[s]
+    if weights is not None:
+        rows = _flat(weights)[n, j, None] * rows
+    tokens = np.shape(dispatch.slot)[:-1]
+    out = np.zeros((int(np.prod(tokens)), rows.shape[-1]))
+    np.add.at(out, n, rows)
+    return out.reshape(*tokens, rows.shape[-1])
+
+
+def products(x, y, dispatch):
+    """What the weights of either op get: the product of the row of its token and that of its slot for each choice."""
+    n, j, s = _choices(dispatch)
+    slot = np.asarray(dispatch.slot)
+    out = np.zeros_like(_flat(slot))
+    out[n, j] = (_flat(x)[n] * f64(y)[s]).sum(-1)
+    return out.reshape(slot.shape)
+
+
+def assert_rounded(got, want, slack=1e-6):
+    """Rows against float64 ones: equal but for one rounding to their dtype, and that of f32 sums before it."""
+    got = np.asarray(got)
+    step = {4: 2.0**-23, 2: 2.0**-10 if got.dtype == np.float16 else 2.0**-7}[got.dtype.itemsize]
+    size = np.abs(want)
+    allowed = (step / 2 + slack) * size + slack * size.max(initial=1) + 1e-7
+    np.testing.assert_array_less(np.abs(f64(got) - want), allowed)
+
+
 def assert_same_ids(got, want, keys, slack=0.0):
     """Equal ids, but for those whose keys are within their slack of each other."""
     got, want = np.asarray(got), np.asarray(want)

@@ -103,6 +103,18 @@ def call_half(x, weight, **options):
     return jax_router.dense_router(x.astype(jnp.bfloat16), weight, top_k=3, **options)
 
 
+def call_permute(x, ids, weights=None, **options):
+    dispatch = jax_router.expert_dispatch(ids, 16, **options)
+    return jax_router.permute(x, dispatch, weights, **options), dispatch.group_sizes
+
+
+def call_combine(y, ids, weights, **options):
+    dispatch = jax_router.expert_dispatch(ids, 16, **options)
+    return jax_router.combine(y.reshape(-1, y.shape[-1]), dispatch, weights, **options), dispatch.group_sizes
+
+
+IDS, WEIGHTS = Operand("ids", (2,)), Operand("weights", (2,))
+
 OPS = {
     "hash_router": Case(
         jax_router.hash_router, (Operand("token_ids", ()), Operand("lut", (12, 2), per_token=False))
@@ -126,8 +138,14 @@ OPS = {
         call_dense, (X, WEIGHT, Operand("logit_bias", (16,), per_token=False), SHARED_BIAS), (0, 1, 2)
     ),
     "dense_router, bf16 x and f32 weight": Case(call_half, (X, WEIGHT), (0, 1)),
-    "expert_dispatch": Case(partial(jax_router.expert_dispatch, num_experts=16), (Operand("ids", (2,)),)),
+    "expert_dispatch": Case(partial(jax_router.expert_dispatch, num_experts=16), (IDS,)),
+    "permute": Case(call_permute, (X, IDS), (0,)),
+    "permute, weights": Case(call_permute, (X, IDS, WEIGHTS), (0, 2)),
+    "combine": Case(call_combine, (Operand("y", (2, 8)), IDS, WEIGHTS), (0, 2)),
 }  # fmt: skip
+
+# Those that bring all tokens into one order.
+SORTING = ("expert_dispatch", "permute", "permute, weights", "combine")
 
 
 def native(op: str) -> Callable[..., Any]:

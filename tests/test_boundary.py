@@ -27,6 +27,7 @@ def of(dtype, *shape):
 
 
 F32, F16, BF16, F64 = (partial(of, dtype) for dtype in (jnp.float32, jnp.float16, jnp.bfloat16, np.float64))
+F8 = partial(of, jnp.float8_e4m3fn)
 I8, I16, I32, U8, BOOL = (partial(of, dtype) for dtype in (jnp.int8, jnp.int16, jnp.int32, jnp.uint8, jnp.bool_))
 
 SCORING = {"score_fn": "sigmoid", "renormalize": np.bool_(True), "scale": np.float32(1)}
@@ -40,6 +41,8 @@ SELECTION = {
     "has_token_mask": np.bool_(False),
 }
 ROUTING = {"weights": F32(3, 2), "expert_ids": I32(3, 2)}
+
+MOVED = {"token_index": I32(8), "slot": I32(3, 2)}
 
 # Of each target: operands, results and attributes that it accepts.
 RIGHT = {
@@ -62,6 +65,26 @@ RIGHT = {
         {"token_index": I32(6), "slot": I32(3, 2), "group_sizes": I32(8)},
         {"num_experts": np.int64(8)},
     ),
+    "permute": (
+        {"x": F32(3, 16), **MOVED, "weights": F32(3, 2)},
+        {"rows": F32(8, 16)},
+        {"has_weights": np.bool_(True)},
+    ),
+    "combine": (
+        {"y": F32(8, 16), **MOVED, "weights": F32(3, 2)},
+        {"rows": F32(3, 16)},
+        {"has_weights": np.bool_(True)},
+    ),
+    "permute_cotangent": (
+        {"grad": F32(8, 16), "x": F32(3, 16), **MOVED, "weights": F32(3, 2)},
+        {"grad_x": F32(3, 16), "grad_weights": F32(3, 2)},
+        {},
+    ),
+    "combine_cotangent": (
+        {"grad": F32(3, 16), "y": F32(8, 16), **MOVED, "weights": F32(3, 2)},
+        {"grad_y": F32(8, 16), "grad_weights": F32(3, 2)},
+        {},
+    ),
     "dense_router": (
         {"x": F32(3, 16), "weight": F32(8, 16)},
         {**ROUTING, "workspace": U8(3, 65536)},
@@ -69,6 +92,7 @@ RIGHT = {
     ),
 }
 
+NO_WEIGHTS = {"has_weights": np.bool_(False)}
 BIAS, MASK, LENGTHS = ({name: np.bool_(True)} for name in ("has_bias", "has_token_mask", "has_lengths"))
 LARGE = np.int64(2**32 + 2)
 
@@ -144,6 +168,29 @@ WRONG = {
     "expert_dispatch: k of 4": ("expert_dispatch", {"slot": I32(3, 4)}, "slot 3, 2] int32 [3, 4]"),
     "expert_dispatch: ids of one axis": ("expert_dispatch", {"expert_ids": I32(6)}, "expert_ids 2 axes int32 [6]"),
     "expert_dispatch: sizes": ("expert_dispatch", {"group_sizes": I32(9)}, "group_sizes 8] int32 [9]"),
+    "permute: rows of integers": (
+        "permute",
+        {"x": I32(3, 16), "weights": None, **NO_WEIGHTS},
+        "x float32 8 bits int32",
+    ),
+    "permute: rows of f8 with weights": ("permute", {"x": F8(3, 16)}, "x float32 bfloat16"),
+    "permute: rows of another dtype": ("permute", {"rows": BF16(8, 16)}, "rows float32 bfloat16"),
+    "permute: other tokens": ("permute", {"x": F32(4, 16)}, "x 3, 16] float32 [4, 16]"),
+    "permute: other slots": ("permute", {"rows": F32(9, 16)}, "rows 8, 16] float32 [9, 16]"),
+    "permute: k": ("permute", {"slot": I32(3, 65), "weights": F32(3, 65)}, "slot 0 to 64 [3, 65]"),
+    "permute: slots of int16": ("permute", {"token_index": I16(8)}, "token_index int32 int16"),
+    "permute: weights": ("permute", {"weights": BF16(3, 2)}, "weights float32 bfloat16"),
+    "combine: rows of f8": ("combine", {"y": F8(8, 16)}, "y bfloat16"),
+    "combine: other slots": ("combine", {"y": F32(7, 16)}, "y 8, 16] float32 [7, 16]"),
+    "combine: other tokens": ("combine", {"rows": F32(2, 16)}, "rows 3, 16] float32 [2, 16]"),
+    "combine: weights of other choices": ("combine", {"weights": F32(3, 3)}, "weights 3, 2] float32 [3, 3]"),
+    "combine: weights are missing": ("combine", {"weights": None}, "weights given 3 operands"),
+    "permute_cotangent: x": ("permute_cotangent", {"x": BF16(3, 16)}, "x float32 bfloat16"),
+    "permute_cotangent: grad_x": ("permute_cotangent", {"grad_x": F32(3, 8)}, "grad_x 3, 16] float32 [3, 8]"),
+    "permute_cotangent: products": ("permute_cotangent", {"grad_weights": F16(3, 2)}, "grad_weights float32 float16"),
+    "combine_cotangent: y": ("combine_cotangent", {"y": F32(3, 16)}, "y 8, 16] float32 [3, 16]"),
+    "combine_cotangent: grad_y": ("combine_cotangent", {"grad_y": F16(8, 16)}, "grad_y float32 float16"),
+    "combine_cotangent: products": ("combine_cotangent", {"grad_weights": F32(3, 1)}, "grad_weights 2] [3, 1]"),
     "dense_router: no hidden elements": ("dense_router", {"x": F32(3, 0), "weight": F32(8, 0)}, "x 1 to [3, 0]"),
     "dense_router: weight": ("dense_router", {"weight": F32(8, 15)}, "weight 16] float32 [8, 15]"),
     "dense_router: dtypes": ("dense_router", {"weight": BF16(8, 16)}, "weight float32 bfloat16"),

@@ -169,6 +169,14 @@ NUMBERS = {
         ),
     ),
     "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
+    "PermuteNumbers.warps_a_multiprocessor": (
+        "permute/tokens/bf16/D2048/k8",
+        ("copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
+    ),
+    "CombineCotangentNumbers.blocks_a_multiprocessor": (
+        "combine_cotangent/tokens/bf16/D2048/k8",
+        ("bf16 wide, choices apart", "bf16 wide, choices together"),
+    ),
     "kFewChoiceExperts": ("route_cotangent/experts/f32/N4096/k8", ("f32 few choices", "f32 choices")),
 }
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import jax_router
-from cases import draw
+from cases import draw, lay_out
 from oracle import activation_topk as oracle_activation_topk
 from oracle import f64
 
@@ -253,3 +254,70 @@ def test_gradient_of_no_tokens(implementation):
     by_x, by_weight = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.zeros((0, 8)), jnp.ones((16, 8)))
     assert by_x.shape == (0, 8)
     np.testing.assert_array_equal(by_weight, np.zeros((16, 8)))
+
+
+@pytest.mark.parametrize("name", ["permute", "combine"])
+def test_derivatives_of_moved_rows(name, implementation, rng):
+    """Of both orders and modes, in rows and weights, against differences; the ops are linear in each."""
+    dispatch = lay_out(rng.integers(-1, 6, (7, 3)), 5, align=2)
+    rows = 7 if name == "permute" else len(dispatch.token_index)
+    operands = draw(rng, "x", rows, 4), draw(rng, "w", 7, 3)
+
+    def move(rows, weights):
+        return jnp.sin(getattr(jax_router, name)(rows, dispatch, weights, implementation=implementation))
+
+    check_grads(move, operands, order=2, atol=2e-2, rtol=2e-2)
+    check_grads(lambda rows: move(rows, None), operands[:1], order=2, atol=2e-2, rtol=2e-2)
+    check_grads(lambda weights: move(operands[0], weights), operands[1:], order=2, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["permute", "combine"])
+def test_pullbacks_of_moved_rows_are_linear_maps(name, implementation, rng):
+    """`jax.linear_transpose` of a pullback is the derivative again."""
+    dispatch = lay_out(rng.integers(-1, 6, (7, 3)), 5, align=2)
+    rows = 7 if name == "permute" else len(dispatch.token_index)
+    operands = draw(rng, "x", rows, 4), draw(rng, "w", 7, 3)
+    tangents = draw(rng, "x", rows, 4), draw(rng, "w", 7, 3)
+
+    def move(rows, weights):
+        return getattr(jax_router, name)(rows, dispatch, weights, implementation=implementation)
+
+    result, pull = jax.vjp(move, *operands)
+    _, want = jax.jvp(move, operands, tangents)
+    (got,) = jax.linear_transpose(pull, result)(tangents)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for i in range(2):  # one of the two cotangents alone
+        (got,) = jax.linear_transpose(lambda grad, i=i: pull(grad)[i], result)(tangents[i])
+        zeros = [np.zeros_like(tangent) for tangent in tangents]
+        zeros[i] = tangents[i]
+        np.testing.assert_allclose(got, jax.jvp(move, operands, tuple(zeros))[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", "jax_router.reference"])
+def test_no_derivative_of_moved_rows_scatters(implementation, platform, rng):
+    """Nor does one of second order, where there is no kernel either."""
+    dispatch = lay_out(rng.integers(-1, 6, (7, 3)), 5, align=2)
+    of_module = implementation == "jax_router.reference"
+    module = jax_router.reference if of_module else jax_router
+    options = {} if of_module else {"implementation": implementation}
+
+    def loss(x, w):
+        y = jnp.sin(module.permute(x, dispatch, w, **options))
+        return (module.combine(y, dispatch, w, **options) ** 2).sum()
+
+    def second(x, w):
+        return sum((grad**2).sum() for grad in jax.grad(loss, (0, 1))(x, w))
+
+    gradients = jax.jit(jax.value_and_grad(second, (0, 1)))
+    traced = gradients.trace(draw(rng, "x", 7, 4), draw(rng, "w", 7, 3))
+    assert "scatter" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_gradient_of_rows_of_8_bits(implementation, rng):
+    """Summed in f32, and rounded to the dtype of the rows."""
+    dispatch = lay_out(rng.integers(0, 5, (7, 3)), 5)
+    x = draw(rng, "x", 7, 4).astype(jnp.float8_e4m3fn)
+    grad = jax.grad(lambda x: jax_router.permute(x, dispatch, implementation=implementation).astype(jnp.float32).sum())
+    np.testing.assert_array_equal(np.asarray(grad(x)).astype(np.float32), 3.0)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
-from matrix import OPS, Case
+from matrix import OPS, SORTING, Case
 from models import DTYPES, MODELS
 
 # Tokens of a batch. On a GPU there are kernels for up to 1024, for fewer than 4096 and for more.
@@ -165,7 +165,7 @@ def test_concurrent_calls_on_every_device(devices):
 
 def test_concurrent_calls_of_a_sharded_program(devices):
     """Each call runs its handlers on all devices at once, and four threads call it."""
-    cases = [case for op, case in OPS.items() if op != "expert_dispatch"]  # which gathers its tokens
+    cases = [case for op, case in OPS.items() if op not in SORTING]  # which gather their tokens
     run, operands = program_of(cases)
     mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Auto,), devices=devices)
     whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("d",)))
@@ -178,3 +178,26 @@ def test_concurrent_calls_of_a_sharded_program(devices):
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: run(sharded), range(12)):
             assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("hidden", [1000, 2048, 7168])
+def test_a_token_is_moved_alike_in_any_batch(hidden, rng):
+    """Rows, and sums and products of both gradients, of bf16: few tokens and many take different plans on a GPU."""
+    ids = rng.integers(0, 16, (600, 8)).astype(np.int32)
+    x, values = (rng.normal(0, 1, shape).astype(DTYPES["bf16"]) for shape in ((600, hidden), (600, 8, hidden)))
+    weights = rng.normal(0, 1, (600, 8)).astype(np.float32)
+
+    @jax.jit
+    def moved(x, values, ids, weights):
+        """What does not depend on the order of the slots, in which a batch is all that counts."""
+        dispatch = jax_router.expert_dispatch(ids, 16)
+        native = {"implementation": "native"}
+        y = jnp.zeros((ids.size, hidden), x.dtype).at[dispatch.slot.reshape(-1)].set(values.reshape(-1, hidden))
+        _, pull_permuted = jax.vjp(lambda x, w: jax_router.permute(x, dispatch, w, **native), x, weights)
+        combined, pull_combined = jax.vjp(lambda y, w: jax_router.combine(y, dispatch, w, **native), y, weights)
+        of_y, of_weights = pull_combined(x)
+        return combined, *pull_permuted(y), of_y[dispatch.slot], of_weights
+
+    whole = moved(x, values, ids, weights)
+    for rows in (slice(0, 1), slice(17, 81), slice(100, 400)):
+        assert_same_bits(moved(x[rows], values[rows], ids[rows], weights[rows]), [array[rows] for array in whole])

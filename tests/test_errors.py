@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jax_router
-from jax_router import Router, RouterConfig, _native, random_hash_table
+from jax_router import Dispatch, Router, RouterConfig, _native, random_hash_table
 from matrix import OPS, native
 
 F32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -20,7 +20,10 @@ F64 = partial(jax.ShapeDtypeStruct, dtype=jnp.float64)
 I32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 BOOL = partial(jax.ShapeDtypeStruct, dtype=jnp.bool_)
 
+F8 = partial(jax.ShapeDtypeStruct, dtype=jnp.float8_e4m3fn)
+
 LOGITS = F32((4, 16))
+DISPATCH = Dispatch(I32((8,)), I32((4, 2)), I32((9,)))
 X, WEIGHT = F32((4, 8)), F32((16, 8))
 
 TOP_1 = {"top_k": 1}
@@ -141,6 +144,29 @@ ERRORS = {
     "dispatch of no choice": ("expert_dispatch", [I32((4, 0))], {"num_experts": 3}, ValueError, "expert_ids (4, 0)"),
     "dispatch to none": ("expert_dispatch", [I32((4, 2))], {"num_experts": 0}, ValueError, "num_experts at least 1 0"),
     "dispatch to a float": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3.0}, TypeError, "num_experts int 3.0"),
+    # permute and combine
+    "permute: integers": ("permute", [I32((4, 8)), DISPATCH], {}, TypeError, "x float32 8 bits int32"),
+    "permute: f8 with weights": ("permute", [F8((4, 8)), DISPATCH, F32((4, 2))], {}, TypeError,
+                                 "x float32 float8_e4m3fn cast"),
+    "permute: other tokens": ("permute", [F32((5, 8)), DISPATCH], {}, ValueError, "x (4, 'D') dispatch.slot (5, 8)"),
+    "permute: another rank": ("permute", [F32((2, 2, 8)), DISPATCH], {}, ValueError, "x (4, 'D') (2, 2, 8)"),
+    "permute: a scalar": ("permute", [F32(()), DISPATCH], {}, ValueError, "x 1 axes ()"),
+    "permute: no dispatch": ("permute", [F32((4, 8)), I32((4, 2))], {}, TypeError, "dispatch Dispatch expert_dispatch"),
+    "permute: slots in two axes": ("permute", [F32((4, 8)), Dispatch(I32((4, 2)), I32((4, 2)), I32((9,)))], {},
+                                   ValueError, "dispatch.token_index one axis (4, 2)"),
+    "permute: slots of floats": ("permute", [F32((4, 8)), Dispatch(I32((8,)), F32((4, 2)), I32((9,)))], {},
+                                 TypeError, "dispatch.slot integer float32"),
+    "permute: weights in bf16": ("permute", [F32((4, 8)), DISPATCH, BF16((4, 2))], {}, TypeError,
+                                 "weights float32 bfloat16 cast"),
+    "permute: weights of slots": ("permute", [F32((4, 8)), DISPATCH, F32((8,))], {}, ValueError, "weights (4, 2) (8,)"),
+    "combine: integers": ("combine", [I32((8, 8)), DISPATCH], {}, TypeError, "y float32 int32"),
+    "combine: f8": ("combine", [F8((8, 8)), DISPATCH], {}, TypeError, "y float32 float8_e4m3fn cast"),
+    "combine: other slots": ("combine", [F32((4, 8)), DISPATCH], {}, ValueError,
+                             "y (8, 'D') dispatch.token_index (4, 8)"),
+    "combine: no dispatch": ("combine", [F32((8, 8)), (I32((8,)), I32((4, 2)), I32((9,)))], {}, TypeError,
+                             "dispatch Dispatch expert_dispatch"),
+    "combine: weights of others": ("combine", [F32((8, 8)), DISPATCH, F32((4, 3))], {}, ValueError,
+                                   "weights (4, 2) (4, 3)"),
     # Axes past int32
     "logits of too many tokens": ("activation_topk", [BF16((HUGE, 1))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
     "too many experts": ("activation_topk", [BF16((1, HUGE))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
@@ -228,6 +254,8 @@ def test_traced_scale():
         ("scored_hash_router", [np.ones((4, 16), np.float32), np.ones(4, np.int32), None], "hash_lut"),
         ("dense_router", [np.ones((4, 8), np.float32), None], "weight"),
         ("expert_dispatch", [None], "expert_ids"),
+        ("permute", [None, DISPATCH], "x"),
+        ("combine", [None, DISPATCH], "y"),
     ],
 )
 def test_no_array(op, operands, argument):
@@ -261,6 +289,8 @@ def test_advice_without_any_native_module(monkeypatch):
         ("hash_router", [I32((2,)), I32((9, 65))], {}, "top_k = 64 65"),
         ("dense_router", [F32((2, 8)), F32((5000, 8))], {"top_k": 2}, "4096 experts 5000"),
         ("expert_dispatch", [I32((2, 6))], {"num_experts": 5000}, "4096 experts 5000"),
+        ("permute", [F32((2, 8)), Dispatch(I32((130,)), I32((2, 65)), I32((9,)))], {}, "64 choices 65"),
+        ("combine", [F32((130, 8)), Dispatch(I32((130,)), I32((2, 65)), I32((9,)))], {}, "64 choices 65"),
     ],
 )
 def test_native_beyond_the_kernels(op, operands, options, words):

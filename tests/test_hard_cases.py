@@ -14,9 +14,23 @@ import numpy as np
 import pytest
 
 import jax_router
-from matrix import OPS
+from cases import lay_out
+from matrix import OPS, SORTING
 from models import DTYPES
-from oracle import assert_routes, assert_same_ids, assert_weights, dispatch, expert_ids, f64, scores, select, weights_at
+from oracle import (
+    assert_routes,
+    assert_same_ids,
+    assert_weights,
+    combine,
+    dispatch,
+    expert_ids,
+    f64,
+    permute,
+    products,
+    scores,
+    select,
+    weights_at,
+)
 from oracle import top_k as oracle_top_k
 
 NEGATIVE_NAN = np.array(0xFFC00000, np.uint32).view(np.float32)
@@ -386,6 +400,10 @@ def test_no_tokens(name, shape, implementation):
     if name == "expert_dispatch":
         assert [leaf.shape for leaf in results] == [(0,), (*shape, 2), (16,)]
         np.testing.assert_array_equal(results.group_sizes, 0)
+    elif name in SORTING:
+        rows, group_sizes = results
+        assert rows.shape == (*(shape if name == "combine" else (0,)), 8)
+        np.testing.assert_array_equal(group_sizes, 0)
     else:
         first, second = results
         assert first.shape == second.shape == (*shape, first.shape[-1])
@@ -436,3 +454,70 @@ def test_half_precision_operands_choose_as_float32_would(implementation, rng):
     assert (rounded != oracle_top_k(exact, 6)).any(-1).mean() > 0.03
     ids = op("dense_router", top_k=6, implementation=implementation)(x, weight).expert_ids
     assert_same_ids(ids, oracle_top_k(exact, 6), exact, 1e-3)
+
+
+# Rows between tokens and slots
+
+
+LAYOUTS = {
+    "all on one expert": ([[3, 5]] * 9, 8, {}),
+    "an expert twice in a row": ([[2, 2], [0, 1], [1, 1]], 4, {}),
+    "experts without tokens": ([[7, 0], [7, 0]], 9, {"align": 4}),
+    "no id is valid": ([[-1, 8], [9, -1]], 8, {"align": 16}),
+    "tiles larger than groups": ([[0, 1], [2, 1], [0, 3]], 4, {"align": 256}),
+    "no capacity": ([[0, 1], [0, 1]], 4, {"capacity": 0}),
+    "a capacity of one": ([[0, 1], [0, 1], [0, 0]], 4, {"capacity": 1}),
+    "a capacity that all fit in": ([[0, 1], [0, 1], [0, 0]], 4, {"capacity": 4, "align": 2}),
+    "no tokens": (np.zeros((0, 2)), 4, {"align": 8}),
+    "no choices": (np.zeros((3, 0)), 4, {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_moved_rows(name, implementation, rng):
+    """With NaN in what is not used: slots of y and of a cotangent, and the rows of tokens that have no slot."""
+    ids, num_experts, options = LAYOUTS[name]
+    dispatch = lay_out(np.array(ids, np.int32), num_experts, **options)
+    slots = len(dispatch.token_index)
+    used, routed = dispatch.token_index >= 0, (dispatch.slot >= 0).any(-1)
+    x, y = (rng.normal(0, 1, (rows, 24)).astype(np.float32) for rows in (len(routed), slots))
+    weights = rng.normal(0, 1, dispatch.slot.shape).astype(np.float32)
+    weights[dispatch.slot < 0] = np.nan
+    x[~routed], y[~used] = np.nan, np.nan
+
+    def run(x, y, weights):
+        permuted, pull_permuted = jax.vjp(lambda x, w: move("permute", x, dispatch, w), x, weights)
+        combined, pull_combined = jax.vjp(lambda y, w: move("combine", y, dispatch, w), y, weights)
+        return permuted, *pull_permuted(y), combined, *pull_combined(x)
+
+    def move(name, *operands):
+        return op(name, implementation=implementation)(*operands)
+
+    got = jax.jit(run)(x, y, weights)
+    by_weights = products(x, y, dispatch)
+    rows, sums = permute(x, dispatch, weights), combine(y, dispatch, weights)
+    for mine, want in zip(got, (rows, sums, by_weights, sums, rows, by_weights), strict=True):
+        assert np.isfinite(mine).all()
+        np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_and_slots_that_contradict_each_other(implementation, rng):
+    """A slot is in use where both say so: a user may drop choices in either of the two."""
+    dispatch = lay_out(rng.integers(0, 8, (40, 3)), 8)
+    dropped = dispatch._replace(slot=np.where(rng.random((40, 3)) < 0.3, -1, dispatch.slot))
+    emptied = dispatch._replace(token_index=np.where(rng.random(120) < 0.3, -1, dispatch.token_index))
+    anything = dispatch._replace(
+        token_index=rng.integers(-5, 45, 120).astype(np.int32),
+        slot=rng.permutation(np.r_[0:110, [-(2**31), 2**31 - 1, 120, -2, -1, 10**6, -7, 121, 500, 150]])
+        .reshape(40, 3)
+        .astype(np.int32),
+    )
+    x, y = (rng.normal(0, 1, (rows, 20)).astype(np.float32) for rows in (40, 120))
+    weights = rng.normal(0, 1, (40, 3)).astype(np.float32)
+    for told in (dropped, emptied, anything):
+        permuted = op("permute", implementation=implementation)(x, told, weights)
+        np.testing.assert_allclose(permuted, permute(x, told, weights), rtol=1e-6)
+        got = op("combine", implementation=implementation)(y, told, weights)
+        if told is dropped:
+            np.testing.assert_allclose(got, combine(y, told, weights), rtol=1e-5, atol=1e-6)
+        assert np.isfinite(got).all()

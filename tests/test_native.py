@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 
 import jax_router
-from cases import EXPERT_COUNTS, ODD_EXPERT_COUNTS, ROWS, TOKEN_COUNTS
+from cases import EXPERT_COUNTS, MOVES, ODD_EXPERT_COUNTS, ROWS, TOKEN_COUNTS, draw_move
 from models import DTYPES, MODELS
 from oracle import (
+    assert_rounded,
     assert_routes,
     assert_same_ids,
     assert_same_routing,
     assert_weights,
+    combine,
     dispatch,
     f64,
     hash_router,
+    permute,
+    products,
     select,
     selection_keys,
     weights_at,
@@ -290,3 +294,58 @@ def test_auto_falls_back_where_no_kernel_can_run(rng):
     assert_routes(jax_router.activation_topk(logits, top_k=6), logits, top_k=6, score_fn="sqrtsoftplus")
     many = jax_router.activation_topk(logits[:, :200], top_k=100, score_fn="sigmoid")
     assert_routes(many, logits[:, :200], top_k=100, score_fn="sigmoid")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MOVES)
+def test_permute_and_combine(name, dtype, rng):
+    dispatch, x, y, weights = draw_move(rng, name, DTYPES[dtype])
+    for its_weights in (None, weights):
+        assert_rounded(native("permute")(x, dispatch, its_weights), permute(x, dispatch, its_weights))
+        assert_rounded(native("combine")(y, dispatch, its_weights), combine(y, dispatch, its_weights))
+
+
+def pulled_back(function, grad, *operands):
+    return jax.jit(lambda grad, *operands: jax.vjp(function, *operands)[1](grad))(grad, *operands)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MOVES)
+def test_cotangents_of_permute_and_combine(name, dtype, rng):
+    """NaN in unused slots, of y and of cotangents, reaches none of them."""
+    dispatch, x, y, weights = draw_move(rng, name, DTYPES[dtype])
+    (grad,) = pulled_back(partial(native("permute"), dispatch=dispatch), y, x)
+    assert_rounded(grad, combine(y, dispatch))
+    of_x, of_weights = pulled_back(lambda x, w: native("permute")(x, dispatch, w), y, x, weights)
+    assert_rounded(of_x, combine(y, dispatch, weights))
+    assert_rounded(of_weights, products(x, y, dispatch), slack=1e-5)
+    (grad,) = pulled_back(partial(native("combine"), dispatch=dispatch), x, y)
+    assert_rounded(grad, permute(x, dispatch))
+    of_y, of_weights = pulled_back(lambda y, w: native("combine")(y, dispatch, w), x, y, weights)
+    assert_rounded(of_y, permute(x, dispatch, weights))
+    assert_rounded(of_weights, products(x, y, dispatch), slack=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("hidden", [1, 24, 64])
+def test_permute_copies_any_bits(hidden, dtype, rng):
+    """NaN of any kind, and zeros of both signs."""
+    dispatch = draw_move(rng, "tiles", np.float32)[0]
+    dtype = jnp.dtype(dtype)
+    x = rng.integers(0, 256, (100, hidden * dtype.itemsize), np.uint8).view(dtype)
+    got = np.asarray(native("permute")(x, dispatch)).view(np.uint8)
+    want = np.zeros((len(dispatch.token_index), hidden * dtype.itemsize), np.uint8)
+    used = dispatch.token_index >= 0
+    want[used] = x.view(np.uint8)[dispatch.token_index[used]]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_tokens_of_several_axes(rng):
+    dispatch, x, y, weights = draw_move(rng, "tiles", np.float32)
+    shaped = dispatch._replace(slot=dispatch.slot.reshape(5, 2, 10, 6))
+    of_x, of_weights = x.reshape(5, 2, 10, -1), weights.reshape(5, 2, 10, 6)
+    np.testing.assert_array_equal(native("permute")(of_x, shaped, of_weights), native("permute")(x, dispatch, weights))
+    combined = native("combine")(y, shaped, of_weights)
+    np.testing.assert_array_equal(combined, native("combine")(y, dispatch, weights).reshape(of_x.shape))
+    one = dispatch._replace(slot=dispatch.slot[3])
+    np.testing.assert_array_equal(native("combine")(y, one), native("combine")(y, dispatch)[3])

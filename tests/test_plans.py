@@ -85,19 +85,37 @@ TAKEN_BY_AN_H100 = {
     "dense_router/bf16xf32/D4096/E256/k6/N16": "f32 logits few 16x16 of 256",
     "dense_router/bf16xf32/D4096/E256/k6/N64": "f32 logits few 16x16 of 256",
     "dense_router/bf16xf32/D4096/E256/k6/N4096": "unfused",
+    "permute/bf16/D2048/k8/N8192": "copy 16 bytes x4",
+    "permute_grad/bf16/D2048/k8/N8192": "bf16 wide",
+    "combine/bf16/D2048/k8/N8192": "bf16 wide",
+    "combine_grad/bf16/D2048/k8/N8192": "bf16 wide, choices together",
+    "permute/bf16/D4096/k6/N8192": "copy 16 bytes x4",
+    "permute_grad/bf16/D4096/k6/N8192": "bf16 wide",
+    "combine/bf16/D4096/k6/N8192": "bf16 wide",
+    "combine_grad/bf16/D4096/k6/N8192": "bf16 wide, choices together",
+    "permute/bf16/D7168/k8/N8192": "copy 16 bytes x4",
+    "permute_grad/bf16/D7168/k8/N8192": "bf16 wide",
+    "combine/bf16/D7168/k8/N8192": "bf16 wide",
+    "combine_grad/bf16/D7168/k8/N8192": "bf16 wide, choices together",
 }
 
+_KERNELS = {
+    "activation_topk_grad": "route_cotangent",
+    "permute_grad": "combine",
+    "combine_grad": "combine_cotangent",
+    "scored_hash_router": "route_at",
+}
 _SIZES = {"N": "rows", "B": "rows", "L": "length", "E": "experts", "D": "hidden", "k": "k", "groups": "num_groups"}
 
 
 def sizes_of(case_id):
     """The op of a case of targets.json, and its sizes."""
     op, *parts = case_id.split("/")
-    op = {"activation_topk_grad": "route_cotangent", "scored_hash_router": "route_at"}.get(op, op)
+    op = _KERNELS.get(op, op)
     sizes = {_SIZES[name]: int(value) for name, value in re.findall(r"/([A-Z]|k|groups)(\d+)", case_id) if name != "V"}
-    if op == "expert_dispatch":
+    if op in ("expert_dispatch", "permute", "combine", "combine_cotangent"):
         sizes["tokens"] = sizes.pop("rows")
-    elif op != "hash_router":
+    if op not in ("expert_dispatch", "hash_router"):
         sizes["dtype"] = "bf16" if "bf16" in parts else "f32"  # x in bf16 is cast for a weight in f32
     if op == "route_at":
         del sizes["experts"]
@@ -161,6 +179,17 @@ class Draw:
     def expert_dispatch(self):
         sizes = {"tokens": self._size(2**20), "k": self._size(64), "experts": self._size(4096)}
         return sizes | ({"batch": self._size(64)} if self._flag() else {})
+
+    def _moved(self):
+        sizes = {"tokens": self._size(2**17), "k": self._size(64), "hidden": self._size(2**15), "dtype": self._dtype()}
+        sizes |= {"batch": self._size(64)} if self._flag() else {}
+        return sizes | ({"slots": self._size(2**20)} if self._flag() else {})
+
+    def permute(self):
+        sizes = self._moved()
+        return sizes | ({"weights": True} if self._flag() else {"element_bytes": int(2 ** self._rng.integers(3))})
+
+    combine = permute_cotangent = combine_cotangent = _moved
 
     def hash_router(self):
         return {"rows": self._size(2**20), "k": self._size(64)}

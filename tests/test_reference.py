@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import EXPERT_COUNTS, ODD_EXPERT_COUNTS, ROWS
+from cases import EXPERT_COUNTS, MOVES, ODD_EXPERT_COUNTS, ROWS, draw_move
 from jax_router import reference
 from models import DTYPES, MODELS
 from oracle import activation_topk as oracle_activation_topk
 from oracle import (
+    assert_rounded,
     assert_routes,
     assert_same_ids,
     assert_weights,
+    combine,
     dispatch,
     f64,
     hash_router,
     order_keys,
+    permute,
     scores,
     select,
     weights_at,
@@ -223,3 +226,12 @@ def test_hash_router(rng):
     results = reference_jit("hash_router", scale=2.5)(token_ids, lut)
     for got, want in zip(results, hash_router(token_ids, lut, scale=2.5)):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MOVES)
+def test_permute_and_combine(name, dtype, rng):
+    dispatch, x, y, weights = draw_move(rng, name, DTYPES[dtype])
+    for its_weights in (None, weights):
+        assert_rounded(reference_jit("permute")(x, dispatch, its_weights), permute(x, dispatch, its_weights))
+        assert_rounded(reference_jit("combine")(y, dispatch, its_weights), combine(y, dispatch, its_weights))

@@ -16,7 +16,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
-from matrix import LOGITS, OPS, SHARED_BIAS, Case, Operand, Table, assert_close, assert_documented, native
+from matrix import LOGITS, OPS, SHARED_BIAS, SORTING, Case, Operand, Table, assert_close, assert_documented, native
 
 P = PartitionSpec
 MODES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
@@ -66,17 +66,20 @@ LAYOUTS = {
 }
 GRADIENT_LAYOUTS = [LAYOUTS["rows"], LAYOUTS["two axes"]]
 
-SORTS = "expert_dispatch, one sort a batch entry"
-TOKEN_OPS = {
-    **{op: case for op, case in OPS.items() if op != "expert_dispatch"},
-    SORTS: Case(partial(jax_router.expert_dispatch, num_experts=16), (Operand("ids", (20, 2)),)),
+# What sorts all the tokens that it gets: here it is mapped over the leading axes.
+SORTS = {
+    f"{op}, one sort a batch entry": dataclasses.replace(
+        OPS[op], operands=tuple(Operand(name, (20, *axes)) for name, axes, _ in OPS[op].operands)
+    )
+    for op in SORTING
 }
+TOKEN_OPS = {**{op: case for op, case in OPS.items() if op not in SORTING}, **SORTS}
 
 
 def token_function(op, tokens):
-    """The op with its native kernel. A dispatch sorts all tokens it gets: here it is mapped over the leading axes."""
+    """The op with its native kernel."""
     call = partial(TOKEN_OPS[op].call, implementation="native")
-    for _ in tokens if op == SORTS else ():
+    for _ in tokens if op in SORTS else ():
         call = jax.vmap(call)
     return call
 
@@ -122,11 +125,10 @@ def gradient_around_shard_map(op, check_vma, devices):
     case = TOKEN_OPS[op]
     values = case.draw(16)
     specs = tuple(P("d") if operand.per_token else P() for operand in case.operands)
-    mapped = jax.shard_map(
-        token_function(op, (16,)), mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma
-    )  # fmt: skip
+    function = token_function(op, (16,))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma)
     results, counts, _ = compile_and_run(case.derivative_of(mapped), values, mesh, specs)
-    assert_close(results, jax.jit(case.derivative_of(case.call))(*values), atol=1e-5)
+    assert_close(results, jax.jit(case.derivative_of(function))(*values), atol=1e-5)
     return counts
 
 
@@ -196,6 +198,8 @@ EXCHANGES = {
     "`hash_router`: table over V": (OPS["hash_router"], ("d",), [(), ("d",)]),
     "table over V, tokens over the same axis": (OPS["hash_router"], ("d",), [("d",), ("d",)]),
     "`expert_dispatch`: tokens, one sort": (OPS["expert_dispatch"], ("d",), [("d",)]),
+    "`permute`: tokens, one sort": (OPS["permute"], ("d",), [("d",), ("d",)]),
+    "`combine`: tokens, one sort": (OPS["combine"], ("d",), [("d",), ("d",), ("d",)]),
     "`dense_router`: x and weight over D": (DENSE, ("d",), [(None, "d"), (None, "d")]),
     "x and weight over D, tokens over another axis": (DENSE, ("a", "b"), [("a", "b"), (None, "b")]),
     "weight over D": (DENSE, ("d",), [(), (None, "d")]),

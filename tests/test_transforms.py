@@ -23,7 +23,7 @@ from jax.experimental import checkify
 import jax_router
 from cases import draw
 from jax_router import _native
-from matrix import OPS, Table, assert_close, assert_documented, native, sum_of_squares
+from matrix import OPS, SORTING, Table, assert_close, assert_documented, native, sum_of_squares
 from oracle import top_k as oracle_top_k
 
 B, T = 3, 4  # problems, and tokens in each
@@ -138,7 +138,7 @@ def vmap(op):
 
 def vmap_of_vmap(op):
     """The inner one over shared operands too, down to problems without an axis of tokens where the op takes such."""
-    tokens = (T,) if op == "expert_dispatch" else ()
+    tokens = (T,) if op in SORTING else ()
     outer = [0 if operand.per_token else None for operand in OPS[op].operands]
     values = OPS[op].draw(2, B, *tokens)
     values = [np.stack([np.roll(v, i, 0) for i in range(B)]) if axis is None else v for axis, v in zip(outer, values)]

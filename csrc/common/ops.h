@@ -149,6 +149,76 @@ struct ExpertDispatch {
   Workspace workspace;
 };
 
+// Which choice of a token lies in which slot, of independent problems. All ids may have any values.
+struct DispatchedRows {
+  int64_t batch;
+  int64_t tokens;  // of one problem
+  int64_t slots;   // of one problem
+  int32_t k;
+  int64_t hidden;              // elements of a row
+  const int32_t* token_index;  // [batch, slots]
+  const int32_t* slot;         // [batch, tokens, k]
+  JR_DEVICE_TOO constexpr int64_t token_rows() const { return batch * tokens; }
+  JR_DEVICE_TOO constexpr int64_t slot_rows() const { return batch * slots; }
+};
+
+// Whether the choice of a token is in a slot, which also says so. Numbers are within one problem.
+JR_HOST_DEVICE bool lies_in(const DispatchedRows& rows, int64_t problem, int64_t token, int32_t slot) {
+  return slot >= 0 && slot < rows.slots && rows.token_index[problem * rows.slots + slot] == token;
+}
+
+// Whether a slot, numbered over all problems, is in use: a choice of its token is in it.
+JR_HOST_DEVICE bool is_in_use(const DispatchedRows& rows, int64_t slot_row) {
+  const int64_t problem = rows.batch == 1 ? 0 : slot_row / rows.slots;
+  const int64_t token = rows.token_index[slot_row];
+  if (token < 0 || token >= rows.tokens) return false;
+  const int32_t* slots = rows.slot + (problem * rows.tokens + token) * rows.k;
+  bool found = false;
+  for (int32_t j = 0; j < rows.k; ++j) found |= slots[j] == slot_row - problem * rows.slots;
+  return found;
+}
+
+// The row of its token in each slot that is in use, and zeros in the others.
+struct Permute {
+  DispatchedRows rows;
+  int32_t element_bytes;  // 1, 2 or 4
+  DType dtype;            // with weights
+  const void* x;          // [batch, tokens, hidden]
+  const float* weights;   // optional, [batch, tokens, k]: rows are multiplied by the weight of their choice
+  void* out;              // [batch, slots, hidden]
+};
+
+// The sum of the rows of its slots for each token, in the order of its choices.
+struct Combine {
+  DispatchedRows rows;
+  DType dtype;
+  const void* y;         // [batch, slots, hidden]
+  const float* weights;  // optional, [batch, tokens, k]
+  void* out;             // [batch, tokens, hidden]
+};
+
+// Both cotangents of a weighted permute: combine(grad, weights), and the products of the rows of x and grad.
+struct PermuteCotangent {
+  DispatchedRows rows;
+  DType dtype;
+  const void* grad;      // [batch, slots, hidden]
+  const void* x;         // [batch, tokens, hidden]
+  const float* weights;  // [batch, tokens, k]
+  void* grad_x;          // [batch, tokens, hidden]
+  float* grad_weights;   // [batch, tokens, k], 0 where a choice has no slot
+};
+
+// Both cotangents of a weighted combine: permute(grad, weights), and the products of the rows of grad and y.
+struct CombineCotangent {
+  DispatchedRows rows;
+  DType dtype;
+  const void* grad;      // [batch, tokens, hidden]
+  const void* y;         // [batch, slots, hidden]
+  const float* weights;  // [batch, tokens, k]
+  void* grad_y;          // [batch, slots, hidden]
+  float* grad_weights;   // [batch, tokens, k], 0 where a choice has no slot
+};
+
 // logits = x @ weight^T (+ logit_bias) in f32, and ActivationTopk on them.
 struct DenseRouter {
   DType operand_dtype;  // of x and weight

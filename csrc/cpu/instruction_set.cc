@@ -1,4 +1,5 @@
 // Chooses the instruction set once for the process, and splits the rows of an op over threads.
+#include <cstring>
 #include <new>
 
 #include "../common/ops.h"
@@ -33,12 +34,26 @@ Isa detect() {
   return Isa::kBaseline;
 }
 
+// Rows that are worth another thread.
+int64_t grain(double nanoseconds_per_row) {
+  constexpr double kNanosecondsPerChunk = 40e3;
+  const auto rows = static_cast<int64_t>(kNanosecondsPerChunk / nanoseconds_per_row);
+  return rows < 1 ? 1 : rows;
+}
+
+int64_t count_rows(const Permute& op) { return op.rows.token_rows(); }
+int64_t count_rows(const Combine& op) { return op.rows.token_rows(); }
+int64_t count_rows(const PermuteCotangent& op) { return op.rows.token_rows(); }
+int64_t count_rows(const CombineCotangent& op) { return op.rows.token_rows(); }
+template <typename Op>
+int64_t count_rows(const Op& op) {
+  return op.rows;
+}
+
 template <typename Op>
 void run_rows(const Op& op, double nanoseconds_per_row, const ParallelFor& parallel_for) {
   static const Isa isa = detect();
-  constexpr double kNanosecondsPerChunk = 40e3;  // less work is not worth another thread
-  const auto grain = static_cast<int64_t>(kNanosecondsPerChunk / nanoseconds_per_row);
-  parallel_for(op.rows, grain < 1 ? 1 : grain, [&op](int64_t begin, int64_t end) {
+  parallel_for(count_rows(op), grain(nanoseconds_per_row), [&op](int64_t begin, int64_t end) {
     switch (isa) {
 #ifdef JR_X86
       case Isa::kAvx512:
@@ -50,6 +65,22 @@ void run_rows(const Op& op, double nanoseconds_per_row, const ParallelFor& paral
         return baseline::rows(op, begin, end);
     }
   });
+}
+
+// Zeros in the rows of the slots that are not in use.
+void clear_unused(const DispatchedRows& rows, int64_t row_bytes, void* out, const ParallelFor& parallel_for) {
+  parallel_for(rows.slot_rows(), grain(10.0), [&rows, row_bytes, out](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      if (!is_in_use(rows, slot)) std::memset(static_cast<char*>(out) + slot * row_bytes, 0, row_bytes);
+    }
+  });
+}
+
+int64_t row_bytes(const DispatchedRows& rows, DType dtype) { return rows.hidden * (dtype == DType::kF32 ? 4 : 2); }
+
+// Of a token, whose choices each take a row.
+double nanoseconds(const DispatchedRows& rows, double of_element) {
+  return 20.0 + of_element * static_cast<double>(rows.hidden) * (rows.k + 1);
 }
 
 }  // namespace
@@ -70,6 +101,22 @@ void run(const RouteAt& op, const ParallelFor& parallel_for) {
 
 void run(const RouteCotangent& op, const ParallelFor& parallel_for) {
   run_rows(op, 10.0 + 10.0 * op.k + (op.scoring.needs_whole_row() ? 2.0 : 0.2) * op.experts, parallel_for);
+}
+
+void run(const Permute& op, const ParallelFor& parallel_for) {
+  run_rows(op, nanoseconds(op.rows, 0.2), parallel_for);
+  clear_unused(op.rows, op.rows.hidden * op.element_bytes, op.out, parallel_for);
+}
+
+void run(const Combine& op, const ParallelFor& parallel_for) { run_rows(op, nanoseconds(op.rows, 0.2), parallel_for); }
+
+void run(const PermuteCotangent& op, const ParallelFor& parallel_for) {
+  run_rows(op, nanoseconds(op.rows, 0.3), parallel_for);
+}
+
+void run(const CombineCotangent& op, const ParallelFor& parallel_for) {
+  run_rows(op, nanoseconds(op.rows, 0.4), parallel_for);
+  clear_unused(op.rows, row_bytes(op.rows, op.dtype), op.grad_y, parallel_for);
 }
 
 void run(const TopkSelect& op, const ParallelFor& parallel_for) {

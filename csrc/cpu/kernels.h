@@ -20,5 +20,9 @@ void run(const RouteAt& op, const ParallelFor& parallel_for);
 void run(const RouteCotangent& op, const ParallelFor& parallel_for);
 void run(const TopkSelect& op, const ParallelFor& parallel_for);
 void run(const ExpertDispatch& op, const ParallelFor& parallel_for);
+void run(const Permute& op, const ParallelFor& parallel_for);
+void run(const Combine& op, const ParallelFor& parallel_for);
+void run(const PermuteCotangent& op, const ParallelFor& parallel_for);
+void run(const CombineCotangent& op, const ParallelFor& parallel_for);
 
 }  // namespace jax_router::cpu

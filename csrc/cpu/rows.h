@@ -9,6 +9,10 @@
 namespace jax_router::cpu::JR_ISA {
 
 void rows(const ActivationTopk& op, int64_t begin, int64_t end);
+void rows(const Permute& op, int64_t begin, int64_t end);  // of tokens, in all of them
+void rows(const Combine& op, int64_t begin, int64_t end);
+void rows(const PermuteCotangent& op, int64_t begin, int64_t end);
+void rows(const CombineCotangent& op, int64_t begin, int64_t end);
 void rows(const RouteAt& op, int64_t begin, int64_t end);
 void rows(const RouteCotangent& op, int64_t begin, int64_t end);
 void rows(const TopkSelect& op, int64_t begin, int64_t end);

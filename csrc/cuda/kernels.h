@@ -24,6 +24,10 @@ cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, cudaStream_t stream)
 cudaError_t run(const RouteCotangent& op, const RouteCotangentPlan& plan, cudaStream_t stream);
 cudaError_t run(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
 cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream);
+cudaError_t run(const Permute& op, const PermutePlan& plan, cudaStream_t stream);
+cudaError_t run(const Combine& op, const CombinePlan& plan, cudaStream_t stream);
+cudaError_t run(const PermuteCotangent& op, const PermuteCotangentPlan& plan, cudaStream_t stream);
+cudaError_t run(const CombineCotangent& op, const CombineCotangentPlan& plan, cudaStream_t stream);
 // x and weight must be aligned to 16 bytes.
 cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream);
 
@@ -32,6 +36,10 @@ inline bool is_empty(const ExpertDispatch& op) { return op.batch == 0; }
 inline bool is_empty(const RouteCotangent& op) { return op.rows == 0 || op.experts == 0; }
 inline bool is_empty(const ActivationTopk& op) { return op.rows == 0 || op.selection.k == 0; }
 inline bool is_empty(const DenseRouter& op) { return is_empty(op.select); }
+inline bool is_empty(const Permute& op) { return op.rows.slot_rows() == 0 || op.rows.hidden == 0; }
+inline bool is_empty(const Combine& op) { return op.rows.token_rows() == 0 || op.rows.hidden == 0; }
+inline bool is_empty(const PermuteCotangent& op) { return op.rows.token_rows() == 0; }
+inline bool is_empty(const CombineCotangent& op) { return op.rows.token_rows() == 0 && op.rows.slot_rows() == 0; }
 template <class Op>
 bool is_empty(const Op& op) {
   return op.rows == 0 || op.k == 0;

@@ -16,15 +16,6 @@ namespace {
 
 constexpr int kThreads = 32 * kCotangentWarps;
 
-__device__ __forceinline__ uint32_t pack_two(float a, float b, __nv_bfloat16) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
-__device__ __forceinline__ uint32_t pack_two(float a, float b, __half) {
-  const __half2 two = __floats2half2_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
-
 // 16 bytes of gradient from as many f32 values in shared memory.
 __device__ __forceinline__ void store_vector(float* p, const float* values) {
   __stcs(reinterpret_cast<float4*>(p), *reinterpret_cast<const float4*>(values));

@@ -115,6 +115,9 @@ class Argument {
   // Which of the dtypes that the kernels compute with.
   DType float_dtype() const;
 
+  // The bytes of an element, of a float dtype of at most 4.
+  int32_t float_bytes() const;
+
   // The number of rows, where a row has `own` axes.
   int64_t rows(size_t own) const;
 
@@ -130,6 +133,9 @@ class Argument {
   }
   void* numbers(DType dtype, int64_t rows, std::initializer_list<int64_t> own) const {
     return numbers(wire(dtype), rows, own);
+  }
+  void* numbers_like(const Argument& other, int64_t rows, std::initializer_list<int64_t> own) const {
+    return numbers(other.dtype_, rows, own);
   }
 
   // Its memory, whatever its axes are; and how many elements it has.
@@ -259,6 +265,28 @@ inline DType Argument::float_dtype() const {
     default:
       must_be("float32, bfloat16 or float16");
       return DType::kF32;
+  }
+}
+
+inline int32_t Argument::float_bytes() const {
+  switch (dtype_) {
+    case ffi::DataType::F32:
+      return 4;
+    case ffi::DataType::BF16:
+    case ffi::DataType::F16:
+      return 2;
+    case ffi::DataType::F8E3M4:
+    case ffi::DataType::F8E4M3:
+    case ffi::DataType::F8E4M3B11FNUZ:
+    case ffi::DataType::F8E4M3FN:
+    case ffi::DataType::F8E4M3FNUZ:
+    case ffi::DataType::F8E5M2:
+    case ffi::DataType::F8E5M2FNUZ:
+    case ffi::DataType::F8E8M0FNU:
+      return 1;
+    default:
+      must_be("float32, bfloat16, float16 or a float of 8 bits");
+      return 4;
   }
 }
 

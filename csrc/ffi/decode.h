@@ -239,6 +239,98 @@ struct Target<ExpertDispatch> {
   }
 };
 
+// Which choice lies where: two operands of permute, combine and their cotangents.
+inline void read_dispatch(Call& call, DispatchedRows& rows) {
+  const Argument token_index = call.operand("token_index");
+  const Argument slot = call.operand("slot");
+  rows.batch = slot.rows(2);
+  rows.k = slot.size<int32_t>(0, {0, kMaxTopK});
+  rows.tokens = slot.size<int64_t>(1, {0, kMaxInt32});
+  rows.slots = token_index.size<int64_t>(0, {0, kMaxInt32});
+  rows.slot = slot.numbers<int32_t>(rows.batch, {rows.tokens, rows.k});
+  rows.token_index = token_index.numbers<int32_t>(rows.batch, {rows.slots});
+}
+
+inline const float* read_weights(const Argument& weights, const DispatchedRows& rows) {
+  return weights.numbers<float>(rows.batch, {rows.tokens, rows.k});
+}
+
+template <>
+struct Target<Permute> {
+  static constexpr const char* kName = "permute";
+
+  static void read(Call& call, Permute& op) {
+    DispatchedRows& rows = op.rows;
+    const Argument x = call.operand("x");
+    read_dispatch(call, rows);
+    rows.hidden = x.size<int64_t>(0, {0, kMaxInt32});
+    const Argument weights = call.optional_operand("weights");
+    op.weights = read_weights(weights, rows);
+    op.element_bytes = x.float_bytes();
+    if (weights.given()) op.dtype = x.float_dtype();
+    op.x = x.numbers_like(x, rows.batch, {rows.tokens, rows.hidden});
+    op.out = call.result("rows").numbers_like(x, rows.batch, {rows.slots, rows.hidden});
+    if (rows.hidden == 0) rows.batch = 0;  // nothing to move, however many rows there are
+  }
+};
+
+template <>
+struct Target<Combine> {
+  static constexpr const char* kName = "combine";
+
+  static void read(Call& call, Combine& op) {
+    DispatchedRows& rows = op.rows;
+    const Argument y = call.operand("y");
+    read_dispatch(call, rows);
+    rows.hidden = y.size<int64_t>(0, {0, kMaxInt32});
+    op.dtype = y.float_dtype();
+    op.y = y.numbers(op.dtype, rows.batch, {rows.slots, rows.hidden});
+    op.weights = read_weights(call.optional_operand("weights"), rows);
+    op.out = call.result("rows").numbers(op.dtype, rows.batch, {rows.tokens, rows.hidden});
+    if (rows.hidden == 0) rows.batch = 0;
+  }
+};
+
+template <>
+struct Target<PermuteCotangent> {
+  static constexpr const char* kName = "permute_cotangent";
+
+  static void read(Call& call, PermuteCotangent& op) {
+    DispatchedRows& rows = op.rows;
+    const Argument grad = call.operand("grad");
+    const Argument x = call.operand("x");
+    read_dispatch(call, rows);
+    rows.hidden = grad.size<int64_t>(0, {0, kMaxInt32});
+    op.dtype = grad.float_dtype();
+    op.grad = grad.numbers(op.dtype, rows.batch, {rows.slots, rows.hidden});
+    op.x = x.numbers(op.dtype, rows.batch, {rows.tokens, rows.hidden});
+    op.weights = read_weights(call.operand("weights"), rows);
+    op.grad_x = call.result("grad_x").numbers(op.dtype, rows.batch, {rows.tokens, rows.hidden});
+    op.grad_weights = call.result("grad_weights").numbers<float>(rows.batch, {rows.tokens, rows.k});
+    if (rows.hidden == 0 && rows.k == 0) rows.batch = 0;
+  }
+};
+
+template <>
+struct Target<CombineCotangent> {
+  static constexpr const char* kName = "combine_cotangent";
+
+  static void read(Call& call, CombineCotangent& op) {
+    DispatchedRows& rows = op.rows;
+    const Argument grad = call.operand("grad");
+    const Argument y = call.operand("y");
+    read_dispatch(call, rows);
+    rows.hidden = grad.size<int64_t>(0, {0, kMaxInt32});
+    op.dtype = grad.float_dtype();
+    op.grad = grad.numbers(op.dtype, rows.batch, {rows.tokens, rows.hidden});
+    op.y = y.numbers(op.dtype, rows.batch, {rows.slots, rows.hidden});
+    op.weights = read_weights(call.operand("weights"), rows);
+    op.grad_y = call.result("grad_y").numbers(op.dtype, rows.batch, {rows.slots, rows.hidden});
+    op.grad_weights = call.result("grad_weights").numbers<float>(rows.batch, {rows.tokens, rows.k});
+    if (rows.hidden == 0 && rows.k == 0) rows.batch = 0;
+  }
+};
+
 template <typename Op>
 Declaration declaration() {
   Declaration result;
@@ -250,6 +342,6 @@ Declaration declaration() {
 
 // Every op there is. A backend serves those that it has a kernel for.
 using Ops = std::tuple<HashRouter, ActivationTopk, RouteAt, ScoredHashRouter, RouteCotangent, TopkSelect,
-                       ExpertDispatch, DenseRouter>;
+                       ExpertDispatch, Permute, Combine, PermuteCotangent, CombineCotangent, DenseRouter>;
 
 }  // namespace jax_router

@@ -56,10 +56,10 @@ class Sizes {
   size_t taken_ = 0;
 };
 
-// Plans look at whether there is a bias, not at it.
-inline const float* a_bias(bool given) {
-  static const float bias = 0.0f;
-  return given ? &bias : nullptr;
+// Plans look at whether there is such an operand, not at it.
+inline const float* an_operand(bool given) {
+  static const float number = 0.0f;
+  return given ? &number : nullptr;
 }
 
 inline void take_sizes(Sizes& sizes, ActivationTopk& op) {
@@ -67,7 +67,7 @@ inline void take_sizes(Sizes& sizes, ActivationTopk& op) {
   op.selection.experts = sizes.take<int32_t>("experts");
   op.selection.k = sizes.take<int32_t>("k");
   op.selection.groups.num_groups = sizes.take<int32_t>("num_groups", 1);
-  op.bias = a_bias(sizes.take<bool>("bias", false));
+  op.bias = an_operand(sizes.take<bool>("bias", false));
   op.dtype = sizes.dtype();
 }
 inline void take_sizes(Sizes& sizes, DenseRouter& op) {
@@ -87,6 +87,25 @@ inline void take_sizes(Sizes& sizes, ExpertDispatch& op) {
   op.tokens = sizes.take<int64_t>("tokens");
   op.k = sizes.take<int32_t>("k");
   op.experts = sizes.take<int32_t>("experts");
+}
+inline void take_sizes(Sizes& sizes, DispatchedRows& rows) {
+  rows.batch = sizes.take<int64_t>("batch", 1);
+  rows.tokens = sizes.take<int64_t>("tokens");
+  rows.k = sizes.take<int32_t>("k");
+  rows.slots = sizes.take<int64_t>("slots", rows.tokens * rows.k);
+  rows.hidden = sizes.take<int64_t>("hidden");
+}
+inline void take_sizes(Sizes& sizes, Permute& op) {
+  take_sizes(sizes, op.rows);
+  op.dtype = sizes.dtype();
+  op.element_bytes = sizes.take<int32_t>("element_bytes", cuda::size_of(op.dtype));
+  op.weights = an_operand(sizes.take<bool>("weights", false));
+}
+// Of combine, and of the cotangents.
+template <typename Op>
+auto take_sizes(Sizes& sizes, Op& op) -> decltype(op.rows.hidden, void()) {
+  take_sizes(sizes, op.rows);
+  op.dtype = sizes.dtype();
 }
 inline void take_sizes(Sizes& sizes, HashRouter& op) {
   op.rows = sizes.take<int64_t>("rows");

@@ -39,6 +39,10 @@ class Calls {
     if (target == "route_cotangent") route_cotangent();
     if (target == "topk_select") topk_select();
     if (target == "expert_dispatch") expert_dispatch();
+    if (target == "permute") permute();
+    if (target == "combine") combine();
+    if (target == "permute_cotangent") cotangent("permute");
+    if (target == "combine_cotangent") cotangent("combine");
     return call_;
   }
 
@@ -115,6 +119,54 @@ class Calls {
     call_.results = {rows(kS32, {tokens * k}), rows(kS32, {tokens, k}), rows(kS32, {experts})};
     if (chance(random_, 50)) call_.results.push_back(workspace());
     call_.attributes["num_experts"] = experts;
+  }
+
+  // Rows of tokens and of slots, of one length.
+  struct Moved {
+    int64_t tokens, slots, k, hidden;
+  };
+  Moved some_moved() {
+    if (batch_.size() == 1) batch_ = {below(random_, 4)};
+    const int64_t tokens = chance(random_, 10) ? below(random_, 500) : below(random_, 10);
+    const int64_t k = chance(random_, 5) ? 0 : some_choices(64);
+    const int64_t slots = chance(random_, 50) ? tokens * std::min<int64_t>(k, 8) : below(random_, 30);
+    return {tokens, slots, k, pick(random_, Sizes{0, 1, 3, 8, 40, 1030})};
+  }
+  // Most numbers of tokens and slots are wrong.
+  std::vector<Array> dispatch(const Moved& moved) const {
+    return {rows(kS32, {moved.slots}, moved.tokens), rows(kS32, {moved.tokens, moved.k}, moved.slots)};
+  }
+
+  void permute() {
+    const Moved moved = some_moved();
+    const bool weights = optional("weights");
+    const auto dtype = weights || chance(random_, 70) ? a_float() : XLA_FFI_DataType_F8E4M3FN;
+    call_.operands = dispatch(moved);
+    call_.operands.insert(call_.operands.begin(), rows(dtype, {moved.tokens, moved.hidden}));
+    if (weights) call_.operands.push_back(rows(kF32, {moved.tokens, moved.k}));
+    call_.results = {rows(dtype, {moved.slots, moved.hidden})};
+  }
+
+  void combine() {
+    const Moved moved = some_moved();
+    const auto dtype = a_float();
+    call_.operands = dispatch(moved);
+    call_.operands.insert(call_.operands.begin(), rows(dtype, {moved.slots, moved.hidden}));
+    if (optional("weights")) call_.operands.push_back(rows(kF32, {moved.tokens, moved.k}));
+    call_.results = {rows(dtype, {moved.tokens, moved.hidden})};
+  }
+
+  void cotangent(const std::string& of) {
+    const Moved moved = some_moved();
+    const auto dtype = a_float();
+    const Array of_tokens = rows(dtype, {moved.tokens, moved.hidden}),
+                of_slots = rows(dtype, {moved.slots, moved.hidden});
+    const bool is_combine = of == "combine";
+    call_.operands = dispatch(moved);
+    call_.operands.insert(call_.operands.begin(), is_combine ? of_slots : of_tokens);
+    call_.operands.insert(call_.operands.begin(), is_combine ? of_tokens : of_slots);
+    call_.operands.push_back(rows(kF32, {moved.tokens, moved.k}));
+    call_.results = {is_combine ? of_slots : of_tokens, rows(kF32, {moved.tokens, moved.k})};
   }
 
   // What dense_router and activation_topk have in common.

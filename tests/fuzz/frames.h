@@ -52,6 +52,7 @@ inline int64_t width(XLA_FFI_DataType dtype) {
     case XLA_FFI_DataType_PRED:
     case XLA_FFI_DataType_S8:
     case XLA_FFI_DataType_U8:
+    case XLA_FFI_DataType_F8E4M3FN:
       return 1;
     case XLA_FFI_DataType_S16:
     case XLA_FFI_DataType_U16:

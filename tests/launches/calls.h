@@ -168,6 +168,12 @@ class Maker {
     }
     return operand(values);
   }
+  std::vector<int32_t> permutation(int64_t count) {
+    std::vector<int32_t> values(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<int32_t>(i);
+    std::shuffle(values.begin(), values.end(), random_);
+    return values;
+  }
   const int32_t* lengths(int64_t count, int64_t length, int64_t k) {
     std::vector<int32_t> values(count);
     for (int32_t& value : values) {
@@ -411,6 +417,106 @@ inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t 
   };
   const std::vector<size_t> bytes{4 * choices, 4 * choices, 4 * static_cast<size_t>(batch * experts)};
   return Maker::with_ids(make.finish(op, bytes, set), 1, tokens * k);
+}
+
+// Of the ops that move rows between tokens and slots.
+struct MovedSizes {
+  int64_t batch, tokens;
+  int32_t k;
+  int64_t hidden;
+  int64_t padding;       // slots besides those that the choices need
+  bool hostile = false;  // tokens and slots that do not know of each other, and numbers that are neither's
+};
+
+// The choices have slots in any order, with others between them, and every seventh choice has none. To be called behind
+// `name`.
+inline DispatchedRows dispatched_rows(Maker& make, const MovedSizes& sizes) {
+  const auto [batch, tokens, k, hidden, padding, hostile] = sizes;
+  DispatchedRows rows{batch, tokens, tokens * k + padding, k, hidden, nullptr, nullptr};
+  std::vector<int32_t> token_index(rows.slot_rows(), -1), slot(rows.token_rows() * k, -1);
+  for (int64_t problem = 0; problem < batch; ++problem) {
+    const std::vector<int32_t> places = make.permutation(rows.slots);
+    for (int64_t choice = 0; choice < tokens * k; ++choice) {
+      const bool wrong = choice % 7 == 3;
+      const int32_t nowhere = hostile ? make.pick({INT32_MIN, -2, static_cast<int32_t>(rows.slots), INT32_MAX}) : -1;
+      slot[problem * tokens * k + choice] = wrong ? nowhere : places[choice];
+      if (!wrong) token_index[problem * rows.slots + places[choice]] = static_cast<int32_t>(choice / k);
+    }
+  }
+  rows.slot = make.operand(slot);
+  rows.token_index = hostile ? make.ids(rows.slot_rows(), tokens) : make.operand(token_index);
+  return rows;
+}
+
+inline void name_moved(Maker& make, const std::string& op, DType dtype, Content content, const MovedSizes& sizes) {
+  make.name(op, dtype, content,
+            {{"B", sizes.batch},
+             {"N", sizes.tokens},
+             {"k", sizes.k},
+             {"D", sizes.hidden},
+             {"padding ", sizes.padding},
+             {"hostile ", sizes.hostile}});
+}
+
+// Where element_bytes is 1, of rows of bytes.
+inline Call permute(Maker& make, DType dtype, int32_t element_bytes, bool weighted, const MovedSizes& sizes,
+                    Content content) {
+  name_moved(make, weighted ? "permute weighted" : "permute", dtype, content, sizes);
+  const DispatchedRows rows = dispatched_rows(make, sizes);
+  Permute op{};
+  op.rows = rows;
+  op.dtype = dtype;
+  op.element_bytes = element_bytes;
+  op.x = make.floats(dtype, rows.token_rows() * rows.hidden, content);
+  if (weighted) op.weights = make.floats(rows.token_rows() * rows.k, content);
+  return make.finish(op, {static_cast<size_t>(rows.slot_rows() * rows.hidden * element_bytes)},
+                     [](Permute& op, const Results& results) { op.out = results.get<void>(0); });
+}
+
+inline Call combine(Maker& make, DType dtype, bool weighted, const MovedSizes& sizes, Content content) {
+  name_moved(make, weighted ? "combine weighted" : "combine", dtype, content, sizes);
+  const DispatchedRows rows = dispatched_rows(make, sizes);
+  Combine op{};
+  op.rows = rows;
+  op.dtype = dtype;
+  op.y = make.floats(dtype, rows.slot_rows() * rows.hidden, content);
+  if (weighted) op.weights = make.floats(rows.token_rows() * rows.k, content);
+  return make.finish(op, {static_cast<size_t>(rows.token_rows() * rows.hidden * size_of(dtype))},
+                     [](Combine& op, const Results& results) { op.out = results.get<void>(0); });
+}
+
+inline Call permute_cotangent(Maker& make, DType dtype, const MovedSizes& sizes, Content content) {
+  name_moved(make, "permute_cotangent", dtype, content, sizes);
+  const DispatchedRows rows = dispatched_rows(make, sizes);
+  PermuteCotangent op{};
+  op.rows = rows;
+  op.dtype = dtype;
+  op.grad = make.floats(dtype, rows.slot_rows() * rows.hidden, content);
+  op.x = make.floats(dtype, rows.token_rows() * rows.hidden, content);
+  op.weights = make.floats(rows.token_rows() * rows.k, content);
+  const size_t row_bytes = rows.token_rows() * rows.hidden * size_of(dtype);
+  return make.finish(op, {row_bytes, static_cast<size_t>(4 * rows.token_rows() * rows.k)},
+                     [](PermuteCotangent& op, const Results& results) {
+                       op.grad_x = results.get<void>(0);
+                       op.grad_weights = results.get<float>(1);
+                     });
+}
+
+inline Call combine_cotangent(Maker& make, DType dtype, const MovedSizes& sizes, Content content) {
+  name_moved(make, "combine_cotangent", dtype, content, sizes);
+  const DispatchedRows rows = dispatched_rows(make, sizes);
+  CombineCotangent op{};
+  op.rows = rows;
+  op.dtype = dtype;
+  op.grad = make.floats(dtype, rows.token_rows() * rows.hidden, content);
+  op.y = make.floats(dtype, rows.slot_rows() * rows.hidden, content);
+  op.weights = make.floats(rows.token_rows() * rows.k, content);
+  const size_t row_bytes = rows.slot_rows() * rows.hidden * size_of(dtype);
+  return make.finish(op, {row_bytes, static_cast<size_t>(4 * rows.token_rows() * rows.k)},
+                     [](CombineCotangent& op, const Results& results) {
+                       op.grad_y = results.get<void>(0);
+                       op.grad_weights = results.get<float>(1);
+                     });
 }
 
 }  // namespace jax_router::launches

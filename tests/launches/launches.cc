@@ -158,6 +158,53 @@ void expert_dispatch_cases(const Visit& visit) {
   for (int32_t experts : {256, 4096}) visit(expert_dispatch(make, 40, 6000, 6, experts));
 }
 
+// Rows of pieces and of single elements, shorter and longer than a warp's and a block's; one token, many, and several
+// problems; few choices, and more than a warp's lanes; no slots but those in use, and many.
+void moved_cases(const std::function<void(DType, const MovedSizes&, Content)>& visit) {
+  constexpr MovedSizes kSizes[] = {{1, 1, 8, 2048, 0},   {1, 1, 1, 8, 0},     {1, 64, 6, 1032, 300},
+                                   {2, 33, 3, 72, 9},    {1, 17, 8, 7168, 5}, {3, 5, 33, 257, 1},
+                                   {1, 9, 64, 40, 1000}, {1, 700, 2, 1, 40},  {1, 3, 12, 4099, 3},
+                                   {1, 2500, 8, 520, 0}, {1, 0, 4, 64, 11},   {2, 60, 0, 96, 30}};
+  Maker make;
+  for (DType dtype : kDTypes) {
+    for (MovedSizes sizes : kSizes) {
+      visit(dtype, sizes, make.pick(kContents));
+      sizes.hostile = true;
+      if (sizes.tokens > 0) visit(dtype, sizes, make.pick(kContents));
+    }
+  }
+}
+
+void permute_cases(const Visit& visit) {
+  Maker make;
+  moved_cases([&](DType dtype, const MovedSizes& sizes, Content content) {
+    visit(permute(make, dtype, size_of(dtype), false, sizes, content));
+    visit(permute(make, dtype, size_of(dtype), true, sizes, content));
+    if (dtype == DType::kF16) visit(permute(make, dtype, 1, false, sizes, content));
+  });
+}
+
+void combine_cases(const Visit& visit) {
+  Maker make;
+  moved_cases([&](DType dtype, const MovedSizes& sizes, Content content) {
+    visit(combine(make, dtype, make.pick({false, true}), sizes, content));
+  });
+}
+
+void permute_cotangent_cases(const Visit& visit) {
+  Maker make;
+  moved_cases([&](DType dtype, const MovedSizes& sizes, Content content) {
+    if (sizes.tokens > 0) visit(permute_cotangent(make, dtype, sizes, content));
+  });
+}
+
+void combine_cotangent_cases(const Visit& visit) {
+  Maker make;
+  moved_cases([&](DType dtype, const MovedSizes& sizes, Content content) {
+    visit(combine_cotangent(make, dtype, sizes, content));
+  });
+}
+
 // The cases of an op, and its kernels, each of which must be in the plans of one of them.
 struct OpCases {
   void (*visit)(const Visit&);
@@ -169,14 +216,19 @@ std::vector<std::string> instances_of(const cuda::Device& device) {
   return cuda::instances(Op{}, device);
 }
 
-const std::map<std::string, OpCases> kOps = {{"activation_topk", {activation_topk_cases, instances_of<ActivationTopk>}},
-                                             {"dense_router", {dense_router_cases, instances_of<DenseRouter>}},
-                                             {"expert_dispatch", {expert_dispatch_cases, instances_of<ExpertDispatch>}},
-                                             {"hash_router", {hash_router_cases, instances_of<HashRouter>}},
-                                             {"route_at", {route_at_cases, instances_of<RouteAt>}},
-                                             {"route_cotangent", {route_cotangent_cases, instances_of<RouteCotangent>}},
-                                             {"scored_hash_router", {scored_hash_router_cases, instances_of<RouteAt>}},
-                                             {"topk_select", {topk_select_cases, instances_of<TopkSelect>}}};
+const std::map<std::string, OpCases> kOps = {
+    {"activation_topk", {activation_topk_cases, instances_of<ActivationTopk>}},
+    {"combine", {combine_cases, instances_of<Combine>}},
+    {"combine_cotangent", {combine_cotangent_cases, instances_of<CombineCotangent>}},
+    {"dense_router", {dense_router_cases, instances_of<DenseRouter>}},
+    {"expert_dispatch", {expert_dispatch_cases, instances_of<ExpertDispatch>}},
+    {"hash_router", {hash_router_cases, instances_of<HashRouter>}},
+    {"permute", {permute_cases, instances_of<Permute>}},
+    {"permute_cotangent", {permute_cotangent_cases, instances_of<PermuteCotangent>}},
+    {"route_at", {route_at_cases, instances_of<RouteAt>}},
+    {"route_cotangent", {route_cotangent_cases, instances_of<RouteCotangent>}},
+    {"scored_hash_router", {scored_hash_router_cases, instances_of<RouteAt>}},
+    {"topk_select", {topk_select_cases, instances_of<TopkSelect>}}};
 
 // dense_router looks at its workspace before it has written there, to see whether it was written; any content does. So
 // initcheck finds these bytes written. That of expert_dispatch is left as it was allocated.
@@ -323,6 +375,9 @@ int run_stress() {
   calls.push_back(topk_select(make, DType::kBF16, 4, 65536, 512, true, true, Content::kTies));
   calls.push_back(expert_dispatch(make, 1, 512, 6, 256));
   calls.push_back(expert_dispatch(make, 1, 8192, 6, 384));
+  calls.push_back(permute(make, DType::kBF16, 2, true, {1, 300, 6, 2048, 100}, Content::kOrdinary));
+  calls.push_back(combine(make, DType::kBF16, true, {1, 300, 6, 2048, 100}, Content::kOrdinary));
+  calls.push_back(combine_cotangent(make, DType::kBF16, {1, 20, 6, 4096, 100}, Content::kOrdinary));
   calls.push_back(activation_topk(make, DType::kF32, 64, 256, 6, Keys::kBias, 1, Content::kOrdinary));
 
   std::vector<std::vector<std::vector<char>>> want;

@@ -42,6 +42,22 @@ __device__ __forceinline__ void store_one(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store_one(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void store_one(__half* p, float x) { *p = __float2half_rn(x); }
 
+// Two neighbours in 32 bits, the first one in the low half.
+__device__ __forceinline__ uint32_t pack_two(float a, float b, __nv_bfloat16) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+__device__ __forceinline__ uint32_t pack_two(float a, float b, __half) {
+  const __half2 two = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+__device__ __forceinline__ float2 unpack_two(uint32_t bits, __nv_bfloat16) {
+  return make_float2(bits_float(bits << 16), bits_float(bits & 0xFFFF0000u));
+}
+__device__ __forceinline__ float2 unpack_two(uint32_t bits, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+
 // Four neighbours at once; p must be aligned to all four.
 __device__ __forceinline__ float4 load_quad(const float* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
 

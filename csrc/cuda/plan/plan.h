@@ -13,9 +13,13 @@
 #pragma once
 
 #include "activation_topk.h"
+#include "combine.h"
+#include "combine_cotangent.h"
 #include "dense_router.h"
 #include "expert_dispatch.h"
 #include "hash_router.h"
+#include "permute.h"
+#include "permute_cotangent.h"
 #include "route_at.h"
 #include "route_cotangent.h"
 #include "topk_select.h"

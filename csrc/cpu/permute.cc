@@ -1,0 +1,58 @@
+// permute, and combine's cotangents, which are a permute with products beside it: a token's row is read once from
+// memory, and goes to its slots. Who clears the slots without a choice is instruction_set.cc.
+#include <cstring>
+
+#include "dispatched.h"
+#include "rows.h"
+
+namespace jax_router::cpu::JR_ISA {
+
+void rows(const Permute& op, int64_t begin, int64_t end) {
+  const DispatchedRows rows = op.rows;
+  const int64_t hidden = rows.hidden, row_bytes = hidden * op.element_bytes;
+  for (int64_t row = begin; row < end; ++row) {
+    const Token token(rows, op.weights, row);
+    token.for_choices(rows, [&](int32_t j, int64_t slot, float weight) {
+      if (!lies_in(rows, token.problem, token.number, token.slots[j])) return;
+      if (op.weights == nullptr) {
+        std::memcpy(static_cast<char*>(op.out) + slot * row_bytes, static_cast<const char*>(op.x) + row * row_bytes,
+                    row_bytes);
+        return;
+      }
+      with_type(op.dtype, [&](auto type) {
+        using T = decltype(type);
+        const T* const from = static_cast<const T*>(op.x) + row * hidden;
+        T* const to = static_cast<T*>(op.out) + slot * hidden;
+        for (int64_t i = 0; i < hidden; ++i) to[i] = from_f32<T>(weight * to_f32(from[i]));
+      });
+    });
+  }
+}
+
+void rows(const CombineCotangent& op, int64_t begin, int64_t end) {
+  const DispatchedRows rows = op.rows;
+  const int64_t hidden = rows.hidden;
+  with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t row = begin; row < end; ++row) {
+      const T* const grad = static_cast<const T*>(op.grad) + row * hidden;
+      float* const grad_weights = op.grad_weights + row * rows.k;
+      for (int32_t j = 0; j < rows.k; ++j) grad_weights[j] = 0.0f;
+      const Token token(rows, op.weights, row);
+      token.for_choices(rows, [&](int32_t j, int64_t slot, float weight) {
+        const T* const y = static_cast<const T*>(op.y) + slot * hidden;
+        T* const grad_y = static_cast<T*>(op.grad_y) + slot * hidden;
+        const bool mine = lies_in(rows, token.problem, token.number, token.slots[j]);
+        Product product;
+        for_stretches(hidden, [&](int64_t first, int64_t count) {
+          product.add(grad + first, y + first, count);
+          if (!mine) return;
+          for (int64_t i = first; i < first + count; ++i) grad_y[i] = from_f32<T>(weight * to_f32(grad[i]));
+        });
+        grad_weights[j] = product.sum();
+      });
+    }
+  });
+}
+
+}  // namespace jax_router::cpu::JR_ISA

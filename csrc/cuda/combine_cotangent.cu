@@ -1,0 +1,93 @@
+// combine_cotangent: the row of its token, weighted, to each slot, and the products of the two rows that meet there.
+//
+// Some warps of a block own a token, or where there are few tokens one choice of it. A lane has a piece of grad's row
+// at a time, loads those of four slots of y, multiplies the two, and stores the first one, weighted, to these slots;
+// the products are summed over the warp and then over the warps, in an order that depends on the length of a row alone.
+// Blocks behind those clear the rows of the slots that no choice is in, as in permute. Floor: tokens * hidden elements
+// read, a row read for each choice that has a slot, and slots * hidden written.
+#include "kernels.h"
+#include "parts/launch.cuh"
+#include "parts/pieces.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+// blockDim: (the lanes of a token, tokens), or choices in the place of tokens.
+template <class P>
+__global__ void __launch_bounds__(32 * kMoveWarps)
+    combine_cotangent_rows(const CombineCotangent op, const CombineCotangentPlan plan) {
+  using Bits = typename P::Bits;
+  const DispatchedRows& rows = op.rows;
+  Bits* grad_y = static_cast<Bits*>(op.grad_y);
+  if (blockIdx.x >= plan.token_blocks) {
+    const int64_t block = blockIdx.x - plan.token_blocks;
+    const int64_t warp = (block * plan.tokens + threadIdx.y) * plan.warps + threadIdx.x / 32;
+    return clear_unused(rows, warp, plan.pieces, grad_y);
+  }
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * plan.tokens + threadIdx.y;
+  const int parts = plan.apart ? rows.k : 1;  // of a token
+  const bool is_there = number < rows.token_rows() * parts;
+  const Token token(rows, is_there ? number / parts : 0);
+  const int first_choice = plan.apart ? static_cast<int>(number - token.row * parts) : 0;
+  const int last_choice = !is_there ? first_choice : plan.apart ? first_choice + 1 : rows.k;
+
+  Choices all[2];
+  uint32_t here[2], mine[2];  // which of them have slots, and which have these for themselves
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    all[h] = token.choices(rows, op.weights, 32 * h);
+    const int j = 32 * h + static_cast<int>(threadIdx.x % 32);
+    const bool is_here = all[h].slot >= 0 && j >= first_choice && j < last_choice;
+    here[h] = __ballot_sync(kFullWarp, is_here);
+    mine[h] = __ballot_sync(kFullWarp, is_here && lies_in(rows, token.problem, token.number, all[h].slot));
+  }
+  ChoiceProducts sums;
+  const int64_t rounds = is_there ? (plan.pieces + blockDim.x - 1) / blockDim.x : 0;
+  for (int64_t round = 0; round < rounds; ++round) {
+    const int64_t piece = round * blockDim.x + threadIdx.x;
+    const bool inside = piece < plan.pieces;
+    typename P::Floats grad;
+    const Bits* row = static_cast<const Bits*>(op.grad) + token.row * plan.pieces;
+    P::unpack(inside ? load_piece(row + piece) : Bits{}, grad);
+    for (int eight = first_choice / 8; 8 * eight < last_choice; ++eight) {
+      const bool low = eight < 4;
+      const Choices choices = low ? all[0] : all[1];
+      const int j = 8 * (eight % 4);
+      const uint32_t have_slots = (low ? here[0] : here[1]) >> j, are_mine = (low ? mine[0] : mine[1]) >> j;
+      float products[8] = {};
+#pragma unroll
+      for (int half = 0; half < 8; half += kHeldRows) {
+        Bits held[kHeldRows] = {};
+#pragma unroll
+        for (int i = half; i < half + kHeldRows; ++i) {
+          const int64_t at = token.slot_row(rows, choices.slot_of(j + i)) * plan.pieces + piece;
+          if ((have_slots >> i & 1) != 0 && inside) held[i - half] = load_piece(static_cast<const Bits*>(op.y) + at);
+        }
+#pragma unroll
+        for (int i = half; i < half + kHeldRows; ++i) {
+          const int64_t at = token.slot_row(rows, choices.slot_of(j + i)) * plan.pieces + piece;
+          const float weight = choices.weight_of(j + i);
+          if ((have_slots >> i & 1) == 0) continue;
+          typename P::Floats y;
+          P::unpack(held[i - half], y);
+#pragma unroll
+          for (int e = 0; e < P::kElements; ++e) products[i] = __fmaf_rn(grad[e], y[e], products[i]);
+          if ((are_mine >> i & 1) != 0 && inside) store_piece(grad_y + at, P::scale(weight, grad));
+        }
+      }
+      sums.add(eight, products);
+    }
+  }
+  sums.store(threadIdx.y * plan.warps, plan.warps, first_choice, last_choice, op.grad_weights + token.row * rows.k);
+}
+
+}  // namespace
+
+cudaError_t run(const CombineCotangent& op, const CombineCotangentPlan& plan, cudaStream_t stream) {
+  return with_piece(op.dtype, plan.wide, [&](auto piece) {
+    const dim3 threads(32 * plan.warps, plan.tokens);
+    return launch_kernel(combine_cotangent_rows<decltype(piece)>, {plan.blocks, threads}, stream, op, plan);
+  });
+}
+
+}  // namespace jax_router::cuda

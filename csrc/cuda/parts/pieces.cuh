@@ -1,0 +1,189 @@
+// Pieces of rows (plan/pieces.h): how they are loaded and stored, their elements as f32, and the choices of a token,
+// which the lanes of its warps hold.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "dtype.cuh"
+#include "warp.cuh"
+
+namespace jax_router::cuda {
+
+// A piece that was read once is not read again: it stays out of the L1, and what is written leaves the L2 first.
+// Volatile, so that no load is executed before the check that guards it.
+__device__ __forceinline__ uint4 load_piece(const uint4* p) {
+  uint4 piece;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+               : "l"(p));
+  return piece;
+}
+template <class Bits>
+__device__ __forceinline__ Bits load_piece(const Bits* p) {
+  return __ldg(p);
+}
+
+template <class Bits>
+__device__ __forceinline__ void store_piece(Bits* p, Bits piece) {
+  __stcs(p, piece);
+}
+
+template <int kBytes>
+using BitsOf = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 4, unsigned int, std::conditional_t<kBytes == 2, unsigned short, unsigned char>>>;
+
+// A piece of elements T.
+template <class T, bool kWide>
+struct Piece {
+  static constexpr int kElements = kWide ? kPieceBytes / static_cast<int>(sizeof(T)) : 1;
+  using Bits = BitsOf<kWide ? kPieceBytes : static_cast<int>(sizeof(T))>;
+  using Floats = float[kElements];
+
+  static __device__ __forceinline__ void unpack(const Bits& bits, Floats& floats) {
+    if constexpr (!kWide) {
+      floats[0] = as_float(*reinterpret_cast<const T*>(&bits));
+    } else if constexpr (sizeof(T) == 4) {
+      floats[0] = bits_float(bits.x), floats[1] = bits_float(bits.y);
+      floats[2] = bits_float(bits.z), floats[3] = bits_float(bits.w);
+    } else {
+      const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 two = unpack_two(words[i], T{});
+        floats[2 * i] = two.x, floats[2 * i + 1] = two.y;
+      }
+    }
+  }
+
+  // Rounds.
+  static __device__ __forceinline__ Bits pack(const Floats& floats) {
+    if constexpr (!kWide) {
+      T element;
+      store_one(&element, floats[0]);
+      return *reinterpret_cast<const Bits*>(&element);
+    } else if constexpr (sizeof(T) == 4) {
+      return make_uint4(float_bits(floats[0]), float_bits(floats[1]), float_bits(floats[2]), float_bits(floats[3]));
+    } else {
+      return make_uint4(pack_two(floats[0], floats[1], T{}), pack_two(floats[2], floats[3], T{}),
+                        pack_two(floats[4], floats[5], T{}), pack_two(floats[6], floats[7], T{}));
+    }
+  }
+
+  static __device__ __forceinline__ Bits scale(float weight, const Floats& floats) {
+    Floats scaled;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) scaled[i] = __fmul_rn(weight, floats[i]);
+    return pack(scaled);
+  }
+};
+
+// Up to 32 choices of a token, one a lane: its slot, or -1 where it has none, and its weight.
+struct Choices {
+  int slot;
+  float weight;
+
+  __device__ __forceinline__ int slot_of(int lane) const { return __shfl_sync(kFullWarp, slot, lane); }
+  __device__ __forceinline__ float weight_of(int lane) const { return __shfl_sync(kFullWarp, weight, lane); }
+};
+
+// A token, numbered over all problems and within its own.
+struct Token {
+  __device__ __forceinline__ Token(const DispatchedRows& rows, int64_t row)
+      : row(row), problem(rows.batch == 1 ? 0 : row / rows.tokens), number(row - problem * rows.tokens) {}
+
+  // The lanes' choices first .. first + 31.
+  __device__ __forceinline__ Choices choices(const DispatchedRows& rows, const float* weights, int first) const {
+    const int j = first + static_cast<int>(threadIdx.x % 32);
+    Choices choices{-1, 1.0f};
+    if (j >= rows.k) return choices;
+    const int slot = __ldg(rows.slot + row * rows.k + j);
+    if (slot >= 0 && slot < rows.slots) choices.slot = slot;
+    if (weights != nullptr) choices.weight = __ldg(weights + row * rows.k + j);
+    return choices;
+  }
+
+  __device__ __forceinline__ int64_t slot_row(const DispatchedRows& rows, int slot) const {
+    return problem * rows.slots + slot;
+  }
+
+  int64_t row, problem, number;
+};
+
+// What a warp does besides: zeros in the rows of those of its kSlotsOfWarp slots that are not in use.
+template <class Bits>
+__device__ __forceinline__ void clear_unused(const DispatchedRows& rows, int64_t warp, int64_t pieces, Bits* out) {
+  const int lane = threadIdx.x % 32;
+  const int64_t first = warp * kSlotsOfWarp;
+  const bool mine = lane < kSlotsOfWarp && first + lane < rows.slot_rows();
+  for (uint32_t unused = __ballot_sync(kFullWarp, mine && !is_in_use(rows, first + lane)); unused != 0;
+       unused &= unused - 1) {
+    Bits* row = out + (first + __ffs(static_cast<int>(unused)) - 1) * pieces;
+    for (int64_t piece = lane; piece < pieces; piece += 32) store_piece(row + piece, Bits{});
+  }
+}
+
+// Of how many slots a lane of the cotangents holds a piece at a time: more would cost blocks, and not have more in
+// flight.
+constexpr int kHeldRows = 4;
+
+// The sums over a warp of eight numbers of each lane: that of number i in all lanes whose last three bits are i. The
+// order of summation is the same for all.
+__device__ __forceinline__ float sum_eight_over_warp(float (&numbers)[8]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = (lane & half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? numbers[i] : numbers[i + half];
+      const float kept = upper ? numbers[i + half] : numbers[i];
+      numbers[i] = __fadd_rn(kept, __shfl_xor_sync(kFullWarp, given, half));
+    }
+  }
+  float sum = numbers[0];
+  sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 8));
+  return __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 16));
+}
+
+// The products of a token's row with those of its slots. A lane has those of choices `lane` and `lane + 32`.
+class ChoiceProducts {
+ public:
+  // Of choices 8 * eight .. + 7, over the lanes' pieces.
+  __device__ __forceinline__ void add(int eight, float (&products)[8]) {
+    const float sum = sum_eight_over_warp(products);
+    const bool mine = static_cast<int>(threadIdx.x % 32) / 8 == eight % 4;
+    if (mine && eight < 4) sums_[0] = __fadd_rn(sums_[0], sum);
+    if (mine && eight >= 4) sums_[1] = __fadd_rn(sums_[1], sum);
+  }
+
+  // Adds up over the warps of a token, which are the block's from `first_warp` on, and stores choices first .. last
+  // - 1. All threads of the block come here.
+  __device__ __forceinline__ void store(int first_warp, int warps, int first, int last, float* results) const {
+    __shared__ float shared[kMoveWarps][kMaxTopK];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    shared[first_warp + warp][lane] = sums_[0];
+    shared[first_warp + warp][lane + 32] = sums_[1];
+    __syncthreads();
+    for (int j = first + static_cast<int>(threadIdx.x); j < last; j += 32 * warps) {
+      float sum = shared[first_warp][j];
+      for (int i = 1; i < warps; ++i) sum = __fadd_rn(sum, shared[first_warp + i][j]);
+      results[j] = sum;
+    }
+  }
+
+ private:
+  float sums_[2] = {0.0f, 0.0f};
+};
+
+// body(Bits{}, ...) as the pieces of a plan are.
+template <class Body>
+cudaError_t with_piece(DType dtype, bool wide, Body body) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return wide ? body(Piece<T, true>{}) : body(Piece<T, false>{});
+  });
+}
+
+}  // namespace jax_router::cuda

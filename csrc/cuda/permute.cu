@@ -1,0 +1,88 @@
+// permute: the rows of tokens to the slots of their choices.
+//
+// A warp owns a segment of a token's row: it loads that once, 16 bytes a lane and up to four at a time, and stores it
+// to each slot of the token, so that every access of a warp is to 512 bytes in a row. Warps behind those look at a few
+// slots each, and clear the rows of those that no choice is in. A slot has one owner: the token that it names, if that
+// names the slot too, and else the warp that looks. Floor: tokens * hidden elements read, and slots * hidden written.
+#include "kernels.h"
+#include "parts/launch.cuh"
+#include "parts/pieces.cuh"
+
+namespace jax_router::cuda {
+namespace {
+
+// What is stored of a piece: the bits that were loaded.
+template <int kBytes>
+struct Copy {
+  using Bits = BitsOf<kBytes>;
+  __device__ __forceinline__ explicit Copy(const Bits& bits) : bits(bits) {}
+  __device__ __forceinline__ Bits weighed(float) const { return bits; }
+  Bits bits;
+};
+
+// Or its elements times a weight.
+template <class P>
+struct Weighted {
+  using Bits = typename P::Bits;
+  __device__ __forceinline__ explicit Weighted(const Bits& bits) : bits(bits) {}
+  __device__ __forceinline__ Bits weighed(float weight) const {
+    typename P::Floats floats;
+    P::unpack(bits, floats);
+    return P::scale(weight, floats);
+  }
+  Bits bits;
+};
+
+template <class Content, int kDepth>
+__global__ void __launch_bounds__(32 * kMoveWarps) permute_rows(const Permute op, const PermutePlan plan) {
+  using Bits = typename Content::Bits;
+  const DispatchedRows& rows = op.rows;
+  const int lane = threadIdx.x % 32;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * plan.warps + threadIdx.x / 32;
+  Bits* out = static_cast<Bits*>(op.out);
+  if (warp >= plan.token_warps) return clear_unused(rows, warp - plan.token_warps, plan.pieces, out);
+  const Token token(rows, warp / plan.segments);
+  const int64_t first = (warp - token.row * plan.segments) * (32 * kDepth) + lane;
+  const Bits* row = static_cast<const Bits*>(op.x) + token.row * plan.pieces;
+  Bits held[kDepth] = {};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) {
+    if (first + 32 * i < plan.pieces) held[i] = load_piece(row + first + 32 * i);
+  }
+  for (int j = 0; j < rows.k; j += 32) {
+    Choices choices = token.choices(rows, op.weights, j);
+    if (!lies_in(rows, token.problem, token.number, choices.slot)) choices.slot = -1;
+    for (uint32_t left = __ballot_sync(kFullWarp, choices.slot >= 0); left != 0; left &= left - 1) {
+      const int choice = __ffs(static_cast<int>(left)) - 1;
+      Bits* to = out + token.slot_row(rows, choices.slot_of(choice)) * plan.pieces;
+      const float weight = choices.weight_of(choice);
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        if (first + 32 * i < plan.pieces) store_piece(to + first + 32 * i, Content(held[i]).weighed(weight));
+      }
+    }
+  }
+}
+
+template <class Content>
+cudaError_t launch_permute(const Permute& op, const PermutePlan& plan, cudaStream_t stream) {
+  const auto kernel = plan.depth == 4   ? permute_rows<Content, 4>
+                      : plan.depth == 2 ? permute_rows<Content, 2>
+                                        : permute_rows<Content, 1>;
+  return launch_kernel(kernel, {plan.blocks, dim3(32 * plan.warps)}, stream, op, plan);
+}
+
+}  // namespace
+
+cudaError_t run(const Permute& op, const PermutePlan& plan, cudaStream_t stream) {
+  if (op.weights != nullptr) {
+    return with_piece(op.dtype, plan.wide,
+                      [&](auto piece) { return launch_permute<Weighted<decltype(piece)>>(op, plan, stream); });
+  }
+  if (plan.wide) return launch_permute<Copy<kPieceBytes>>(op, plan, stream);
+  if (op.element_bytes == 4) return launch_permute<Copy<4>>(op, plan, stream);
+  if (op.element_bytes == 2) return launch_permute<Copy<2>>(op, plan, stream);
+  return launch_permute<Copy<1>>(op, plan, stream);
+}
+
+}  // namespace jax_router::cuda

@@ -1,0 +1,88 @@
+// Which kernel computes a permute: the widest accesses that rows and pointers allow, and how much of a row a warp has.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pieces.h"
+
+namespace jax_router::cuda {
+
+// Pieces of a row that a lane holds at a time.
+constexpr int kPermuteDepths[] = {4, 2, 1};
+
+struct PermutePlan {
+  bool wide;
+  int depth;
+  int64_t pieces;       // of a row
+  int64_t segments;     // of a row, each a warp's
+  int64_t token_warps;  // before those that look for unused slots
+  int warps;            // of a block
+  int64_t blocks;
+};
+
+// How many warps a multiprocessor must have for a warp to take more of a row.
+struct PermuteNumbers {
+  int64_t warps_a_multiprocessor;
+};
+constexpr auto kPermuteNumbers = everywhere(PermuteNumbers{64});
+
+inline std::optional<PermutePlan> plan_with(const Permute& op, const Device& device, int depth) {
+  const DispatchedRows& rows = op.rows;
+  PermutePlan plan{};
+  plan.wide = rows_have_pieces(rows.hidden * op.element_bytes, {op.x, op.out});
+  plan.depth = depth;
+  plan.pieces = count_pieces(rows, plan.wide, op.element_bytes);
+  plan.segments = ceil_div(plan.pieces, 32 * depth);
+  plan.token_warps = rows.token_rows() * plan.segments;
+  const int64_t warps = plan.token_warps + ceil_div(rows.slot_rows(), kSlotsOfWarp);
+  plan.warps = warps_of_block(warps, device);
+  plan.blocks = ceil_div(warps, plan.warps);
+  return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
+}
+
+inline std::vector<PermutePlan> plans(const Permute& op, const Device& device) {
+  std::vector<PermutePlan> found;
+  for (int depth : kPermuteDepths) {
+    if (const auto plan = plan_with(op, device, depth)) found.push_back(*plan);
+  }
+  return found;
+}
+
+// The deepest whose lanes have all of their pieces and of which there are enough warps; else the flattest that there
+// is.
+inline std::optional<PermutePlan> plan(const Permute& op, const Device& device) {
+  const int64_t enough = kPermuteNumbers.of(device).warps_a_multiprocessor * device.multiprocessors;
+  std::optional<PermutePlan> flattest;
+  for (const PermutePlan& plan : plans(op, device)) {
+    if (plan.pieces >= 32 * plan.depth && plan.token_warps >= enough) return plan;
+    flattest = plan;
+  }
+  return flattest;
+}
+
+inline std::string instance_name(bool weighted, int element_bytes, DType dtype, bool wide, int depth) {
+  const std::string pieces = weighted ? "weighted " + pieces_name(dtype, wide)
+                                      : "copy " + std::to_string(wide ? kPieceBytes : element_bytes) + " bytes";
+  return pieces + " x" + std::to_string(depth);
+}
+
+inline std::string name(const Permute& op, const PermutePlan& plan) {
+  return instance_name(op.weights != nullptr, op.element_bytes, op.dtype, plan.wide, plan.depth);
+}
+
+inline std::vector<std::string> instances(const Permute&, const Device&) {
+  std::vector<std::string> all;
+  for (int depth : kPermuteDepths) {
+    all.push_back(instance_name(false, 0, DType::kF32, true, depth));
+    for (int bytes : {1, 2, 4}) all.push_back(instance_name(false, bytes, DType::kF32, false, depth));
+    for (DType dtype : kDTypes) {
+      for (bool wide : {true, false}) all.push_back(instance_name(true, 0, dtype, wide, depth));
+    }
+  }
+  return all;
+}
+
+}  // namespace jax_router::cuda
