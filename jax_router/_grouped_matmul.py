@@ -63,8 +63,8 @@ def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation
     if rhs.dtype != lhs.dtype:
         raise TypeError(f"rhs must have the dtype of lhs, {lhs.dtype}, got {rhs.dtype}: cast one of them")
     _check.same_shape("group_sizes", group_sizes, rhs.shape[:1])
-    implementation = _check.implementation(implementation)
-    return _grouped(lhs, rhs, group_sizes.astype(jnp.int32), form=Form.ROWS, implementation=implementation)
+    how = _check.implementation(implementation)
+    return _grouped(lhs, rhs, group_sizes.astype(jnp.int32), form=Form.ROWS, implementation=how)
 
 
 class Form(Enum):
@@ -119,25 +119,29 @@ def tiles(form: Form, rows: int, groups: int, hidden: int, inner: int) -> Tiles:
 
 def _by_kernels(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, implementation: str) -> Array:
     ragged_dot, transposed_ragged_dot = kernels()
-    rows, (hidden, inner) = len(lhs), (lhs.shape[1], rhs.shape[1]) if form is Form.GROUPS else rhs.shape[1:]
+    rows, end = len(lhs), group_sizes.sum()
+    hidden, inner = (lhs.shape[1], rhs.shape[1]) if form is Form.GROUPS else rhs.shape[1:]
     cut = tiles(form, rows, len(group_sizes), hidden, inner)
+    lhs = _with_whole_octets(lhs)
     with jax.enable_x64(False):  # the kernels number rows in the default integer
         if form is Form.GROUPS:
-            lhs, rhs = (_with_zeros_after(values, group_sizes, cut.block_k) for values in (lhs, rhs))
+            # The last block of rows may reach beyond the groups. What is there is multiplied by 0, and NaN would stay.
+            lhs, rhs = (_with_zeros_from(end, values, cut.block_k) for values in (lhs, _with_whole_octets(rhs)))
             return transposed_ragged_dot(lhs, rhs, group_sizes=group_sizes, **cut._asdict())
         is_transposed = form is Form.ROWS_TRANSPOSED
-        result = ragged_dot(lhs, rhs, group_sizes=group_sizes, transpose_rhs=is_transposed, **cut._asdict())
-    # The kernel leaves rows behind the last group as they were in memory.
-    return jnp.where(lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < group_sizes.sum(), result, 0)
+        result = ragged_dot(lhs, rhs, group_sizes=group_sizes, transpose_rhs=is_transposed, **cut._asdict())[:rows]
+    # Rows behind the last group are what they were in memory.
+    return jnp.where(lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < end, result, 0)
 
 
-def _with_zeros_after(values: Array, group_sizes: Array, block: int) -> Array:
-    """Zeros behind the last group, up to the next multiple of `block`, and as many rows as the kernel takes.
+def _with_whole_octets(values: Array) -> Array:
+    """More rows, up to a multiple of 8: the kernels take no other number."""
+    return jnp.pad(values, ((0, -len(values) % 8), (0, 0)))
 
-    The kernel multiplies what it reads there by 0, and NaN would stay.
-    """
-    values = jnp.pad(values, ((0, -len(values) % 8), (0, 0)))
-    rows, end = len(values), group_sizes.sum()
+
+def _with_zeros_from(end: Array, values: Array, block: int) -> Array:
+    """Zeros from row `end` to the next multiple of `block`."""
+    rows = len(values)
     size = min(block, rows)
     first = jnp.minimum(end // block * block, rows - size)
     window = lax.dynamic_slice_in_dim(values, first, size)
