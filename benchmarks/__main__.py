@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -23,12 +24,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("cases", "sweep", "exactness", "crossings"),
+        choices=("cases", "sweep", "exactness", "crossings", "grouped", "layer"),
         default="cases",
         help=(
             "cases: the table of targets.json and variants of it (default); sweep: time over sizes, with pictures; "
             "exactness: ids against an oracle over many rows; crossings: the sizes from which another kernel is taken, "
-            "with the times of both, on a GPU"
+            "with the times of both, on a GPU; grouped: products of groups of rows and their errors, on a GPU; layer: "
+            "a whole layer of experts by stage, on a GPU"
         ),
     )
     parser.add_argument(
@@ -81,6 +83,8 @@ def main() -> int:
         return 1 if any(count.wrong for count in found) else 0
     if arguments.what == "crossings":
         return _crossings(arguments, console, device, commit, on_gpu)
+    if arguments.what in ("grouped", "layer"):
+        return _experts(arguments, console, device, commit, on_gpu)
     is_sweep = arguments.what == "sweep"
     if is_sweep:
         sweeps = run.select(sweep.sweeps(on_gpu), arguments.only, lambda item: item.name)
@@ -144,6 +148,30 @@ def _crossings(arguments: argparse.Namespace, console: Console, device: str, com
     console.print(f"{len(records)} lines, {timings} timings, {time.perf_counter() - start:.0f} s; records in {path}")
     for line_id, error in failures.items():
         console.print(f"[red]{line_id}[/]: {error}", highlight=False)
+    return 1 if failures else 0
+
+
+def _experts(arguments: argparse.Namespace, console: Console, device: str, commit: str, on_gpu: bool) -> int:
+    from . import run
+
+    part = import_module(f".{arguments.what}", __package__)
+    selected = run.select(part.cases(), arguments.only, lambda case: case.id)
+    if arguments.list:
+        print("\n".join(case.id for case in selected))
+        return 0
+    if not on_gpu:
+        raise SystemExit(f"{arguments.what} compares kernels for GPUs, and JAX sees no GPU here")
+    path = arguments.out or RESULTS / f"{slug(device)}-{arguments.what}.json"
+    found, failures = [], dict[str, str]()
+    for record in part.records(selected, failures):
+        record.device, record.commit = device, commit
+        found.append(record)
+        save(found, path)
+        console.print(part.table([record], device))
+    console.print(part.table(found, device))
+    console.print(f"{len(found)} records in {path}")
+    for name, error in failures.items():
+        console.print(f"[red]{name}[/]: {error}", highlight=False)
     return 1 if failures else 0
 
 

@@ -143,16 +143,16 @@ def activation_topk_case(model: Model, tokens: int, *, dtype: Any = jnp.float32,
     )
 
 
-def backward(function: Callable[[jax.Array], jax.Array], x: Spec) -> Contender:
-    """The backward pass alone, on the residuals of the forward pass. The inputs are x and a cotangent."""
+def backward(function: Callable[..., jax.Array], *primals: Spec) -> Contender:
+    """The backward pass alone, on the residuals of the forward pass. The inputs are the primals and a cotangent."""
 
-    def pullback(x):
-        return jax.vjp(function, x)[1]
+    def pullback(*primals):
+        return jax.vjp(function, *primals)[1]
 
-    structure = jax.tree.structure(jax.eval_shape(pullback, x.struct))
+    structure = jax.tree.structure(jax.eval_shape(pullback, *(spec.struct for spec in primals)))
     return Contender(
         lambda cotangent, *residuals: jax.tree.unflatten(structure, residuals)(cotangent),
-        prepare=lambda x, cotangent: (cotangent, *jax.tree.leaves(pullback(x))),
+        prepare=lambda *inputs: (inputs[-1], *jax.tree.leaves(pullback(*inputs[:-1]))),
     )
 
 
@@ -285,6 +285,32 @@ def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False, wei
     )
 
 
+def plain_logits(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """As a JAX user writes them. XLA multiplies their cotangent in f32."""
+    return jnp.einsum("...d,ed->...e", x, weight, preferred_element_type=jnp.float32)
+
+
+def dense_router_grad_case(model: Model, tokens: int) -> Case:
+    """From the cotangent of the weights to those of hidden states and gate."""
+    x = Spec((tokens, model.hidden_size), jnp.bfloat16)
+    weight = Spec((model.num_experts, model.hidden_size), jnp.bfloat16, scale=model.hidden_size**-0.5)
+
+    def native(x, weight):
+        return dense_router(x, weight, implementation="native", **model.selection).weights
+
+    def plain(x, weight):
+        logits = plain_logits(x, weight)
+        return activation_topk(logits, implementation="reference", **model.selection).weights
+
+    return Case(
+        f"dense_router_grad/bf16/D{model.hidden_size}/E{model.num_experts}/k{model.top_k}/N{tokens}",
+        (x, weight, Spec((tokens, model.top_k))),
+        {NATIVE: backward(native, x, weight), XLA: backward(plain, x, weight)},
+        2 * (x.nbytes + weight.nbytes) + tokens * model.top_k * 12,
+        flops=2 * 2 * tokens * weight.size,
+    )
+
+
 def expert_dispatch_case(num_experts: int, top_k: int, tokens: int) -> Case:
     def run(expert_ids, *, implementation):
         return expert_dispatch(expert_ids, num_experts, implementation=implementation)
@@ -402,6 +428,13 @@ def _scored_hash_case(vocab_size: int, num_experts: int, top_k: int, tokens: int
     return scored_hash_router_case(dataclasses.replace(model_with(num_experts, top_k), vocab_size=vocab_size), tokens)
 
 
+def _dense_grad_case(hidden: int, num_experts: int, top_k: int, tokens: int) -> Case:
+    """With the scores of a model of these sizes."""
+    sizes = (hidden, num_experts, top_k)
+    models = (model for model in MODELS.values() if (model.hidden_size, model.num_experts, model.top_k) == sizes)
+    return dense_router_grad_case(next(models), tokens)
+
+
 _TOPK_SELECT_ID = r"topk_select/B(\d+)/L(\d+)/k(\d+)"
 
 _BUILDERS: dict[str, Callable[..., Case]] = {
@@ -415,6 +448,7 @@ _BUILDERS: dict[str, Callable[..., Case]] = {
     _TOPK_SELECT_ID: topk_select_case,
     r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": _dense_case,
     r"dense_router/bf16xf32/D(\d+)/E(\d+)/k(\d+)/N(\d+)": partial(_dense_case, weight_dtype=jnp.float32),
+    r"dense_router_grad/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": _dense_grad_case,
     r"expert_dispatch/E(\d+)/k(\d+)/N(\d+)": expert_dispatch_case,
     r"permute/bf16/D(\d+)/k(\d+)/N(\d+)": permute_case,
     r"permute_grad/bf16/D(\d+)/k(\d+)/N(\d+)": permute_grad_case,

@@ -83,10 +83,30 @@ def contender_inputs(contender: Contender, inputs: Sequence[Spec]) -> tuple[jax.
     return jax.eval_shape(contender.prepare, *(spec.struct for spec in inputs))
 
 
+class Kernel(NamedTuple):
+    """A kernel's run, in nanoseconds, and the HLO instruction that launched it (none is known inside a CUDA graph)."""
+
+    start: float
+    end: float
+    name: str
+    instruction: str = ""
+
+
 def kernel_timing(
     run: Callable[..., Any], copies: Sequence[tuple[Any, ...]], synchronize: Callable[[], None] = lambda: None
 ) -> Timing:
-    """The kernel time of a call. The warm-up goes through all copies too, so that no input stays cached."""
+    """The kernel time of a call."""
+    calls = kernels_of_calls(run, copies, synchronize)
+    return Timing.of([busy_us(kernels) for kernels in calls], len(calls[0]))
+
+
+def kernels_of_calls(
+    run: Callable[..., Any], copies: Sequence[tuple[Any, ...]], synchronize: Callable[[], None] = lambda: None
+) -> list[list[Kernel]]:
+    """The kernels of each call, in the order of their starts.
+
+    The warm-up goes through all copies too, so that no input stays cached.
+    """
     calls = [functools.partial(run, *inputs) for inputs in itertools.islice(itertools.cycle(copies), MIN_CALLS)]
     for inputs in copies:
         jax.block_until_ready(run(*inputs))
@@ -101,25 +121,26 @@ def kernel_timing(
     if not kernels or len(kernels) % len(calls):
         raise RuntimeError(f"{len(calls)} calls left {len(kernels)} kernels in the trace: no figure")
     each = len(kernels) // len(calls)
-    return Timing.of([_busy_us(kernels[first : first + each]) for first in range(0, len(kernels), each)], each)
+    return [kernels[first : first + each] for first in range(0, len(kernels), each)]
 
 
-def _kernels(folder: Path) -> Iterator[tuple[float, float]]:
-    """The start and end of every kernel in a trace, in nanoseconds."""
+def _kernels(folder: Path) -> Iterator[Kernel]:
+    """Every kernel in a trace."""
     (trace,) = folder.rglob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for line in plane.lines if plane.name.startswith("/device:GPU") else ():
             for event in line.events if line.name.startswith("Stream") else ():
                 if not event.name.startswith(("Memcpy", "Memset")):
-                    yield event.start_ns, event.start_ns + event.duration_ns
+                    instruction = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
+                    yield Kernel(event.start_ns, event.start_ns + event.duration_ns, event.name, instruction)
 
 
-def _busy_us(kernels: Sequence[tuple[float, float]]) -> float:
+def busy_us(kernels: Sequence[Kernel]) -> float:
     """The time in which any of the kernels ran; they come in the order of their starts."""
     busy, end = 0.0, 0.0
-    for start, stop in kernels:
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+    for kernel in kernels:
+        busy += max(0.0, kernel.end - max(kernel.start, end))
+        end = max(end, kernel.end)
     return busy / 1e3
 
 

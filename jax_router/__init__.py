@@ -4,6 +4,7 @@ from . import _primitive, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._expert_dispatch import expert_dispatch
+from ._grouped_matmul import grouped_matmul
 from ._hash_router import hash_router
 from ._native import custom_call_targets
 from ._permute import combine, permute
@@ -26,6 +27,7 @@ __all__ = [
     "custom_call_targets",
     "dense_router",
     "expert_dispatch",
+    "grouped_matmul",
     "hash_router",
     "permute",
     "random_hash_table",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from ._product import Axes, bf16_parts, product
 from ._shapes import with_rank
 from ._sharding import product_sharding, shard_as, shard_last_axis_as
 
@@ -80,13 +81,11 @@ def _dot(x: Array, weight: Array, precision: Any) -> Array:
     """`x @ weight.T` in f32; the weight may have axes before that of its experts."""
     if x.dtype != weight.dtype:
         x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    axes, out_sharding = Axes(((x.ndim - 1,), (weight.ndim - 1,))), product_sharding(x, weight)
+    if x.dtype == jnp.bfloat16 and precision is None:
+        return product(x, weight, axes, dtype=jnp.float32, out_sharding=out_sharding)
     return lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        out_sharding=product_sharding(x, weight),
+        x, weight, axes, precision=precision, preferred_element_type=jnp.float32, out_sharding=out_sharding
     )
 
 
@@ -96,18 +95,5 @@ def _dot_in_parts(x: Array, weight: Array) -> Array:
     bf16 has the exponents of f32 and 8 of its 24 bits: f32 is the sum of three such parts, f16 of two, and their
     products are exact in f32. All of them are one matrix product, with as many times the tokens and experts.
     """
-    x_parts = x[None] if x.dtype == jnp.bfloat16 else _bf16_parts(x, 2)
-    return _dot(x_parts, _bf16_parts(weight, 3), None).sum(axis=(0, -2))
-
-
-def _bf16_parts(values: Array, count: int) -> Array:
-    """Parts that add up to the values, the largest first, on a new leading axis."""
-    rest, parts = values.astype(jnp.float32), []
-    for _ in range(count):
-        # Bits, since XLA may take a conversion to bf16 and back for nothing.
-        part = lax.bitcast_convert_type(
-            lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
-        )
-        parts.append(part.astype(jnp.bfloat16))
-        rest = jnp.where(jnp.isinf(rest), 0.0, rest - part)
-    return jnp.stack(parts)
+    x_parts = x[None] if x.dtype == jnp.bfloat16 else bf16_parts(x, 2)
+    return _dot(x_parts, bf16_parts(weight, 3), None).sum(axis=(0, -2))

@@ -137,7 +137,7 @@ class Op:
         plainly = implementation == "reference" and not self.derives_itself
         if plainly or (self.composed and split):
             return self._run_reference(given, implementation, **params)
-        values = _vary_over_the_same_axes(list(self._aligned(given).values()))
+        values = vary_over_the_same_axes(list(self._aligned(given).values()))
         return self.primitive.bind(*values, names=tuple(given), implementation=implementation, **params)
 
     def declaration(self) -> _native.Declaration:
@@ -237,7 +237,7 @@ class Op:
         avals = dict(zip(names, ctx.avals_in))
         if implementation == "reference":
             return "the reference is asked for"
-        if self.composed and _may_be_partitioned(ctx):
+        if self.composed and may_be_partitioned(ctx):
             return "XLA may partition the program"
         if symbolic := [name for name in self.attributes if jax.export.is_symbolic_dim(params[name])]:
             return f"the kernels take no symbolic {' and '.join(symbolic)}"
@@ -366,7 +366,7 @@ class _Call:
         }
 
 
-def _may_be_partitioned(ctx: Any) -> bool:
+def may_be_partitioned(ctx: Any) -> bool:
     """Whether XLA may split what is lowered here over devices as it sees fit, or the program is exported."""
     module = ctx.module_context
     if module.lowering_parameters.for_export:
@@ -404,7 +404,7 @@ def _add_batch_axis(operand: Operand, value: Array, dim: int | None, size: int, 
     return jnp.broadcast_to(value, (size, *batch_shape, *shape[len(shape) - operand.core_rank :]))
 
 
-def _vary_over_the_same_axes(values: list[Array]) -> list[Array]:
+def vary_over_the_same_axes(values: list[Array]) -> list[Array]:
     """Under shard_map every operand must vary over the manual axes that any of them varies over."""
     varying = [_varying_axes(value) for value in values]
     everywhere = frozenset().union(*varying)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax_router
 from jax_router import Router, RouterConfig
 from jax_router._logits import _dot_in_parts, router_logits
+from jax_router._product import bf16_parts
 from models import DTYPES
 from oracle import f64
 from oracle import top_k as oracle_top_k
@@ -43,7 +44,7 @@ def test_parts_are_exact(rng):
     values = np.append(
         values, np.array(0x7F800001, np.uint32).view(np.float32)
     )  # a NaN whose first bits are infinity's
-    parts = f64(jax.jit(partial(jax_router._logits._bf16_parts, count=3))(values))
+    parts = f64(jax.jit(partial(bf16_parts, count=3))(values))
     assert np.isnan(parts.sum(0)[np.isnan(values)]).all()
     rest = values[~np.isnan(values)]
     np.testing.assert_allclose(parts.sum(0)[~np.isnan(values)], f64(rest), rtol=0, atol=2e-38)
