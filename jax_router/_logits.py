@@ -27,7 +27,7 @@ def router_logits(
 
     Without a `precision`, f32 operands are multiplied to f32 accuracy, and so are an x in half precision and a weight
     in f32, but for an infinite x, which may give NaN where it should give infinity. With one, x is cast to f32 there.
-    (The derivative of such a mixed product has the default precision of JAX, as that of half precision has.)
+    So are their derivatives, but for 2^-16 of each product where an operand is bf16.
 
     What x holds where `token_mask` is False reaches no gradient. The logits there are what they are without the mask.
     """
@@ -79,11 +79,11 @@ def _dot_of_routed(x: Array, weight: Array, token_mask: Array | None, *, precisi
 
 def _dot(x: Array, weight: Array, precision: Any) -> Array:
     """`x @ weight.T` in f32; the weight may have axes before that of its experts."""
-    if x.dtype != weight.dtype:
-        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     axes, out_sharding = Axes(((x.ndim - 1,), (weight.ndim - 1,))), product_sharding(x, weight)
-    if x.dtype == jnp.bfloat16 and precision is None:
+    if precision is None and x.dtype == jnp.bfloat16:
         return product(x, weight, axes, dtype=jnp.float32, out_sharding=out_sharding)
+    if x.dtype != weight.dtype:
+        x, weight, precision = x.astype(jnp.float32), weight.astype(jnp.float32), precision or lax.Precision.HIGHEST
     return lax.dot_general(
         x, weight, axes, precision=precision, preferred_element_type=jnp.float32, out_sharding=out_sharding
     )

@@ -33,11 +33,12 @@ def product(lhs: Array, rhs: Array, axes: Axes, *, dtype: Any, out_sharding: Any
 
     The cotangent of an f32 result is f32, and XLA multiplies it with a bf16 operand in f32, at a fraction of the speed.
     Here gradients multiply two bf16 parts of it, side by side in one product. They add up to it but for 2^-16 of it at
-    most. (XLA's product, at JAX's default precision, rounds it to 11 bits on a GPU.)
+    most. (XLA's product, at JAX's default precision, rounds it to 11 bits on a GPU.) So do the parts of any operand in
+    f32.
 
     Args:
-        lhs: bf16; or f32, where rhs is not.
-        rhs: the same.
+        lhs: bf16 or f32.
+        rhs: bf16 or f32.
         axes: of the operands.
         dtype: of the result, f32 or bf16.
         out_sharding: as `jax.lax.dot_general` has it.
@@ -89,6 +90,15 @@ def _dot_in_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_shardin
     return _dot(parts, rhs, axes=in_parts, dtype=jnp.float32, out_sharding=by_part).sum(at).astype(dtype)
 
 
+def _dot_of_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding: Any) -> Array:
+    """The product of two f32 operands: all products of their parts but that of the small ones."""
+    (high, low), (rhs_high, rhs_low) = bf16_parts(lhs, 2), bf16_parts(rhs, 2)
+    contracted, batch = (tuple(_moved(side, before=0) for side in pair) for pair in axes)
+    in_parts = Axes(((0, *contracted[0]), (0, *contracted[1])), (batch[0], batch[1]))
+    parts = jnp.stack([high, high, low]), jnp.stack([rhs_high, rhs_low, rhs_high])
+    return _dot(*parts, axes=in_parts, dtype=dtype, out_sharding=out_sharding)
+
+
 _PARTS = 2
 
 
@@ -98,14 +108,13 @@ def _moved(numbers: tuple[int, ...], before: int) -> tuple[int, ...]:
 
 
 def _product(lhs: Array, rhs: Array, **params: Any) -> Array:
-    if lhs.dtype == rhs.dtype:
+    if lhs.dtype == rhs.dtype == jnp.bfloat16:
         return _dot(lhs, rhs, **params)
-    if rhs.dtype == jnp.float32:
+    if lhs.dtype == jnp.bfloat16:
         return _swapped(lhs, rhs, **params)
-    # On a CPU one product in f32 is faster than two in bf16.
-    return lax.platform_dependent(
-        lhs, rhs, cpu=partial(_dot_in_f32, **params), default=partial(_dot_in_parts, **params)
-    )
+    in_parts = _dot_of_parts if rhs.dtype == jnp.float32 else _dot_in_parts
+    # On a CPU one product in f32 is faster than several in bf16.
+    return lax.platform_dependent(lhs, rhs, cpu=partial(_dot_in_f32, **params), default=partial(in_parts, **params))
 
 
 def _swapped(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding: Any) -> Array:
