@@ -119,7 +119,7 @@ def tiles(form: Form, rows: int, groups: int, hidden: int, inner: int) -> Tiles:
 
 def _by_kernels(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, implementation: str) -> Array:
     ragged_dot, transposed_ragged_dot = kernels()
-    rows, end = len(lhs), group_sizes.sum()
+    rows, end = len(lhs), group_sizes.sum(dtype=jnp.int32)
     hidden, inner = (lhs.shape[1], rhs.shape[1]) if form is Form.GROUPS else rhs.shape[1:]
     cut = tiles(form, rows, len(group_sizes), hidden, inner)
     lhs = _with_whole_octets(lhs)
