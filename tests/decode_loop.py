@@ -8,7 +8,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
+from jax_router import (
+    activation_topk,
+    combine,
+    dense_router,
+    expert_dispatch,
+    hash_router,
+    permute,
+    route_at,
+    topk_select,
+)
 
 STEPS, ROWS, HIDDEN, EXPERTS, VOCABULARY = 100, 8, 64, 32, 5000
 
@@ -30,10 +39,10 @@ def step(h, tokens):
     h = jnp.tanh(h + jnp.einsum("nk,nkd->nd", dense.weights, values[dense.expert_ids]))
     plain = activation_topk(h @ gate.T, top_k=4, **options)
     dispatch = expert_dispatch(plain.expert_ids, EXPERTS, **options)
-    rows = h[dispatch.token_index] * jnp.repeat(
+    rows = permute(h, dispatch, **options) * jnp.repeat(
         dispatch.group_sizes, dispatch.group_sizes, total_repeat_length=ROWS * 4
     )[:, None].astype(h.dtype)
-    h = jnp.tanh(h + jnp.einsum("nk,nkd->nd", plain.weights, rows[dispatch.slot]))
+    h = jnp.tanh(h + combine(rows, dispatch, plain.weights, **options))
     best, next_tokens = topk_select(h @ head, 50, **options)
     return h, next_tokens[:, 3], (hashed, dense, plain, dispatch, best, next_tokens)
 

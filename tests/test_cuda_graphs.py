@@ -12,7 +12,7 @@ import pytest
 
 from jax_router import _native
 
-STEPS, CALLS = 100, 6  # of decode_loop.py: steps, and our calls in each
+STEPS, CALLS = 100, 8  # of decode_loop.py: steps, and our calls in each
 
 
 class ApiVersion(ctypes.Structure):

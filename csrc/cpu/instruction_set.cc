@@ -69,6 +69,7 @@ void run_rows(const Op& op, double nanoseconds_per_row, const ParallelFor& paral
 
 // Zeros in the rows of the slots that are not in use.
 void clear_unused(const DispatchedRows& rows, int64_t row_bytes, void* out, const ParallelFor& parallel_for) {
+  if (row_bytes == 0) return;
   parallel_for(rows.slot_rows(), grain(10.0), [&rows, row_bytes, out](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
       if (!is_in_use(rows, slot)) std::memset(static_cast<char*>(out) + slot * row_bytes, 0, row_bytes);

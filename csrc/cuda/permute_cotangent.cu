@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
   ChoiceProducts sums;
   const Bits* grad = static_cast<const Bits*>(op.grad);
   const int64_t first = token.row * plan.pieces;
-  const int64_t rounds = is_there ? (plan.pieces + blockDim.x - 1) / blockDim.x : 0;
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t piece = round * blockDim.x + threadIdx.x;
-    const bool inside = piece < plan.pieces;
+  // All lanes of a warp come along to the end of the row. Unsigned: a row may have almost 2^31 pieces.
+  const uint32_t lane = threadIdx.x % 32, end = is_there ? plan.pieces : 0;
+  for (uint32_t piece = threadIdx.x; piece - lane < end; piece += 32 * plan.warps) {
+    const bool inside = piece < end;
     typename P::Floats x, grad_x = {};
     P::unpack(inside ? load_piece(static_cast<const Bits*>(op.x) + first + piece) : Bits{}, x);
     for (int eight = 0; 8 * eight < rows.k; ++eight) {

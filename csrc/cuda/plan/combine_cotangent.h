@@ -16,7 +16,7 @@ namespace jax_router::cuda {
 struct CombineCotangentPlan {
   bool wide;
   bool apart;            // whether each choice is a block's
-  int64_t pieces;        // of a row
+  uint32_t pieces;       // of a row
   int warps;             // of a token
   int tokens;            // of a block, or choices where these are apart
   int64_t token_blocks;  // before those that look for unused slots
@@ -35,7 +35,7 @@ inline std::optional<CombineCotangentPlan> plan_with(const CombineCotangent& op,
   const int bytes = size_of(op.dtype);
   plan.wide = rows_have_pieces(rows.hidden * bytes, {op.grad, op.y, op.grad_y});
   plan.apart = apart;
-  plan.pieces = count_pieces(rows, plan.wide, bytes);
+  plan.pieces = static_cast<uint32_t>(count_pieces(rows, plan.wide, bytes));
   plan.warps = warps_of_token(plan.pieces);
   plan.tokens = kMoveWarps / plan.warps;
   plan.token_blocks = ceil_div(rows.token_rows() * (apart ? rows.k : 1), plan.tokens);

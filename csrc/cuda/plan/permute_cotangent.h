@@ -13,9 +13,9 @@ namespace jax_router::cuda {
 
 struct PermuteCotangentPlan {
   bool wide;
-  int64_t pieces;  // of a row
-  int warps;       // of a token
-  int tokens;      // of a block
+  uint32_t pieces;  // of a row
+  int warps;        // of a token
+  int tokens;       // of a block
   int64_t blocks;
 };
 
@@ -23,7 +23,7 @@ inline std::optional<PermuteCotangentPlan> plan(const PermuteCotangent& op, cons
   PermuteCotangentPlan plan{};
   const int bytes = size_of(op.dtype);
   plan.wide = rows_have_pieces(op.rows.hidden * bytes, {op.grad, op.x, op.grad_x});
-  plan.pieces = count_pieces(op.rows, plan.wide, bytes);
+  plan.pieces = static_cast<uint32_t>(count_pieces(op.rows, plan.wide, bytes));
   plan.warps = warps_of_token(plan.pieces);
   plan.tokens = kMoveWarps / plan.warps;
   plan.blocks = ceil_div(op.rows.token_rows(), plan.tokens);
