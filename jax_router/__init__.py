@@ -10,7 +10,9 @@ from ._route_at import route_at, scored_hash_router
 from ._topk_select import topk_select
 from ._types import Dispatch, Routing
 from ._version import __version__
-from .router import HashTable, Router, RouterConfig, SelectionBias, random_hash_table
+from .config import RouterConfig
+from .models import presets
+from .router import HashTable, Router, SelectionBias, null_experts_output, random_hash_table
 
 __all__ = [
     "Dispatch",
@@ -25,6 +27,8 @@ __all__ = [
     "dense_router",
     "expert_dispatch",
     "hash_router",
+    "null_experts_output",
+    "presets",
     "random_hash_table",
     "reference",
     "route_at",
