@@ -39,6 +39,36 @@ def test_bare_command_prints_help(capsys):
     assert "demo" in shown
 
 
+def test_presets_are_listed(capsys):
+    assert main(["presets"]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0].rstrip("*") for line in lines[1 : 1 + len(jax_router.presets())]] == [*jax_router.presets()]
+    assert ["deepseek_v3", "7168", "256", "8", "sigmoid", "4/8", "2.5", "s"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize("name", jax_router.models.all_presets())
+def test_a_preset_is_shown(name, capsys):
+    """With its facts, and a configuration that a reader can paste."""
+    assert main(["presets", name]) == 0
+    shown = capsys.readouterr().out
+    row = jax_router.models.preset(name)
+    words = " ".join(shown.split())
+    for fact in (*row.models, *row.unverified, *row.caller, *row.tensors.values(), *row.missing):
+        assert " ".join(fact.split()) in words
+    if not row.missing:
+        config = words[words.index(" RouterConfig(") : words.index(")", words.index(" RouterConfig(")) + 1]
+        assert eval(config, {"RouterConfig": jax_router.RouterConfig}) == jax_router.RouterConfig.from_preset(name)
+
+
+def test_an_unknown_preset_is_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["presets", "deepseek-v9"])
+    assert error.value.code == 2
+    assert "got 'deepseek-v9'; near it: deepseek_v" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("rows", ["-3", "2.5", "many"])
 def test_rows_of_the_demo_are_a_count(rows, capsys):
     with pytest.raises(SystemExit):

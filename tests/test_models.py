@@ -2,7 +2,9 @@
 
 import functools
 import json
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 from flax import nnx
 
 import jax_router
+import matrix
 from jax_router import Router, RouterConfig, models
+from jax_router._show_presets import markdown
 
 TOKENS, HIDDEN, VOCABULARY = 64, 16, 500
 PRESETS = jax_router.presets()
@@ -408,3 +412,18 @@ def test_unreadable_config_json(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="list"):
         RouterConfig.from_hf_config(tmp_path)
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def test_documented_presets():
+    """The table of the document is that of the presets; `pytest --write-docs` writes it."""
+    text = DOCUMENT.read_text()
+    head, table, tail = re.split(
+        r"(?<=presets, written by tests -->\n\n)(.*?)(?=\n\n<!-- end -->)", text, flags=re.DOTALL
+    )
+    if matrix.writing:
+        DOCUMENT.write_text(head + markdown() + tail)
+    else:
+        assert table == markdown(), "see pytest --write-docs"
