@@ -13,6 +13,7 @@ import jaxlib
 
 from . import _native, _show_presets
 from ._version import __version__
+from .checkpoints import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Shows the presets of RouterConfig.from_preset, or all that is known of one of them.",
     )
     presets.add_argument("name", nargs="?", metavar="NAME", help="one preset (default: a line for each)")
+    inspect = commands.add_parser(
+        "inspect",
+        help="the routers in a checkpoint",
+        description=(
+            "Shows every router in a checkpoint: shapes, dtypes, statistics of gate and bias, the load of each expert "
+            "of a hash table. Reads nothing else. Needs the extra `checkpoints`: pip install 'jax-router[checkpoints]'."
+        ),
+    )
+    inspect.add_argument("path", type=Path, metavar="CHECKPOINT", help="a safetensors file, an index, or a folder")
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
@@ -53,6 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             presets.error(str(error))
         return 0
+    if arguments.command == "inspect":
+        try:
+            from ._inspect import run as run_inspect
+
+            return run_inspect(arguments.path)
+        except ImportError:
+            print("inspect needs rich and safetensors: pip install 'jax-router[checkpoints]'", file=sys.stderr)
+            return 1
+        except (OSError, CheckpointError) as error:
+            inspect.error(" ".join(str(error).split()))
     try:
         from ._demo import DemoError, run
     except ImportError as error:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-from . import _check
+from . import _check, checkpoints
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._hash_router import hash_reference, hash_router, table_operands
@@ -119,6 +123,91 @@ class Router(nnx.Module):
             table = _check.int_array("the result of hash_lut_init", table)
             _check.same_shape("the result of hash_lut_init", table, table_shape)
             self.hash_lut = HashTable(as_int32_ids(table, 2**31))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: checkpoints.Source,
+        config: str | RouterConfig,
+        layer: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        sharding: jax.sharding.Sharding | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Router:
+        """A router with the weights of a checkpoint, of which only its own tensors are read.
+
+        Tensors are found by the names of the model's family, whatever comes before `layers.` in them, or by those of
+        the attributes of a Router, as `save` writes them. A gate that lies transposed, and a bias of one row, are taken
+        as what they are.
+
+        Args:
+            path: a safetensors file, an index of several, or a folder with either; or a dict of arrays by name. Files
+                need the extra `checkpoints`.
+            config: the name of a preset, or a configuration: from `RouterConfig.from_hf_config` for a fine-tune.
+            layer: of the model; needed where there are several with routers.
+            dtype: to cast the weight to; default that of the checkpoint. The configuration's `param_dtype` follows.
+            sharding: of the weight `[E, D]`: each device's part is read for it alone.
+            rngs: not drawn from; default `nnx.Rngs(0)`.
+
+        Raises:
+            ImportError: safetensors is missing.
+            OSError: there is no such file.
+            ValueError: the preset or its layer has no router; or, as a `CheckpointError` that lists everything that is
+                wrong, tensors are missing, unexpected or doubled, have a wrong shape or dtype, or a table has entries
+                outside `[0, E)`.
+        """
+        preset = config if isinstance(config, str) else None
+        config = RouterConfig.from_preset(config, layer) if isinstance(config, str) else config
+        _check.instance("config", config, RouterConfig, "RouterConfig(**options)")
+        if dtype is not None:
+            dtype = _check.float_dtype("dtype", dtype)
+        values = checkpoints.read_router(path, config, preset=preset, layer=layer, dtype=dtype, sharding=sharding)
+        if "weight" in values:
+            config = dataclasses.replace(config, param_dtype=values["weight"].dtype)
+        router = cls(
+            config,
+            rngs=nnx.Rngs(0) if rngs is None else rngs,
+            weight_init=lambda *_: values["weight"],
+            hash_lut_init=lambda *_: values["hash_lut"],
+        )
+        router._set(values)
+        return router
+
+    def load_state(self, path: checkpoints.Source, layer: int | None = None, *, preset: str | None = None) -> None:
+        """Reads the variables of this router from a checkpoint, as `from_checkpoint` does.
+
+        They keep their dtypes, and a weight that is sharded its sharding. After an error nothing has changed.
+
+        Args:
+            path: as in `from_checkpoint`.
+            layer: of the model; needed where there are several with routers.
+            preset: whose names the tensors have; default all that are known.
+        """
+        kept: dict[str, Any] = {}
+        if self.config.has_weight:
+            weight = self.weight[...]
+            kept = {"dtype": weight.dtype, "sharding": weight.sharding if len(weight.devices()) > 1 else None}
+        self._set(checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept))
+
+    def save(self, path: str | PathLike[str], layer: int | None = None, *, preset: str | None = None) -> None:
+        """Writes the variables to a safetensors file, from which `from_checkpoint` and `load_state` read them.
+
+        Args:
+            path: of the file.
+            layer: of the model, for the names of a preset.
+            preset: whose names to write, for other software; default the names of the attributes.
+
+        Raises:
+            ImportError: safetensors is missing.
+            ValueError: the preset has no name for a variable, or only one of layer and preset is given.
+        """
+        variables = {role: np.asarray(getattr(self, role)[...]) for role in checkpoints.roles_of(self.config)}
+        checkpoints.save_router(path, variables, layer, preset)
+
+    def _set(self, values: dict[str, Array]) -> None:
+        for role, value in values.items():
+            getattr(self, role)[...] = value
 
     @overload
     def __call__(
