@@ -11,6 +11,7 @@ from ._topk_select import topk_select
 from ._types import Dispatch, Routing
 from ._version import __version__
 from .config import RouterConfig
+from .hash_tables import make_hash_table
 from .models import presets
 from .router import HashTable, Router, SelectionBias, null_experts_output, random_hash_table
 
@@ -27,6 +28,7 @@ __all__ = [
     "dense_router",
     "expert_dispatch",
     "hash_router",
+    "make_hash_table",
     "null_experts_output",
     "presets",
     "random_hash_table",
