@@ -88,7 +88,7 @@ def _describe(checkpoint: Checkpoint, layer: int, found: Found, ascii_only: bool
     line = f"{layer:>5}  {shape:<12} {dtype:<5}"
     if not dtype.startswith("F8"):
         gate = np.asarray(tensor[:]).astype(np.float32)
-        rms = np.sqrt((gate**2).mean(axis=int(gate.shape[0] < gate.shape[1])))
+        rms = np.sqrt((gate**2).mean(axis=1))
         line += f" {gate.mean():>9.2g} {gate.std():>8.3g} {rms.min():>8.3g}-{rms.max():<8.3g}"
     for role in ("bias", "logit_bias"):
         for name in found.names.get(role, []):
@@ -97,7 +97,7 @@ def _describe(checkpoint: Checkpoint, layer: int, found: Found, ascii_only: bool
     doubled = [role for role, names in found.names.items() if len(names) > 1]
     line += f"  {', '.join(doubled)}: two names" if doubled else ""
     for name in found.names.get("hash_lut", []):
-        line += "\n" + _load(np.asarray(checkpoint[name][:]), min(tensor.get_shape()), ascii_only)
+        line += "\n" + _load(np.asarray(checkpoint[name][:]), tensor.get_shape()[0], ascii_only)
     return line
 
 
@@ -108,7 +108,7 @@ def _load(table: np.ndarray, num_experts: int, ascii_only: bool) -> str:
     heights = np.ceil(load / max(load.max(), 1) * (len(levels) - 1)).astype(int)
     blocks = "".join(levels[height] for height in heights)
     rows = [f"{first:>6} {blocks[first : first + 64]}" for first in range(0, num_experts, 64)]
-    wrong = f", {table.size - inside.size} entries outside" if inside.size < table.size else ""
+    wrong = f"\n       {table.size - inside.size} entries are no experts" if inside.size < table.size else ""
     rows.append(
         f"       table {table.shape[0]}x{table.shape[1]}: an expert has {load.min()} to {load.max()} token ids, "
         f"mean {load.mean():.1f}{wrong}"

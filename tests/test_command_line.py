@@ -119,7 +119,7 @@ def write_checkpoint(folder):
     safetensors = pytest.importorskip("safetensors.numpy", reason="inspect needs the extra `checkpoints`")
     rng = np.random.default_rng(0)
     gate = {f"layers.{i}.ffn.gate.weight": rng.normal(0, 1, (256, 64)).astype(np.float32) for i in range(3)}
-    table = {"layers.0.ffn.gate.tid2eid": rng.integers(0, 256, (500, 6))}
+    table = {"layers.0.ffn.gate.tid2eid": np.r_[rng.integers(0, 256, (499, 6)), [[256, -1, 0, 1, 2, 3]]]}
     bias = {f"layers.{i}.ffn.gate.bias": np.linspace(-1, 2, 256, dtype=np.float32) for i in (1, 2)}
     safetensors.save_file(gate | table | bias | {"head": np.ones((100, 100))}, folder / "model.safetensors")
 
