@@ -12,7 +12,10 @@ from ._route_at import route_at, scored_hash_router
 from ._topk_select import topk_select
 from ._types import Dispatch, Routing
 from ._version import __version__
-from .router import HashTable, Router, RouterConfig, SelectionBias, random_hash_table
+from .config import RouterConfig
+from .hash_tables import make_hash_table
+from .models import presets
+from .router import HashTable, Router, SelectionBias, null_experts_output, random_hash_table
 
 __all__ = [
     "Dispatch",
@@ -29,7 +32,10 @@ __all__ = [
     "expert_dispatch",
     "grouped_matmul",
     "hash_router",
+    "make_hash_table",
+    "null_experts_output",
     "permute",
+    "presets",
     "random_hash_table",
     "reference",
     "route_at",

@@ -11,8 +11,9 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from . import _native
+from . import _native, _show_presets
 from ._version import __version__
+from .checkpoints import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,12 +36,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a UTF-8 text (default: a page of Alice)")
     demo.add_argument("--rows", type=_count, default=20, metavar="N", help="tokens to show of each layer (default: 20)")
+    presets = commands.add_parser(
+        "presets",
+        help="the routers of models",
+        description="Shows the presets of RouterConfig.from_preset, or all that is known of one of them.",
+    )
+    presets.add_argument("name", nargs="?", metavar="NAME", help="one preset (default: a line for each)")
+    inspect = commands.add_parser(
+        "inspect",
+        help="the routers in a checkpoint",
+        description=(
+            "Shows every router in a checkpoint: shapes, dtypes, statistics of gate and bias, the load of each expert "
+            "of a hash table. Reads nothing else. Needs the extra `checkpoints`: pip install 'jax-router[checkpoints]'."
+        ),
+    )
+    inspect.add_argument("path", type=Path, metavar="CHECKPOINT", help="a safetensors file, an index, or a folder")
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
         return 0
     if arguments.command == "info":
         return _info()
+    if arguments.command == "presets":
+        try:
+            print(_show_presets.show(arguments.name) if arguments.name else _show_presets.show_all())
+        except ValueError as error:
+            presets.error(str(error))
+        return 0
+    if arguments.command == "inspect":
+        try:
+            from ._inspect import run as run_inspect
+
+            return run_inspect(arguments.path)
+        except ImportError:
+            print("inspect needs rich and safetensors: pip install 'jax-router[checkpoints]'", file=sys.stderr)
+            return 1
+        except (OSError, CheckpointError) as error:
+            inspect.error(" ".join(str(error).split()))
     try:
         from ._demo import DemoError, run
     except ImportError as error:

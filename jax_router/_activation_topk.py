@@ -22,6 +22,7 @@ def activation_topk(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
     num_groups: int = 1,
     top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
@@ -38,7 +39,7 @@ def activation_topk(
        stay eligible. A group's score is the sum of its two best keys (`"top2_sum"`, DeepSeek-V3) or its best (`"max"`).
     4. The ids of the `top_k` best keys, best first: equal keys to the lower id, +0 above -0, NaN above everything, as
        in `jax.lax.top_k` but for a NaN with the sign bit. The ids are always distinct numbers in `[0, E)`.
-    5. `weights = s[ids]`, never with the bias in it, divided by `sum + 1e-20` if `renormalize`, times `scale`.
+    5. `weights = s[ids]`, never with the bias in it, divided by `sum + eps` if `renormalize`, times `scale`.
 
     Args:
         logits: f32, bf16 or f16 `[..., E]`.
@@ -47,6 +48,8 @@ def activation_topk(
         score_fn: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
         renormalize: whether the weights of a token are divided by their sum.
         scale: a Python number that all weights are multiplied by (`routed_scaling_factor`).
+        eps: what `renormalize` adds to the sum: 1e-20 (default; DeepSeek, GLM), 1e-6 (LFM2), 0 (MiniMax; scores of 0
+            stay 0). The softmax over the chosen sums to 1 and has no use for it.
         num_groups: the number of groups; divides E.
         top_groups: how many groups stay eligible; needed where `num_groups > 1`.
         group_score: `"top2_sum"` or `"max"`.
@@ -73,6 +76,7 @@ def activation_topk(
         score_fn=score_fn,
         renormalize=renormalize,
         scale=scale,
+        eps=eps,
         num_groups=num_groups,
         top_groups=top_groups,
         group_score=group_score,

@@ -157,6 +157,13 @@ def static_float(name: str, value: Any) -> float:
     return number
 
 
+def _not_negative(name: str, value: Any) -> float:
+    number = static_float(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be 0 or more, got {number}")
+    return number
+
+
 _TINY, _LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
@@ -215,12 +222,13 @@ def implementation(value: Any) -> str:
     return choice("implementation", value, get_args(Implementation))
 
 
-def scoring(score_fn: Any, renormalize: Any, scale: Any) -> Scoring:
+def scoring(score_fn: Any, renormalize: Any, scale: Any, eps: Any) -> Scoring:
     """A Scoring of checked options."""
     return Scoring(
         score_fn=choice("score_fn", score_fn, get_args(ScoreFn)),
         renormalize=static_bool("renormalize", renormalize),
         scale=static_float("scale", scale),
+        eps=_not_negative("eps", eps),
     )
 
 

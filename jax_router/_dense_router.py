@@ -31,6 +31,7 @@ def dense_router(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
     num_groups: int = 1,
     top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
@@ -55,6 +56,7 @@ def dense_router(
         score_fn: see `activation_topk`, as for all options down to `token_mask`.
         renormalize: whether the weights of a token are divided by their sum.
         scale: a Python number that all weights are multiplied by.
+        eps: what `renormalize` adds to the sum.
         num_groups: the number of groups of experts.
         top_groups: how many groups stay eligible; needed where `num_groups > 1`.
         group_score: `"top2_sum"` or `"max"`.
@@ -83,6 +85,7 @@ def dense_router(
         score_fn=score_fn,
         renormalize=renormalize,
         scale=scale,
+        eps=eps,
         num_groups=num_groups,
         top_groups=top_groups,
         group_score=group_score,

@@ -24,11 +24,12 @@ def route_at(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
     implementation: Implementation = "auto",
 ) -> Routing:
     """The weights of given experts.
 
-    With `s = score_fn(logits)` (see `activation_topk`), `weights = s[expert_ids]`, divided by `sum + 1e-20` over the
+    With `s = score_fn(logits)` (see `activation_topk`), `weights = s[expert_ids]`, divided by `sum + eps` over the
     row if `renormalize`, times `scale`. An id outside `[0, E)` gets weight 0, does not enter the sum and is returned as
     -1.
 
@@ -42,6 +43,7 @@ def route_at(
         score_fn: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
         renormalize: whether the weights of a token are divided by their sum.
         scale: a Python number that all weights are multiplied by.
+        eps: what `renormalize` adds to the sum, see `activation_topk`.
         implementation: `"auto"`, `"native"` or `"reference"`.
 
     Returns:
@@ -57,7 +59,7 @@ def route_at(
     logits = _check.float_array("logits", logits)
     expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
     _check.same_shape("expert_ids", expert_ids, (*logits.shape[:-1], expert_ids.shape[-1]))
-    scoring = _check.scoring(score_fn, renormalize, scale)
+    scoring = _check.scoring(score_fn, renormalize, scale, eps)
     expert_ids = as_int32_ids(expert_ids, logits.shape[-1])
     operands = {"logits": logits, "expert_ids": expert_ids}
     return Routing(
@@ -73,6 +75,7 @@ def scored_hash_router(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
     token_mask: Array | None = None,
     implementation: Implementation = "auto",
 ) -> Routing:
@@ -89,6 +92,7 @@ def scored_hash_router(
         score_fn: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`, see `activation_topk`.
         renormalize: whether the weights of a token are divided by their sum.
         scale: a Python number that all weights are multiplied by.
+        eps: what `renormalize` adds to the sum, see `activation_topk`.
         token_mask: bool `[...]`. Where False the ids are -1 and the weights 0, whatever the row holds.
         implementation: `"auto"`, `"native"` or `"reference"`.
 
@@ -108,7 +112,7 @@ def scored_hash_router(
     return Routing(
         *_SCORED_HASH_ROUTER(
             {"logits": logits, **table},
-            scoring=_check.scoring(score_fn, renormalize, scale),
+            scoring=_check.scoring(score_fn, renormalize, scale, eps),
             return_chosen=False,
             implementation=_check.implementation(implementation),
         )

@@ -49,7 +49,7 @@ for _type in (Routing, Dispatch):
 
 @dataclass(frozen=True)
 class Scoring:
-    """How chosen logits become weights: `s = score_fn(logits)`, divided by their sum if `renormalize`, times `scale`.
+    """How chosen logits become weights: `score_fn(logits)`, over their sum + `eps` if `renormalize`, times `scale`.
 
     `score_fn="identity"` exists for the derivative of plain top-k alone.
     """
@@ -57,6 +57,7 @@ class Scoring:
     score_fn: str = "sqrtsoftplus"
     renormalize: bool = True
     scale: float = 1.0
+    eps: float = 1e-20
 
     @property
     def options(self) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from ._logits import router_logits
 from ._shapes import numbers, with_rank
 from ._types import Dispatch, GroupScore, Routing, ScoreFn
 
-_RENORMALIZE_EPSILON = 1e-20
-
 
 def sqrtsoftplus(x: Array) -> Array:
     """`sqrt(max(x, 0) + log1p(exp(-|x|)))`, accurate for every x, and so is its derivative.
@@ -118,6 +116,7 @@ def activation_topk(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
     num_groups: int = 1,
     top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
@@ -137,7 +136,7 @@ def activation_topk(
         _, expert_ids = topk_select(keys, top_k)
     if token_mask is not None:
         expert_ids = jnp.where(token_mask[..., None], expert_ids, -1)
-    return route_at(logits, expert_ids, score_fn=score_fn, renormalize=renormalize, scale=scale)
+    return route_at(logits, expert_ids, score_fn=score_fn, renormalize=renormalize, scale=scale, eps=eps)
 
 
 def _eligible_order_keys(keys: Array, num_groups: int, top_groups: int, group_score: str) -> Array:
@@ -158,6 +157,7 @@ def route_at(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
 ) -> Routing:
     """See `jax_router.route_at`."""
     num_experts = logits.shape[-1]
@@ -169,7 +169,7 @@ def route_at(
         # A row without a valid id (masked, or padding) may hold anything, also for the gradient.
         logits = softmax(jnp.where(valid.any(axis=-1, keepdims=True), logits, 0.0))
     chosen = jnp.take_along_axis(logits, jnp.where(valid, expert_ids, 0), axis=-1)
-    weights = weights_of_chosen(chosen, valid, score_fn=score_fn, renormalize=renormalize, scale=scale)
+    weights = weights_of_chosen(chosen, valid, score_fn=score_fn, renormalize=renormalize, scale=scale, eps=eps)
     return Routing(weights, expert_ids)
 
 
@@ -181,16 +181,19 @@ def scored_hash_router(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
     token_mask: Array | None = None,
 ) -> Routing:
     """See `jax_router.scored_hash_router`."""
     expert_ids = hash_router(token_ids, hash_lut).expert_ids
     if token_mask is not None:
         expert_ids = jnp.where(token_mask[..., None], expert_ids, -1)
-    return route_at(logits, expert_ids, score_fn=score_fn, renormalize=renormalize, scale=scale)
+    return route_at(logits, expert_ids, score_fn=score_fn, renormalize=renormalize, scale=scale, eps=eps)
 
 
-def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize: bool, scale: float) -> Array:
+def weights_of_chosen(
+    chosen: Array, valid: Array, *, score_fn: str, renormalize: bool, scale: float, eps: float
+) -> Array:
     """The weights from the chosen logits `[..., k]` alone (for softmax without renormalize: from their scores).
 
     An entry that is not valid has weight 0 and does not enter the sum.
@@ -202,7 +205,7 @@ def weights_of_chosen(chosen: Array, valid: Array, *, score_fn: str, renormalize
         if renormalize:
             total = jnp.sum(scores, axis=-1, keepdims=True)
             # Zeros stay zeros; divided by epsilon, their derivatives of second order would overflow.
-            scores = _divide(scores, jnp.where(total == 0, 1.0, total + jnp.float32(_RENORMALIZE_EPSILON)))
+            scores = _divide(scores, jnp.where(total == 0, 1.0, total + jnp.float32(eps)))
     return jnp.where(valid, scores * jnp.float32(scale), 0.0)
 
 
@@ -249,6 +252,7 @@ def dense_router(
     score_fn: ScoreFn = "sqrtsoftplus",
     renormalize: bool = True,
     scale: float = 1.0,
+    eps: float = 1e-20,
     num_groups: int = 1,
     top_groups: int | None = None,
     group_score: GroupScore = "top2_sum",
@@ -262,6 +266,7 @@ def dense_router(
         score_fn=score_fn,
         renormalize=renormalize,
         scale=scale,
+        eps=eps,
         num_groups=num_groups,
         top_groups=top_groups,
         group_score=group_score,

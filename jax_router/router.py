@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from os import PathLike
+from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,22 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from . import _check
+from . import _check, checkpoints
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._hash_router import hash_reference, hash_router, table_operands
 from ._ids import as_int32_ids
 from ._logits import router_logits
-from ._route_at import scored_hash_router
-from ._sharding import shard_as
+from ._route_at import route_at, scored_hash_router
+from ._shapes import with_rank
+from ._sharding import shard_as, shard_last_axis_as, with_rows_as
 from ._topk_select import topk_select
-from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
+from ._types import Routing
+from .config import RouterConfig
 
 Initializer = Callable[..., Array]
+Unset = Literal["none", "route"]
 
-_FLOAT32 = np.dtype(np.float32)
 _LECUN_NORMAL = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
 
@@ -37,109 +39,6 @@ class SelectionBias(nnx.Variable[Array]):
 
 class HashTable(nnx.Variable[Array]):
     """The experts of each token id. No Param: integers have no gradient."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-    """What a Router is: its sizes, its options, and whether it is dense or hash. Frozen and hashable.
-
-    A token's experts are the `top_k` with the best keys, among the `top_groups` best of `num_groups` groups; their
-    weights are their scores, divided by their sum if `renormalize`, times `scale`. `activation_topk` has the formulas.
-
-    Example::
-
-        >>> from jax_router import RouterConfig
-        >>> deepseek_v3 = RouterConfig(
-        ...     hidden_size=7168, num_experts=256, top_k=8, score_fn="sigmoid", num_groups=8, top_groups=4, scale=2.5
-        ... )
-
-    Args:
-        hidden_size: D, of the hidden states.
-        num_experts: E.
-        top_k: the number of experts a token, from 1 to the number of experts in `top_groups` groups.
-        score_fn: `"sqrtsoftplus"` (default), `"sigmoid"` or `"softmax"`.
-        renormalize: whether the weights of a token are divided by their sum; default True.
-        scale: a number that all weights are multiplied by; default 1.
-        num_groups: the number of groups of experts, which divides E; default 1, no groups.
-        top_groups: how many groups stay eligible; needed by `num_groups` above 1.
-        group_score: of a group, `"top2_sum"` (default) or `"max"` of its keys.
-        mode: `"dense"` (default), by the hidden state, or `"hash"`, by the token id.
-        vocab_size: V, of the token ids; needed by `"hash"`.
-        hash_weights: in a hash layer, `"uniform"` (default), scale / k, or `"scored"`, by the scores of the table's
-            experts.
-        logit_bias: whether the logits have a trained bias, as those of gpt-oss; default False.
-        precision: of the product, as in `jax.lax.dot_general`; default None, f32 accuracy where the hidden states or
-            the weight are f32. See `dense_router`.
-        implementation: of all ops, `"auto"` (default), `"native"` or `"reference"`.
-        dtype: to cast the product's operands to; default None leaves the hidden states as they are, and the weight in
-            their dtype or in f32.
-        param_dtype: of the weight; default float32.
-
-    Raises:
-        TypeError: an option has a wrong type.
-        ValueError: an option has a wrong value, or does not go with another one.
-    """
-
-    hidden_size: int
-    num_experts: int
-    top_k: int
-    _: dataclasses.KW_ONLY
-    score_fn: ScoreFn = "sqrtsoftplus"
-    renormalize: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int | None = None
-    group_score: GroupScore = "top2_sum"
-    mode: Literal["dense", "hash"] = "dense"
-    vocab_size: int | None = None
-    hash_weights: Literal["uniform", "scored"] = "uniform"
-    logit_bias: bool = False
-    precision: lax.PrecisionLike = None
-    implementation: Implementation = "auto"
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = _FLOAT32
-
-    def __post_init__(self) -> None:
-        _check.static_int("hidden_size", self.hidden_size, 1, None)
-        _check.static_int("num_experts", self.num_experts, 1, None)
-        _check.choice("mode", self.mode, ("dense", "hash"))
-        _check.choice("hash_weights", self.hash_weights, ("uniform", "scored"))
-        self._selection  # checks the options  # noqa: B018
-        if self.vocab_size is not None:
-            _check.static_int("vocab_size", self.vocab_size, 1, None)
-        elif self.mode == "hash":
-            raise ValueError("vocab_size must be an int for mode='hash', got None")
-        if self.mode == "dense" and self.hash_weights != "uniform":
-            raise ValueError(
-                f"hash_weights must be 'uniform', the default, for mode='dense', got {self.hash_weights!r}"
-            )
-        if _check.static_bool("logit_bias", self.logit_bias) and not self.has_weight:
-            raise ValueError("logit_bias must be False for a hash router with uniform weights, which has no logits")
-        _check.implementation(self.implementation)
-        # One value for all ways to write it, so that equal configurations compare equal.
-        object.__setattr__(self, "precision", _check.precision(self.precision))
-        object.__setattr__(self, "param_dtype", _check.float_dtype("param_dtype", self.param_dtype))
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", _check.float_dtype("dtype", self.dtype))
-
-    @functools.cached_property
-    def _selection(self) -> Selection:
-        return _check.selection(self.num_experts, **{name: getattr(self, name) for name in Selection().options})
-
-    @property
-    def scoring(self) -> dict[str, Any]:
-        """The options of `route_at`, as keyword arguments."""
-        return self._selection.scoring.options
-
-    @property
-    def selection(self) -> dict[str, Any]:
-        """The options of `activation_topk`, as keyword arguments."""
-        return self._selection.options
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether a router has a weight: not if it is hash with uniform weights."""
-        return self.mode == "dense" or self.hash_weights == "scored"
 
 
 def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> Array:
@@ -171,8 +70,9 @@ class Router(nnx.Module):
 
     Attributes:
         weight: Param `[E, D]` in `param_dtype`, unless the router is hash with uniform weights.
-        bias: SelectionBias f32 `[E]`, zeros, of a dense router.
+        bias: SelectionBias f32 `[E]`, zeros, of a dense router, unless it has `selection_bias=False`.
         logit_bias: Param f32 `[E]`, zeros, where the configuration asks for it.
+        per_expert_scale: Param f32 `[E]`, ones, where the configuration asks for it.
         hash_lut: HashTable int32 `[V, k]`, of a hash router.
 
     Example::
@@ -212,15 +112,102 @@ class Router(nnx.Module):
             self.weight = nnx.Param(weight_init(rngs.params(), shape, config.param_dtype))
         if config.logit_bias:
             self.logit_bias = nnx.Param(jnp.zeros(config.num_experts, jnp.float32))
-        if config.mode == "dense":
+        if config.per_expert_scale:
+            self.per_expert_scale = nnx.Param(jnp.ones(config.num_experts, jnp.float32))
+        if config.has_selection_bias:
             self.bias = SelectionBias(jnp.zeros(config.num_experts, jnp.float32))
-        else:
+        if config.mode == "hash":
             assert config.vocab_size is not None
             table_shape = (config.vocab_size, config.top_k)
             table = hash_lut_init(rngs.params(), table_shape, config.num_experts)
             table = _check.int_array("the result of hash_lut_init", table)
             _check.same_shape("the result of hash_lut_init", table, table_shape)
             self.hash_lut = HashTable(as_int32_ids(table, 2**31))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: checkpoints.Source,
+        config: str | RouterConfig,
+        layer: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        sharding: jax.sharding.Sharding | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Router:
+        """A router with the weights of a checkpoint, of which only its own tensors are read.
+
+        Tensors are found by the names of the model's family, whatever comes before `layers.` in them, or by those of
+        the attributes of a Router, as `save` writes them. A gate that lies transposed, and a bias of one row, are taken
+        as what they are.
+
+        Args:
+            path: a safetensors file, an index of several, or a folder with either; or a dict of arrays by name. Files
+                need the extra `checkpoints`.
+            config: the name of a preset, or a configuration: from `RouterConfig.from_hf_config` for a fine-tune.
+            layer: of the model; needed where there are several with routers.
+            dtype: to cast the weight to; default that of the checkpoint. The configuration's `param_dtype` follows.
+            sharding: of the weight `[E, D]`: each device's part is read for it alone.
+            rngs: not drawn from; default `nnx.Rngs(0)`.
+
+        Raises:
+            ImportError: safetensors is missing.
+            OSError: there is no such file.
+            ValueError: the preset or its layer has no router; or, as a `CheckpointError` that lists everything that is
+                wrong, tensors are missing, unexpected or doubled, have a wrong shape or dtype, or a table has entries
+                outside `[0, E)`.
+        """
+        preset = config if isinstance(config, str) else None
+        config = RouterConfig.from_preset(config, layer) if isinstance(config, str) else config
+        _check.instance("config", config, RouterConfig, "RouterConfig(**options)")
+        if dtype is not None:
+            dtype = _check.float_dtype("dtype", dtype)
+        values = checkpoints.read_router(path, config, preset=preset, layer=layer, dtype=dtype, sharding=sharding)
+        if "weight" in values:
+            config = dataclasses.replace(config, param_dtype=values["weight"].dtype)
+        router = cls(
+            config,
+            rngs=nnx.Rngs(0) if rngs is None else rngs,
+            weight_init=lambda *_: values["weight"],
+            hash_lut_init=lambda *_: values["hash_lut"],
+        )
+        router._set(values)
+        return router
+
+    def load_state(self, path: checkpoints.Source, layer: int | None = None, *, preset: str | None = None) -> None:
+        """Reads the variables of this router from a checkpoint, as `from_checkpoint` does.
+
+        They keep their dtypes, and a weight that is sharded its sharding. After an error nothing has changed.
+
+        Args:
+            path: as in `from_checkpoint`.
+            layer: of the model; needed where there are several with routers.
+            preset: whose names the tensors have; default all that are known.
+        """
+        kept: dict[str, Any] = {}
+        if self.config.has_weight:
+            weight = self.weight[...]
+            kept = {"dtype": weight.dtype, "sharding": weight.sharding if len(weight.devices()) > 1 else None}
+        self._set(checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept))
+
+    def save(self, path: str | PathLike[str], layer: int | None = None, *, preset: str | None = None) -> None:
+        """Writes the variables to a safetensors file, from which `from_checkpoint` and `load_state` read them.
+
+        Args:
+            path: of the file.
+            layer: of the model, for the names of a preset.
+            preset: whose names to write, for other software; default the names of the attributes.
+
+        Raises:
+            ImportError: safetensors is missing.
+            ValueError: the preset has no name for a variable, or only one of layer and preset is given.
+        """
+        variables = {role: np.asarray(getattr(self, role)[...]) for role in checkpoints.roles_of(self.config)}
+        checkpoints.save_router(path, variables, layer, preset)
+
+    def _set(self, values: dict[str, Array]) -> None:
+        for role, value in values.items():
+            getattr(self, role)[...] = value
 
     @overload
     def __call__(
@@ -229,6 +216,8 @@ class Router(nnx.Module):
         *,
         token_ids: Array | None = None,
         token_mask: Array | None = None,
+        expert_ids: Array | None = None,
+        unset: Unset = "none",
         return_logits: Literal[False] = False,
     ) -> Routing: ...
 
@@ -239,6 +228,8 @@ class Router(nnx.Module):
         *,
         token_ids: Array | None = None,
         token_mask: Array | None = None,
+        expert_ids: Array | None = None,
+        unset: Unset = "none",
         return_logits: Literal[True],
     ) -> tuple[Routing, Array]: ...
 
@@ -249,6 +240,8 @@ class Router(nnx.Module):
         *,
         token_ids: Array | None = None,
         token_mask: Array | None = None,
+        expert_ids: Array | None = None,
+        unset: Unset = "none",
         return_logits: bool,
     ) -> Routing | tuple[Routing, Array]: ...
 
@@ -258,16 +251,22 @@ class Router(nnx.Module):
         *,
         token_ids: Array | None = None,
         token_mask: Array | None = None,
+        expert_ids: Array | None = None,
+        unset: Unset = "none",
         return_logits: bool = False,
     ) -> Routing | tuple[Routing, Array]:
         """Routes tokens.
 
         Args:
             x: hidden states f32, bf16 or f16 `[..., D]`.
-            token_ids: integers `[...]`; needed by a hash router, not used by a dense one.
+            token_ids: integers `[...]`; needed by a hash router that looks them up, not used by a dense one.
             token_mask: bool `[...]`; where False the ids are -1 and the weights 0.
-            return_logits: also return the logits, f32 `[..., E]`, for balance losses: 0 in the rows of masked
-                tokens and, in a hash router, of those without an expert.
+            expert_ids: integers `[..., k]`: experts to replay. They are used as they are, and weights and gradients
+                come from the logits of `x`, as in `route_at`. Any integer dtype: int16 holds what a model records.
+            unset: what an id outside of `[0, E)` means, -1 as a rule: `"none"` (default), no expert; `"route"`, that
+                this token's k experts are to be chosen, or looked up, as without `expert_ids`.
+            return_logits: also return the logits as they are scored, f32 `[..., E]`, for balance losses: 0 in the rows
+                of masked tokens and of those for which a hash table or `expert_ids` have no expert.
 
         Returns:
             `Routing(weights, expert_ids)`, or `(Routing, logits)`.
@@ -290,18 +289,92 @@ class Router(nnx.Module):
             token_mask = _check.mask_array("token_mask", token_mask, x.shape[:-1])
         if _check.static_bool("return_logits", return_logits) and not config.has_weight:
             raise ValueError("return_logits must be False for a hash router with uniform weights: it has no logits")
-        if config.mode == "hash":
-            if token_ids is None:
-                raise ValueError("token_ids must be given to a hash router, got None")
-            return self._hash(x, token_ids, token_mask, return_logits)
-        options = {"token_mask": token_mask, "implementation": config.implementation, **config.selection}
-        if not return_logits:
+        _check.choice("unset", unset, get_args(Unset))
+        if expert_ids is not None:
+            if not config.has_weight:
+                raise ValueError("expert_ids must be None for a hash router with uniform weights: it has no scores")
+            expert_ids = _check.int_array("expert_ids", expert_ids)
+            _check.same_shape("expert_ids", expert_ids, (*x.shape[:-1], config.top_k))
+        elif unset != "none":
+            raise ValueError(f"unset must be 'none', the default, without expert_ids, got {unset!r}")
+        if config.mode == "hash" and token_ids is None and (expert_ids is None or unset == "route"):
+            raise ValueError("token_ids must be given to a hash router, got None")
+
+        logits: Any
+        if expert_ids is not None:
+            routing, logits = self._replay(x, expert_ids, unset, token_ids, token_mask)
+        elif config.mode == "hash":
+            routing, logits = self._hash(x, token_ids, token_mask)
+        elif return_logits or config.changes_logits or config.selection_key == "logits":
+            routing, logits = self._score(x, token_mask)
+        else:
+            product: dict[str, Any] = {"logit_bias": self._logit_bias, "precision": config.precision}
+            logits = None
             x, weight = self._factors(x)
-            options.update(logit_bias=self._logit_bias, precision=config.precision)
-            return dense_router(x, weight, self.bias[...], **options)
+            routing = dense_router(x, weight, **product, **self._selection(token_mask))
+        if config.per_expert_scale:
+            routing = routing._replace(weights=routing.weights * self._scale_of(routing.expert_ids))
+        return (routing, logits) if return_logits else routing
+
+    def _score(self, x: Array, token_mask: Array | None) -> tuple[Routing, Array]:
+        """A dense router, with its logits."""
         logits = self._logits(x, token_mask)
-        routing = activation_topk(logits, self.bias[...], **options)
-        return routing, _masked(logits, token_mask)
+        return self._choose(logits, token_mask), _masked(logits, token_mask)
+
+    def _choose(self, logits: Array, token_mask: Array | None) -> Routing:
+        config = self.config
+        if config.selection_key == "scores":
+            return activation_topk(logits, **self._selection(token_mask))
+        keys = lax.stop_gradient(logits) + with_rank(shard_last_axis_as(logits, self.bias[...]), logits.ndim)
+        _, expert_ids = topk_select(keys, config.top_k, implementation=config.implementation)
+        return self._weigh(logits, _masked(expert_ids, token_mask, -1))
+
+    def _weigh(self, logits: Array, expert_ids: Array) -> Routing:
+        return route_at(logits, expert_ids, implementation=self.config.implementation, **self.config.scoring)
+
+    def _replay(
+        self, x: Array, expert_ids: Array, unset: Unset, token_ids: Array | None, token_mask: Array | None
+    ) -> tuple[Routing, Array]:
+        ids = as_int32_ids(expert_ids, self.config.num_experts)
+        mask, logits = token_mask, None
+        if unset == "route":
+            is_set = self._are_experts(ids).all(axis=-1, keepdims=True)
+            if self.config.mode == "hash":
+                own = self._look_up(token_ids, token_mask)
+            else:
+                logits = self._logits(x, token_mask)
+                own = self._choose(lax.stop_gradient(logits), token_mask).expert_ids
+            ids = jnp.where(is_set, ids, own)
+        ids = _masked(ids, token_mask, -1)
+        if logits is None:
+            mask = self._are_experts(ids).any(axis=-1)
+            logits = self._logits(x, mask)
+        return self._weigh(logits, ids), _masked(logits, mask)
+
+    def _hash(self, x: Array, token_ids: Any, token_mask: Array | None) -> tuple[Routing, Any]:
+        config, operands = self.config, self._table_operands(token_ids, token_mask)
+        if config.hash_weights == "uniform":
+            return hash_router(**operands, scale=config.scale, implementation=config.implementation), None
+        has_experts = self._are_experts(hash_reference(**operands).expert_ids).any(axis=-1)
+        logits = self._logits(x, has_experts)
+        routing = scored_hash_router(logits, **operands, implementation=config.implementation, **config.scoring)
+        return routing, _masked(logits, has_experts)
+
+    def _look_up(self, token_ids: Any, token_mask: Array | None) -> Array:
+        return hash_reference(**self._table_operands(token_ids, token_mask)).expert_ids
+
+    def _table_operands(self, token_ids: Any, token_mask: Array | None) -> dict[str, Any]:
+        # The table may have been restored in another dtype.
+        return table_operands(token_ids, self.hash_lut[...], token_mask)
+
+    def _are_experts(self, ids: Array) -> Array:
+        return (ids >= 0) & (ids < self.config.num_experts)
+
+    def _selection(self, token_mask: Array | None) -> dict[str, Any]:
+        """What a selection takes besides the logits, or what they are made of."""
+        config = self.config
+        bias = self.bias[...] if config.has_selection_bias else None
+        return {"bias": bias, "token_mask": token_mask, "implementation": config.implementation, **config.selection}
 
     @property
     def _logit_bias(self) -> Array | None:
@@ -315,21 +388,61 @@ class Router(nnx.Module):
         return x, weight if weight.dtype == x.dtype else weight.astype(jnp.float32)
 
     def _logits(self, x: Array, token_mask: Array | None) -> Array:
-        precision = self.config.precision
-        return router_logits(*self._factors(x), self._logit_bias, precision=precision, token_mask=token_mask)
+        """The logits as they are scored. Where the mask is False they may be anything."""
+        config = self.config
+        precision = config.precision
+        logits = router_logits(*self._factors(x), self._logit_bias, precision=precision, token_mask=token_mask)
+        if not config.changes_logits:
+            return logits
+        logits = _masked(logits, token_mask)  # what a masked token holds must not reach these derivatives
+        if config.logits_dtype is not None:
+            finfo = jnp.finfo(config.logits_dtype)
+            logits = lax.reduce_precision(logits, finfo.nexp, finfo.nmant)
+        logits = logits * jnp.float32(config.logit_scale)
+        if config.softcap is not None:
+            softcap = jnp.float32(config.softcap)
+            logits = softcap * jnp.tanh(logits / softcap)
+        return logits
 
-    def _hash(self, x: Array, token_ids: Array, token_mask: Array | None, return_logits: bool) -> Any:
-        config, table = self.config, self.hash_lut[...]
-        # The table may have been restored in another dtype.
-        operands = table_operands(token_ids, table, token_mask)
-        if config.hash_weights == "uniform":
-            return hash_router(**operands, scale=config.scale, implementation=config.implementation)
-        expert_ids = hash_reference(**operands).expert_ids
-        has_experts = ((expert_ids >= 0) & (expert_ids < config.num_experts)).any(axis=-1)
-        logits = self._logits(x, has_experts)
-        routing = scored_hash_router(logits, **operands, implementation=config.implementation, **config.scoring)
-        return (routing, _masked(logits, has_experts)) if return_logits else routing
+    def _scale_of(self, expert_ids: Array) -> Array:
+        """The factor that each choice's expert has, 0 where there is none."""
+        column = self.per_expert_scale[...].astype(jnp.float32)[:, None]
+        scale = with_rows_as(expert_ids, lambda ids, column: column[ids])(jnp.maximum(expert_ids, 0), column)
+        return jnp.where(expert_ids >= 0, scale[..., 0], 0.0)
 
 
-def _masked(logits: Array, token_mask: Array | None) -> Array:
-    return logits if token_mask is None else jnp.where(shard_as(logits, token_mask)[..., None], logits, 0.0)
+def _masked(values: Array, token_mask: Array | None, instead: Any = 0) -> Array:
+    if token_mask is None:
+        return values
+    return jnp.where(shard_as(values, token_mask)[..., None], values, jnp.asarray(instead, values.dtype))
+
+
+def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Array:
+    """What null experts add to the output of a layer: `x` times the sum of their weights.
+
+    Those are the experts with ids of `num_real_experts` and above. They compute the identity (LongCat-Flash). Dispatch
+    the others with `expert_dispatch(routing.expert_ids, num_real_experts)`, for which null experts are in no group, and
+    add both: what the real experts give, and `null_experts_output(x, routing, num_real_experts)`.
+
+    Args:
+        x: what the experts read, f32, bf16 or f16 `[..., D]`.
+        routing: of the tokens, `[..., k]`.
+        num_real_experts: how many experts come before the null ones, as `RouterConfig.num_real_experts` says.
+
+    Returns:
+        `[..., D]` in the dtype of x; the sum and the product are f32. A token without null experts has exact zeros.
+
+    Differentiable in x and in the weights.
+
+    Raises:
+        TypeError: x has a wrong dtype, or num_real_experts is no int.
+        ValueError: x and the routing are of different tokens.
+    """
+    x = _check.float_array("x", x)
+    _check.same_shape("x without its last axis", x[..., 0], routing.weights.shape[:-1])
+    num_real_experts = _check.static_int("num_real_experts", num_real_experts, 0, None)
+    is_null = routing.expert_ids >= num_real_experts
+    total = jnp.where(is_null, routing.weights, 0.0).sum(axis=-1, keepdims=True)
+    # Not x * 0, which is NaN where x is.
+    rows = jnp.where(is_null.any(axis=-1, keepdims=True), x.astype(jnp.float32), 0.0)
+    return (rows * total).astype(x.dtype)

@@ -77,7 +77,7 @@ def expert_ids(logits, bias, top_k_, score_fn, num_groups=1, top_groups=1, group
     return np.argsort(~ordered, axis=-1, kind="stable")[..., :top_k_].astype(np.int32)
 
 
-def weights_at(logits, ids, score_fn, renormalize, scale):
+def weights_at(logits, ids, score_fn, renormalize, scale, eps=1e-20):
     """float64 weights at given ids; 0 where an id is outside."""
     logits, ids = f64(logits), np.asarray(ids).astype(np.int64)
     valid = (ids >= 0) & (ids < logits.shape[-1])
@@ -88,16 +88,19 @@ def weights_at(logits, ids, score_fn, renormalize, scale):
     chosen = np.where(valid, np.take_along_axis(scores(logits, score_fn), at, -1), 0)
     with np.errstate(invalid="ignore"):
         if renormalize:
-            chosen = chosen / (chosen.sum(-1, keepdims=True) + 1e-20)
+            total = chosen.sum(-1, keepdims=True)
+            chosen = chosen / np.where(total == 0, 1, total + eps)
         return np.where(valid, scale * chosen, 0)
 
 
-def activation_topk(logits, bias=None, *, top_k, score_fn, renormalize=True, scale=1.0, token_mask=None, **groups):
+def activation_topk(
+    logits, bias=None, *, top_k, score_fn, renormalize=True, scale=1.0, eps=1e-20, token_mask=None, **groups
+):
     """(weights, expert_ids)"""
     ids = expert_ids(logits, bias, top_k, score_fn, **groups)
     if token_mask is not None:
         ids = np.where(np.asarray(token_mask)[..., None], ids, -1)
-    return weights_at(logits, ids, score_fn, renormalize, scale), ids
+    return weights_at(logits, ids, score_fn, renormalize, scale, eps), ids
 
 
 def hash_router(token_ids, hash_lut, scale=1.0):
@@ -217,5 +220,6 @@ def assert_routes(got, logits, bias=None, *, token_mask=None, rtol=3e-6, **optio
     _, ids = activation_topk(logits, bias, token_mask=token_mask, **options)
     keys, slack = selection_keys(logits, bias, options["score_fn"], options.get("num_groups", 1))
     assert_same_ids(got[1], ids, keys, slack)
-    scoring = (options["score_fn"], options.get("renormalize", True), options.get("scale", 1.0))
-    assert_weights(got[0], weights_at(logits, got[1], *scoring), rtol)
+    scoring = {"renormalize": True, "scale": 1.0, "eps": 1e-20}
+    scoring = {name: options.get(name, default) for name, default in scoring.items()}
+    assert_weights(got[0], weights_at(logits, got[1], options["score_fn"], **scoring), rtol)

@@ -30,7 +30,7 @@ F32, F16, BF16, F64 = (partial(of, dtype) for dtype in (jnp.float32, jnp.float16
 F8 = partial(of, jnp.float8_e4m3fn)
 I8, I16, I32, U8, BOOL = (partial(of, dtype) for dtype in (jnp.int8, jnp.int16, jnp.int32, jnp.uint8, jnp.bool_))
 
-SCORING = {"score_fn": "sigmoid", "renormalize": np.bool_(True), "scale": np.float32(1)}
+SCORING = {"score_fn": "sigmoid", "renormalize": np.bool_(True), "scale": np.float32(1), "eps": np.float32(1e-20)}
 SELECTION = {
     **SCORING,
     "top_k": np.int64(2),
@@ -119,6 +119,7 @@ WRONG = {
     "score_fn of derivatives": ("activation_topk", {"score_fn": "identity"}, "score_fn softmax identity"),
     "score_fn is a number": ("activation_topk", {"score_fn": np.int64(1)}, "score_fn string int64"),
     "scale is an integer": ("activation_topk", {"scale": np.int64(77)}, "scale float32 int64"),
+    "eps is missing": ("activation_topk", {"eps": None}, "eps float32 none"),
     "ids in int8": ("activation_topk", {"expert_ids": I8(3, 2)}, "expert_ids int32 int8 [3, 2]"),
     "weights in float16": ("activation_topk", {"weights": F16(3, 2)}, "weights float32 float16 [3, 2]"),
     "weights of other rows": ("activation_topk", {"weights": F32(2, 2)}, "weights 3 rows float32 [2, 2]"),
@@ -281,8 +282,8 @@ import resource
 import jax, numpy as np
 from jax_router import _native
 k = 1 << 22
-attributes = dict(score_fn="identity", renormalize=np.bool_(False), scale=np.float32(1), num_experts=np.int64(8),
-                  has_residual=np.bool_(False))
+attributes = dict(score_fn="identity", renormalize=np.bool_(False), scale=np.float32(1), eps=np.float32(0),
+                  num_experts=np.int64(8), has_residual=np.bool_(False))
 call = jax.ffi.ffi_call(_native.target_name("route_cotangent"), [jax.ShapeDtypeStruct((1, 8), np.float32)])
 run = jax.jit(lambda weights, ids: call(weights, ids, **attributes))
 operands = jax.device_put((np.ones((1, k), np.float32), np.zeros((1, k), np.int32)))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import jax_router
@@ -37,6 +38,36 @@ def test_bare_command_prints_help(capsys):
     shown = capsys.readouterr().out
     assert "usage: jax-router" in shown
     assert "demo" in shown
+
+
+def test_presets_are_listed(capsys):
+    assert main(["presets"]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0].rstrip("*") for line in lines[1 : 1 + len(jax_router.presets())]] == [*jax_router.presets()]
+    assert ["deepseek_v3", "7168", "256", "8", "sigmoid", "4/8", "2.5", "s"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize("name", jax_router.models.all_presets())
+def test_a_preset_is_shown(name, capsys):
+    """With its facts, and a configuration that a reader can paste."""
+    assert main(["presets", name]) == 0
+    shown = capsys.readouterr().out
+    row = jax_router.models.preset(name)
+    words = " ".join(shown.split())
+    for fact in (*row.models, *row.unverified, *row.caller, *row.tensors.values(), *row.missing):
+        assert " ".join(fact.split()) in words
+    if not row.missing:
+        config = words[words.index(" RouterConfig(") : words.index(")", words.index(" RouterConfig(")) + 1]
+        assert eval(config, {"RouterConfig": jax_router.RouterConfig}) == jax_router.RouterConfig.from_preset(name)
+
+
+def test_an_unknown_preset_is_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["presets", "deepseek-v9"])
+    assert error.value.code == 2
+    assert "got 'deepseek-v9'; near it: deepseek_v" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("rows", ["-3", "2.5", "many"])
@@ -82,3 +113,57 @@ def test_module_runs_from_anywhere(tmp_path):
         [sys.executable, "-m", "jax_router", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert run.stdout.endswith(f"jax-router {jax_router.__version__}\n")
+
+
+def write_checkpoint(folder):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="inspect needs the extra `checkpoints`")
+    rng = np.random.default_rng(0)
+    gate = {f"layers.{i}.ffn.gate.weight": rng.normal(0, 1, (256, 64)).astype(np.float32) for i in range(3)}
+    table = {"layers.0.ffn.gate.tid2eid": np.r_[rng.integers(0, 256, (499, 6)), [[256, -1, 0, 1, 2, 3]]]}
+    bias = {f"layers.{i}.ffn.gate.bias": np.linspace(-1, 2, 256, dtype=np.float32) for i in (1, 2)}
+    safetensors.save_file(gate | table | bias | {"head": np.ones((100, 100))}, folder / "model.safetensors")
+
+
+def test_inspect(tmp_path, capsys):
+    write_checkpoint(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[1:])) <= 80
+    shown = "\n".join(lines)
+    for words in (
+        "3 layers have routers",
+        "read: 0.2 MB",
+        "of no preset",
+        "256x64",
+        "-1 to 2",
+        "table 500x6",
+        "mean 11.7",
+    ):
+        assert words in shown
+
+
+def test_inspect_knows_the_family(tmp_path, capsys):
+    write_checkpoint(tmp_path)
+    content = '{"model_type": "deepseek_v4", "hidden_size": 64, "n_routed_experts": 256, "num_experts_per_tok": 6'
+    (tmp_path / "config.json").write_text(content + ', "routed_scaling_factor": 1.5, "num_hidden_layers": 3}')
+    main(["inspect", str(tmp_path)])
+    assert "as config.json says, 256 experts, 6 a token, sqrtsoftplus scores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["nowhere", "not a checkpoint"])
+def test_inspect_of_what_is_no_checkpoint_is_one_line(broken, tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="inspect needs the extra `checkpoints`")
+    path = tmp_path / "model.safetensors"
+    if broken != "nowhere":
+        path.write_text(broken)
+    with pytest.raises(SystemExit) as error:
+        main(["inspect", str(path)])
+    assert error.value.code == 2
+    assert "model.safetensors" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_inspect_of_other_tensors(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="inspect needs the extra `checkpoints`")
+    safetensors.save_file({"head": np.ones(3)}, tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "no tensor has a name that a router" in capsys.readouterr().out

@@ -38,6 +38,7 @@ def test_a_declaration():
         "score_fn": "string",
         "renormalize": "bool",
         "scale": "float32",
+        "eps": "float32",
         "top_k": "int64",
         "num_groups": "int64",
         "top_groups": "int64",

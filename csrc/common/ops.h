@@ -24,11 +24,13 @@ enum class ScoreFn : int32_t { kSqrtSoftplus, kSigmoid, kSoftmax, kIdentity };
 
 enum class GroupScore : int32_t { kTop2Sum, kMax };
 
-// weights = s(chosen logits), divided by their sum + 1e-20 if renormalize, times scale.
+// weights = s(chosen logits), divided by their sum + eps if renormalize, times scale. The softmax over the chosen
+// logits sums to 1 and has no use for eps.
 struct Scoring {
   ScoreFn score_fn;
   bool renormalize;
   float scale;
+  float eps;
   // Softmax without renormalisation is the one score that depends on the logits that were not chosen.
   constexpr bool needs_whole_row() const { return score_fn == ScoreFn::kSoftmax && !renormalize; }
 };

@@ -16,9 +16,6 @@
 
 namespace jax_router {
 
-// Added to the sum that renormalisation divides by.
-constexpr float kRenormalizeEpsilon = 1e-20f;
-
 JR_HOST_DEVICE float multiply_add(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
   return __fmaf_rn(a, b, c);
@@ -155,6 +152,14 @@ JR_HOST_DEVICE float pointwise_derivative(float x) {
 JR_HOST_DEVICE float softmax_shift(float maximum) {
   constexpr float kLowest = -3.402823466e38f;
   return maximum < kLowest ? kLowest : maximum;
+}
+
+// What scores that add up to `sum` are divided by: not by 0, so that scores of 0 stay 0.
+JR_HOST_DEVICE float nonzero_divisor(float sum) { return sum == 0.0f ? 1.0f : sum; }
+
+// What renormalisation divides chosen scores by, from their sum.
+JR_HOST_DEVICE float renormalize_divisor(const Scoring& scoring, float sum) {
+  return nonzero_divisor(scoring.score_fn == ScoreFn::kSoftmax ? sum : sum + scoring.eps);
 }
 
 }  // namespace jax_router

@@ -21,9 +21,6 @@ struct Softmax {
 
 inline float larger(float x, float y) { return x > y ? x : y; }
 
-// A softmax whose terms are all zero is zero.
-inline float softmax_divisor(float sum) { return sum == 0.0f ? 1.0f : sum; }
-
 // Over all of a row. If one of its logits is NaN, so is the divisor, whatever the shift.
 template <typename T>
 inline Softmax softmax_of_row(const T* logits, int64_t n) {
@@ -45,7 +42,7 @@ inline Softmax softmax_of_row(const T* logits, int64_t n) {
   for (int64_t i = whole; i < n; ++i) sums[i - whole] += exp_nonpositive(to_f32(logits[i]) - shift);
   float sum = 0.0f;
   for (const float part : sums) sum += part;
-  return {shift, softmax_divisor(sum)};
+  return {shift, nonzero_divisor(sum)};
 }
 
 // A score function of one logit as a type.
@@ -106,7 +103,7 @@ class ChosenRows {
     for (int64_t j = 0; j < k_; ++j) {
       for (int64_t r = 0; r < kRowsPerBlock; ++r) divisor_[r] += scores_[j][r];
     }
-    for (float& x : divisor_) x = softmax ? softmax_divisor(x) : x + kRenormalizeEpsilon;
+    for (float& x : divisor_) x = renormalize_divisor(scoring_, x);
   }
 
   const float* logits(int64_t choice) const { return logits_[choice]; }

@@ -86,7 +86,7 @@ __device__ __forceinline__ void differentiate(const Scoring& scoring, int k, con
     }
   }
   if (scoring.renormalize) {
-    divisor = __fadd_rn(sum_over_choices<kLanes>(scores, k), kRenormalizeEpsilon);
+    divisor = renormalize_divisor(scoring, sum_over_choices<kLanes>(scores, k));
     float terms[kHeld];
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {

@@ -31,6 +31,7 @@ inline Scoring read_scoring(Call& call, bool with_identity = false) {
   scoring.score_fn = call.choice("score_fn", kScoreFns, std::size(kScoreFns) - (with_identity ? 0 : 1));
   scoring.renormalize = call.flag("renormalize");
   scoring.scale = call.number("scale");
+  scoring.eps = call.number("eps");
   return scoring;
 }
 

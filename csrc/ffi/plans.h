@@ -127,7 +127,7 @@ inline void take_sizes(Sizes& sizes, RouteCotangent& op) {
   op.experts = sizes.take<int32_t>("experts");
   op.k = sizes.take<int32_t>("k");
   take_scoring(sizes, op.scoring);
-  if (sizes.take<bool>("identity", false)) op.scoring = {ScoreFn::kIdentity, false, 1.0f};
+  if (sizes.take<bool>("identity", false)) op.scoring = {ScoreFn::kIdentity, false, 1.0f, 0.0f};
   op.dtype = sizes.dtype();
 }
 

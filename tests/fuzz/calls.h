@@ -207,6 +207,7 @@ class Calls {
     call_.attributes["score_fn"] = pick(random_, score_fns);
     call_.attributes["renormalize"] = chance(random_, 50);
     call_.attributes["scale"] = 2.5f;
+    call_.attributes["eps"] = 1e-20f;
   }
 
   bool optional(const char* name) {

@@ -188,7 +188,7 @@ class Maker {
   }
 
   Scoring scoring() {
-    return {pick({ScoreFn::kSqrtSoftplus, ScoreFn::kSigmoid, ScoreFn::kSoftmax}), pick({false, true}), 2.5f};
+    return {pick({ScoreFn::kSqrtSoftplus, ScoreFn::kSigmoid, ScoreFn::kSoftmax}), pick({false, true}), 2.5f, 1e-20f};
   }
 
   // set_results(op, results) puts the results of a launch into a copy of the op.

@@ -44,6 +44,7 @@ cudaError_t prepare(Kernel* kernel, const LaunchShape& shape) {
 template <class... Parameters, class... Arguments>
 cudaError_t launch_prepared(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                             const Arguments&... arguments) {
+  if (shape.blocks == 0) return cudaSuccess;  // no rows
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks), shape.blocks_y, shape.blocks_z);

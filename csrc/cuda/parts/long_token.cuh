@@ -222,7 +222,7 @@ __device__ __forceinline__ void select_long_token(const Selection& selection, bo
     scratch.values[j] = over_chosen ? exp_nonpositive(__fadd_rn(logit, -shift)) : score(logit);
   }
   __syncwarp();
-  const float divisor = scoring.renormalize ? renormalize_divisor(scratch.values, k) : 1.0f;
+  const float divisor = scoring.renormalize ? divisor_of_scores(scoring, scratch.values, k) : 1.0f;
   for (int j = lane; j < k; j += 32) {
     const float s = scratch.values[j];
     const float weight = __fmul_rn(scoring.renormalize ? divide(s, divisor) : s, scoring.scale);

@@ -85,7 +85,7 @@ __device__ __forceinline__ float shift_of_chosen(const float* logits, int k) {
 
 // What renormalisation divides by, from a token's k scores: added up from the first (the best) to the last. The scores
 // are aligned to 16 bytes, and 0 from k to the next multiple of 4.
-__device__ __forceinline__ float renormalize_divisor(const float* scores, int k) {
+__device__ __forceinline__ float divisor_of_scores(const Scoring& scoring, const float* scores, int k) {
   float sum = 0.0f;
   const auto add_quad = [&](int j) {
     const float4 quad = *reinterpret_cast<const float4*>(scores + j);
@@ -95,7 +95,7 @@ __device__ __forceinline__ float renormalize_divisor(const float* scores, int k)
   if (k > 4) add_quad(4);
 #pragma unroll 1
   for (int j = 8; j < k; j += 4) add_quad(j);
-  return __fadd_rn(sum, kRenormalizeEpsilon);
+  return renormalize_divisor(scoring, sum);
 }
 
 // The weight of the choice at position `rank` of a token's k choices, from its logit and score (which softmax over the
@@ -114,7 +114,7 @@ __device__ __forceinline__ float finish_weight(const Scoring& scoring, int k, bo
   if (scoring.renormalize) {
     if (chosen) values[rank] = score;
     sync();
-    score = divide(score, renormalize_divisor(values, k));
+    score = divide(score, divisor_of_scores(scoring, values, k));
   }
   return __fmul_rn(score, scoring.scale);
 }
