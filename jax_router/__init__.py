@@ -3,7 +3,7 @@
 from . import _primitive, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
-from ._expert_dispatch import expert_dispatch
+from ._expert_dispatch import block_experts, expert_dispatch
 from ._hash_router import hash_router
 from ._native import custom_call_targets
 from ._route_at import route_at, scored_hash_router
@@ -21,6 +21,7 @@ __all__ = [
     "SelectionBias",
     "__version__",
     "activation_topk",
+    "block_experts",
     "custom_call_targets",
     "dense_router",
     "expert_dispatch",

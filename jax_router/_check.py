@@ -122,6 +122,13 @@ def static_int(name: str, value: Any, low: int, high: int | None, meaning: str =
     raise ValueError(f"{name} must be {limits}{meaning}, got {value}")
 
 
+def concrete_int(name: str, value: Any, low: int) -> int:
+    """A Python integer of at least `low`, which no size decides."""
+    if is_symbolic_dim(value):
+        raise TypeError(f"{name} must be an int, got the symbolic dimension {value}")
+    return static_int(name, value, low, None)
+
+
 def static_float(name: str, value: Any) -> float:
     """A Python number that f32 can hold."""
     try:

@@ -127,6 +127,9 @@ OPS = {
     ),
     "dense_router, bf16 x and f32 weight": Case(call_half, (X, WEIGHT), (0, 1)),
     "expert_dispatch": Case(partial(jax_router.expert_dispatch, num_experts=16), (Operand("ids", (2,)),)),
+    "expert_dispatch, aligned, capacity": Case(
+        partial(jax_router.expert_dispatch, num_experts=16, align=4, capacity=3), (Operand("ids", (2,)),)
+    ),
 }  # fmt: skip
 
 

@@ -59,8 +59,8 @@ RIGHT = {
     ),
     "expert_dispatch": (
         {"expert_ids": I32(3, 2)},
-        {"token_index": I32(6), "slot": I32(3, 2), "group_sizes": I32(8)},
-        {"num_experts": np.int64(8)},
+        {"token_index": I32(24), "slot": I32(3, 2), "group_sizes": I32(8)},
+        {"num_experts": np.int64(8), "align": np.int64(4), "capacity": np.int64(5)},
     ),
     "dense_router": (
         {"x": F32(3, 16), "weight": F32(8, 16)},
@@ -141,6 +141,11 @@ WRONG = {
     "topk_select: lengths": ("topk_select", {"lengths": I16(3), **LENGTHS}, "lengths int32 int16"),
     "topk_select: sorted": ("topk_select", {"sorted": None}, "sorted bool none"),
     "expert_dispatch: experts": ("expert_dispatch", {"num_experts": np.int64(4097)}, "num_experts 1 to 4096 4097"),
+    "expert_dispatch: align": ("expert_dispatch", {"align": np.int64(0)}, "align 1 to 2147483647 0"),
+    "expert_dispatch: slots past int32": ("expert_dispatch", {"align": np.int64(2**30)}, "align 2^31 - 1 1073741824"),
+    "expert_dispatch: capacity": ("expert_dispatch", {"capacity": np.int64(-1)}, "capacity 0 to 2147483647 -1"),
+    "expert_dispatch: no capacity": ("expert_dispatch", {"capacity": None}, "capacity int64 none"),
+    "expert_dispatch: slots of another align": ("expert_dispatch", {"align": np.int64(2)}, "token_index 12] [24]"),
     "expert_dispatch: k of 4": ("expert_dispatch", {"slot": I32(3, 4)}, "slot 3, 2] int32 [3, 4]"),
     "expert_dispatch: ids of one axis": ("expert_dispatch", {"expert_ids": I32(6)}, "expert_ids 2 axes int32 [6]"),
     "expert_dispatch: sizes": ("expert_dispatch", {"group_sizes": I32(9)}, "group_sizes 8] int32 [9]"),

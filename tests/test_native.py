@@ -202,9 +202,37 @@ def test_topk_select_lengths(length, k, sorted, rng):
 )
 def test_expert_dispatch(tokens, k, num_experts, rng):
     ids = rng.integers(-1, num_experts + 1, (tokens, k)).astype(np.int32)
-    for got, want in zip(native("expert_dispatch", num_experts=num_experts)(ids), dispatch(ids, num_experts)):
-        assert got.dtype == jnp.int32
-        np.testing.assert_array_equal(got, want)
+    assert_dispatch(ids, num_experts)
+
+
+def assert_dispatch(ids, num_experts, **layout):
+    got = native("expert_dispatch", num_experts=num_experts, **layout)(ids)
+    for mine, want in zip(got, dispatch(ids, num_experts, **layout), strict=True):
+        assert mine.dtype == jnp.int32
+        np.testing.assert_array_equal(mine, want, err_msg=str(layout))
+
+
+LAYOUTS = list(itertools.product((1, 16, 64, 128, 256, 100), (None, 0, 1, 37, 512)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_experts"), [(1, 256), (300, 256), (300, 1), (4096, 256), (9000, 36), (9000, 4096), (70000, 64)]
+)
+def test_expert_dispatch_in_tiles_and_within_a_capacity(tokens, num_experts, rng):
+    """At sizes that every kernel has its part of, with loads from none to all of the capacity."""
+    ids = np.minimum(rng.geometric(min(4 / num_experts, 1), (tokens, 6)) - 2, num_experts).astype(np.int32)
+    for align, capacity in LAYOUTS:
+        assert_dispatch(ids, num_experts, align=align, capacity=capacity)
+
+
+def test_expert_dispatch_of_several_sorts_in_tiles(rng):
+    ids = rng.integers(-1, 37, (3, 50, 4)).astype(np.int32)
+    for align, capacity in LAYOUTS:
+        layout = {"align": align, "capacity": capacity}
+        got = jax.vmap(native("expert_dispatch", num_experts=36, **layout))(ids)
+        for one, *mine in zip(ids, *got):
+            for leaf, want in zip(mine, dispatch(one, 36, **layout)):
+                np.testing.assert_array_equal(leaf, want, err_msg=str(layout))
 
 
 def test_expert_dispatch_of_one_expert_and_none(rng):

@@ -68,7 +68,7 @@ GRADIENT_LAYOUTS = [LAYOUTS["rows"], LAYOUTS["two axes"]]
 
 SORTS = "expert_dispatch, one sort a batch entry"
 TOKEN_OPS = {
-    **{op: case for op, case in OPS.items() if op != "expert_dispatch"},
+    **{op: case for op, case in OPS.items() if not op.startswith("expert_dispatch")},
     SORTS: Case(partial(jax_router.expert_dispatch, num_experts=16), (Operand("ids", (20, 2)),)),
 }
 

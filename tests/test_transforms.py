@@ -138,7 +138,7 @@ def vmap(op):
 
 def vmap_of_vmap(op):
     """The inner one over shared operands too, down to problems without an axis of tokens where the op takes such."""
-    tokens = (T,) if op == "expert_dispatch" else ()
+    tokens = (T,) if op.startswith("expert_dispatch") else ()
     outer = [0 if operand.per_token else None for operand in OPS[op].operands]
     values = OPS[op].draw(2, B, *tokens)
     values = [np.stack([np.roll(v, i, 0) for i in range(B)]) if axis is None else v for axis, v in zip(outer, values)]
@@ -376,6 +376,43 @@ def test_policies_of_checkpoint_know_the_routing(op, policy, selections):
     gradient = jax.make_jaxpr(jax.grad(lambda *values: jnp.sin(call(*values))))(*OPS[op].draw(T))
     name = f"jax_router.{op.partition(',')[0]}"
     assert len(re.findall(rf"= {name}\[", str(gradient))) == selections
+
+
+@pytest.mark.parametrize(
+    ("policy", "sorts"),
+    [
+        (None, 2),
+        (jax.checkpoint_policies.save_only_these_names("jax_router.dispatch"), 1),
+        (jax.checkpoint_policies.everything_saveable, 1),
+    ],
+)
+def test_policies_of_checkpoint_know_the_dispatch(policy, sorts, implementation, rng):
+    """With the name saved, the backward pass sorts nothing again, and selects nothing again for the sort."""
+    logits, x = draw(rng, "logits", T, 16), draw(rng, "x", T, 8)
+
+    def layer(logits, x):
+        ids = jax_router.activation_topk(logits, top_k=3, implementation=implementation).expert_ids
+        token_index, slot, _ = jax_router.expert_dispatch(ids, 16, align=4, implementation=implementation)
+        return (jnp.sin(x[token_index])[slot] ** 2).sum()
+
+    call = jax.checkpoint(layer, policy=policy)
+    gradient = jax.grad(lambda x: jnp.sin(call(logits, x)))
+    text = str(jax.make_jaxpr(gradient)(x))
+    sort, select = (
+        (r"= jax_router\.expert_dispatch\[", r"= jax_router\.activation_topk\[")
+        if implementation == "native"
+        else (r"= sort\[", r"= top_k\[")
+    )
+    assert len(re.findall(sort, text)) == len(re.findall(select, text)) == sorts
+    assert_close(gradient(x), jax.grad(lambda x: jnp.sin(layer(logits, x)))(x))
+
+
+def test_names_for_checkpoint_cost_nothing(rng):
+    """No copy of what the kernel wrote."""
+    ids = draw(rng, "ids", 64, 4)
+    text = jax.jit(partial(jax_router.expert_dispatch, num_experts=16)).lower(ids).compile().as_text()
+    assert "custom-call" in text
+    assert not re.search(r" (copy|fusion|add)\(", text), text
 
 
 @pytest.mark.parametrize("op", ["route_at", "scored_hash_router"])

@@ -231,8 +231,14 @@ struct Target<ExpertDispatch> {
     op.k = expert_ids.size<int32_t>(0, {1, kMaxInt32});
     op.tokens = expert_ids.size<int64_t>(1, {0, kMaxInt32 / op.k});
     op.experts = call.integer<int32_t>("num_experts", {1, kMaxExperts});
+    op.align = call.integer<int32_t>("align", {1, kMaxInt32});
+    op.capacity = call.integer<int32_t>("capacity", {0, kMaxInt32});
+    const int64_t slots = slots_of(op);
+    if (slots > kMaxInt32) {
+      call.must_be("align", "such that there are at most 2^31 - 1 slots", std::to_string(op.align));
+    }
     op.expert_ids = expert_ids.numbers<int32_t>(op.batch, {op.tokens, op.k});
-    op.token_index = call.result("token_index").numbers<int32_t>(op.batch, {op.tokens * op.k});
+    op.token_index = call.result("token_index").numbers<int32_t>(op.batch, {slots});
     op.slot = call.result("slot").numbers<int32_t>(op.batch, {op.tokens, op.k});
     op.group_sizes = call.result("group_sizes").numbers<int32_t>(op.batch, {op.experts});
     op.workspace = read_workspace(call.optional_result("workspace"));

@@ -395,13 +395,21 @@ inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, 
   return Maker::with_ids(make.finish(op, {choices * size_of(dtype), 4 * choices}, set), 1, length);
 }
 
-inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts) {
-  make.name("expert_dispatch", {{"batch ", batch}, {"N", tokens}, {"E", experts}, {"k", k}});
+inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts, int32_t align = 1,
+                            int32_t capacity = INT32_MAX) {
+  make.name("expert_dispatch", {{"batch ", batch},
+                                {"N", tokens},
+                                {"E", experts},
+                                {"k", k},
+                                {"align ", align},
+                                {"capacity ", capacity}});
   ExpertDispatch op{};
   op.batch = batch;
   op.tokens = tokens;
   op.k = k;
   op.experts = experts;
+  op.align = align;
+  op.capacity = capacity;
   op.expert_ids = make.ids(batch * tokens * k, experts);
   const size_t choices = batch * tokens * k;
   const auto set = [](ExpertDispatch& op, const Results& results) {
@@ -409,8 +417,10 @@ inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t 
     op.slot = results.get<int32_t>(1);
     op.group_sizes = results.get<int32_t>(2);
   };
-  const std::vector<size_t> bytes{4 * choices, 4 * choices, 4 * static_cast<size_t>(batch * experts)};
-  return Maker::with_ids(make.finish(op, bytes, set), 1, tokens * k);
+  const int64_t slots = slots_of(op);
+  const std::vector<size_t> bytes{4 * static_cast<size_t>(batch * slots), 4 * choices,
+                                  4 * static_cast<size_t>(batch * experts)};
+  return Maker::with_ids(make.finish(op, bytes, set), 1, slots);
 }
 
 }  // namespace jax_router::launches

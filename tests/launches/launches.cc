@@ -156,6 +156,12 @@ void expert_dispatch_cases(const Visit& visit) {
   visit(expert_dispatch(make, 1, 5000, 6, 256));
   visit(expert_dispatch(make, 1, 60000, 6, 256));
   for (int32_t experts : {256, 4096}) visit(expert_dispatch(make, 40, 6000, 6, experts));
+  // Groups that end in slots without a choice, and groups that drop choices, in every kernel.
+  for (int32_t experts : {36, 4096})
+    for (int64_t tokens : {1, 200, 1400, 9000, 70000})
+      for (int32_t align : {1, 100, 128})
+        for (int32_t capacity : {0, 1, 100, INT32_MAX})
+          visit(expert_dispatch(make, 1, tokens, 6, experts, align, capacity));
 }
 
 // The cases of an op, and its kernels, each of which must be in the plans of one of them.
