@@ -3,6 +3,7 @@
 from . import _primitive, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
+from ._expert_counts import expert_counts
 from ._expert_dispatch import block_experts, expert_dispatch
 from ._hash_router import hash_router
 from ._native import custom_call_targets
@@ -24,6 +25,7 @@ __all__ = [
     "block_experts",
     "custom_call_targets",
     "dense_router",
+    "expert_counts",
     "expert_dispatch",
     "hash_router",
     "random_hash_table",

@@ -18,7 +18,6 @@ from ._primitive import Op, Operand, Result
 from ._shapes import dispatch_slots, numbers
 from ._types import Dispatch, Implementation
 
-
 # For `jax.checkpoint_policies.save_only_these_names`.
 _DISPATCH = "jax_router.dispatch"
 
@@ -71,12 +70,12 @@ def expert_dispatch(
     align = _check.concrete_int("align", align, 1)
     if capacity is not None:
         capacity = _check.concrete_int("capacity", capacity, 0)
-    choices = _check_choices(expert_ids)
+    choices = _check.choices("expert_ids", expert_ids)
     slots = dispatch_slots(choices, num_experts, align, capacity)
     if isinstance(slots, int) and slots > _check.MAX_SIZE:
         raise ValueError(
-            f"align = {align} with num_experts = {num_experts} and expert_ids of shape {expert_ids.shape} needs {slots} "
-            f"slots; there must be at most 2^31 - 1 = {_check.MAX_SIZE}, which int32 numbers"
+            f"align = {align} with num_experts = {num_experts} and expert_ids of shape {expert_ids.shape} needs "
+            f"{slots} slots; there must be at most 2^31 - 1 = {_check.MAX_SIZE}, which int32 numbers"
         )
     expert_ids = as_int32_ids(expert_ids, num_experts)
     (whole,) = _sharding.align([expert_ids], [expert_ids.ndim])
@@ -122,24 +121,6 @@ def block_experts(dispatch: Dispatch, align: int) -> Array:
     # As many groups as end before a block are before it; one comparison of each with each is one fusion.
     expert = (ends[..., :, None] <= first).sum(axis=-2, dtype=jnp.int32)
     return jnp.where(expert == num_experts, -1, expert)
-
-
-def _check_choices(expert_ids: Array) -> Any:
-    """How many choices there are; expert_ids must have tokens and choices, and not too many."""
-    if expert_ids.ndim < 2:
-        raise ValueError(
-            f"expert_ids must have shape [..., k], with an axis of tokens before that of their choices, got "
-            f"{expert_ids.shape}: give [N, 1] for N tokens of one choice, and [1, k] for one token"
-        )
-    if expert_ids.shape[-1] < 1:
-        raise ValueError(f"expert_ids must have at least one choice a token, got shape {expert_ids.shape}")
-    choices = prod(expert_ids.shape)
-    if isinstance(choices, int) and choices > _check.MAX_SIZE:
-        raise ValueError(
-            f"expert_ids must have at most 2^31 - 1 = {_check.MAX_SIZE} choices in all, which int32 numbers; got shape "
-            f"{expert_ids.shape}"
-        )
-    return choices
 
 
 def _reference(expert_ids: Array, *, num_experts: int, align: int, capacity: int) -> Dispatch:

@@ -1,4 +1,4 @@
-"""Ranks that are spelled out, since the ops run under `jax_numpy_rank_promotion="raise"`, and the slots of a dispatch."""
+"""Ranks that are spelled out, for `jax_numpy_rank_promotion="raise"`, and the number of slots of a dispatch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def numbers(size: Any, ndim: int) -> Array:
 
 
 def dispatch_slots(choices: Any, num_experts: Any, align: int, capacity: int | None) -> Any:
-    """The slots of a dispatch: the smallest multiple of `align` that suffices whatever the ids are. Sizes may be symbolic.
+    """The slots of a dispatch, of symbolic sizes too: the smallest multiple of `align` that suffices for any ids.
 
-    Most are needed where every group has a choice, which opens the first `align` slots of it, and the other choices open
-    as many more as they can, while there is room for one in a group.
+    Most are needed where every group has a choice, which opens the first `align` slots of it, and the other choices
+    open as many more as they can, while there is room for one in a group.
     """
     if align == 1 and capacity is None:
         return choices

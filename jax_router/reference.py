@@ -268,6 +268,17 @@ def dense_router(
     )
 
 
+def expert_counts(expert_ids: Array, num_experts: int, *, token_mask: Array | None = None) -> Array:
+    """See `jax_router.expert_counts`; the counts of the tokens that are given here, without a sum over named axes."""
+    expert_ids = as_int32_ids(expert_ids, num_experts)
+    # Not bincount: it would count an id of -1 for expert 0.
+    valid = (expert_ids >= 0) & (expert_ids < num_experts)
+    if token_mask is not None:
+        valid &= token_mask[..., None]
+    group = jnp.where(valid, expert_ids, num_experts).reshape(-1)
+    return jnp.zeros(num_experts, jnp.int32).at[group].add(1, mode="drop")
+
+
 def expert_dispatch(expert_ids: Array, num_experts: int, *, align: int = 1, capacity: int | None = None) -> Dispatch:
     """See `jax_router.expert_dispatch`."""
     flat = as_int32_ids(expert_ids, num_experts).reshape(-1)

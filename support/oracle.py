@@ -108,6 +108,14 @@ def hash_router(token_ids, hash_lut, scale=1.0):
     return weights, ids
 
 
+def counts(ids, num_experts, token_mask=None):
+    """How often each expert was chosen."""
+    ids = np.asarray(ids)
+    if token_mask is not None:
+        ids = ids[np.asarray(token_mask)]
+    return np.array([np.count_nonzero(ids == expert) for expert in range(num_experts)], np.int32)
+
+
 def dispatch(ids, num_experts, align=1, capacity=None):
     """(token_index, slot, group_sizes), an expert at a time."""
     ids = np.asarray(ids)

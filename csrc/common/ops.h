@@ -161,6 +161,18 @@ JR_HOST_DEVICE int64_t slots_of(const ExpertDispatch& op) {
   return groups == 0 ? 0 : op.align * (groups + (by_choices < by_capacity ? by_choices : by_capacity));
 }
 
+// How often each expert was chosen. Ids outside [0, experts) and the ids of masked tokens count nowhere.
+struct ExpertCounts {
+  int64_t batch;   // independent problems
+  int64_t tokens;  // of one
+  int32_t k;
+  int32_t experts;
+  const int32_t* expert_ids;  // [batch, tokens, k], any values
+  const uint8_t* token_mask;  // optional, [batch, tokens]: the lowest bit of a byte counts, as in is_masked
+  int32_t* counts;            // [batch, experts]
+  Workspace workspace;
+};
+
 // logits = x @ weight^T (+ logit_bias) in f32, and ActivationTopk on them.
 struct DenseRouter {
   DType operand_dtype;  // of x and weight

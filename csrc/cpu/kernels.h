@@ -20,5 +20,6 @@ void run(const RouteAt& op, const ParallelFor& parallel_for);
 void run(const RouteCotangent& op, const ParallelFor& parallel_for);
 void run(const TopkSelect& op, const ParallelFor& parallel_for);
 void run(const ExpertDispatch& op, const ParallelFor& parallel_for);
+void run(const ExpertCounts& op, const ParallelFor& parallel_for);
 
 }  // namespace jax_router::cpu

@@ -48,17 +48,6 @@ __device__ Shared carve_shared(const SortLayout& layout, int threads) {
   return shared;
 }
 
-__device__ void wait_for_earlier_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ void let_later_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Sum of x over the threads before this one; `total` is the sum over all. Ends with a barrier.
 template <int kThreads>
 __device__ uint32_t exclusive_sum(uint32_t x, uint32_t& total) {
@@ -325,12 +314,11 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
   cluster_wait();
 }
 
-// Long sorts, second kernel: one block a chunk, tile after tile. Once a block has read its part of chunk_counts, it keeps
-// kept_end there from tile to tile.
+// Long sorts, second kernel: one block a chunk, tile after tile. Once a block has read its part of chunk_counts, it
+// keeps kept_end there from tile to tile.
 template <int kThreads, uint32_t kClusters, uint32_t kRounds>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
-    expert_dispatch_sort(SortLayout layout, ExpertDispatch op, uint32_t* chunk_counts,
-                         const uint32_t* cluster_counts) {
+    expert_dispatch_sort(SortLayout layout, ExpertDispatch op, uint32_t* chunk_counts, const uint32_t* cluster_counts) {
   const Shared shared = carve_shared(layout, kThreads);
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = blockIdx.x % layout.chunks;
@@ -359,7 +347,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       };
       find_slots<kThreads>(layout, shared, counts, chunk, op.group_sizes + sort * layout.experts, token_index);
       if (layout.may_drop() && end < chunk_end) {  // a thread has the same bins here, in find_slots and below
-        for (uint32_t bin = threadIdx.x; bin < layout.experts; bin += kThreads) chunk_counts[bin] = shared.kept_end[bin];
+        for (uint32_t bin = threadIdx.x; bin < layout.experts; bin += kThreads)
+          chunk_counts[bin] = shared.kept_end[bin];
       }
     } else if (layout.may_drop()) {
       __syncthreads();

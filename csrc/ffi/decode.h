@@ -245,6 +245,23 @@ struct Target<ExpertDispatch> {
   }
 };
 
+template <>
+struct Target<ExpertCounts> {
+  static constexpr const char* kName = "expert_counts";
+
+  static void read(Call& call, ExpertCounts& op) {
+    const Argument expert_ids = call.operand("expert_ids");
+    op.batch = expert_ids.rows(2);
+    op.k = expert_ids.size<int32_t>(0, {1, kMaxInt32});
+    op.tokens = expert_ids.size<int64_t>(1, {0, kMaxInt32 / op.k});
+    op.experts = call.integer<int32_t>("num_experts", {1, kMaxExperts});
+    op.expert_ids = expert_ids.numbers<int32_t>(op.batch, {op.tokens, op.k});
+    op.token_mask = call.optional_operand("token_mask").numbers<uint8_t>(op.batch, {op.tokens});
+    op.counts = call.result("counts").numbers<int32_t>(op.batch, {op.experts});
+    op.workspace = read_workspace(call.optional_result("workspace"));
+  }
+};
+
 template <typename Op>
 Declaration declaration() {
   Declaration result;
@@ -256,6 +273,6 @@ Declaration declaration() {
 
 // Every op there is. A backend serves those that it has a kernel for.
 using Ops = std::tuple<HashRouter, ActivationTopk, RouteAt, ScoredHashRouter, RouteCotangent, TopkSelect,
-                       ExpertDispatch, DenseRouter>;
+                       ExpertDispatch, ExpertCounts, DenseRouter>;
 
 }  // namespace jax_router

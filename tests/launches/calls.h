@@ -397,12 +397,8 @@ inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, 
 
 inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts, int32_t align = 1,
                             int32_t capacity = INT32_MAX) {
-  make.name("expert_dispatch", {{"batch ", batch},
-                                {"N", tokens},
-                                {"E", experts},
-                                {"k", k},
-                                {"align ", align},
-                                {"capacity ", capacity}});
+  make.name("expert_dispatch",
+            {{"batch ", batch}, {"N", tokens}, {"E", experts}, {"k", k}, {"align ", align}, {"capacity ", capacity}});
   ExpertDispatch op{};
   op.batch = batch;
   op.tokens = tokens;

@@ -14,6 +14,7 @@
 
 #include "activation_topk.h"
 #include "dense_router.h"
+#include "expert_counts.h"
 #include "expert_dispatch.h"
 #include "hash_router.h"
 #include "route_at.h"
