@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from jax_router import (
     activation_topk,
     dense_router,
+    expert_counts,
     expert_dispatch,
     hash_router,
     route_at,
     scored_hash_router,
     topk_select,
 )
+from jax_router._shapes import dispatch_slots
 from support.models import MODELS, Model
 from support.programs import load_example
 
@@ -276,15 +278,28 @@ def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False, wei
     )
 
 
-def expert_dispatch_case(num_experts: int, top_k: int, tokens: int) -> Case:
+def expert_dispatch_case(num_experts: int, top_k: int, tokens: int, align: int = 1) -> Case:
     def run(expert_ids, *, implementation):
-        return expert_dispatch(expert_ids, num_experts, implementation=implementation)
+        return expert_dispatch(expert_ids, num_experts, align=align, implementation=implementation)
 
+    slots = dispatch_slots(tokens * top_k, num_experts, align, None)
     return Case(
-        f"expert_dispatch/E{num_experts}/k{top_k}/N{tokens}",
+        f"expert_dispatch/E{num_experts}/k{top_k}/N{tokens}" + (f"/align{align}" if align > 1 else ""),
         (Spec((tokens, top_k), jnp.int32, bound=num_experts),),
         _both(run),
-        tokens * top_k * 12 + num_experts * 4,
+        tokens * top_k * 8 + slots * 4 + num_experts * 4,
+    )
+
+
+def expert_counts_case(num_experts: int, top_k: int, tokens: int) -> Case:
+    def run(expert_ids, *, implementation):
+        return expert_counts(expert_ids, num_experts, implementation=implementation)
+
+    return Case(
+        f"expert_counts/E{num_experts}/k{top_k}/N{tokens}",
+        (Spec((tokens, top_k), jnp.int32, bound=num_experts),),
+        _both(run),
+        tokens * top_k * 4 + num_experts * 4,
     )
 
 
@@ -316,6 +331,7 @@ _BUILDERS: dict[str, Callable[..., Case]] = {
     r"dense_router/bf16/D(\d+)/E(\d+)/k(\d+)/N(\d+)": _dense_case,
     r"dense_router/bf16xf32/D(\d+)/E(\d+)/k(\d+)/N(\d+)": partial(_dense_case, weight_dtype=jnp.float32),
     r"expert_dispatch/E(\d+)/k(\d+)/N(\d+)": expert_dispatch_case,
+    r"expert_counts/E(\d+)/k(\d+)/N(\d+)": expert_counts_case,
 }
 
 
@@ -347,6 +363,9 @@ def _variants() -> Iterator[Case]:
     yield sparse_attention_case(65536, 512)
     for tokens in (1, 4096):
         yield dense_router_case(_FLASH, tokens, with_bias=True)
+    for tokens in (64, 4096, 65536):
+        for align in (16, 128):
+            yield expert_dispatch_case(256, 6, tokens, align)
 
 
 def gpu_cases() -> list[Case]:
@@ -370,4 +389,6 @@ def cpu_cases() -> list[Case]:
         topk_select_case(16384, 256, 6, is_sorted=True),
         dense_router_case(_FLASH, 8),
         expert_dispatch_case(256, 6, 16384),
+        expert_dispatch_case(256, 6, 16384, align=128),
+        expert_counts_case(256, 6, 65536),
     ]

@@ -14,7 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_router import activation_topk, dense_router, expert_dispatch, hash_router, route_at, topk_select
+from jax_router import (
+    activation_topk,
+    dense_router,
+    expert_counts,
+    expert_dispatch,
+    hash_router,
+    route_at,
+    topk_select,
+)
 from jax_router._logits import router_logits
 from support.models import DTYPES
 
@@ -137,6 +145,7 @@ def _expert_dispatch() -> Iterator[Line]:
         yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8})
     for tokens in (512, 16384):
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
+    yield Line("expert_counts", "tokens", 1, 200000, {"experts": 256, "k": 8})
 
 
 def _others() -> Iterator[Line]:
@@ -206,6 +215,11 @@ def _dispatch(plan: str, tokens: int, experts: int, k: int) -> Program:
     return Contender(sort), (Spec((tokens, k), jnp.int32, bound=experts),)
 
 
+def _counts(plan: str, tokens: int, experts: int, k: int) -> Program:
+    count = partial(expert_counts, num_experts=experts, implementation="native")
+    return Contender(count), (Spec((tokens, k), jnp.int32, bound=experts),)
+
+
 def _hash(plan: str, rows: int, k: int) -> Program:
     vocab_size = 129280
     tokens = Spec((rows,), jnp.int32, bound=vocab_size)
@@ -242,6 +256,7 @@ _PROGRAMS: dict[str, Callable[..., Program]] = {
     "dense_router": _product_and_selection,
     "topk_select": _top_k,
     "expert_dispatch": _dispatch,
+    "expert_counts": _counts,
     "hash_router": _hash,
     "route_at": _weights_at,
     "route_cotangent": _cotangent,

@@ -99,9 +99,16 @@ def call_dense(x, weight, logit_bias, bias, **options):
     return jax_router.dense_router(x, weight, bias, logit_bias=logit_bias, top_k=3, **options)
 
 
+def call_counts(ids, mask, **options):
+    return jax_router.expert_counts(ids, 16, token_mask=mask, **options)
+
+
 def call_half(x, weight, **options):
     return jax_router.dense_router(x.astype(jnp.bfloat16), weight, top_k=3, **options)
 
+
+# What takes all its tokens for one problem.
+OF_ALL_TOKENS = ("expert_dispatch", "expert_counts")
 
 OPS = {
     "hash_router": Case(
@@ -130,6 +137,8 @@ OPS = {
     "expert_dispatch, aligned, capacity": Case(
         partial(jax_router.expert_dispatch, num_experts=16, align=4, capacity=3), (Operand("ids", (2,)),)
     ),
+    "expert_counts": Case(partial(jax_router.expert_counts, num_experts=16), (Operand("ids", (2,)),)),
+    "expert_counts, mask": Case(call_counts, (Operand("ids", (2,)), Operand("mask", ()))),
 }  # fmt: skip
 
 

@@ -62,6 +62,11 @@ RIGHT = {
         {"token_index": I32(24), "slot": I32(3, 2), "group_sizes": I32(8)},
         {"num_experts": np.int64(8), "align": np.int64(4), "capacity": np.int64(5)},
     ),
+    "expert_counts": (
+        {"expert_ids": I32(3, 2)},
+        {"counts": I32(8)},
+        {"num_experts": np.int64(8), "has_token_mask": np.bool_(False)},
+    ),
     "dense_router": (
         {"x": F32(3, 16), "weight": F32(8, 16)},
         {**ROUTING, "workspace": U8(3, 65536)},
@@ -149,6 +154,10 @@ WRONG = {
     "expert_dispatch: k of 4": ("expert_dispatch", {"slot": I32(3, 4)}, "slot 3, 2] int32 [3, 4]"),
     "expert_dispatch: ids of one axis": ("expert_dispatch", {"expert_ids": I32(6)}, "expert_ids 2 axes int32 [6]"),
     "expert_dispatch: sizes": ("expert_dispatch", {"group_sizes": I32(9)}, "group_sizes 8] int32 [9]"),
+    "expert_counts: mask of integers": ("expert_counts", {"token_mask": I8(3), **MASK}, "token_mask bool int8 [3]"),
+    "expert_counts: mask of other tokens": ("expert_counts", {"token_mask": BOOL(2), **MASK}, "token_mask 3] bool [2]"),
+    "expert_counts: experts": ("expert_counts", {"num_experts": np.int64(9)}, "counts 9] int32 [8]"),
+    "expert_counts: floats": ("expert_counts", {"expert_ids": F32(3, 2)}, "expert_ids int32 float32 [3, 2]"),
     "dense_router: no hidden elements": ("dense_router", {"x": F32(3, 0), "weight": F32(8, 0)}, "x 1 to [3, 0]"),
     "dense_router: weight": ("dense_router", {"weight": F32(8, 15)}, "weight 16] float32 [8, 15]"),
     "dense_router: dtypes": ("dense_router", {"weight": BF16(8, 16)}, "weight float32 bfloat16"),

@@ -169,6 +169,10 @@ NUMBERS = {
         ),
     ),
     "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
+    "ExpertCountsNumbers.lone_cluster_choices": (
+        "expert_counts/tokens/E256/k8",
+        ("one cluster", "several clusters"),
+    ),
     "kFewChoiceExperts": ("route_cotangent/experts/f32/N4096/k8", ("f32 few choices", "f32 choices")),
 }
 

@@ -151,6 +151,15 @@ ERRORS = {
                             "capacity int 1.25"),
     "dispatch to too many slots": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3, "align": 2**30}, ValueError,
                                    "align = 1073741824 num_experts = 3 (4, 2) 3221225472 slots 2147483647"),
+    # expert_counts
+    "counts of floats": ("expert_counts", [F32((4, 2))], {"num_experts": 3}, TypeError, "expert_ids integer float32"),
+    "counts of a flat list": ("expert_counts", [I32((12,))], {"num_experts": 3}, ValueError,
+                              "expert_ids [..., k] (12,)"),
+    "counts of none": ("expert_counts", [I32((4, 2))], {"num_experts": 0}, ValueError, "num_experts at least 1 0"),
+    "counts and a mask of choices": ("expert_counts", [I32((4, 2))], {"num_experts": 3, "token_mask": BOOL((4, 2))},
+                                     ValueError, "token_mask (4,) (4, 2)"),
+    "counts and a mask of integers": ("expert_counts", [I32((4, 2))], {"num_experts": 3, "token_mask": I32((4,))},
+                                      TypeError, "token_mask bool int32"),
     # Axes past int32
     "logits of too many tokens": ("activation_topk", [BF16((HUGE, 1))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
     "too many experts": ("activation_topk", [BF16((1, HUGE))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
@@ -238,6 +247,7 @@ def test_traced_scale():
         ("scored_hash_router", [np.ones((4, 16), np.float32), np.ones(4, np.int32), None], "hash_lut"),
         ("dense_router", [np.ones((4, 8), np.float32), None], "weight"),
         ("expert_dispatch", [None], "expert_ids"),
+        ("expert_counts", [None], "expert_ids"),
     ],
 )
 def test_no_array(op, operands, argument):
@@ -271,6 +281,7 @@ def test_advice_without_any_native_module(monkeypatch):
         ("hash_router", [I32((2,)), I32((9, 65))], {}, "top_k = 64 65"),
         ("dense_router", [F32((2, 8)), F32((5000, 8))], {"top_k": 2}, "4096 experts 5000"),
         ("expert_dispatch", [I32((2, 6))], {"num_experts": 5000}, "4096 experts 5000"),
+        ("expert_counts", [I32((2, 6))], {"num_experts": 5000}, "4096 experts 5000"),
     ],
 )
 def test_native_beyond_the_kernels(op, operands, options, words):

@@ -19,6 +19,7 @@ from oracle import (
     assert_same_ids,
     assert_same_routing,
     assert_weights,
+    counts,
     dispatch,
     f64,
     hash_router,
@@ -246,6 +247,36 @@ def test_expert_dispatch_takes_all_leading_axes_for_tokens(rng):
     ids = rng.integers(0, 9, (3, 4, 5, 2)).astype(np.int32)
     for got, want in zip(jax_router.expert_dispatch(jnp.asarray(ids), 9), dispatch(ids, 9)):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "k", "num_experts"),
+    [
+        (1, 1, 1),
+        (1, 6, 256),
+        (65, 7, 7),
+        (1001, 3, 256),
+        (5000, 2, 1023),
+        (4096, 8, 4096),
+        (65536, 6, 256),
+        (99999, 9, 36),
+    ],
+)
+def test_counts_of_experts(tokens, k, num_experts, masked, rng):
+    ids = rng.integers(-1, num_experts + 1, (tokens, k)).astype(np.int32)
+    mask = rng.random(tokens) < 0.7 if masked else None
+    got = native("expert_counts", num_experts=num_experts)(ids, token_mask=mask)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, counts(ids, num_experts, mask))
+
+
+@pytest.mark.parametrize("tokens", [5, 1001, 60001])
+def test_counts_of_experts_in_several_problems(tokens, rng):
+    """Of which the second does not begin where the kernel's loads are aligned."""
+    ids, mask = rng.integers(-1, 37, (3, tokens, 3)).astype(np.int32), rng.random((3, tokens)) < 0.5
+    got = jax.vmap(lambda ids, mask: native("expert_counts", num_experts=36)(ids, token_mask=mask))(ids, mask)
+    np.testing.assert_array_equal(got, [counts(*one, mask) for one, mask in zip(zip(ids, [36] * 3), mask)])
 
 
 @pytest.mark.parametrize(("vocab", "k", "tokens"), [(1, 1, (1,)), (1000, 6, (7, 33)), (129280, 6, (4096,))])

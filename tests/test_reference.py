@@ -18,6 +18,7 @@ from oracle import (
     assert_routes,
     assert_same_ids,
     assert_weights,
+    counts,
     dispatch,
     f64,
     hash_router,
@@ -219,6 +220,15 @@ def test_slots_suffice_and_are_as_few_as_that(align, capacity):
         ]
         want = max(sum(-(-load // align) * align for load in loads) for loads in kept)
         assert dispatch_slots(choices, num_experts, align, capacity) == want
+
+
+def test_counts_of_experts(rng):
+    """The sum of counts of parts is the count of all; ids of -1 are not those of expert 0."""
+    ids, mask = rng.integers(-2, 12, (3, 50, 4)).astype(np.int32), rng.random((3, 50)) < 0.6
+    got = reference_jit("expert_counts", num_experts=10)(ids, token_mask=mask)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, counts(ids, 10, mask))
+    np.testing.assert_array_equal(got, sum(counts(*part) for part in zip(ids, [10] * 3, mask)))
 
 
 def test_block_experts(rng):

@@ -23,7 +23,7 @@ from jax.experimental import checkify
 import jax_router
 from cases import draw
 from jax_router import _native
-from matrix import OPS, Table, assert_close, assert_documented, native, sum_of_squares
+from matrix import OF_ALL_TOKENS, OPS, Table, assert_close, assert_documented, native, sum_of_squares
 from oracle import top_k as oracle_top_k
 
 B, T = 3, 4  # problems, and tokens in each
@@ -138,7 +138,7 @@ def vmap(op):
 
 def vmap_of_vmap(op):
     """The inner one over shared operands too, down to problems without an axis of tokens where the op takes such."""
-    tokens = (T,) if op.startswith("expert_dispatch") else ()
+    tokens = (T,) if op.startswith(OF_ALL_TOKENS) else ()
     outer = [0 if operand.per_token else None for operand in OPS[op].operands]
     values = OPS[op].draw(2, B, *tokens)
     values = [np.stack([np.roll(v, i, 0) for i in range(B)]) if axis is None else v for axis, v in zip(outer, values)]
@@ -164,11 +164,13 @@ def while_loop(op):
     values, (want, _) = expected(op)
 
     def call(*values):
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: tuple(want)))
+        empty = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: tuple(jax.tree.leaves(want)))
+        )
 
         def body(state):
             i, _, out = state
-            results = tuple(native(op)(*problem(op, values, i)))
+            results = tuple(jax.tree.leaves(native(op)(*problem(op, values, i))))
             stored = jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, i, 0), out, results)
             return i + 1, jax.tree.leaves(results)[-1].max(), stored
 

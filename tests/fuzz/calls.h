@@ -39,6 +39,7 @@ class Calls {
     if (target == "route_cotangent") route_cotangent();
     if (target == "topk_select") topk_select();
     if (target == "expert_dispatch") expert_dispatch();
+    if (target == "expert_counts") expert_counts();
     return call_;
   }
 
@@ -120,6 +121,17 @@ class Calls {
     call_.attributes["num_experts"] = experts;
     call_.attributes["align"] = align;
     call_.attributes["capacity"] = capacity;
+  }
+
+  void expert_counts() {
+    const int64_t experts = some_experts(), k = some_choices(12);
+    const int64_t tokens = chance(random_, 10) ? below(random_, 5000) : below(random_, 30);
+    if (batch_.size() == 1) batch_ = {below(random_, 4)};
+    call_.operands = {rows(kS32, {tokens, k}, experts)};
+    if (optional("token_mask")) call_.operands.push_back(rows(kBool, {tokens}));
+    call_.results = {rows(kS32, {experts})};
+    if (chance(random_, 50)) call_.results.push_back(workspace());
+    call_.attributes["num_experts"] = experts;
   }
 
   static constexpr int64_t kNoCapacity = std::numeric_limits<int32_t>::max();

@@ -108,6 +108,13 @@ void touch(const jax_router::ExpertDispatch& op) {
   write_over(op.workspace.data, op.workspace.bytes);
 }
 
+void touch(const jax_router::ExpertCounts& op) {
+  look_at(op.expert_ids, 4 * op.batch * op.tokens * op.k);
+  look_at(op.token_mask, op.batch * op.tokens);
+  write_over(op.counts, 4 * op.batch * op.experts);
+  write_over(op.workspace.data, op.workspace.bytes);
+}
+
 // Whether the memory of this thread's call is there to be touched.
 thread_local bool memory_is_there = true;
 
@@ -203,6 +210,8 @@ void check_results(const Call& call, const Frame& frame) {
     check_between(result(0), -1, tokens);
     check_between(result(1), -1, slots);
     check_between(result(2), 0, slots + 1);
+  } else if (call.target == "expert_counts") {
+    check_between(result(0), 0, last(call.operands[0], 0) * last(call.operands[0], 1) + 1);
   } else if (call.target != "hash_router" && call.target != "route_cotangent") {
     check_between(result(1), -1, last(call.operands[0], 0));
   }

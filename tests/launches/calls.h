@@ -419,4 +419,17 @@ inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t 
   return Maker::with_ids(make.finish(op, bytes, set), 1, slots);
 }
 
+inline Call expert_counts(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts) {
+  make.name("expert_counts", {{"batch ", batch}, {"N", tokens}, {"E", experts}, {"k", k}});
+  ExpertCounts op{};
+  op.batch = batch;
+  op.tokens = tokens;
+  op.k = k;
+  op.experts = experts;
+  op.expert_ids = make.ids(batch * tokens * k, experts);
+  if (make.pick({false, true})) op.token_mask = make.mask(batch * tokens);
+  const auto set = [](ExpertCounts& op, const Results& results) { op.counts = results.get<int32_t>(0); };
+  return Maker::with_ids(make.finish(op, {4 * static_cast<size_t>(batch * experts)}, set), 0, tokens * k + 1);
+}
+
 }  // namespace jax_router::launches

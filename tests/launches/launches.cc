@@ -164,6 +164,14 @@ void expert_dispatch_cases(const Visit& visit) {
           visit(expert_dispatch(make, 1, tokens, 6, experts, align, capacity));
 }
 
+void expert_counts_cases(const Visit& visit) {
+  Maker make;
+  for (int32_t experts : {1, 36, 256, 4096})
+    for (int32_t k : {1, 6})
+      for (int64_t choices : {1, 203, 8200, 40000, 500000})  // one block, clusters, several of them
+        for (int64_t batch : {1, 3}) visit(expert_counts(make, batch, (choices + k - 1) / k, k, experts));
+}
+
 // The cases of an op, and its kernels, each of which must be in the plans of one of them.
 struct OpCases {
   void (*visit)(const Visit&);
@@ -177,6 +185,7 @@ std::vector<std::string> instances_of(const cuda::Device& device) {
 
 const std::map<std::string, OpCases> kOps = {{"activation_topk", {activation_topk_cases, instances_of<ActivationTopk>}},
                                              {"dense_router", {dense_router_cases, instances_of<DenseRouter>}},
+                                             {"expert_counts", {expert_counts_cases, instances_of<ExpertCounts>}},
                                              {"expert_dispatch", {expert_dispatch_cases, instances_of<ExpertDispatch>}},
                                              {"hash_router", {hash_router_cases, instances_of<HashRouter>}},
                                              {"route_at", {route_at_cases, instances_of<RouteAt>}},
@@ -329,6 +338,9 @@ int run_stress() {
   calls.push_back(topk_select(make, DType::kBF16, 4, 65536, 512, true, true, Content::kTies));
   calls.push_back(expert_dispatch(make, 1, 512, 6, 256));
   calls.push_back(expert_dispatch(make, 1, 8192, 6, 384));
+  calls.push_back(expert_dispatch(make, 1, 8192, 6, 256, 128, 200));
+  calls.push_back(expert_counts(make, 1, 8192, 6, 256));
+  calls.push_back(expert_counts(make, 1, 90000, 6, 256));
   calls.push_back(activation_topk(make, DType::kF32, 64, 256, 6, Keys::kBias, 1, Content::kOrdinary));
 
   std::vector<std::vector<std::vector<char>>> want;
