@@ -314,10 +314,18 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
   cluster_wait();
 }
 
+// Of the long sorts' second kernel, on a multiprocessor at once: with 64 registers each, but before compute
+// capability 9.0, where the compiler wants some more, and there are fewer blocks than multiprocessors.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kLongSortThreads = 768;
+#else
+constexpr int kLongSortThreads = 1024;
+#endif
+
 // Long sorts, second kernel: one block a chunk, tile after tile. Once a block has read its part of chunk_counts, it
 // keeps kept_end there from tile to tile.
 template <int kThreads, uint32_t kClusters, uint32_t kRounds>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, kLongSortThreads / kThreads)
     expert_dispatch_sort(SortLayout layout, ExpertDispatch op, uint32_t* chunk_counts, const uint32_t* cluster_counts) {
   const Shared shared = carve_shared(layout, kThreads);
   const int64_t sort = blockIdx.x / layout.chunks;
