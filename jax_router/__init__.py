@@ -1,6 +1,6 @@
 """A mixture-of-experts router, native to JAX: CUDA and CPU kernels under jit, grad, vmap and sharding."""
 
-from . import _primitive, reference
+from . import _primitive, balance, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._expert_counts import expert_counts
@@ -22,6 +22,7 @@ __all__ = [
     "SelectionBias",
     "__version__",
     "activation_topk",
+    "balance",
     "block_experts",
     "custom_call_targets",
     "dense_router",
