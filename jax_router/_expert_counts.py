@@ -61,25 +61,27 @@ def expert_counts(
     operands = {"expert_ids": as_int32_ids(expert_ids, num_experts)}
     if token_mask is not None:
         operands["token_mask"] = _check.mask_array("token_mask", token_mask, expert_ids.shape[:-1])
-    axes = expert_ids.ndim - 1
-    split = _sharding.split_axis if _sharding.may_split(expert_ids) else None
-    operands = {name: _problems(value, axes, split) for name, value in operands.items()}
+    may_split = _sharding.may_split(expert_ids) and all(isinstance(size, int) for size in expert_ids.shape)
+    as_problems = _as_parts if may_split else _as_one_problem
+    operands = {name: as_problems(value, expert_ids.ndim - 1) for name, value in operands.items()}
     (counts,) = _EXPERT_COUNTS(operands, num_experts=num_experts, implementation=_check.implementation(implementation))
-    counts = jnp.sum(counts, axis=tuple(range(counts.ndim - 1)), dtype=jnp.int32) if counts.ndim > 1 else counts
+    if counts.ndim > 1:
+        counts = counts.sum(axis=tuple(range(counts.ndim - 1)), dtype=jnp.int32)
     return counts if axis_name is None else lax.psum(counts, axis_name)
 
 
-def _problems(value: Array, token_axes: int, split: Any) -> Array:
-    """The operand as one problem, `[N, ...]`, or where XLA may split its tokens, as problems that it can split.
+def _as_one_problem(value: Array, token_axes: int) -> Array:
+    return value.reshape(prod(value.shape[:token_axes]), *value.shape[token_axes:])
 
-    That is over the leading axes and over parts of the last axis of tokens: as many as there are devices, or as divide
-    it. XLA then counts each on the device where it lies, and sums the counts of all.
+
+def _as_parts(value: Array, token_axes: int) -> Array:
+    """Where XLA may split the tokens over devices: as problems that it can split, and whose counts it then sums.
+
+    That is over the leading axes and over parts of the last axis of tokens, as many as there are devices, or as divide
+    both: so each device counts the tokens that it has.
     """
-    *tokens, last = value.shape[:token_axes]
-    own = value.shape[token_axes:]
-    if split is None or not all(isinstance(size, int) for size in value.shape):
-        return value.reshape(prod(tokens) * last, *own)
-    return split(value, token_axes - 1, max(gcd(last, jax.device_count()), 1))
+    last = value.shape[token_axes - 1]
+    return _sharding.split_axis(value, token_axes - 1, max(gcd(last, jax.device_count()), 1))
 
 
 def _reference(expert_ids: Array, token_mask: Array | None = None, *, num_experts: int) -> list[Array]:
