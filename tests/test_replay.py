@@ -102,9 +102,10 @@ def test_tokens_with_an_unset_id_are_routed(name, tokens, rng):
     unset = (given < 0).any(-1)
     got = router(**tokens, expert_ids=jnp.asarray(given, jnp.int16), unset="route")
     np.testing.assert_array_equal(got.expert_ids, np.where(unset[..., None], own.expert_ids, given))
-    np.testing.assert_array_equal(np.asarray(got.weights)[unset], np.asarray(own.weights)[unset])
+    # Programs of their own, which a GPU may round each in its own way.
+    np.testing.assert_allclose(np.asarray(got.weights)[unset], np.asarray(own.weights)[unset], rtol=1e-5)
     replayed = router(tokens["x"], expert_ids=jnp.asarray(given, jnp.int16))
-    np.testing.assert_array_equal(np.asarray(got.weights)[~unset], np.asarray(replayed.weights)[~unset])
+    np.testing.assert_allclose(np.asarray(got.weights)[~unset], np.asarray(replayed.weights)[~unset], rtol=1e-5)
     masked = router(**tokens, expert_ids=jnp.asarray(given, jnp.int16), unset="route", token_mask=~unset)
     np.testing.assert_array_equal(masked.expert_ids, np.where(unset[..., None], -1, given))
 
@@ -126,7 +127,10 @@ def test_what_tokens_without_experts_hold_reaches_no_gradient(name, unset, token
         return nnx.jit(nnx.grad(loss, argnums=(0, 1)))(router, x)
 
     poisoned = jnp.where(without[..., None], jnp.nan, tokens["x"])
-    assert_same(gradients(poisoned), gradients(tokens["x"]))
+    got, want = gradients(poisoned), gradients(tokens["x"])
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # The gradient of a scale an expert is a scatter-add, whose order a GPU does not keep.
+        np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-7)
 
 
 def test_under_a_scan_over_layers(tokens):
