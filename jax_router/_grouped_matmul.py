@@ -109,7 +109,10 @@ class Tiles(NamedTuple):
 
 
 def tiles(form: Form, rows: int, groups: int, hidden: int, inner: int) -> Tiles:
-    """The fastest that can of those that were measured on an H100, for S, G, D and F."""
+    """A cut that the kernels take, for S, G, D and F.
+
+    Of eight that were timed on an H100 for the form of groups at the sizes of Qwen3-30B-A3B, the fastest gains 3 %.
+    """
     if form is Form.GROUPS:
         block = 128 if hidden % 128 == inner % 128 == 0 else 64
         return Tiles(block, block, 64, 4, 2)
