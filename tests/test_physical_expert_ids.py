@@ -1,0 +1,76 @@
+"""Logical experts to physical ones: against numpy, on several devices, and bad arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_router import physical_expert_ids
+
+REPLICAS = np.array([[0, 5, 9], [1, -1, -1], [2, 7, -1], [-1, -1, -1], [3, 8, -1]])
+
+
+def oracle(ids, index=None):
+    out = np.full(ids.shape, -1)
+    index = np.arange(ids[..., 0].size).reshape(ids.shape[:-1]) if index is None else index
+    for *token, j in np.ndindex(ids.shape):
+        e = ids[*token, j]
+        if 0 <= e < len(REPLICAS) and (found := REPLICAS[e][REPLICAS[e] >= 0]).size:
+            out[*token, j] = found[index[*token] % len(found)]
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int16", "uint32"])
+def test_against_numpy(dtype, rng):
+    """Ids outside of the table, and experts without a replica, are -1; jit and vmap change nothing."""
+    ids = rng.integers(0 if dtype == "uint32" else -2, 7, (4, 6, 3)).astype(dtype)
+    results = jax.jit(physical_expert_ids)(ids, REPLICAS)
+    assert results.dtype == jnp.int32
+    np.testing.assert_array_equal(results, oracle(ids.astype(np.int64)))
+    index = rng.integers(0, 99, (4, 6))
+    given = jax.vmap(lambda ids, index: physical_expert_ids(ids, REPLICAS, token_index=index))(ids, index)
+    np.testing.assert_array_equal(given, oracle(ids.astype(np.int64), index))
+    assert physical_expert_ids(ids[:0], REPLICAS).shape == (0, 6, 3)
+
+
+def test_replicas_share_the_tokens():
+    """Of one expert, or of a few, as evenly as can be."""
+    ids = np.zeros((90, 1), np.int32)
+    np.testing.assert_array_equal(np.bincount(physical_expert_ids(ids, REPLICAS).ravel(), minlength=10)[[0, 5, 9]], 30)
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_on_several_devices(mode, devices, rng):
+    """Tokens are numbered over all devices, and stay where they are; inside of shard_map the caller numbers them."""
+    ids = rng.integers(-1, 5, (16, 2)).astype(np.int32)
+    mesh = jax.make_mesh((len(devices),), ("d",), (mode,), devices=devices)
+    sharded = jax.device_put(ids, NamedSharding(mesh, P("d")))
+    with jax.set_mesh(mesh):
+        results = jax.jit(physical_expert_ids)(sharded, REPLICAS)
+    assert results.sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 2)
+    np.testing.assert_array_equal(results, oracle(ids))
+
+    def local(ids):
+        index = jax.lax.axis_index("d") * len(ids) + jnp.arange(len(ids), dtype=jnp.int32)
+        return physical_expert_ids(ids, REPLICAS, token_index=index)
+
+    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
+    np.testing.assert_array_equal(mapped(sharded), oracle(ids))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([[0.5]], REPLICAS), {}, TypeError, "expert_ids must have an integer dtype, got float32"),
+        ((0, REPLICAS), {}, ValueError, r"expert_ids must have at least 1 axes, got shape \(\)"),
+        (([[0]], [0.5]), {}, TypeError, "replicas must have an integer dtype, got float32"),
+        (([[0]], [0, 1]), {}, ValueError, r"replicas must have shape \[num_experts, at least 1\], got \(2,\)"),
+        (([[0]], REPLICAS), {"token_index": [0.0]}, TypeError, "token_index must have an integer dtype"),
+        (([[0]], REPLICAS), {"token_index": [0, 1]}, ValueError, r"token_index must have shape \(1,\), got \(2,\)"),
+    ],
+)
+def test_bad_arguments(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        physical_expert_ids(*map(jnp.asarray, arguments), **{k: jnp.asarray(v) for k, v in options.items()})
