@@ -8,6 +8,7 @@ from ._grouped_matmul import grouped_matmul
 from ._hash_router import hash_router
 from ._native import custom_call_targets
 from ._permute import combine, permute
+from ._physical_expert_ids import physical_expert_ids
 from ._route_at import route_at, scored_hash_router
 from ._topk_select import topk_select
 from ._types import Dispatch, Routing
@@ -15,11 +16,13 @@ from ._version import __version__
 from .config import RouterConfig
 from .hash_tables import make_hash_table
 from .models import presets
+from .moe import MoE
 from .router import HashTable, Router, SelectionBias, null_experts_output, random_hash_table
 
 __all__ = [
     "Dispatch",
     "HashTable",
+    "MoE",
     "Router",
     "RouterConfig",
     "Routing",
@@ -35,6 +38,7 @@ __all__ = [
     "make_hash_table",
     "null_experts_output",
     "permute",
+    "physical_expert_ids",
     "presets",
     "random_hash_table",
     "reference",

@@ -1,0 +1,320 @@
+"""A mixture-of-experts layer: how router, dispatch, permutation, grouped products and combination fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from . import _check
+from ._expert_dispatch import expert_dispatch
+from ._grouped_matmul import grouped_matmul
+from ._permute import combine, permute
+from ._sharding import shard_as
+from ._types import Implementation, Routing
+from .config import RouterConfig
+from .router import Initializer, Router, Unset, null_experts_output
+
+Activation = Callable[[Array], Array]
+GroupedMatmul = Callable[[Array, Array, Array], Array]
+Weigh = Literal["output", "input"]
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of SwiGLU experts, input axis first as in `x @ w`: what `grouped_matmul` and `ragged_dot` take.
+
+    Attributes:
+        gate_proj: `[E, D, F]`.
+        up_proj: `[E, D, F]`.
+        down_proj: `[E, F, D]`.
+    """
+
+    gate_proj: Array
+    up_proj: Array
+    down_proj: Array
+
+
+def sum_of_experts(
+    x: Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    *,
+    activation: Activation = jax.nn.silu,
+    matmul: GroupedMatmul = grouped_matmul,
+    weigh: Weigh = "output",
+    implementation: Implementation = "auto",
+) -> Array:
+    """What the experts of each token give, weighted and summed: a mixture-of-experts layer behind its router.
+
+    `out[n] = sum over j of weights[n, j] * f_e(x[n])`, e being `expert_ids[n, j]`, with
+    `f_e(x) = (activation(x @ gate_proj[e]) * (x @ up_proj[e])) @ down_proj[e]`. A choice whose id is outside `[0, E)`
+    adds nothing, and no choice is dropped.
+
+    Args:
+        x: f32, bf16 or f16 `[..., D]`.
+        routing: of the same tokens, `[..., k]`.
+        weights: of E experts, in the dtype of x.
+        activation: of the gate.
+        matmul: `(lhs [S, D], rhs [E, D, F], group_sizes [E]) -> [S, F]`, as `grouped_matmul` and `jax.lax.ragged_dot`
+            are called. What it leaves in rows behind the last group reaches no result, and must reach no gradient of
+            its own.
+        weigh: `"output"` (default), what the experts return, or `"input"`, what they read, as Llama 4 does.
+        implementation: of dispatch, permutation and combination: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `[..., D]` in the dtype of x, summed in f32.
+
+    Differentiable in x, in the weights of the routing and in those of the experts.
+
+    Raises:
+        TypeError: an operand has a wrong dtype.
+        ValueError: a wrong shape or option.
+    """
+    x = _check.float_array("x", x)
+    _check.instance("routing", routing, Routing, "router(x)")
+    _check.same_shape("x without its last axis", x[..., 0], routing.expert_ids.shape[:-1])
+    _check.choice("weigh", weigh, get_args(Weigh))
+    num_experts, hidden_size = weights.down_proj.shape[0], x.shape[-1]
+    inner = weights.down_proj.shape[1:2]
+    for name, value, shape in (
+        ("gate_proj", weights.gate_proj, (num_experts, hidden_size, *inner)),
+        ("up_proj", weights.up_proj, (num_experts, hidden_size, *inner)),
+        ("down_proj", weights.down_proj, (num_experts, *inner, hidden_size)),
+    ):
+        _check.same_shape(f"weights.{name}", value, shape)
+
+    def compute(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
+        dispatch = expert_dispatch(routing.expert_ids, num_experts, implementation=implementation)
+        before, after = (routing.weights, None) if weigh == "input" else (None, routing.weights)
+        rows = permute(x, dispatch, before, implementation=implementation)
+        rows = _swiglu(rows, weights, activation, lambda lhs, rhs: matmul(lhs, rhs, dispatch.group_sizes))
+        return combine(rows, dispatch, after, implementation=implementation)
+
+    return _sharded_as(x, weights)(compute)(x, routing, weights)
+
+
+def _sharded_as(x: Array, weights: ExpertWeights) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """In meshes with Explicit axes: a function whose result is sharded as x, and in which XLA decides about the rest.
+
+    JAX has no rule for products of groups there.
+    """
+    sharding = jax.typeof(x).sharding
+    if not any(axis for value in (x, *weights) for axis in jax.typeof(value).sharding.spec):
+        return lambda function: function
+    return jax.sharding.auto_axes(out_sharding=sharding)
+
+
+def _swiglu(
+    x: Array, weights: ExpertWeights, activation: Activation, product: Callable[[Array, Array], Array]
+) -> Array:
+    # The backward pass computes what lies between gate, up and inner again, rather than keep it.
+    gated = jax.checkpoint(lambda gate, up: activation(gate) * up)
+    inner = gated(product(x, weights.gate_proj), product(x, weights.up_proj))
+    return product(inner, weights.down_proj)
+
+
+class SwiGLU(nnx.Module):
+    """The parameters of one SwiGLU, or of a stack of them: see `ExpertWeights`.
+
+    Attributes:
+        gate_proj, up_proj: Params `[*stack, D, F]`.
+        down_proj: Param `[*stack, F, D]`.
+    """
+
+    def __init__(
+        self,
+        stack: tuple[int, ...],
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        kernel_init: Initializer,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        into, out = (*stack, hidden_size, intermediate_size), (*stack, intermediate_size, hidden_size)
+        self.gate_proj = nnx.Param(kernel_init(rngs.params(), into, param_dtype))
+        self.up_proj = nnx.Param(kernel_init(rngs.params(), into, param_dtype))
+        self.down_proj = nnx.Param(kernel_init(rngs.params(), out, param_dtype))
+
+    def weights(self, dtype: DTypeLike) -> ExpertWeights:
+        """The parameters, cast."""
+        return ExpertWeights(
+            self.gate_proj[...].astype(dtype), self.up_proj[...].astype(dtype), self.down_proj[...].astype(dtype)
+        )
+
+
+def _lecun_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Of matrices in the last two axes."""
+    batch = tuple(range(len(shape) - 2))
+    return nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=batch)(key, shape, dtype)
+
+
+class MoE(nnx.Module):
+    """A mixture-of-experts layer: a Router, SwiGLU experts, and an expert that all tokens share. No token is dropped.
+
+    `y = sum over j of weights[j] * f_{expert_ids[j]}(x)`, plus `shared_expert(x)` where there is one, times
+    `sigmoid(x @ shared_expert_gate)` where that has a gate. Null experts add `x` times their weights.
+
+    *Cost.* Of N tokens, k choices each, E experts and hidden sizes D and F: `6 N k D F` operations forward, `2 N D E`
+    for the router and `6 N D F'` for a shared expert of size F', and twice as much again backward. The dense
+    computation has E in place of k. Parameters: `3 E D F + E D + 3 D F'`. The backward pass keeps, of every choice, what
+    its expert read and returned, its gate, its up and their product: `N k (2 D + 3 F)` numbers in `dtype`, and
+    `N (D + 3 F')` for the shared expert; under `nnx.remat` none of them. Neither depends on E (where the product of
+    groups does not), nor on how the tokens lie on the experts.
+
+    *Devices.* Under `jit` over sharded tokens the results are right, but one sort of all tokens is no work to be split:
+    XLA gathers what it sorts. In `jax.shard_map` each device sorts its own tokens.
+
+    Attributes:
+        router: the Router.
+        experts: its `gate_proj` and `up_proj` are Params `[E, D, F]`, its `down_proj` `[E, F, D]`: the names that
+            checkpoints have (`mlp.experts.0.gate_proj.weight`, which lies transposed there), stacked over the experts
+            that compute something, `config.num_real_experts`. Gate and up are two parameters, so that either can be
+            sharded over F.
+        shared_expert: the same without the axis of experts, or None.
+        shared_expert_gate: Param `[D, 1]`, or None.
+
+    Example::
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jax_router import MoE, RouterConfig
+        >>> moe = MoE(RouterConfig(hidden_size=64, num_experts=16, top_k=2), 32, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((3, 5, 64))
+        >>> moe(x).shape
+        (3, 5, 64)
+
+    That is `moe.apply_experts(x, moe.router(x))`. Written so, what the router chose is at hand for a loss::
+
+        >>> routing, logits = moe.router(x, return_logits=True)
+        >>> y = moe.apply_experts(x, routing)
+
+    Args:
+        router: a RouterConfig, or a Router, from `Router.from_checkpoint` say.
+        intermediate_size: F, of each expert.
+        shared_intermediate_size: F' of the shared expert, as wide as several where the model has several; default None,
+            no shared expert.
+        shared_expert_gate: whether the shared expert has a gate (Qwen2-MoE, Qwen3-Next); default False.
+        weigh: what the weights multiply, the `"output"` (default) or the `"input"` of the experts (Llama 4).
+        activation: of the gates; default `jax.nn.silu`.
+        matmul: product of groups; default `grouped_matmul`. See `sum_of_experts`.
+        kernel_init: of the experts' matrices, called with (key, shape, dtype); default LeCun normal.
+        dtype: in which the experts are computed; default that of the hidden states. The router has its own.
+        param_dtype: of the experts' matrices; default float32.
+        rngs: random streams; `params` draws all parameters.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value.
+    """
+
+    def __init__(
+        self,
+        router: RouterConfig | Router,
+        intermediate_size: int,
+        *,
+        shared_intermediate_size: int | None = None,
+        shared_expert_gate: bool = False,
+        weigh: Weigh = "output",
+        activation: Activation = jax.nn.silu,
+        matmul: GroupedMatmul = grouped_matmul,
+        kernel_init: Initializer = _lecun_normal,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        _check.instance("rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
+        self.router = router if isinstance(router, Router) else Router(router, rngs=rngs)
+        config = self.router.config
+        _check.static_int("intermediate_size", intermediate_size, 1, None)
+        if shared_intermediate_size is not None:
+            _check.static_int("shared_intermediate_size", shared_intermediate_size, 1, None)
+        elif _check.static_bool("shared_expert_gate", shared_expert_gate):
+            raise ValueError("shared_expert_gate must be False without shared_intermediate_size, got True")
+        self.weigh: Weigh = _check.choice("weigh", weigh, get_args(Weigh))
+        self.activation, self.matmul = activation, matmul
+        self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
+        param_dtype = _check.float_dtype("param_dtype", param_dtype)
+
+        def swiglu(stack: tuple[int, ...], inner: int) -> SwiGLU:
+            sizes = (stack, config.hidden_size, inner)
+            return SwiGLU(*sizes, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
+
+        def gate() -> nnx.Param[Array]:
+            return nnx.Param(kernel_init(rngs.params(), (config.hidden_size, 1), param_dtype))
+
+        self.experts = swiglu((config.num_real_experts,), intermediate_size)
+        self.shared_expert = None if shared_intermediate_size is None else swiglu((), shared_intermediate_size)
+        self.shared_expert_gate = gate() if shared_expert_gate else None
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        token_ids: Array | None = None,
+        token_mask: Array | None = None,
+        expert_ids: Array | None = None,
+        unset: Unset = "none",
+    ) -> Array:
+        """Computes the layer.
+
+        Args:
+            x: hidden states f32, bf16 or f16 `[..., D]`.
+            token_ids: integers `[...]`, for a hash router.
+            token_mask: bool `[...]`; where False the result is 0, whatever the row holds.
+            expert_ids: integers `[..., k]`: experts to replay.
+            unset: what an id outside of `[0, E)` means in them. See `Router`.
+
+        Returns:
+            `[..., D]` in `dtype`, or in that of x.
+
+        A token that has no expert, by the ids that are replayed or looked up, still has the shared one: mask what is
+        padding.
+
+        Raises:
+            TypeError, ValueError: as of `Router`.
+        """
+        routing = self.router(x, token_ids=token_ids, token_mask=token_mask, expert_ids=expert_ids, unset=unset)
+        return self.apply_experts(x, routing, token_mask=token_mask)
+
+    def apply_experts(self, x: Array, routing: Routing, *, token_mask: Array | None = None) -> Array:
+        """The layer behind its router: what the experts give, those of the routing, null ones and the shared one.
+
+        Args:
+            x: as in a call of the layer.
+            routing: of the same tokens.
+            token_mask: the one that the router had; of use to a shared expert alone.
+
+        Returns:
+            as a call of the layer.
+        """
+        x = _check.float_array("x", x)
+        x = x if self.dtype is None else x.astype(self.dtype)
+        config = self.router.config
+        y = sum_of_experts(
+            x,
+            routing,
+            self.experts.weights(x.dtype),
+            activation=self.activation,
+            matmul=self.matmul,
+            weigh=self.weigh,
+            implementation=config.implementation,
+        )
+        if config.num_null_experts:
+            y = y + null_experts_output(x, routing, config.num_real_experts)
+        if self.shared_expert is not None:
+            y = y + self._shared(x, self.shared_expert, token_mask)
+        return y
+
+    def _shared(self, x: Array, expert: SwiGLU, token_mask: Array | None) -> Array:
+        if token_mask is not None:  # what a masked row holds must not reach the gradients of products
+            token_mask = _check.mask_array("token_mask", token_mask, x.shape[:-1])
+            x = jnp.where(shard_as(x, token_mask)[..., None], x, 0)
+        y = _swiglu(x, expert.weights(x.dtype), self.activation, jnp.matmul)
+        if self.shared_expert_gate is not None:
+            y = y * jax.nn.sigmoid(x @ self.shared_expert_gate[...].astype(x.dtype))
+        return y

@@ -1,0 +1,280 @@
+"""The MoE layer: equal to the dense computation in float64, values and gradients; masks, replay, presets, devices."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_router import MoE, Router, RouterConfig, Routing, presets
+from jax_router.moe import sum_of_experts
+
+D, F, E, V = 16, 8, 12, 20
+SHARED = {"shared_intermediate_size": 12}
+
+
+def leaves_nan(lhs, rhs, group_sizes):
+    """A product of groups that leaves anything behind the last group, as kernels do."""
+    row = lax.broadcasted_iota(jnp.int32, (len(lhs), 1), 0)
+    return jnp.where(row < group_sizes.sum(), lax.ragged_dot(lhs, rhs, group_sizes), jnp.nan)
+
+
+def config(top_k=3, **options):
+    return RouterConfig(D, E, top_k, **{"score_fn": "softmax", "selection_bias": False, **options})
+
+
+LAYERS = {
+    "softmax": (config(), {}),
+    "groups, bias, shared expert": (
+        config(score_fn="sigmoid", scale=2.5, num_groups=4, top_groups=2, selection_bias=True),
+        {**SHARED, "matmul": leaves_nan},
+    ),
+    "gate of the shared expert": (config(implementation="reference"), {**SHARED, "shared_expert_gate": True}),
+    "weighed input": (config(1, score_fn="sigmoid", renormalize=False), {"weigh": "input", "matmul": lax.ragged_dot}),
+    "null experts": (config(renormalize=False, scale=6.0, num_null_experts=5), {"activation": jax.nn.gelu}),
+    "scale an expert": (config(per_expert_scale=True), {}),
+    "hash, scored": (config(score_fn="sqrtsoftplus", mode="hash", hash_weights="scored", vocab_size=V), SHARED),
+    "hash, uniform": (config(mode="hash", vocab_size=V), {}),
+}
+
+
+def make(name):
+    router, options = LAYERS[name]
+    moe = MoE(router, F, rngs=nnx.Rngs(3), **options)
+    if router.per_expert_scale:
+        moe.router.per_expert_scale[...] = jnp.linspace(0.5, 2, E, dtype=jnp.float32)
+    if router.has_selection_bias:
+        moe.router.bias[...] = jnp.linspace(-0.1, 0.1, E, dtype=jnp.float32)
+    return moe
+
+
+@pytest.fixture
+def batch(rng):
+    """Hidden states, NaN in masked rows; a mask; token ids; a cotangent."""
+    mask = rng.random((4, 6)) < 0.8
+    x = np.where(mask[..., None], rng.normal(0, 1, (4, 6, D)), np.nan).astype(np.float32)
+    return x, mask, rng.integers(0, V, (4, 6)).astype(np.int32), rng.normal(0, 1, x.shape).astype(np.float32)
+
+
+SCORES = {
+    "softmax": jax.nn.softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": lambda z: jnp.sqrt(jax.nn.softplus(z)),
+}
+
+
+def dense(params, x, ids, router, options):
+    """The formula: every expert over every token `[N, D]`, in the dtype of its operands."""
+    weights = jnp.full(ids.shape, router.scale / router.top_k, x.dtype)
+    if router.has_weight:
+        weights = jnp.take_along_axis(SCORES[router.score_fn](x @ params["router"]["weight"].T), ids, axis=-1)
+        weights = weights / weights.sum(axis=-1, keepdims=True) if router.renormalize else weights
+        weights = weights * router.scale
+    if router.per_expert_scale:
+        weights = weights * params["router"]["per_expert_scale"][ids]
+    share = (weights[..., None] * jax.nn.one_hot(ids, E, dtype=x.dtype)).sum(axis=1)
+
+    def swiglu(x, of, gate="nd,df->nf", down="nf,fd->nd"):
+        inner = options.get("activation", jax.nn.silu)(jnp.einsum(gate, x, of["gate_proj"]))
+        return jnp.einsum(down, inner * jnp.einsum(gate, x, of["up_proj"]), of["down_proj"])
+
+    real = share[:, : router.num_real_experts, None]
+    read = x[:, None] * (real if options.get("weigh") == "input" else jnp.ones_like(real))
+    results = swiglu(read, params["experts"], "ned,edf->nef", "nef,efd->ned")
+    y = (results if options.get("weigh") == "input" else results * real).sum(axis=1)
+    y = y + x * share[:, router.num_real_experts :].sum(axis=-1, keepdims=True)
+    if "shared_expert" in params:
+        shared = swiglu(x, params["shared_expert"])
+        if "shared_expert_gate" in params:
+            shared = shared * jax.nn.sigmoid(x @ params["shared_expert_gate"])
+        y = y + shared
+    return y
+
+
+def in_float64(function, *arguments):
+    with jax.enable_x64(True):
+        arguments = jax.tree.map(lambda leaf: np.float64(leaf) if leaf.dtype == np.float32 else leaf, arguments)
+        return jax.tree.map(np.asarray, jax.jit(function)(*arguments))
+
+
+def assert_close(results, wanted):
+    for (path, value), want in zip(jax.tree.leaves_with_path(results), jax.tree.leaves(wanted), strict=True):
+        largest = max(np.abs(want).max(), 1e-3)
+        np.testing.assert_allclose(value / largest, want / largest, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def params_of(moe):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(moe, nnx.Param)))
+
+
+def gradients(moe, x, mask, token_ids, cotangent):
+    """The result, and gradients in all parameters and x."""
+
+    def loss(moe, x):
+        y = moe(x, token_ids=token_ids, token_mask=mask)
+        return (y * cotangent).sum(), y
+
+    return nnx.grad(loss, argnums=(0, 1), has_aux=True)(moe, x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_the_dense_computation(name, batch):
+    """Forward and in all gradients; masked rows that hold NaN are as if they were not there."""
+    moe, (x, mask, token_ids, cotangent) = make(name), batch
+    (of_params, of_x), y = nnx.jit(gradients)(moe, *map(jnp.asarray, batch))
+    ids = moe.router(x, token_ids=token_ids, token_mask=mask).expert_ids
+
+    def oracle(params, x, ids, cotangent):
+        y, vjp = jax.vjp(lambda params, x: dense(params, x, ids, *LAYERS[name]), params, x)
+        return y, *vjp(cotangent)
+
+    wanted = in_float64(oracle, params_of(moe), x[mask], np.asarray(ids)[mask], cotangent[mask])
+    assert_close((y[mask], nnx.to_pure_dict(of_params), of_x[mask]), wanted)
+    np.testing.assert_array_equal(y[~mask], 0)
+    np.testing.assert_array_equal(of_x[~mask], 0)
+
+
+def test_replay(batch):
+    """Recorded experts give what their own choice gave; a choice that is -1 adds nothing."""
+    moe, (x, mask, _, _) = make("softmax"), batch
+    x = jnp.nan_to_num(x)
+    recorded = moe.router(x).expert_ids.astype(jnp.int8)
+    np.testing.assert_allclose(moe(x, expert_ids=recorded), moe(x), rtol=1e-5, atol=1e-6)
+    none = jnp.full_like(recorded, -1)
+    np.testing.assert_array_equal(moe(x, expert_ids=none), 0)
+    np.testing.assert_array_equal(moe(x, expert_ids=none, unset="route"), moe(x))
+
+
+def test_no_token_is_dropped():
+    """However uneven the load: all tokens on one expert, and no token at all."""
+    moe = make("softmax")
+    moe.router.weight[...] = moe.router.weight[...].at[:3].set(jnp.arange(300, 0, -100, dtype=jnp.float32)[:, None])
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (40, D)))
+    routing = moe.router(x)
+    np.testing.assert_array_equal(routing.expert_ids, np.broadcast_to([0, 1, 2], (40, 3)))
+    one = sum_of_experts(x, Routing(jnp.ones((40, 1)), jnp.zeros((40, 1), jnp.int32)), moe.experts.weights(x.dtype))
+    np.testing.assert_allclose(moe(x), one, rtol=1e-4, atol=1e-6)
+    assert moe(x[:0]).shape == (0, D)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_dtypes(dtype):
+    """The experts compute in `dtype`, or in that of x; a router with f32 parameters stays exact; gradients are f32."""
+    moe = MoE(config(), F, dtype=dtype, **SHARED, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (30, D), jnp.float32)
+    want = moe(x) if dtype is None else moe(x).astype(jnp.float32)
+    x = x.astype(jnp.float32 if dtype else jnp.bfloat16)
+    y = moe(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.05)
+    of_params = nnx.grad(lambda moe: moe(x).astype(jnp.float32).sum())(moe)
+    assert {leaf.dtype for leaf in jax.tree.leaves(of_params)} == {jnp.dtype(jnp.float32)}
+    half = MoE(config(), F, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert half.experts.gate_proj[...].dtype == jnp.bfloat16
+    assert half.router.weight[...].dtype == jnp.float32
+
+
+def test_parameters():
+    """Their names and shapes; LeCun normal, each expert by itself."""
+    state = nnx.to_flat_state(nnx.state(make("gate of the shared expert"), nnx.Param))
+    assert {".".join(path): value[...].shape for path, value in state} == {
+        "experts.gate_proj": (E, D, F),
+        "experts.up_proj": (E, D, F),
+        "experts.down_proj": (E, F, D),
+        "router.weight": (E, D),
+        "shared_expert.gate_proj": (D, 12),
+        "shared_expert.up_proj": (D, 12),
+        "shared_expert.down_proj": (12, D),
+        "shared_expert_gate": (D, 1),
+    }
+    wide = MoE(RouterConfig(256, 4, 2), 1024, rngs=nnx.Rngs(0))
+    for name, inputs in (("gate_proj", 256), ("down_proj", 1024)):
+        np.testing.assert_allclose(np.std(getattr(wide.experts, name)[...], axis=(1, 2)), inputs**-0.5, rtol=0.02)
+
+
+def test_presets():
+    """A layer around the router of each model, its sizes but for D and F; an existing Router is taken as it is."""
+    for name in presets():
+        try:
+            router = replace(RouterConfig.from_preset(name), hidden_size=D)
+        except ValueError:  # no options describe it
+            continue
+        moe = nnx.eval_shape(lambda router=router: MoE(router, F, rngs=nnx.Rngs(0)))
+        assert moe.experts.gate_proj.shape == (router.num_real_experts, D, F)
+        ids = {"token_ids": jnp.zeros(4, jnp.int32)} if router.mode == "hash" else {}
+        assert nnx.eval_shape(lambda moe, x, ids=ids: moe(x, **ids), moe, jnp.zeros((4, D))).shape == (4, D)
+    router = Router(config(), rngs=nnx.Rngs(5))
+    assert MoE(router, F, rngs=nnx.Rngs(0)).router is router
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_tokens(mode, devices, batch):
+    """Under jit, over devices, the same values and gradients as on one."""
+    moe = make("groups, bias, shared expert")
+    batch = [np.concatenate([array, array]) for array in batch]
+    want = nnx.jit(gradients)(moe, *map(jnp.asarray, batch))
+    mesh = jax.make_mesh((len(devices),), ("d",), (mode,), devices=devices)
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(array, NamedSharding(mesh, P("d"))) for array in batch]
+        results = nnx.jit(gradients)(make("groups, bias, shared expert"), *sharded)
+    assert_close(jax.tree.map(np.asarray, nnx.to_pure_dict(results[0][0])), nnx.to_pure_dict(want[0][0]))
+    assert_close(jax.tree.map(np.asarray, (results[0][1], results[1])), (want[0][1], want[1]))
+
+
+def test_in_shard_map(devices, batch):
+    """Each device sorts its own tokens, and gradients are the sums over devices."""
+    moe = make("softmax")
+    batch = [np.concatenate([array, array]) for array in batch]
+    (of_params, of_x), y = nnx.jit(gradients)(moe, *map(jnp.asarray, batch))
+    mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Auto,), devices=devices)
+    graph, state = nnx.split(moe)
+
+    def local(state, *batch):
+        (of_params, of_x), y = gradients(nnx.merge(graph, state), *batch)
+        return nnx.to_pure_dict(of_params), of_x, y
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), *[P("d")] * 4), out_specs=(P(), P("d"), P("d")))
+    results = jax.jit(mapped)(state, *batch)
+    assert_close(jax.tree.map(np.asarray, results), (nnx.to_pure_dict(of_params), of_x, y))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MoE(config(), 0, rngs=nnx.Rngs(0)), ValueError, "intermediate_size must be at least 1, got 0"),
+        (lambda: MoE(config(), F, rngs=0), TypeError, "rngs must be of type Rngs"),
+        (lambda: MoE(None, F, rngs=nnx.Rngs(0)), TypeError, "config must be of type RouterConfig"),
+        (
+            lambda: MoE(config(), F, shared_expert_gate=True, rngs=nnx.Rngs(0)),
+            ValueError,
+            "shared_expert_gate must be False without shared_intermediate_size, got True",
+        ),
+        (
+            lambda: MoE(config(), F, weigh="both", rngs=nnx.Rngs(0)),
+            ValueError,
+            "weigh must be one of 'output', 'input'",
+        ),
+        (lambda: MoE(config(), F, dtype=jnp.int8, rngs=nnx.Rngs(0)), TypeError, "dtype must be one of"),
+        (lambda: make_and_call(jnp.zeros((3, D + 1))), ValueError, r"x must have shape \(\.\.\., 16\)"),
+        (lambda: make_and_call(jnp.zeros((3, D), jnp.int32)), TypeError, "x must have dtype float32"),
+        (
+            lambda: make_and_call(jnp.zeros((3, D)), routing=Routing(jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.int32))),
+            ValueError,
+            r"x without its last axis must have shape \(2,\), got \(3,\)",
+        ),
+        (lambda: make_and_call(jnp.zeros((3, D)), routing=None), TypeError, "routing must be of type Routing"),
+    ],
+)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def make_and_call(x, **options):
+    moe = make("softmax")
+    return moe.apply_experts(x, **options) if options else moe(x)
