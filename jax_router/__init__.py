@@ -17,10 +17,19 @@ from .config import RouterConfig
 from .hash_tables import make_hash_table
 from .models import presets
 from .moe import MoE
-from .router import HashTable, Router, SelectionBias, null_experts_output, random_hash_table
+from .router import (
+    ExpertCounts,
+    HashTable,
+    Router,
+    SelectionBias,
+    null_experts_output,
+    random_hash_table,
+    update_selection_biases,
+)
 
 __all__ = [
     "Dispatch",
+    "ExpertCounts",
     "HashTable",
     "MoE",
     "Router",
@@ -45,6 +54,7 @@ __all__ = [
     "route_at",
     "scored_hash_router",
     "topk_select",
+    "update_selection_biases",
 ]
 
 _primitive.use_kernels()  # here, where all ops exist

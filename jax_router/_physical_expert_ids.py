@@ -16,8 +16,8 @@ def physical_expert_ids(expert_ids: Array, replicas: Array, *, token_index: Arra
     """Logical experts to physical ones, where experts with much load have several replicas (DeepSeek's EPLB).
 
     `out[n, j] = replicas[e, n mod r_e]` with `e = expert_ids[n, j]`, and `r_e` the number of replicas of e: its tokens
-    take turns. Dispatch by the result, `expert_dispatch(out, num_physical_experts)`, to weights that lie as the physical
-    experts do, `gate_proj[physical_to_logical]`. What a router counts and what is recorded for replay stays logical.
+    take turns. Dispatch by the result, `expert_dispatch(out, num_physical_experts)`, to weights that lie as the
+    physical experts do, `gate_proj[physical_to_logical]`. What is counted and recorded for replay stays logical.
 
     Args:
         expert_ids: integers `[..., k]`, logical.

@@ -65,6 +65,8 @@ class RouterConfig:
         vocab_size: V, of the token ids; needed by `"hash"`.
         hash_weights: in a hash layer, `"uniform"` (default), scale / k, or `"scored"`, by the scores of the table's
             experts (DeepSeek-V4).
+        count_experts: whether a router counts how often it chooses each expert, for `update_selection_biases`; default
+            False.
         precision: of the product, as in `jax.lax.dot_general`; default None, f32 accuracy where the hidden states or
             the weight are f32. See `dense_router`.
         implementation: of all ops, `"auto"` (default), `"native"` or `"reference"`.
@@ -108,6 +110,9 @@ class RouterConfig:
     vocab_size: int | None = None
     hash_weights: Literal["uniform", "scored"] = "uniform"
 
+    # What it remembers.
+    count_experts: bool = False
+
     # How it is computed.
     precision: lax.PrecisionLike = None
     implementation: Implementation = "auto"
@@ -123,6 +128,7 @@ class RouterConfig:
         self._check_selection()
         self._check_hash()
         self._check_logits()
+        _check.static_bool("count_experts", self.count_experts)
         _check.implementation(self.implementation)
         # One value for all ways to write it, so that equal configurations compare equal.
         object.__setattr__(self, "precision", _check.precision(self.precision))

@@ -21,6 +21,7 @@ from .config import RouterConfig
 from .router import Initializer, Router, Unset, null_experts_output
 
 Activation = Callable[[Array], Array]
+Product = Callable[[Array, Array], Array]
 GroupedMatmul = Callable[[Array, Array, Array], Array]
 Weigh = Literal["output", "input"]
 
@@ -162,10 +163,10 @@ class MoE(nnx.Module):
 
     *Cost.* Of N tokens, k choices each, E experts and hidden sizes D and F: `6 N k D F` operations forward, `2 N D E`
     for the router and `6 N D F'` for a shared expert of size F', and twice as much again backward. The dense
-    computation has E in place of k. Parameters: `3 E D F + E D + 3 D F'`. The backward pass keeps, of every choice, what
-    its expert read and returned, its gate, its up and their product: `N k (2 D + 3 F)` numbers in `dtype`, and
-    `N (D + 3 F')` for the shared expert; under `nnx.remat` none of them. Neither depends on E (where the product of
-    groups does not), nor on how the tokens lie on the experts.
+    computation has E in place of k. Parameters: `3 E D F + E D + 3 D F'`. The backward pass keeps, of every choice,
+    what its expert read and returned, its gate, its up and their product: `N k (2 D + 3 F)` numbers in `dtype`, and
+    `3 N F'` for the shared expert; under `nnx.remat` none of them. Neither depends on E (where the product of groups
+    does not), nor on how the tokens lie on the experts.
 
     *Devices.* Under `jit` over sharded tokens the results are right, but one sort of all tokens is no work to be split:
     XLA gathers what it sorts. In `jax.shard_map` each device sorts its own tokens.
@@ -235,7 +236,8 @@ class MoE(nnx.Module):
             _check.static_int("shared_intermediate_size", shared_intermediate_size, 1, None)
         elif _check.static_bool("shared_expert_gate", shared_expert_gate):
             raise ValueError("shared_expert_gate must be False without shared_intermediate_size, got True")
-        self.weigh: Weigh = _check.choice("weigh", weigh, get_args(Weigh))
+        _check.choice("weigh", weigh, get_args(Weigh))
+        self.weigh = weigh
         self.activation, self.matmul = activation, matmul
         self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
         param_dtype = _check.float_dtype("param_dtype", param_dtype)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from . import _check, checkpoints
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
+from ._expert_counts import expert_counts
 from ._hash_router import hash_reference, hash_router, table_operands
 from ._ids import as_int32_ids
 from ._logits import router_logits
@@ -25,6 +26,7 @@ from ._shapes import with_rank
 from ._sharding import shard_as, shard_last_axis_as, with_rows_as
 from ._topk_select import topk_select
 from ._types import Routing
+from .balance import AxisName, update_expert_bias
 from .config import RouterConfig
 
 Initializer = Callable[..., Array]
@@ -39,6 +41,10 @@ class SelectionBias(nnx.Variable[Array]):
 
 class HashTable(nnx.Variable[Array]):
     """The experts of each token id. No Param: integers have no gradient."""
+
+
+class ExpertCounts(nnx.Variable[Array]):
+    """How often each expert was chosen since the selection bias was last updated. No Param."""
 
 
 def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> Array:
@@ -74,6 +80,9 @@ class Router(nnx.Module):
         logit_bias: Param f32 `[E]`, zeros, where the configuration asks for it.
         per_expert_scale: Param f32 `[E]`, ones, where the configuration asks for it.
         hash_lut: HashTable int32 `[V, k]`, of a hash router.
+        counts: ExpertCounts int32 `[E]`, where the configuration says `count_experts`: of all calls since
+            `update_selection_biases`. Masked tokens are not counted, replayed experts are.
+        deterministic: False; where it is True, as after `model.eval()`, calls are not counted.
 
     Example::
 
@@ -123,6 +132,18 @@ class Router(nnx.Module):
             table = _check.int_array("the result of hash_lut_init", table)
             _check.same_shape("the result of hash_lut_init", table, table_shape)
             self.hash_lut = HashTable(as_int32_ids(table, 2**31))
+        if config.count_experts:
+            self.counts = ExpertCounts(jnp.zeros(config.num_experts, jnp.int32))
+        self.deterministic = False
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view`, which makes a model of the same variables for evaluation.
+
+        Args:
+            deterministic: the attribute.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     @classmethod
     def from_checkpoint(
@@ -314,7 +335,43 @@ class Router(nnx.Module):
             routing = dense_router(x, weight, **product, **self._selection(token_mask))
         if config.per_expert_scale:
             routing = routing._replace(weights=routing.weights * self._scale_of(routing.expert_ids))
+        if config.count_experts and not self.deterministic:
+            counts = expert_counts(routing.expert_ids, config.num_experts, implementation=config.implementation)
+            self.counts[...] = self.counts[...] + counts
         return (routing, logits) if return_logits else routing
+
+    def update_selection_bias(
+        self,
+        *,
+        rate: float = 1e-3,
+        centred: bool = False,
+        axis_name: AxisName = None,
+        when: Array | bool = True,
+    ) -> Array:
+        """Moves the selection bias by what was counted, and clears the counts: `update_selection_biases` of one router.
+
+        Args:
+            rate: by how much a bias moves.
+            centred: keeps the mean of the bias.
+            axis_name: mesh axes of the surrounding `shard_map` that split tokens.
+            when: whether to do it. Elsewhere nothing changes.
+
+        Returns:
+            the counts, int32 `[E]`, of all devices.
+
+        Raises:
+            ValueError: this router does not count.
+            TypeError, ValueError: as of `balance.update_expert_bias`.
+        """
+        if not self.config.count_experts:
+            raise ValueError("the configuration must have count_experts=True, got False")
+        counts = self.counts[...]
+        total = counts if axis_name is None else lax.psum(counts, axis_name)
+        if self.config.has_selection_bias:
+            bias = self.bias[...]
+            self.bias[...] = jnp.where(when, update_expert_bias(bias, total, rate=rate, centred=centred), bias)
+        self.counts[...] = jnp.where(when, 0, counts)
+        return total
 
     def _score(self, x: Array, token_mask: Array | None) -> tuple[Routing, Array]:
         """A dense router, with its logits."""
@@ -409,6 +466,77 @@ class Router(nnx.Module):
         column = self.per_expert_scale[...].astype(jnp.float32)[:, None]
         scale = with_rows_as(expert_ids, lambda ids, column: column[ids])(jnp.maximum(expert_ids, 0), column)
         return jnp.where(expert_ids >= 0, scale[..., 0], 0.0)
+
+
+def update_selection_biases(
+    model: nnx.Module,
+    *,
+    rate: float = 1e-3,
+    centred: bool = False,
+    axis_name: AxisName = None,
+    when: Array | bool = True,
+) -> dict[str, Array]:
+    """Moves the selection biases of all routers in a model by what they counted, and clears the counts.
+
+    The rule is `balance.update_expert_bias`: up for experts that were chosen less often than the mean, down for others.
+    Call it once per optimizer step. The counts are then those of all tokens of the step, whatever it was split into:
+
+    - accumulation steps: every call of a router adds to its counts, until they are cleared;
+    - layers: each has its own counts, and so have stacked ones under `nnx.scan`, `[layers, E]`;
+    - devices: under `jit` over sharded tokens the counts are those of all of them; in `jax.shard_map` a device counts
+      its own, and `axis_name` sums them here. Sums of integers: the biases are the same on all devices, to the bit;
+    - recomputation: counts are state that goes in and comes out of a function. `nnx.remat`, or `jax.checkpoint` over
+      `nnx.split` and `nnx.merge`, computes the function again for the backward pass, and drops what comes out.
+
+    Calls after `model.eval()` are not counted.
+
+    Example::
+
+        >>> import jax, optax
+        >>> from flax import nnx
+        >>> from jax_router import MoE, RouterConfig, update_selection_biases
+        >>> config = RouterConfig(hidden_size=16, num_experts=8, top_k=2, score_fn="sigmoid", count_experts=True)
+        >>> model = MoE(config, 8, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, optax.MultiSteps(optax.adam(1e-3), every_k_schedule=2), wrt=nnx.Param)
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, x):
+        ...     loss, gradients = nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
+        ...     optimizer.update(model, gradients)
+        ...     counts = update_selection_biases(model, when=optimizer.opt_state.mini_step == 0)
+        ...     return loss, counts
+        >>> for key in jax.random.split(jax.random.key(0), 2):
+        ...     loss, counts = train_step(model, optimizer, jax.random.normal(key, (4, 16)))
+        >>> counts["router"].sum(), model.router.counts[...].sum()  # of 2 times 4 tokens; cleared
+        (Array(16, dtype=int32), Array(0, dtype=int32))
+
+    Without `optax.MultiSteps` there is no `when`.
+
+    Args:
+        model: with one or more Routers of configurations with `count_experts`. A hash router has no bias: its counts
+            are returned and cleared.
+        rate: by how much a bias moves.
+        centred: keeps the mean of the bias.
+        axis_name: mesh axes of the surrounding `shard_map` that split tokens.
+        when: bool, which may be traced: whether to do it, else nothing changes. With `optax.MultiSteps`, whether the
+            parameters were updated.
+
+    Returns:
+        the counts that were used, int32 `[E]` of each router (`[layers, E]` of stacked ones), by its path in the model,
+        for `balance.load_statistics`.
+
+    Raises:
+        ValueError: no router in the model counts.
+        TypeError, ValueError: as of `balance.update_expert_bias`.
+    """
+    options: dict[str, Any] = {"rate": rate, "centred": centred, "axis_name": axis_name, "when": when}
+    counts = {
+        ".".join(map(str, path)): module.update_selection_bias(**options)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Router) and module.config.count_experts
+    }
+    if not counts:
+        raise ValueError("model must have a Router whose configuration has count_experts=True, got none")
+    return counts
 
 
 def _masked(values: Array, token_mask: Array | None, instead: Any = 0) -> Array:
