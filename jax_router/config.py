@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -67,6 +67,8 @@ class RouterConfig:
             experts (DeepSeek-V4).
         count_experts: whether a router counts how often it chooses each expert, for `update_selection_biases`; default
             False.
+        count_axis_name: mesh axes of the surrounding `shard_map` that split tokens, to sum these counts over; default
+            None. Under `jit` they are of all tokens without.
         precision: of the product, as in `jax.lax.dot_general`; default None, f32 accuracy where the hidden states or
             the weight are f32. See `dense_router`.
         implementation: of all ops, `"auto"` (default), `"native"` or `"reference"`.
@@ -112,6 +114,7 @@ class RouterConfig:
 
     # What it remembers.
     count_experts: bool = False
+    count_axis_name: str | Sequence[str] | None = None
 
     # How it is computed.
     precision: lax.PrecisionLike = None
@@ -128,7 +131,7 @@ class RouterConfig:
         self._check_selection()
         self._check_hash()
         self._check_logits()
-        _check.static_bool("count_experts", self.count_experts)
+        self._check_counts()
         _check.implementation(self.implementation)
         # One value for all ways to write it, so that equal configurations compare equal.
         object.__setattr__(self, "precision", _check.precision(self.precision))
@@ -163,6 +166,14 @@ class RouterConfig:
         _check.static_float("logit_scale", self.logit_scale)
         if self.softcap is not None and _check.static_float("softcap", self.softcap) <= 0:
             raise ValueError(f"softcap must be None or above 0, got {self.softcap}")
+
+    def _check_counts(self) -> None:
+        if not _check.static_bool("count_experts", self.count_experts) and self.count_axis_name is not None:
+            raise ValueError(
+                f"count_axis_name must be None, the default, without count_experts, got {self.count_axis_name!r}"
+            )
+        if isinstance(self.count_axis_name, list):
+            object.__setattr__(self, "count_axis_name", tuple(self.count_axis_name))
 
     @classmethod
     def from_preset(cls, name: str, layer: int | None = None) -> RouterConfig:

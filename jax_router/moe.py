@@ -47,6 +47,7 @@ def sum_of_experts(
     *,
     activation: Activation = jax.nn.silu,
     matmul: GroupedMatmul = grouped_matmul,
+    align: int = 1,
     weigh: Weigh = "output",
     implementation: Implementation = "auto",
 ) -> Array:
@@ -64,6 +65,8 @@ def sum_of_experts(
         matmul: `(lhs [S, D], rhs [E, D, F], group_sizes [E]) -> [S, F]`, as `grouped_matmul` and `jax.lax.ragged_dot`
             are called. What it leaves in rows behind the last group reaches no result, and must reach no gradient of
             its own.
+        align: what the groups begin at a multiple of, and are filled up to with rows of zeros, as in
+            `expert_dispatch`: for products in tiles.
         weigh: `"output"` (default), what the experts return, or `"input"`, what they read, as Llama 4 does.
         implementation: of dispatch, permutation and combination: `"auto"`, `"native"` or `"reference"`.
 
@@ -90,7 +93,7 @@ def sum_of_experts(
         _check.same_shape(f"weights.{name}", value, shape)
 
     def compute(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
-        dispatch = expert_dispatch(routing.expert_ids, num_experts, implementation=implementation)
+        dispatch = expert_dispatch(routing.expert_ids, num_experts, align=align, implementation=implementation)
         before, after = (routing.weights, None) if weigh == "input" else (None, routing.weights)
         rows = permute(x, dispatch, before, implementation=implementation)
         rows = _swiglu(rows, weights, activation, lambda lhs, rhs: matmul(lhs, rhs, dispatch.group_sizes))
@@ -204,6 +207,7 @@ class MoE(nnx.Module):
         weigh: what the weights multiply, the `"output"` (default) or the `"input"` of the experts (Llama 4).
         activation: of the gates; default `jax.nn.silu`.
         matmul: product of groups; default `grouped_matmul`. See `sum_of_experts`.
+        align: what the groups begin at a multiple of; default 1. Products in tiles may ask for more.
         kernel_init: of the experts' matrices, called with (key, shape, dtype); default LeCun normal.
         dtype: in which the experts are computed; default that of the hidden states. The router has its own.
         param_dtype: of the experts' matrices; default float32.
@@ -223,6 +227,7 @@ class MoE(nnx.Module):
         weigh: Weigh = "output",
         activation: Activation = jax.nn.silu,
         matmul: GroupedMatmul = grouped_matmul,
+        align: int = 1,
         kernel_init: Initializer = _lecun_normal,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -238,7 +243,7 @@ class MoE(nnx.Module):
             raise ValueError("shared_expert_gate must be False without shared_intermediate_size, got True")
         _check.choice("weigh", weigh, get_args(Weigh))
         self.weigh = weigh
-        self.activation, self.matmul = activation, matmul
+        self.activation, self.matmul, self.align = activation, matmul, align
         self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
         param_dtype = _check.float_dtype("param_dtype", param_dtype)
 
@@ -303,6 +308,7 @@ class MoE(nnx.Module):
             self.experts.weights(x.dtype),
             activation=self.activation,
             matmul=self.matmul,
+            align=self.align,
             weigh=self.weigh,
             implementation=config.implementation,
         )

@@ -26,7 +26,7 @@ from ._shapes import with_rank
 from ._sharding import shard_as, shard_last_axis_as, with_rows_as
 from ._topk_select import topk_select
 from ._types import Routing
-from .balance import AxisName, update_expert_bias
+from .balance import update_expert_bias
 from .config import RouterConfig
 
 Initializer = Callable[..., Array]
@@ -336,7 +336,12 @@ class Router(nnx.Module):
         if config.per_expert_scale:
             routing = routing._replace(weights=routing.weights * self._scale_of(routing.expert_ids))
         if config.count_experts and not self.deterministic:
-            counts = expert_counts(routing.expert_ids, config.num_experts, implementation=config.implementation)
+            counts = expert_counts(
+                routing.expert_ids,
+                config.num_experts,
+                axis_name=config.count_axis_name,
+                implementation=config.implementation,
+            )
             self.counts[...] = self.counts[...] + counts
         return (routing, logits) if return_logits else routing
 
@@ -345,7 +350,6 @@ class Router(nnx.Module):
         *,
         rate: float = 1e-3,
         centred: bool = False,
-        axis_name: AxisName = None,
         when: Array | bool = True,
     ) -> Array:
         """Moves the selection bias by what was counted, and clears the counts: `update_selection_biases` of one router.
@@ -353,11 +357,10 @@ class Router(nnx.Module):
         Args:
             rate: by how much a bias moves.
             centred: keeps the mean of the bias.
-            axis_name: mesh axes of the surrounding `shard_map` that split tokens.
-            when: whether to do it. Elsewhere nothing changes.
+            when: bool, which may be traced: whether to do it, else nothing changes.
 
         Returns:
-            the counts, int32 `[E]`, of all devices.
+            the counts that were used, int32 `[E]`.
 
         Raises:
             ValueError: this router does not count.
@@ -366,12 +369,11 @@ class Router(nnx.Module):
         if not self.config.count_experts:
             raise ValueError("the configuration must have count_experts=True, got False")
         counts = self.counts[...]
-        total = counts if axis_name is None else lax.psum(counts, axis_name)
         if self.config.has_selection_bias:
             bias = self.bias[...]
-            self.bias[...] = jnp.where(when, update_expert_bias(bias, total, rate=rate, centred=centred), bias)
+            self.bias[...] = jnp.where(when, update_expert_bias(bias, counts, rate=rate, centred=centred), bias)
         self.counts[...] = jnp.where(when, 0, counts)
-        return total
+        return counts
 
     def _score(self, x: Array, token_mask: Array | None) -> tuple[Routing, Array]:
         """A dense router, with its logits."""
@@ -473,7 +475,6 @@ def update_selection_biases(
     *,
     rate: float = 1e-3,
     centred: bool = False,
-    axis_name: AxisName = None,
     when: Array | bool = True,
 ) -> dict[str, Array]:
     """Moves the selection biases of all routers in a model by what they counted, and clears the counts.
@@ -483,8 +484,9 @@ def update_selection_biases(
 
     - accumulation steps: every call of a router adds to its counts, until they are cleared;
     - layers: each has its own counts, and so have stacked ones under `nnx.scan`, `[layers, E]`;
-    - devices: under `jit` over sharded tokens the counts are those of all of them; in `jax.shard_map` a device counts
-      its own, and `axis_name` sums them here. Sums of integers: the biases are the same on all devices, to the bit;
+    - devices: under `jit` over sharded tokens the counts are those of all of them; in `jax.shard_map` the configuration
+      names the axes that split tokens, `count_axis_name`, over which every call sums what it counted. These are sums of
+      integers: counts and biases are the same on all devices, to the bit;
     - recomputation: counts are state that goes in and comes out of a function. `nnx.remat`, or `jax.checkpoint` over
       `nnx.split` and `nnx.merge`, computes the function again for the backward pass, and drops what comes out.
 
@@ -516,7 +518,6 @@ def update_selection_biases(
             are returned and cleared.
         rate: by how much a bias moves.
         centred: keeps the mean of the bias.
-        axis_name: mesh axes of the surrounding `shard_map` that split tokens.
         when: bool, which may be traced: whether to do it, else nothing changes. With `optax.MultiSteps`, whether the
             parameters were updated.
 
@@ -528,9 +529,8 @@ def update_selection_biases(
         ValueError: no router in the model counts.
         TypeError, ValueError: as of `balance.update_expert_bias`.
     """
-    options: dict[str, Any] = {"rate": rate, "centred": centred, "axis_name": axis_name, "when": when}
     counts = {
-        ".".join(map(str, path)): module.update_selection_bias(**options)
+        ".".join(map(str, path)): module.update_selection_bias(rate=rate, centred=centred, when=when)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, Router) and module.config.count_experts
     }

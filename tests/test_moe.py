@@ -37,7 +37,7 @@ LAYERS = {
     "gate of the shared expert": (config(implementation="reference"), {**SHARED, "shared_expert_gate": True}),
     "weighed input": (config(1, score_fn="sigmoid", renormalize=False), {"weigh": "input", "matmul": lax.ragged_dot}),
     "null experts": (config(renormalize=False, scale=6.0, num_null_experts=5), {"activation": jax.nn.gelu}),
-    "scale an expert": (config(per_expert_scale=True), {}),
+    "scale an expert, groups in tiles": (config(per_expert_scale=True), {"align": 8}),
     "hash, scored": (config(score_fn="sqrtsoftplus", mode="hash", hash_weights="scored", vocab_size=V), SHARED),
     "hash, uniform": (config(mode="hash", vocab_size=V), {}),
 }
