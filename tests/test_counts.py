@@ -33,6 +33,11 @@ def draw(rng, *leading):
     return jnp.asarray(rng.normal(0, 1, (*leading, D)) + 1, jnp.float32)
 
 
+def make_layer():
+    init = nnx.initializers.constant(0.5)  # compiles little
+    return MoE(Router(CONFIG, rngs=nnx.Rngs(0)), 4, kernel_init=init, rngs=nnx.Rngs(0))
+
+
 @pytest.fixture
 def router():
     return Router(CONFIG, rngs=nnx.Rngs(0))
@@ -111,7 +116,7 @@ def test_recomputation_counts_once(recompute, rng):
     """The backward pass routes a second time; gradients are what they were."""
     x, gradients = draw(rng, 20), []
     for call in (lambda model, x: model(x), recompute):
-        model = MoE(CONFIG, 4, rngs=nnx.Rngs(0))
+        model = make_layer()
         want = counts_of(nnx.view(model.router, deterministic=True)(x).expert_ids)
         gradients.append(nnx.jit(nnx.grad(lambda model, call=call: (call(model, x) ** 2).sum()))(model))
         np.testing.assert_array_equal(model.router.counts[...], want)
@@ -158,7 +163,7 @@ def test_stacked_layers(rng):
 
 def test_accumulation_steps(rng):
     """With optax.MultiSteps the bias moves when the parameters do, by the counts of all accumulated steps."""
-    model, batches = MoE(CONFIG, 4, rngs=nnx.Rngs(0)), draw(rng, 4, 10)
+    model, batches = make_layer(), draw(rng, 4, 10)
     optimizer = nnx.Optimizer(model, optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2), wrt=nnx.Param)
 
     @nnx.jit

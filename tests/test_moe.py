@@ -1,5 +1,6 @@
 """The MoE layer: equal to the dense computation in float64, values and gradients; masks, replay, presets, devices."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -12,9 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_router import MoE, Router, RouterConfig, Routing, presets
-from jax_router.moe import sum_of_experts
 
-D, F, E, V = 16, 8, 12, 20
+D, F, E, V = 16, 8, 6, 20
 SHARED = {"shared_intermediate_size": 12}
 
 
@@ -24,28 +24,35 @@ def leaves_nan(lhs, rhs, group_sizes):
     return jnp.where(row < group_sizes.sum(), lax.ragged_dot(lhs, rhs, group_sizes), jnp.nan)
 
 
-def config(top_k=3, **options):
+def config(top_k=2, **options):
     return RouterConfig(D, E, top_k, **{"score_fn": "softmax", "selection_bias": False, **options})
 
 
 LAYERS = {
     "softmax": (config(), {}),
     "groups, bias, shared expert": (
-        config(score_fn="sigmoid", scale=2.5, num_groups=4, top_groups=2, selection_bias=True),
+        config(score_fn="sigmoid", scale=2.5, num_groups=3, top_groups=2, selection_bias=True),
         {**SHARED, "matmul": leaves_nan},
     ),
     "gate of the shared expert": (config(implementation="reference"), {**SHARED, "shared_expert_gate": True}),
     "weighed input": (config(1, score_fn="sigmoid", renormalize=False), {"weigh": "input", "matmul": lax.ragged_dot}),
-    "null experts": (config(renormalize=False, scale=6.0, num_null_experts=5), {"activation": jax.nn.gelu}),
+    "null experts": (config(renormalize=False, scale=6.0, num_null_experts=2), {"activation": jax.nn.gelu}),
     "scale an expert, groups in tiles": (config(per_expert_scale=True), {"align": 8}),
     "hash, scored": (config(score_fn="sqrtsoftplus", mode="hash", hash_weights="scored", vocab_size=V), SHARED),
     "hash, uniform": (config(mode="hash", vocab_size=V), {}),
 }
 
 
+def numpy_init():
+    """An initializer that compiles nothing."""
+    rng = np.random.default_rng(3)
+    return lambda key, shape, dtype: jnp.asarray(rng.normal(0, shape[-2] ** -0.5, shape), dtype)
+
+
 def make(name):
     router, options = LAYERS[name]
-    moe = MoE(router, F, rngs=nnx.Rngs(3), **options)
+    init, rngs = numpy_init(), nnx.Rngs(3)
+    moe = MoE(Router(router, rngs=rngs, weight_init=init), F, kernel_init=init, rngs=rngs, **options)
     if router.per_expert_scale:
         moe.router.per_expert_scale[...] = jnp.linspace(0.5, 2, E, dtype=jnp.float32)
     if router.has_selection_bias:
@@ -53,12 +60,12 @@ def make(name):
     return moe
 
 
-@pytest.fixture
-def batch(rng):
-    """Hidden states, NaN in masked rows; a mask; token ids; a cotangent."""
-    mask = rng.random((4, 6)) < 0.8
-    x = np.where(mask[..., None], rng.normal(0, 1, (4, 6, D)), np.nan).astype(np.float32)
-    return x, mask, rng.integers(0, V, (4, 6)).astype(np.int32), rng.normal(0, 1, x.shape).astype(np.float32)
+def draw(rng, *tokens):
+    """Hidden states, NaN in masked rows; the mask; token ids; a cotangent."""
+    tokens = tokens or (4, 6)
+    mask = rng.random(tokens) < 0.8
+    x = np.where(mask[..., None], rng.normal(0, 1, (*tokens, D)), np.nan).astype(np.float32)
+    return x, mask, rng.integers(0, V, tokens).astype(np.int32), rng.normal(0, 1, x.shape).astype(np.float32)
 
 
 SCORES = {
@@ -104,78 +111,93 @@ def in_float64(function, *arguments):
 
 def assert_close(results, wanted):
     for (path, value), want in zip(jax.tree.leaves_with_path(results), jax.tree.leaves(wanted), strict=True):
+        value = np.asarray(value)
         largest = max(np.abs(want).max(), 1e-3)
         np.testing.assert_allclose(value / largest, want / largest, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def params_of(moe):
-    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(moe, nnx.Param)))
-
-
 def gradients(moe, x, mask, token_ids, cotangent):
-    """The result, and gradients in all parameters and x."""
+    """Gradients in all parameters and x, and the result."""
 
     def loss(moe, x):
         y = moe(x, token_ids=token_ids, token_mask=mask)
         return (y * cotangent).sum(), y
 
-    return nnx.grad(loss, argnums=(0, 1), has_aux=True)(moe, x)
+    (of_params, of_x), y = nnx.grad(loss, argnums=(0, 1), has_aux=True)(moe, x)
+    return nnx.to_pure_dict(of_params), of_x, y
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_equals_the_dense_computation(name, batch):
+def test_equals_the_dense_computation(name, rng):
     """Forward and in all gradients; masked rows that hold NaN are as if they were not there."""
-    moe, (x, mask, token_ids, cotangent) = make(name), batch
-    (of_params, of_x), y = nnx.jit(gradients)(moe, *map(jnp.asarray, batch))
-    ids = moe.router(x, token_ids=token_ids, token_mask=mask).expert_ids
+    moe, batch = make(name), draw(rng)
+    x, mask, _, cotangent = batch
+
+    @nnx.jit
+    def layer(moe, *batch):
+        routing = moe.router(batch[0], token_mask=batch[1], token_ids=batch[2])
+        return gradients(moe, *batch), routing.expert_ids
+
+    (of_params, of_x, y), ids = jax.tree.map(np.asarray, layer(moe, *batch))
 
     def oracle(params, x, ids, cotangent):
         y, vjp = jax.vjp(lambda params, x: dense(params, x, ids, *LAYERS[name]), params, x)
-        return y, *vjp(cotangent)
+        return *vjp(cotangent), y
 
-    wanted = in_float64(oracle, params_of(moe), x[mask], np.asarray(ids)[mask], cotangent[mask])
-    assert_close((y[mask], nnx.to_pure_dict(of_params), of_x[mask]), wanted)
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(moe, nnx.Param)))
+    assert_close((of_params, of_x[mask], y[mask]), in_float64(oracle, params, x[mask], ids[mask], cotangent[mask]))
     np.testing.assert_array_equal(y[~mask], 0)
     np.testing.assert_array_equal(of_x[~mask], 0)
 
 
-def test_replay(batch):
+call = nnx.jit(lambda moe, x, **options: moe(x, **options), static_argnames="unset")
+
+
+def test_replay(rng):
     """Recorded experts give what their own choice gave; a choice that is -1 adds nothing."""
-    moe, x = make("softmax"), jnp.nan_to_num(batch[0])
-    recorded = moe.router(x).expert_ids.astype(jnp.int8)
-    np.testing.assert_allclose(moe(x, expert_ids=recorded), moe(x), rtol=1e-5, atol=1e-6)
+    moe, x = make("softmax"), jnp.asarray(rng.normal(0, 1, (5, D)), jnp.float32)
+    recorded, want = moe.router(x).expert_ids.astype(jnp.int8), call(moe, x)
+    np.testing.assert_allclose(call(moe, x, expert_ids=recorded), want, rtol=1e-5, atol=1e-6)
     none = jnp.full_like(recorded, -1)
-    np.testing.assert_array_equal(moe(x, expert_ids=none), 0)
-    np.testing.assert_array_equal(moe(x, expert_ids=none, unset="route"), moe(x))
+    np.testing.assert_array_equal(call(moe, x, expert_ids=none), 0)
+    np.testing.assert_allclose(call(moe, x, expert_ids=none, unset="route"), want, rtol=1e-5, atol=1e-6)
 
 
 def test_no_token_is_dropped():
     """However uneven the load: all tokens on one expert, and no token at all."""
     moe = make("softmax")
-    moe.router.weight[...] = moe.router.weight[...].at[:3].set(jnp.arange(300, 0, -100, dtype=jnp.float32)[:, None])
     x = jnp.abs(jax.random.normal(jax.random.key(0), (40, D)))
-    routing = moe.router(x)
-    np.testing.assert_array_equal(routing.expert_ids, np.broadcast_to([0, 1, 2], (40, 3)))
-    one = sum_of_experts(x, Routing(jnp.ones((40, 1)), jnp.zeros((40, 1), jnp.int32)), moe.experts.weights(x.dtype))
-    np.testing.assert_allclose(moe(x), one, rtol=1e-4, atol=1e-6)
-    assert moe(x[:0]).shape == (0, D)
+    moe.router.weight[...] = jnp.zeros((E, D)).at[:2].set(jnp.array([[200.0], [100.0]]))
+    np.testing.assert_array_equal(moe.router(x).expert_ids, np.broadcast_to([0, 1], (40, 2)))
+    first = jax.tree.map(lambda weight: np.float64(weight[0]), moe.experts.weights(x.dtype))
+    gate, up = np.float64(x) @ first.gate_proj, np.float64(x) @ first.up_proj
+    np.testing.assert_allclose(call(moe, x), (gate / (1 + np.exp(-gate)) * up) @ first.down_proj, rtol=1e-4, atol=1e-6)
+    assert call(moe, x[:0]).shape == (0, D)
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_dtypes(dtype):
-    """The experts compute in `dtype`, or in that of x; a router with f32 parameters stays exact; gradients are f32."""
-    moe = MoE(config(), F, dtype=dtype, **SHARED, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (30, D), jnp.float32)
-    want = moe(x) if dtype is None else moe(x).astype(jnp.float32)
-    x = x.astype(jnp.float32 if dtype else jnp.bfloat16)
-    y = moe(x)
+def test_dtypes(rng):
+    """The experts compute in `dtype`, or in that of x; the router stays exact, and gradients have the parameters'."""
+    x = jnp.asarray(rng.normal(0, 1, (10, D)), jnp.bfloat16)
+    moe, with_dtype = (
+        MoE(Router(config(), rngs=nnx.Rngs(0)), F, **SHARED, dtype=dtype, kernel_init=numpy_init(), rngs=nnx.Rngs(0))
+        for dtype in (None, jnp.bfloat16)
+    )
+
+    @nnx.jit
+    def values_and_gradients(moe, x):
+        def loss(moe):
+            y = moe(x)
+            return y.astype(jnp.float32).sum(), y
+
+        return nnx.grad(loss, has_aux=True)(moe)
+
+    of_params, y = values_and_gradients(moe, x)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.05)
-    of_params = nnx.grad(lambda moe: moe(x).astype(jnp.float32).sum())(moe)
     assert {leaf.dtype for leaf in jax.tree.leaves(of_params)} == {jnp.dtype(jnp.float32)}
-    half = MoE(config(), F, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert half.experts.gate_proj[...].dtype == jnp.bfloat16
-    assert half.router.weight[...].dtype == jnp.float32
+    np.testing.assert_array_equal(values_and_gradients(with_dtype, x.astype(jnp.float32))[1], y)
+    np.testing.assert_allclose(y.astype(jnp.float32), call(moe, x.astype(jnp.float32)), atol=0.05)
+    half = nnx.eval_shape(lambda: MoE(config(), F, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    assert (half.experts.gate_proj.dtype, half.router.weight.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_parameters():
@@ -191,9 +213,9 @@ def test_parameters():
         "shared_expert.down_proj": (12, D),
         "shared_expert_gate": (D, 1),
     }
-    wide = MoE(RouterConfig(256, 4, 2), 1024, rngs=nnx.Rngs(0))
-    for name, inputs in (("gate_proj", 256), ("down_proj", 1024)):
-        np.testing.assert_allclose(np.std(getattr(wide.experts, name)[...], axis=(1, 2)), inputs**-0.5, rtol=0.02)
+    wide = MoE(RouterConfig(64, 3, 2), 256, rngs=nnx.Rngs(0))
+    for name, inputs in (("gate_proj", 64), ("down_proj", 256)):
+        np.testing.assert_allclose(np.std(getattr(wide.experts, name)[...], axis=(1, 2)), inputs**-0.5, rtol=0.05)
 
 
 def test_presets():
@@ -211,35 +233,38 @@ def test_presets():
     assert MoE(router, F, rngs=nnx.Rngs(0)).router is router
 
 
+ON_DEVICES = "groups, bias, shared expert"
+
+
+@functools.cache
+def on_one_device():
+    batch = draw(np.random.default_rng(7), 8, 3)
+    return batch, jax.tree.map(np.asarray, nnx.jit(gradients)(make(ON_DEVICES), *batch))
+
+
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_tokens(mode, devices, batch):
-    """Under jit, over devices, the same values and gradients as on one."""
-    moe = make("groups, bias, shared expert")
-    batch = [np.concatenate([array, array]) for array in batch]
-    want = nnx.jit(gradients)(moe, *map(jnp.asarray, batch))
+def test_sharded_tokens(mode, devices):
+    """Under jit, over devices, the same values and gradients as on one; tokens stay where they are."""
+    batch, want = on_one_device()
     mesh = jax.make_mesh((len(devices),), ("d",), (mode,), devices=devices)
     with jax.set_mesh(mesh):
         sharded = [jax.device_put(array, NamedSharding(mesh, P("d"))) for array in batch]
-        results = nnx.jit(gradients)(make("groups, bias, shared expert"), *sharded)
-    assert_close(jax.tree.map(np.asarray, nnx.to_pure_dict(results[0][0])), nnx.to_pure_dict(want[0][0]))
-    assert_close(jax.tree.map(np.asarray, (results[0][1], results[1])), (want[0][1], want[1]))
+        results = nnx.jit(gradients)(make(ON_DEVICES), *sharded)
+    assert results[-1].sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 3)
+    assert_close(results, want)
 
 
-def test_in_shard_map(devices, batch):
+def test_in_shard_map(devices):
     """Each device sorts its own tokens, and gradients are the sums over devices."""
-    moe = make("softmax")
-    batch = [np.concatenate([array, array]) for array in batch]
-    (of_params, of_x), y = nnx.jit(gradients)(moe, *map(jnp.asarray, batch))
+    batch, want = on_one_device()
     mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Auto,), devices=devices)
-    graph, state = nnx.split(moe)
+    graph, state = nnx.split(make(ON_DEVICES))
 
     def local(state, *batch):
-        (of_params, of_x), y = gradients(nnx.merge(graph, state), *batch)
-        return nnx.to_pure_dict(of_params), of_x, y
+        return gradients(nnx.merge(graph, state), *batch)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), *[P("d")] * 4), out_specs=(P(), P("d"), P("d")))
-    results = jax.jit(mapped)(state, *batch)
-    assert_close(jax.tree.map(np.asarray, results), (nnx.to_pure_dict(of_params), of_x, y))
+    assert_close(jax.jit(mapped)(state, *batch), want)
 
 
 @pytest.mark.parametrize(
