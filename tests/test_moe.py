@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_router import MoE, Router, RouterConfig, Routing, presets
+from jax_router import MoE, Router, RouterConfig, Routing, models, presets
 
 D, F, E, V = 16, 8, 6, 20
 SHARED = {"shared_intermediate_size": 12}
@@ -29,18 +29,21 @@ def config(top_k=2, **options):
 
 
 LAYERS = {
-    "softmax": (config(), {}),
     "groups, bias, shared expert": (
         config(score_fn="sigmoid", scale=2.5, num_groups=3, top_groups=2, selection_bias=True),
         {**SHARED, "matmul": leaves_nan},
     ),
-    "gate of the shared expert": (config(implementation="reference"), {**SHARED, "shared_expert_gate": True}),
-    "weighed input": (config(1, score_fn="sigmoid", renormalize=False), {"weigh": "input", "matmul": lax.ragged_dot}),
-    "null experts": (config(renormalize=False, scale=6.0, num_null_experts=2), {"activation": jax.nn.gelu}),
-    "scale an expert, groups in tiles": (config(per_expert_scale=True), {"align": 8}),
-    "hash, scored": (config(score_fn="sqrtsoftplus", mode="hash", hash_weights="scored", vocab_size=V), SHARED),
-    "hash, uniform": (config(mode="hash", vocab_size=V), {}),
+    "null experts, gate of the shared expert": (
+        config(renormalize=False, scale=6.0, num_null_experts=2, implementation="reference"),
+        {**SHARED, "shared_expert_gate": True, "activation": jax.nn.gelu},
+    ),
+    "weighed input, scale an expert, groups in tiles": (
+        config(1, score_fn="sigmoid", renormalize=False, per_expert_scale=True),
+        {"weigh": "input", "matmul": lax.ragged_dot, "align": 8},
+    ),
+    "hash, scored": (config(score_fn="sqrtsoftplus", mode="hash", hash_weights="scored", vocab_size=V), {}),
 }
+FIRST, SECOND, *_ = LAYERS.values()
 
 
 def numpy_init():
@@ -49,8 +52,7 @@ def numpy_init():
     return lambda key, shape, dtype: jnp.asarray(rng.normal(0, shape[-2] ** -0.5, shape), dtype)
 
 
-def make(name):
-    router, options = LAYERS[name]
+def make(router, options):
     init, rngs = numpy_init(), nnx.Rngs(3)
     moe = MoE(Router(router, rngs=rngs, weight_init=init), F, kernel_init=init, rngs=rngs, **options)
     if router.per_expert_scale:
@@ -130,7 +132,7 @@ def gradients(moe, x, mask, token_ids, cotangent):
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_dense_computation(name, rng):
     """Forward and in all gradients; masked rows that hold NaN are as if they were not there."""
-    moe, batch = make(name), draw(rng)
+    moe, batch = make(*LAYERS[name]), draw(rng)
     x, mask, _, cotangent = batch
 
     @nnx.jit
@@ -155,7 +157,7 @@ call = nnx.jit(lambda moe, x, **options: moe(x, **options), static_argnames="uns
 
 def test_replay(rng):
     """Recorded experts give what their own choice gave; a choice that is -1 adds nothing."""
-    moe, x = make("softmax"), jnp.asarray(rng.normal(0, 1, (5, D)), jnp.float32)
+    moe, x = make(config(), {}), jnp.asarray(rng.normal(0, 1, (5, D)), jnp.float32)
     recorded, want = moe.router(x).expert_ids.astype(jnp.int8), call(moe, x)
     np.testing.assert_allclose(call(moe, x, expert_ids=recorded), want, rtol=1e-5, atol=1e-6)
     none = jnp.full_like(recorded, -1)
@@ -165,7 +167,7 @@ def test_replay(rng):
 
 def test_no_token_is_dropped():
     """However uneven the load: all tokens on one expert, and no token at all."""
-    moe = make("softmax")
+    moe = make(config(), {})
     x = jnp.abs(jax.random.normal(jax.random.key(0), (40, D)))
     moe.router.weight[...] = jnp.zeros((E, D)).at[:2].set(jnp.array([[200.0], [100.0]]))
     np.testing.assert_array_equal(moe.router(x).expert_ids, np.broadcast_to([0, 1], (40, 2)))
@@ -194,7 +196,7 @@ def test_dtypes(rng):
     of_params, y = values_and_gradients(moe, x)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(of_params)} == {jnp.dtype(jnp.float32)}
-    np.testing.assert_array_equal(values_and_gradients(with_dtype, x.astype(jnp.float32))[1], y)
+    np.testing.assert_array_equal(call(with_dtype, x.astype(jnp.float32)), y)
     np.testing.assert_allclose(y.astype(jnp.float32), call(moe, x.astype(jnp.float32)), atol=0.05)
     half = nnx.eval_shape(lambda: MoE(config(), F, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     assert (half.experts.gate_proj.dtype, half.router.weight.dtype) == (jnp.bfloat16, jnp.float32)
@@ -202,11 +204,11 @@ def test_dtypes(rng):
 
 def test_parameters():
     """Their names and shapes; LeCun normal, each expert by itself."""
-    state = nnx.to_flat_state(nnx.state(make("gate of the shared expert"), nnx.Param))
+    state = nnx.to_flat_state(nnx.state(make(*SECOND), nnx.Param))
     assert {".".join(path): value[...].shape for path, value in state} == {
-        "experts.gate_proj": (E, D, F),
-        "experts.up_proj": (E, D, F),
-        "experts.down_proj": (E, F, D),
+        "experts.gate_proj": (E - 2, D, F),  # two are null
+        "experts.up_proj": (E - 2, D, F),
+        "experts.down_proj": (E - 2, F, D),
         "router.weight": (E, D),
         "shared_expert.gate_proj": (D, 12),
         "shared_expert.up_proj": (D, 12),
@@ -219,27 +221,26 @@ def test_parameters():
 
 
 def test_presets():
-    """A layer around the router of each model, its sizes but for D and F; an existing Router is taken as it is."""
-    for name in presets():
-        try:
-            router = replace(RouterConfig.from_preset(name), hidden_size=D)
-        except ValueError:  # no options describe it
-            continue
-        moe = nnx.eval_shape(lambda router=router: MoE(router, F, rngs=nnx.Rngs(0)))
-        assert moe.experts.gate_proj.shape == (router.num_real_experts, D, F)
+    """A layer around a router of each kind of model, with true E and k; an existing Router is taken as it is."""
+    of_programs = {models.preset(name).program: (name,) for name in presets()}.values()
+    for row in (*of_programs, ("longcat_flash",), ("gemma4_26b_a4b",), ("deepseek_v4_flash", 0)):
+        router = replace(RouterConfig.from_preset(*row), hidden_size=D)
         ids = {"token_ids": jnp.zeros(4, jnp.int32)} if router.mode == "hash" else {}
-        assert nnx.eval_shape(lambda moe, x, ids=ids: moe(x, **ids), moe, jnp.zeros((4, D))).shape == (4, D)
+
+        def run(x, router=router, ids=ids):
+            moe = MoE(router, F, kernel_init=nnx.initializers.zeros_init(), rngs=nnx.Rngs(0))
+            return moe(x, **ids), moe.experts.gate_proj[...]
+
+        y, gate_proj = nnx.eval_shape(run, jnp.zeros((4, D)))
+        assert (y.shape, gate_proj.shape) == ((4, D), (router.num_real_experts, D, F))
     router = Router(config(), rngs=nnx.Rngs(5))
     assert MoE(router, F, rngs=nnx.Rngs(0)).router is router
-
-
-ON_DEVICES = "groups, bias, shared expert"
 
 
 @functools.cache
 def on_one_device():
     batch = draw(np.random.default_rng(7), 8, 3)
-    return batch, jax.tree.map(np.asarray, nnx.jit(gradients)(make(ON_DEVICES), *batch))
+    return batch, jax.tree.map(np.asarray, nnx.jit(gradients)(make(*FIRST), *batch))
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
@@ -249,7 +250,7 @@ def test_sharded_tokens(mode, devices):
     mesh = jax.make_mesh((len(devices),), ("d",), (mode,), devices=devices)
     with jax.set_mesh(mesh):
         sharded = [jax.device_put(array, NamedSharding(mesh, P("d"))) for array in batch]
-        results = nnx.jit(gradients)(make(ON_DEVICES), *sharded)
+        results = nnx.jit(gradients)(make(*FIRST), *sharded)
     assert results[-1].sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 3)
     assert_close(results, want)
 
@@ -258,7 +259,7 @@ def test_in_shard_map(devices):
     """Each device sorts its own tokens, and gradients are the sums over devices."""
     batch, want = on_one_device()
     mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Auto,), devices=devices)
-    graph, state = nnx.split(make(ON_DEVICES))
+    graph, state = nnx.split(make(*FIRST))
 
     def local(state, *batch):
         return gradients(nnx.merge(graph, state), *batch)
@@ -300,5 +301,5 @@ def test_bad_arguments(make, error, message):
 
 
 def make_and_call(x, **options):
-    moe = make("softmax")
+    moe = make(config(), {})
     return moe.apply_experts(x, **options) if options else moe(x)
