@@ -1,5 +1,7 @@
 """What takes more than a command to run: `nox -s NAME`."""
 
+import subprocess
+
 import nox
 
 JAXLIB = [
@@ -28,3 +30,25 @@ def fuzz(session: nox.Session) -> None:
         session.run("cmake", *source, *settings, silent=True)
         session.run("cmake", "--build", build, silent=True)
         session.run(f"{build}/fuzz", *options, *session.posargs, external=True)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """The suite on CPU kernels, under the sanitizers of addresses and undefined behaviour: nox -s sanitize -- [-x ...].
+
+    Python itself is not built with them, so their libraries are loaded before it; they watch this package's module, and
+    every allocation of the process.
+    """
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+    session.install(".[test]", "--no-cache-dir", env={"CXXFLAGS": flags, "CMAKE_ARGS": "-DJAX_ROUTER_CUDA=OFF"})
+    libraries = ("libasan.so", "libubsan.so", "libstdc++.so")
+    paths = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in libraries]
+    session.run(
+        *("pytest", *session.posargs),
+        env={
+            "LD_PRELOAD": ":".join(paths),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python does not free all that it has when it ends
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "JAX_PLATFORMS": "cpu",
+        },
+    )
