@@ -255,21 +255,22 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check.instance("rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
+        _check.static_int("intermediate_size", intermediate_size, 1, None)
+        has_gate = _check.static_bool("shared_expert_gate", shared_expert_gate)
+        if shared_intermediate_size is not None:
+            _check.static_int("shared_intermediate_size", shared_intermediate_size, 1, None)
+        elif has_gate:
+            raise ValueError("shared_expert_gate must be False without shared_intermediate_size, got True")
+        _check.choice("weigh", weigh, get_args(Weigh))
+        self.weigh = weigh
+        self.activation, self.matmul, self.align = activation, matmul, _check.concrete_int("align", align, 1)
+        self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
+        param_dtype = _check.float_dtype("param_dtype", param_dtype)
         if not isinstance(router, Router):
             _check.instance("router", router, RouterConfig, "RouterConfig(**options)")
             router = Router(router, rngs=rngs)
         self.router = router
         config = router.config
-        _check.static_int("intermediate_size", intermediate_size, 1, None)
-        if shared_intermediate_size is not None:
-            _check.static_int("shared_intermediate_size", shared_intermediate_size, 1, None)
-        elif _check.static_bool("shared_expert_gate", shared_expert_gate):
-            raise ValueError("shared_expert_gate must be False without shared_intermediate_size, got True")
-        _check.choice("weigh", weigh, get_args(Weigh))
-        self.weigh = weigh
-        self.activation, self.matmul, self.align = activation, matmul, align
-        self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
-        param_dtype = _check.float_dtype("param_dtype", param_dtype)
 
         def swiglu(stack: tuple[int, ...], inner: int) -> SwiGLU:
             sizes = (stack, config.hidden_size, inner)
@@ -280,7 +281,7 @@ class MoE(nnx.Module):
 
         self.experts = swiglu((config.num_real_experts,), intermediate_size)
         self.shared_expert = None if shared_intermediate_size is None else swiglu((), shared_intermediate_size)
-        self.shared_expert_gate = gate() if shared_expert_gate else None
+        self.shared_expert_gate = gate() if has_gate else None
 
     def __call__(
         self,

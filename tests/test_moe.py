@@ -52,9 +52,15 @@ def numpy_init():
     return lambda key, shape, dtype: jnp.asarray(rng.normal(0, shape[-2] ** -0.5, shape), dtype)
 
 
+def draw_table(key, shape, num_experts):
+    return np.argsort(np.random.default_rng(3).random((shape[0], num_experts)), axis=1)[:, : shape[1]]
+
+
 def make(router, options):
     init, rngs = numpy_init(), nnx.Rngs(3)
-    moe = MoE(Router(router, rngs=rngs, weight_init=init), F, kernel_init=init, rngs=rngs, **options)
+    existing = Router(router, rngs=rngs, weight_init=init, hash_lut_init=draw_table)
+    moe = MoE(existing, F, kernel_init=init, rngs=rngs, **options)
+    assert moe.router is existing
     if router.per_expert_scale:
         moe.router.per_expert_scale[...] = jnp.linspace(0.5, 2, E, dtype=jnp.float32)
     if router.has_selection_bias:
@@ -180,10 +186,7 @@ def test_no_token_is_dropped():
 def test_dtypes(rng):
     """The experts compute in `dtype`, or in that of x; the router stays exact, and gradients have the parameters'."""
     x = jnp.asarray(rng.normal(0, 1, (10, D)), jnp.bfloat16)
-    moe, with_dtype = (
-        MoE(Router(config(), rngs=nnx.Rngs(0)), F, **SHARED, dtype=dtype, kernel_init=numpy_init(), rngs=nnx.Rngs(0))
-        for dtype in (None, jnp.bfloat16)
-    )
+    moe, with_dtype = (make(config(), {**SHARED, "dtype": dtype}) for dtype in (None, jnp.bfloat16))
 
     @nnx.jit
     def values_and_gradients(moe, x):
@@ -221,7 +224,7 @@ def test_parameters():
 
 
 def test_presets():
-    """A layer around a router of each kind of model, with true E and k; an existing Router is taken as it is."""
+    """A layer around a router of each kind of model, with true E and k."""
     of_programs = {models.preset(name).program: (name,) for name in presets()}.values()
     for row in (*of_programs, ("longcat_flash",), ("gemma4_26b_a4b",), ("deepseek_v4_flash", 0)):
         router = replace(RouterConfig.from_preset(*row), hidden_size=D)
@@ -233,8 +236,6 @@ def test_presets():
 
         y, gate_proj = nnx.eval_shape(run, jnp.zeros((4, D)))
         assert (y.shape, gate_proj.shape) == ((4, D), (router.num_real_experts, D, F))
-    router = Router(config(), rngs=nnx.Rngs(5))
-    assert MoE(router, F, rngs=nnx.Rngs(0)).router is router
 
 
 @functools.cache
