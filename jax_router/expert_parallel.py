@@ -1,0 +1,291 @@
+"""Experts that lie on several devices: which rows go where, and back, inside `jax.shard_map`.
+
+Of the E experts of a layer, device d of the n along a mesh axis has those from `d E / n` on, E / n of them, and T tokens
+of its own. `compute` brings every token to the devices of its experts, lets these compute, and brings the weighted sums
+back. It does so in one of two ways, with the same results to rounding:
+
+    gather     all tokens go to all devices by an all-gather, and a reduce-scatter adds up the devices' sums. Every
+               device sends and receives (n - 1) T rows each way, whatever k is.
+    exchange   a token goes once to each device that has experts of its own, in one of the `slots` that every pair of
+               devices has, by an all-to-all; what the device computes for it comes back as one row, the weighted sum.
+               Every device sends and receives (n - 1) `slots` rows each way. Without a limit `slots` is T, enough for
+               every load, which is as many rows as gather moves.
+
+What is sent where is decided by int32 maps on the devices: the shapes, and so the program, are the same for every load,
+and the host waits for nothing. All maps are inverted by gathers: the results and gradients have the same bits every
+time.
+
+`jax.lax.ragged_all_to_all` would move no more rows than there are, and need no limit. It is not used: on four H100 it
+takes 27 times as long as an all-to-all of the same bytes (3.6 times with XLA's decomposer of it), and it does not exist
+on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from . import _check
+from ._expert_dispatch import expert_dispatch
+from ._permute import combine, permute
+from ._types import Dispatch, Implementation, Routing
+
+Way = Literal["gather", "exchange"]
+# The rows of a device `[S, D]`, sorted by its experts, and how many each has `[E / n]`, to rows `[S, D]`.
+Experts = Callable[[Array, Array], Array]
+
+
+class ExpertSum(NamedTuple):
+    """What the experts add up to.
+
+    Attributes:
+        output: `[..., D]` in the dtype of x, the weighted sum of a token's experts.
+        dropped: int32 `[]`, the choices that no expert computed since `slots` or `rows` were too few, of all devices
+            along the axis; 0 without these limits. Choices without a valid id do not count.
+    """
+
+    output: Array
+    dropped: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """What the devices along a mesh axis can do: the constants by which `way="auto"` chooses.
+
+    `python -m benchmarks exchange` measures them. The defaults are those of four H100 of one host.
+
+    Attributes:
+        all_to_all, all_gather, reduce_scatter: bytes a second that a device sends to others in these collectives.
+        memory: bytes a second that a device reads or writes when it moves rows in its own memory.
+        latency: seconds that a collective takes however little it moves.
+    """
+
+    all_to_all: float = 207e9
+    all_gather: float = 168e9
+    reduce_scatter: float = 168e9
+    memory: float = 2.5e12
+    latency: float = 20e-6
+
+    def seconds(
+        self, way: Way, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None
+    ) -> float:
+        """How long moving the rows takes, there and back, without what the experts compute.
+
+        Args:
+            way: "gather" or "exchange".
+            devices: n, along the axis.
+            tokens: T, of a device.
+            hidden: D.
+            itemsize: bytes of an element.
+            slots: of a pair of devices; None is T.
+        """
+        others, row = devices - 1, hidden * itemsize
+        if way == "gather":
+            sent = others * tokens * row
+            return 2 * self.latency + sent / self.all_gather + sent / self.reduce_scatter
+        slots = tokens if slots is None else slots
+        # The rows are written to their slots before the first all-to-all, and read from them after the second.
+        moved = 2 * (others + 1) * slots * row
+        return 2 * self.latency + 2 * others * slots * row / self.all_to_all + moved / self.memory
+
+
+def choose_way(
+    links: Links, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None
+) -> Way:
+    """The way that `compute` takes with `way="auto"`: that which `links.seconds` says is the faster."""
+
+    def seconds(way: Way) -> float:
+        return links.seconds(way, devices=devices, tokens=tokens, hidden=hidden, itemsize=itemsize, slots=slots)
+
+    return min(get_args(Way), key=seconds)
+
+
+def expected_slots(tokens: int, top_k: int, devices: int, *, headroom: float = 1.0) -> int:
+    """How many of its tokens a device sends to another on average, times `headroom`; at most all of them.
+
+    `T (1 - (1 - 1 / n)^k)` for choices that are spread evenly and independently. What a real load needs beyond it is
+    for `headroom`; `ExpertSum.dropped` says whether it was enough.
+
+    Args:
+        tokens: T, of a device.
+        top_k: k.
+        devices: n, along the axis.
+        headroom: a factor of 0 or more.
+    """
+    return min(tokens, math.ceil(headroom * tokens * (1 - (1 - 1 / devices) ** top_k)))
+
+
+def compute(
+    x: Array,
+    routing: Routing,
+    experts: Experts,
+    *,
+    num_experts: int,
+    axis_name: str | Sequence[str],
+    way: Way | Literal["auto"] = "auto",
+    slots: int | None = None,
+    rows: int | None = None,
+    align: int = 1,
+    links: Links | None = None,
+    implementation: Implementation = "auto",
+) -> ExpertSum:
+    """`sum over j of weights[t, j] * expert(ids[t, j])(x[t])` with the experts spread over a mesh axis.
+
+    Call it inside `jax.shard_map`, on each device with the tokens that are its own (a device may have any tokens, also
+    none that has experts). With tokens that are split over further mesh axes (data parallel) nothing moves along these.
+
+    Args:
+        x: f32, bf16 or f16 `[..., D]`, T tokens in all.
+        routing: of these tokens, `[..., k]`, with the ids of all E experts. Ids outside `[0, E)` (masked tokens,
+            padding) are computed by nobody and add nothing.
+        experts: computes this device's experts: from rows `[S, D]`, in which those of an expert lie together, and
+            `group_sizes` int32 `[E / n]`, to rows `[S, D]` in the dtype of x. `grouped_matmul` takes both. Rows behind
+            the last group are zeros, and what they become is not read.
+        num_experts: E, which n divides.
+        axis_name: of the mesh axis, or of several, over which the experts are spread.
+        way: "gather", "exchange", or "auto" by `links`.
+        slots: of "exchange", how many tokens a device sends to another one at most, first come, first served; the
+            choices of further ones are dropped. None is enough for all.
+        rows: how many choices a device's experts compute at most; those of its last experts are dropped. It is S, by
+            which the memory of the experts goes. None is enough for all: `n T k` with gather, `n slots k` with exchange.
+        align: what every expert's rows begin at a multiple of, as `expert_dispatch` has it.
+        links: what the devices can do. None is `Links()`.
+        implementation: of the ops, `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `ExpertSum(output, dropped)`.
+
+    Differentiable in x, the weights, and what `experts` depends on. Where the devices' sums are added in bf16 or f16
+    by "gather", they are rounded n - 1 times; those of "exchange" are added in f32 and rounded once.
+
+    Raises:
+        TypeError: a wrong dtype, or an option is no int.
+        ValueError: a wrong shape or number; n does not divide `num_experts`; `slots` with `way="gather"`.
+        NameError: there is no such mesh axis here.
+    """
+    x = _check.float_array("x", x, min_rank=2)
+    weights = _check.float32_array("routing.weights", routing.weights)
+    expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)
+    _check.same_shape("routing.weights", weights, expert_ids.shape)
+    if x.shape[:-1] != expert_ids.shape[:-1]:
+        raise ValueError(f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}")
+    num_experts = _check.static_int("num_experts", num_experts, 1, None)
+    axis = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+    devices = lax.axis_size(axis)
+    if num_experts % devices:
+        raise ValueError(f"the {devices} devices of axis_name = {axis!r} must divide num_experts, got {num_experts}")
+    _check.choice("way", way, ("auto", *get_args(Way)))
+    slots = None if slots is None else _check.static_int("slots", slots, 0, None)
+    rows = None if rows is None else _check.static_int("rows", rows, 0, None)
+    if way == "gather" and slots is not None:
+        raise ValueError(f"slots must be None with way='gather', which has none, got {slots}")
+
+    tokens, hidden = math.prod(x.shape[:-1]), x.shape[-1]
+    if slots is not None:
+        slots = min(slots, tokens)
+    if way == "auto":
+        sizes: dict[str, Any] = {"devices": devices, "tokens": tokens, "hidden": hidden, "itemsize": x.dtype.itemsize}
+        way = choose_way(links or Links(), slots=slots, **sizes)
+
+    valid = (expert_ids >= 0) & (expert_ids < num_experts)
+    own = _Tokens(
+        x.reshape(tokens, hidden),
+        weights.reshape(tokens, -1),
+        jnp.where(valid, expert_ids, -1).astype(jnp.int32).reshape(tokens, -1),
+    )
+    local = _Local(experts, num_experts // devices, axis, rows, align, implementation)
+    if way == "gather":
+        sums, computed = local(_Tokens(*(lax.all_gather(values, axis, tiled=True) for values in own)))
+        output = lax.psum_scatter(sums, axis, tiled=True)
+    else:
+        plan = _plan(own.expert_ids // (num_experts // devices), devices, tokens if slots is None else slots)
+        sums, computed = local(_Tokens(*(_all_to_all(values, axis) for values in _in_slots(own, plan, implementation))))
+        output = combine(_all_to_all(sums, axis), plan, implementation=implementation)
+    if slots is None and rows is None:
+        dropped = jnp.zeros((), jnp.int32)
+    else:
+        dropped = lax.psum(valid.sum(dtype=jnp.int32) - computed, axis)
+    return ExpertSum(output.reshape(x.shape), dropped)
+
+
+class _Tokens(NamedTuple):
+    """Tokens with their choices: `[R, D]`, `[R, k]`, and `[R, k]` with -1 for none."""
+
+    x: Array
+    weights: Array
+    expert_ids: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Local:
+    """What a device computes: its experts, of whichever tokens it is given."""
+
+    experts: Experts
+    num_experts: int
+    axis: str | tuple[str, ...]
+    rows: int | None
+    align: int
+    implementation: Implementation
+
+    def __call__(self, tokens: _Tokens) -> tuple[Array, Array]:
+        """The weighted sums of this device's experts `[R, D]`, and how many choices they computed."""
+        first = lax.axis_index(self.axis).astype(jnp.int32) * self.num_experts
+        dispatch = expert_dispatch(
+            tokens.expert_ids - first, self.num_experts, implementation=self.implementation
+        )
+        if self.rows is not None:
+            dispatch = _cut(dispatch, self.rows)
+        rows = permute(tokens.x, dispatch, implementation=self.implementation)
+        y = self.experts(rows, dispatch.group_sizes)
+        if y.shape != rows.shape:
+            raise ValueError(f"experts must return rows of shape {rows.shape}, as it got them; got {y.shape}")
+        sums = combine(y, dispatch, tokens.weights, implementation=self.implementation)
+        return sums, (dispatch.slot >= 0).sum(dtype=jnp.int32)
+
+
+def _cut(dispatch: Dispatch, slots: int) -> Dispatch:
+    """The first so many slots."""
+    ends = jnp.minimum(jnp.cumsum(dispatch.group_sizes), slots)
+    return Dispatch(
+        dispatch.token_index[:slots],
+        jnp.where(dispatch.slot < slots, dispatch.slot, -1),
+        jnp.diff(ends, prepend=jnp.zeros(1, ends.dtype)),
+    )
+
+
+def _plan(device: Array, devices: int, slots: int) -> Dispatch:
+    """Which token is sent in which slot, of `slots` for each device, from the devices of its choices `[T, k]`.
+
+    The first choice of a token on a device has the slot, and the others there have none.
+    """
+    earlier = np.tri(device.shape[-1], k=-1, dtype=bool)[None]
+    is_first = ~((device[:, :, None] == device[:, None, :]) & earlier).any(axis=-1)
+    by_device = expert_dispatch(jnp.where(is_first, device, -1), devices)
+
+    # From slots that lie together to slots of one number a device.
+    first = jnp.cumsum(by_device.group_sizes) - by_device.group_sizes
+    number = by_device.slot - first.at[device].get(mode="clip")
+    slot = jnp.where((by_device.slot >= 0) & (number < slots), device * slots + number, -1)
+    place = jnp.arange(slots, dtype=jnp.int32)[None]
+    token = by_device.token_index.at[first[:, None] + place].get(mode="clip")
+    token_index = jnp.where(place < by_device.group_sizes[:, None], token, -1)
+    return Dispatch(token_index.reshape(-1), slot, jnp.full(devices, slots, jnp.int32))
+
+
+def _in_slots(tokens: _Tokens, plan: Dispatch, implementation: Implementation) -> _Tokens:
+    """A device's own tokens where the plan says."""
+    has_token = plan.token_index[:, None] >= 0
+    ids = jnp.where(has_token, tokens.expert_ids.at[plan.token_index].get(mode="clip"), -1)
+    rows = (permute(values, plan, implementation=implementation) for values in (tokens.x, tokens.weights))
+    return _Tokens(*rows, ids)
+
+
+def _all_to_all(rows: Array, axis: str | tuple[str, ...]) -> Array:
+    """Rows by the device that they go to, to rows by the device that they come from."""
+    return lax.all_to_all(rows, axis, 0, 0, tiled=True)
