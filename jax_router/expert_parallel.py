@@ -1,7 +1,7 @@
 """Experts that lie on several devices: which rows go where, and back, inside `jax.shard_map`.
 
-Of the E experts of a layer, device d of the n along a mesh axis has those from `d E / n` on, E / n of them, and T tokens
-of its own. `compute` brings every token to the devices of its experts, lets these compute, and brings the weighted sums
+Of the E experts of a layer, device d of the n along a mesh axis has the E / n from `d E / n` on, and it has T tokens of
+its own. `compute` brings every token to the devices of its experts, lets these compute, and brings the weighted sums
 back. It does so in one of two ways, with the same results to rounding:
 
     gather     all tokens go to all devices by an all-gather, and a reduce-scatter adds up the devices' sums. Every
@@ -33,6 +33,7 @@ from jax import Array, lax
 
 from . import _check
 from ._expert_dispatch import expert_dispatch
+from ._ids import as_int32_ids
 from ._permute import combine, permute
 from ._types import Dispatch, Implementation, Routing
 
@@ -153,7 +154,8 @@ def compute(
         slots: of "exchange", how many tokens a device sends to another one at most, first come, first served; the
             choices of further ones are dropped. None is enough for all.
         rows: how many choices a device's experts compute at most; those of its last experts are dropped. It is S, by
-            which the memory of the experts goes. None is enough for all: `n T k` with gather, `n slots k` with exchange.
+            which the memory of the experts goes. None is enough for all: `n T k` with gather, `n slots k` with
+            exchange.
         align: what every expert's rows begin at a multiple of, as `expert_dispatch` has it.
         links: what the devices can do. None is `Links()`.
         implementation: of the ops, `"auto"`, `"native"` or `"reference"`.
@@ -174,8 +176,10 @@ def compute(
     expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)
     _check.same_shape("routing.weights", weights, expert_ids.shape)
     if x.shape[:-1] != expert_ids.shape[:-1]:
-        raise ValueError(f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}")
-    num_experts = _check.static_int("num_experts", num_experts, 1, None)
+        raise ValueError(
+            f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}"
+        )
+    num_experts = _check.static_int("num_experts", num_experts, 1, 2**24, " (ids are exact in f32)")
     axis = axis_name if isinstance(axis_name, str) else tuple(axis_name)
     devices = lax.axis_size(axis)
     if num_experts % devices:
@@ -193,19 +197,18 @@ def compute(
         sizes: dict[str, Any] = {"devices": devices, "tokens": tokens, "hidden": hidden, "itemsize": x.dtype.itemsize}
         way = choose_way(links or Links(), slots=slots, **sizes)
 
-    valid = (expert_ids >= 0) & (expert_ids < num_experts)
-    own = _Tokens(
-        x.reshape(tokens, hidden),
-        weights.reshape(tokens, -1),
-        jnp.where(valid, expert_ids, -1).astype(jnp.int32).reshape(tokens, -1),
-    )
+    ids = as_int32_ids(expert_ids, num_experts).reshape(tokens, -1)
+    valid = (ids >= 0) & (ids < num_experts)
+    own = x.reshape(tokens, hidden), _packed(weights.reshape(tokens, -1), jnp.where(valid, ids, -1))
     local = _Local(experts, num_experts // devices, axis, rows, align, implementation)
     if way == "gather":
-        sums, computed = local(_Tokens(*(lax.all_gather(values, axis, tiled=True) for values in own)))
+        sums, computed = local(*(lax.all_gather(values, axis, tiled=True) for values in own))
         output = lax.psum_scatter(sums, axis, tiled=True)
     else:
-        plan = _plan(own.expert_ids // (num_experts // devices), devices, tokens if slots is None else slots)
-        sums, computed = local(_Tokens(*(_all_to_all(values, axis) for values in _in_slots(own, plan, implementation))))
+        device = jnp.where(valid, ids // local.num_experts, -1)
+        plan = _plan(device, devices, tokens if slots is None else slots, implementation)
+        sent = (permute(values, plan, implementation=implementation) for values in own)
+        sums, computed = local(*(_all_to_all(values, axis) for values in sent))
         output = combine(_all_to_all(sums, axis), plan, implementation=implementation)
     if slots is None and rows is None:
         dropped = jnp.zeros((), jnp.int32)
@@ -214,12 +217,17 @@ def compute(
     return ExpertSum(output.reshape(x.shape), dropped)
 
 
-class _Tokens(NamedTuple):
-    """Tokens with their choices: `[R, D]`, `[R, k]`, and `[R, k]` with -1 for none."""
+def _packed(weights: Array, ids: Array) -> Array:
+    """The weights of a token's choices and their ids in one row `[T, 2 k]` of f32, that one collective moves.
 
-    x: Array
-    weights: Array
-    expert_ids: Array
+    Ids count from 1 in it, so that rows of zeros are those of no token. f32 has all integers up to 2^24.
+    """
+    return jnp.concatenate([weights, (ids + 1).astype(jnp.float32)], axis=-1)
+
+
+def _unpacked(choices: Array) -> tuple[Array, Array]:
+    weights, ids = jnp.split(choices, 2, axis=-1)
+    return weights, ids.astype(jnp.int32) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,40 +241,39 @@ class _Local:
     align: int
     implementation: Implementation
 
-    def __call__(self, tokens: _Tokens) -> tuple[Array, Array]:
-        """The weighted sums of this device's experts `[R, D]`, and how many choices they computed."""
+    def __call__(self, x: Array, choices: Array) -> tuple[Array, Array]:
+        """The weighted sums of this device's experts, a row for each of x, and how many choices they computed."""
+        weights, ids = _unpacked(choices)
         first = lax.axis_index(self.axis).astype(jnp.int32) * self.num_experts
-        dispatch = expert_dispatch(
-            tokens.expert_ids - first, self.num_experts, implementation=self.implementation
-        )
+        dispatch = expert_dispatch(ids - first, self.num_experts, implementation=self.implementation)
         if self.rows is not None:
             dispatch = _cut(dispatch, self.rows)
-        rows = permute(tokens.x, dispatch, implementation=self.implementation)
+        rows = permute(x, dispatch, implementation=self.implementation)
         y = self.experts(rows, dispatch.group_sizes)
         if y.shape != rows.shape:
             raise ValueError(f"experts must return rows of shape {rows.shape}, as it got them; got {y.shape}")
-        sums = combine(y, dispatch, tokens.weights, implementation=self.implementation)
+        sums = combine(y, dispatch, weights, implementation=self.implementation)
         return sums, (dispatch.slot >= 0).sum(dtype=jnp.int32)
 
 
-def _cut(dispatch: Dispatch, slots: int) -> Dispatch:
+def _cut(dispatch: Dispatch, rows: int) -> Dispatch:
     """The first so many slots."""
-    ends = jnp.minimum(jnp.cumsum(dispatch.group_sizes), slots)
+    ends = jnp.minimum(jnp.cumsum(dispatch.group_sizes), rows)
     return Dispatch(
-        dispatch.token_index[:slots],
-        jnp.where(dispatch.slot < slots, dispatch.slot, -1),
+        dispatch.token_index[:rows],
+        jnp.where(dispatch.slot < rows, dispatch.slot, -1),
         jnp.diff(ends, prepend=jnp.zeros(1, ends.dtype)),
     )
 
 
-def _plan(device: Array, devices: int, slots: int) -> Dispatch:
+def _plan(device: Array, devices: int, slots: int, implementation: Implementation) -> Dispatch:
     """Which token is sent in which slot, of `slots` for each device, from the devices of its choices `[T, k]`.
 
     The first choice of a token on a device has the slot, and the others there have none.
     """
     earlier = np.tri(device.shape[-1], k=-1, dtype=bool)[None]
     is_first = ~((device[:, :, None] == device[:, None, :]) & earlier).any(axis=-1)
-    by_device = expert_dispatch(jnp.where(is_first, device, -1), devices)
+    by_device = expert_dispatch(jnp.where(is_first, device, -1), devices, implementation=implementation)
 
     # From slots that lie together to slots of one number a device.
     first = jnp.cumsum(by_device.group_sizes) - by_device.group_sizes
@@ -276,14 +283,6 @@ def _plan(device: Array, devices: int, slots: int) -> Dispatch:
     token = by_device.token_index.at[first[:, None] + place].get(mode="clip")
     token_index = jnp.where(place < by_device.group_sizes[:, None], token, -1)
     return Dispatch(token_index.reshape(-1), slot, jnp.full(devices, slots, jnp.int32))
-
-
-def _in_slots(tokens: _Tokens, plan: Dispatch, implementation: Implementation) -> _Tokens:
-    """A device's own tokens where the plan says."""
-    has_token = plan.token_index[:, None] >= 0
-    ids = jnp.where(has_token, tokens.expert_ids.at[plan.token_index].get(mode="clip"), -1)
-    rows = (permute(values, plan, implementation=implementation) for values in (tokens.x, tokens.weights))
-    return _Tokens(*rows, ids)
 
 
 def _all_to_all(rows: Array, axis: str | tuple[str, ...]) -> Array:
