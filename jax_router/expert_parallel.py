@@ -154,8 +154,8 @@ def compute(
         slots: of "exchange", how many tokens a device sends to another one at most, first come, first served; the
             choices of further ones are dropped. None is enough for all.
         rows: how many choices a device's experts compute at most; those of its last experts are dropped. It is S, by
-            which the memory of the experts goes. None is enough for all: `n T k` with gather, `n slots k` with
-            exchange.
+            which the memory of the experts goes; a multiple of `align`. None is enough for all: `n T k` with gather,
+            `n slots k` with exchange, and what `align` adds.
         align: what every expert's rows begin at a multiple of, as `expert_dispatch` has it.
         links: what the devices can do. None is `Links()`.
         implementation: of the ops, `"auto"`, `"native"` or `"reference"`.
@@ -185,8 +185,11 @@ def compute(
     if num_experts % devices:
         raise ValueError(f"the {devices} devices of axis_name = {axis!r} must divide num_experts, got {num_experts}")
     _check.choice("way", way, ("auto", *get_args(Way)))
-    slots = None if slots is None else _check.static_int("slots", slots, 0, None)
-    rows = None if rows is None else _check.static_int("rows", rows, 0, None)
+    slots = None if slots is None else _check.concrete_int("slots", slots, 0)
+    rows = None if rows is None else _check.concrete_int("rows", rows, 0)
+    align = _check.concrete_int("align", align, 1)
+    if rows is not None and rows % align:
+        raise ValueError(f"rows must be a multiple of align = {align}, got {rows}")
     if way == "gather" and slots is not None:
         raise ValueError(f"slots must be None with way='gather', which has none, got {slots}")
 
@@ -245,7 +248,9 @@ class _Local:
         """The weighted sums of this device's experts, a row for each of x, and how many choices they computed."""
         weights, ids = _unpacked(choices)
         first = lax.axis_index(self.axis).astype(jnp.int32) * self.num_experts
-        dispatch = expert_dispatch(ids - first, self.num_experts, implementation=self.implementation)
+        dispatch = expert_dispatch(
+            ids - first, self.num_experts, align=self.align, implementation=self.implementation
+        )
         if self.rows is not None:
             dispatch = _cut(dispatch, self.rows)
         rows = permute(x, dispatch, implementation=self.implementation)
