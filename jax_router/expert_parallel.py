@@ -25,11 +25,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from . import _check
 from ._expert_dispatch import expert_dispatch
@@ -38,6 +42,7 @@ from ._permute import combine, permute
 from ._types import Dispatch, Implementation, Routing
 
 Way = Literal["gather", "exchange"]
+Weigh = Literal["output", "input"]
 # The rows of a device `[S, D]`, sorted by its experts, and how many each has `[E / n]`, to rows `[S, D]`.
 Experts = Callable[[Array, Array], Array]
 
@@ -133,6 +138,7 @@ def compute(
     slots: int | None = None,
     rows: int | None = None,
     align: int = 1,
+    weigh: Weigh = "output",
     links: Links | None = None,
     implementation: Implementation = "auto",
 ) -> ExpertSum:
@@ -157,6 +163,7 @@ def compute(
             which the memory of the experts goes; a multiple of `align`. None is enough for all: `n T k` with gather,
             `n slots k` with exchange, and what `align` adds.
         align: what every expert's rows begin at a multiple of, as `expert_dispatch` has it.
+        weigh: what the weights multiply, the `"output"` of the experts or their `"input"` (Llama 4).
         links: what the devices can do. None is `Links()`.
         implementation: of the ops, `"auto"`, `"native"` or `"reference"`.
 
@@ -185,6 +192,7 @@ def compute(
     if num_experts % devices:
         raise ValueError(f"the {devices} devices of axis_name = {axis!r} must divide num_experts, got {num_experts}")
     _check.choice("way", way, ("auto", *get_args(Way)))
+    _check.choice("weigh", weigh, get_args(Weigh))
     slots = None if slots is None else _check.concrete_int("slots", slots, 0)
     rows = None if rows is None else _check.concrete_int("rows", rows, 0)
     align = _check.concrete_int("align", align, 1)
@@ -193,17 +201,19 @@ def compute(
     if way == "gather" and slots is not None:
         raise ValueError(f"slots must be None with way='gather', which has none, got {slots}")
 
-    tokens, hidden = math.prod(x.shape[:-1]), x.shape[-1]
+    tokens, hidden, top_k = math.prod(x.shape[:-1]), x.shape[-1], expert_ids.shape[-1]
     if slots is not None:
         slots = min(slots, tokens)
-    if way == "auto":
+    if tokens == 0:
+        way = "exchange"  # XLA refuses to gather nothing
+    elif way == "auto":
         sizes: dict[str, Any] = {"devices": devices, "tokens": tokens, "hidden": hidden, "itemsize": x.dtype.itemsize}
         way = choose_way(links or Links(), slots=slots, **sizes)
 
-    ids = as_int32_ids(expert_ids, num_experts).reshape(tokens, -1)
+    ids = as_int32_ids(expert_ids, num_experts).reshape(tokens, top_k)
     valid = (ids >= 0) & (ids < num_experts)
-    own = x.reshape(tokens, hidden), _packed(weights.reshape(tokens, -1), jnp.where(valid, ids, -1))
-    local = _Local(experts, num_experts // devices, axis, rows, align, implementation)
+    own = x.reshape(tokens, hidden), _packed(weights.reshape(tokens, top_k), jnp.where(valid, ids, -1))
+    local = _Local(experts, num_experts // devices, axis, rows, align, weigh, implementation)
     if way == "gather":
         sums, computed = local(*(lax.all_gather(values, axis, tiled=True) for values in own))
         output = lax.psum_scatter(sums, axis, tiled=True)
@@ -218,6 +228,89 @@ def compute(
     else:
         dropped = lax.psum(valid.sum(dtype=jnp.int32) - computed, axis)
     return ExpertSum(output.reshape(x.shape), dropped)
+
+
+def over_mesh(
+    x: Array,
+    routing: Routing,
+    experts: Callable[[Any, Array, Array], Array],
+    weights: Any,
+    *,
+    expert_axis: str,
+    data_axes: Sequence[str] | None = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    **options: Any,
+) -> ExpertSum:
+    """`compute` for the tokens of a whole mesh: under `jit`, or eagerly, with Auto and with Explicit axes.
+
+    The tokens are split over `data_axes` and `expert_axis`, those that are sharded otherwise are moved, and where the
+    devices do not divide their number, tokens without experts make it up. Inside a `jax.shard_map` over `expert_axis`
+    this is `compute` with the device's tokens and weights.
+
+    Args:
+        x: f32, bf16 or f16 `[..., D]`, of all tokens.
+        routing: of all tokens.
+        experts: as of `compute`, with the device's part of `weights` before its arguments.
+        weights: arrays `[E, ...]`, sharded over `expert_axis` and the same along `data_axes`, in any pytree.
+        expert_axis: the mesh axis over which the experts are spread.
+        data_axes: further mesh axes that split the tokens. None is all others of the mesh.
+        mesh: None is that of `jax.set_mesh`.
+        options: of `compute`.
+
+    Returns:
+        `ExpertSum(output, dropped)`, `output` sharded as x in a mesh with Explicit axes; `dropped` of all devices.
+
+    Raises:
+        TypeError, ValueError: as of `compute`; there is no mesh or it has no such axis; weights have different E.
+    """
+    sizes = {array.shape[:1] for array in jax.tree.leaves(weights)}
+    if len(sizes) != 1 or not all(sizes):
+        raise ValueError(f"weights must be arrays [E, ...] with one E, got leading axes {sorted(sizes)}")
+    ((num_experts,),) = sizes
+    context = jax.sharding.get_abstract_mesh()
+    if expert_axis in context.manual_axes:
+        local = partial(experts, weights)
+        num_experts *= lax.axis_size(expert_axis)
+        return compute(x, routing, local, num_experts=num_experts, axis_name=expert_axis, **options)
+    mesh = mesh or context
+    if expert_axis not in mesh.axis_names:
+        raise ValueError(
+            f"expert_axis must be an axis of the mesh, which has {mesh.axis_names or 'none'}, got {expert_axis!r}: "
+            "enter a mesh with jax.set_mesh, or give one as mesh"
+        )
+    if data_axes is None:
+        data_axes = [name for name in mesh.axis_names if name != expert_axis]
+    axes = *data_axes, expert_axis
+    devices = math.prod(mesh.shape[name] for name in axes)
+
+    def on_device(x: Array, routing: Routing, weights: Any) -> tuple[Array, Array]:
+        local = partial(experts, weights)
+        output, dropped = compute(x, routing, local, num_experts=num_experts, axis_name=expert_axis, **options)
+        return output, lax.psum(dropped, tuple(data_axes)) if data_axes else dropped
+
+    def of_all(x: Array, routing: Routing, weights: Any) -> tuple[Array, Array]:
+        tokens = math.prod(x.shape[:-1])
+        missing = -tokens % devices
+
+        def flat(values: Array, fill: int) -> Array:
+            values = values.reshape(tokens, values.shape[-1])
+            return jnp.pad(values, ((0, missing), (0, 0)), constant_values=fill)
+
+        on_devices = jax.shard_map(
+            on_device,
+            mesh=jax.sharding.get_abstract_mesh() if is_explicit else mesh,  # whose axes are Auto here
+            in_specs=(P(axes), P(axes), P(expert_axis)),
+            out_specs=(P(axes), P()),
+            axis_names=set(axes),
+        )
+        padded = Routing(flat(routing.weights, 0), flat(routing.expert_ids, -1))
+        output, dropped = on_devices(flat(x, 0), padded, weights)
+        return output[:tokens].reshape(x.shape), dropped
+
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    if is_explicit:
+        of_all = jax.sharding.auto_axes(of_all, out_sharding=(jax.typeof(x).sharding.spec, P()))
+    return ExpertSum(*of_all(x, routing, weights))
 
 
 def _packed(weights: Array, ids: Array) -> Array:
@@ -242,22 +335,22 @@ class _Local:
     axis: str | tuple[str, ...]
     rows: int | None
     align: int
+    weigh: Weigh
     implementation: Implementation
 
     def __call__(self, x: Array, choices: Array) -> tuple[Array, Array]:
         """The weighted sums of this device's experts, a row for each of x, and how many choices they computed."""
         weights, ids = _unpacked(choices)
         first = lax.axis_index(self.axis).astype(jnp.int32) * self.num_experts
-        dispatch = expert_dispatch(
-            ids - first, self.num_experts, align=self.align, implementation=self.implementation
-        )
+        dispatch = expert_dispatch(ids - first, self.num_experts, align=self.align, implementation=self.implementation)
         if self.rows is not None:
             dispatch = _cut(dispatch, self.rows)
-        rows = permute(x, dispatch, implementation=self.implementation)
+        before, after = (weights, None) if self.weigh == "input" else (None, weights)
+        rows = permute(x, dispatch, before, implementation=self.implementation)
         y = self.experts(rows, dispatch.group_sizes)
         if y.shape != rows.shape:
             raise ValueError(f"experts must return rows of shape {rows.shape}, as it got them; got {y.shape}")
-        sums = combine(y, dispatch, weights, implementation=self.implementation)
+        sums = combine(y, dispatch, after, implementation=self.implementation)
         return sums, (dispatch.slot >= 0).sum(dtype=jnp.int32)
 
 

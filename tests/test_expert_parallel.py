@@ -54,12 +54,14 @@ def draw(devices, load="even", dtype=jnp.float32, seed=0):
     return x.astype(dtype), weights, jnp.asarray(ids), w_in.astype(dtype), w_out.astype(dtype)
 
 
+def with_weights(weights, rows, group_sizes):
+    w_in, w_out = weights
+    return grouped_matmul(jax.nn.silu(grouped_matmul(rows, w_in, group_sizes)), w_out, group_sizes)
+
+
 def layer(x, weights, expert_ids, w_in, w_out, *, data_axes=(), **options):
     """On a device, with its own tokens and experts."""
-
-    def experts(rows, group_sizes):
-        return grouped_matmul(jax.nn.silu(grouped_matmul(rows, w_in, group_sizes)), w_out, group_sizes)
-
+    experts = partial(with_weights, (w_in, w_out))
     options = {"num_experts": len(w_in) * jax.lax.axis_size(AXIS), "axis_name": AXIS} | options
     output, dropped = expert_parallel.compute(x, Routing(weights, expert_ids), experts, **options)
     return expert_parallel.ExpertSum(output, jax.lax.psum(dropped, data_axes) if data_axes else dropped)
@@ -219,6 +221,39 @@ def test_collectives(way, mesh):
     assert not re.search("callback|outfeed|infeed", text)
 
 
+@pytest.mark.parametrize(("mode", "batch"), [("Auto", (5, 3)), ("Explicit", (3, 2)), ("Auto", (0, 2))], ids=str)
+def test_over_mesh(mode, batch, devices):
+    """Tokens in two axes, of a number that the devices do not divide, or none; along two axes of the mesh."""
+    mesh = jax.make_mesh((2, len(devices) // 2), ("data", AXIS), (AxisType[mode],) * 2, devices=devices)
+    x, weights, ids, w_in, w_out = draw(len(devices))
+    tokens = math.prod(batch)
+    x, weights, ids = (array[:tokens].reshape(*batch, array.shape[-1]) for array in (x, weights, ids))
+    w_in, w_out, ids = w_in[: len(devices)], w_out[: len(devices)], ids % len(devices)
+
+    def over_mesh(x, weights, ids, w_in, w_out):
+        return expert_parallel.over_mesh(
+            x, Routing(weights, ids), with_weights, (w_in, w_out), expert_axis=AXIS, rows=99
+        )
+
+    def flat(x, weights, ids, w_in, w_out):
+        return on_one_device(
+            *(array.reshape(tokens, array.shape[-1]) for array in (x, weights, ids)), w_in, w_out
+        ).reshape(x.shape)
+
+    with jax.set_mesh(mesh):
+        specs = (*[P(None, "data") if mode == "Explicit" else P()] * 3, P(AXIS), P(AXIS))
+        operands = [
+            jax.device_put(array, jax.NamedSharding(mesh, spec))
+            for array, spec in zip((x, weights, ids, w_in, w_out), specs)
+        ]
+        (output, dropped), gradients = with_gradients(over_mesh)(*operands)
+    want = with_gradients(flat)(x, weights, ids, w_in, w_out)
+    assert_close((output, gradients), want, rtol=1e-4, atol=1e-5)
+    assert dropped == 0
+    if mode == "Explicit":
+        assert output.sharding.spec[:2] == (None, "data")
+
+
 def test_under_remat_and_scan(mesh):
     """Two layers, whose tokens are moved again in the backward pass."""
     operands = draw(mesh.size)
@@ -244,6 +279,8 @@ def test_under_remat_and_scan(mesh):
         ({"way": "gather", "slots": 4}, ValueError, "slots must be None with way='gather', which has none, got 4"),
         ({"slots": -1}, ValueError, "slots must be at least 0, got -1"),
         ({"rows": 2.5}, TypeError, "rows must be a Python int"),
+        ({"rows": 9, "align": 2}, ValueError, "rows must be a multiple of align = 2, got 9"),
+        ({"weigh": "both"}, ValueError, "weigh must be one of 'output', 'input'; got 'both'"),
         (
             {"experts": lambda rows, sizes: rows[1:]},
             ValueError,
