@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     exchange.add_argument("--tokens", type=int, default=None, metavar="T", help="of a device (8192; tiny: 64)")
     exchange.add_argument("--tiny", action="store_true", help="a layer for a machine without GPUs")
     exchange.add_argument("--draw", action="store_true", help="only draw the picture of the records")
+    exchange.add_argument("--paper", action="store_true", help="only compute from the records what many GPUs would do")
     return parser
 
 
@@ -187,15 +188,21 @@ def _experts(arguments: argparse.Namespace, console: Console, device: str, commi
 def _exchange(arguments: argparse.Namespace, console: Console, device: str, commit: str) -> int:
     import jax
 
-    from . import exchange, run
+    from . import exchange, on_paper, run
     from .sweep import IMAGES
 
     path = arguments.out or RESULTS / f"{slug(device)}-exchange.json"
     sizes = (exchange.tiny_sizes if arguments.tiny else exchange.real_sizes)(**_given(tokens=arguments.tokens))
-    if arguments.draw:
-        picture = IMAGES / f"{slug(device)}-exchange.png"
-        exchange.draw(exchange.read(path)[0], sizes, device, picture)
-        console.print(f"drawn: {picture}")
+    if arguments.draw or arguments.paper:
+        layers, measured = exchange.read(path)
+        if arguments.draw:
+            picture = IMAGES / f"{slug(device)}-exchange.png"
+            exchange.draw(layers, sizes, device, picture)
+            console.print(f"drawn: {picture}")
+        if arguments.paper:
+            alone = layers.get(exchange.Case(exchange.alone(sizes), "balanced").id)
+            computing = None if alone is None else alone.us / 1e6
+            print(on_paper.markdown([*on_paper.estimates(sizes, measured[max(measured)], computing)]))
         return 0
     what = ("moved",) if arguments.exchange_only else exchange.WHAT
     selected = run.select(exchange.cases(sizes, jax.device_count(), what), arguments.only, lambda case: case.id)

@@ -163,6 +163,11 @@ class Case:
         )
 
 
+def alone(sizes: Sizes) -> Program:
+    """One device with all experts, forward and backward."""
+    return Program(sizes, 1, sizes.tokens, "alone", "experts", DIRECTIONS[1])
+
+
 def counts_of_devices(most: int) -> list[int]:
     return [1 << power for power in range(most.bit_length())]
 
@@ -531,7 +536,8 @@ def draw(records: dict[str, Record], sizes: Sizes, device: str, path: Path, load
         axis.set_xlabel("devices")
         axis.set_ylabel("forward and backward [ms]")
         axis.set_ylim(bottom=0)
-        axis.legend()
+        if axis.has_data():
+            axis.legend()
     figure.suptitle(f"{sizes.name}, {load} load, {device}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
