@@ -139,6 +139,49 @@ def test_ways_agree(load, programs, mesh):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_what_a_masked_token_holds_goes_nowhere(way, programs, mesh):
+    """NaN in tokens without experts, and in weights of choices without one."""
+    x, weights, ids, *experts = draw(mesh.size, "invalid ids")
+    ids = ids.at[::5].set(-1)
+    is_valid = (ids >= 0) & (ids < 2 * mesh.size)
+    clean, poisoned = (
+        programs[way](
+            jnp.where(is_valid.any(axis=1, keepdims=True), x, value), jnp.where(is_valid, weights, value), ids, *experts
+        )
+        for value in (0, jnp.nan)
+    )
+    assert_close(poisoned, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_of_the_input(way, mesh):
+    """As those of the output, for experts that are linear."""
+    x, weights, ids, *_ = draw(mesh.size)
+
+    def run(weigh):
+        def call(x, weights, ids):
+            options = {"num_experts": 2 * mesh.size, "axis_name": AXIS, "way": way, "weigh": weigh}
+            return expert_parallel.compute(x, Routing(weights, ids), lambda rows, _: 2 * rows, **options).output
+
+        mapped = jax.shard_map(call, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
+        return jax.jit(jax.value_and_grad(lambda *args: (mapped(*args, ids) ** 2).sum(), argnums=(0, 1)))(x, weights)
+
+    assert_close(run("input"), run("output"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_x64(way, mesh):
+    """Maps stay int32, and ids may be int64."""
+    with jax.enable_x64(True):
+        x, weights, ids, *experts = draw(mesh.size)
+        function = mapped(mesh, way=way, rows=9)
+        result = jax.eval_shape(function, x, weights, ids.astype(jnp.int64), *experts)
+        jaxpr = str(jax.make_jaxpr(function)(x, weights, ids, *experts))
+    assert (result.output.dtype, result.dropped.dtype) == (jnp.float32, jnp.int32)
+    assert not re.search(r"[if]64\[\d", jaxpr)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_bf16(way, mesh):
     operands = draw(mesh.size, dtype=jnp.bfloat16)
     (output, _), gradients = with_gradients(mapped(mesh, way=way, align=4))(*operands)
