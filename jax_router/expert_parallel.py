@@ -178,14 +178,7 @@ def compute(
         ValueError: a wrong shape or number; n does not divide `num_experts`; `slots` with `way="gather"`.
         NameError: there is no such mesh axis here.
     """
-    x = _check.float_array("x", x, min_rank=2)
-    weights = _check.float32_array("routing.weights", routing.weights)
-    expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)
-    _check.same_shape("routing.weights", weights, expert_ids.shape)
-    if x.shape[:-1] != expert_ids.shape[:-1]:
-        raise ValueError(
-            f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}"
-        )
+    x, weights, expert_ids = _checked(x, routing)
     num_experts = _check.static_int("num_experts", num_experts, 1, 2**24, " (ids are exact in f32)")
     axis = axis_name if isinstance(axis_name, str) else tuple(axis_name)
     devices = lax.axis_size(axis)
@@ -263,6 +256,8 @@ def over_mesh(
     Raises:
         TypeError, ValueError: as of `compute`; there is no mesh or it has no such axis; weights have different E.
     """
+    x, *choices = _checked(x, routing)
+    routing = Routing(*choices)
     sizes = {array.shape[:1] for array in jax.tree.leaves(weights)}
     if len(sizes) != 1 or not all(sizes):
         raise ValueError(f"weights must be arrays [E, ...] with one E, got leading axes {sorted(sizes)}")
@@ -311,6 +306,19 @@ def over_mesh(
     if is_explicit:
         of_all = jax.sharding.auto_axes(of_all, out_sharding=(jax.typeof(x).sharding.spec, P()))
     return ExpertSum(*of_all(x, routing, weights))
+
+
+def _checked(x: Array, routing: Routing) -> tuple[Array, Array, Array]:
+    """x, weights and ids, of the same tokens."""
+    x = _check.float_array("x", x, min_rank=2)
+    weights = _check.float32_array("routing.weights", routing.weights)
+    expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)
+    _check.same_shape("routing.weights", weights, expert_ids.shape)
+    if x.shape[:-1] != expert_ids.shape[:-1]:
+        raise ValueError(
+            f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}"
+        )
+    return x, weights, expert_ids
 
 
 def _packed(weights: Array, ids: Array) -> Array:

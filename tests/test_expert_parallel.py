@@ -345,18 +345,29 @@ def test_errors(options, error, message, mesh):
         jax.eval_shape(jax.shard_map(call, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS)), x, weights, expert_ids)
 
 
-def test_errors_of_shapes(mesh):
-    call = partial(expert_parallel.compute, experts=lambda rows, sizes: rows, num_experts=16, axis_name=AXIS)
-    for x, routing, message in (
-        (jnp.zeros((4, 8)), Routing(jnp.zeros((5, 2)), jnp.zeros((5, 2), jnp.int32)), "x must have shape (5, 'D')"),
-        (
-            jnp.zeros((5, 8)),
-            Routing(jnp.zeros((5, 3)), jnp.zeros((5, 2), jnp.int32)),
-            "routing.weights must have shape",
-        ),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            call(x, routing)
+OVER_MESH_ERRORS = {
+    "tokens": ({"x": jnp.zeros((4, 8))}, "x must have shape (5, 'D'), with the tokens of routing; got (4, 8)"),
+    "choices": ({"weights": jnp.zeros((5, 3))}, "routing.weights must have shape (5, 2), got (5, 3)"),
+    "experts": ({"parameters": (jnp.zeros((4, 1)), jnp.zeros(()))}, "weights must be arrays [E, ...] with one E"),
+    "axis": (
+        {"expert_axis": "nowhere"},
+        "expert_axis must be an axis of the mesh, which has ('expert',), got 'nowhere'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), OVER_MESH_ERRORS.values(), ids=OVER_MESH_ERRORS)
+def test_errors_over_mesh(change, message, mesh):
+    parts = {
+        "x": jnp.zeros((5, 8)),
+        "weights": jnp.zeros((5, 2)),
+        "parameters": jnp.zeros((16, 1)),
+        "expert_axis": AXIS,
+    }
+    x, weights, parameters, expert_axis = (parts | change).values()
+    routing = Routing(weights, jnp.zeros((5, 2), jnp.int32))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        expert_parallel.over_mesh(x, routing, with_weights, parameters, expert_axis=expert_axis, mesh=mesh)
 
 
 def test_choice_of_way():
