@@ -24,13 +24,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("cases", "sweep", "exactness", "crossings", "grouped", "layer"),
+        choices=("cases", "sweep", "exactness", "crossings", "grouped", "layer", "exchange"),
         default="cases",
         help=(
             "cases: the table of targets.json and variants of it (default); sweep: time over sizes, with pictures; "
             "exactness: ids against an oracle over many rows; crossings: the sizes from which another kernel is taken, "
             "with the times of both, on a GPU; grouped: products of groups of rows and their errors, on a GPU; layer: "
-            "a whole layer of experts by stage, on a GPU"
+            "a whole layer of experts by stage, on a GPU; exchange: experts over several devices, and what moves"
         ),
     )
     parser.add_argument(
@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="PATH", help="the file of the records")
     parser.add_argument("--device-kind", metavar="NAME", help="what to call the device in the records")
     parser.add_argument("--commit", help="the commit in the records (default: JAX_ROUTER_COMMIT, else what git says)")
+    exchange = parser.add_argument_group("exchange")
+    exchange.add_argument(
+        "--exchange-only", action="store_true", help="without the experts' products: what moves, alone"
+    )
+    exchange.add_argument("--tokens", type=int, default=None, metavar="T", help="of a device (8192; tiny: 64)")
+    exchange.add_argument("--tiny", action="store_true", help="a layer for a machine without GPUs")
+    exchange.add_argument("--draw", action="store_true", help="only draw the picture of the records")
+    exchange.add_argument("--paper", action="store_true", help="only compute from the records what many GPUs would do")
     return parser
 
 
@@ -85,6 +93,8 @@ def main() -> int:
         return _crossings(arguments, console, device, commit, on_gpu)
     if arguments.what in ("grouped", "layer"):
         return _experts(arguments, console, device, commit, on_gpu)
+    if arguments.what == "exchange":
+        return _exchange(arguments, console, device, commit)
     is_sweep = arguments.what == "sweep"
     if is_sweep:
         sweeps = run.select(sweep.sweeps(on_gpu), arguments.only, lambda item: item.name)
@@ -173,6 +183,53 @@ def _experts(arguments: argparse.Namespace, console: Console, device: str, commi
     for name, error in failures.items():
         console.print(f"[red]{name}[/]: {error}", highlight=False)
     return 1 if failures else 0
+
+
+def _exchange(arguments: argparse.Namespace, console: Console, device: str, commit: str) -> int:
+    import jax
+
+    from . import exchange, on_paper, run
+    from .sweep import IMAGES
+
+    path = arguments.out or RESULTS / f"{slug(device)}-exchange.json"
+    sizes = (exchange.tiny_sizes if arguments.tiny else exchange.real_sizes)(**_given(tokens=arguments.tokens))
+    if arguments.draw or arguments.paper:
+        layers, measured = exchange.read(path)
+        if arguments.draw:
+            picture = IMAGES / f"{slug(device)}-exchange.png"
+            exchange.draw(layers, sizes, device, picture)
+            console.print(f"drawn: {picture}")
+        if arguments.paper:
+            alone = layers.get(exchange.Case(exchange.alone(sizes), "balanced").id)
+            computing = None if alone is None else alone.us / 1e6
+            print(on_paper.markdown([*on_paper.estimates(sizes, measured[max(measured)], computing)]))
+        return 0
+    what = ("moved",) if arguments.exchange_only else exchange.WHAT
+    selected = run.select(exchange.cases(sizes, jax.device_count(), what), arguments.only, lambda case: case.id)
+    if arguments.list:
+        print("\n".join(case.id for case in selected))
+        return 0
+    links = {}
+    for devices in sorted({case.program.devices for case in selected} - {1}):
+        links[devices] = exchange.measure_links(sizes, devices)
+        links[devices].device, links[devices].commit = device, commit
+    save(links.values(), path)
+    console.print(exchange.links_table([*links.values()], device))
+    found, failures = [], dict[str, str]()
+    for record in exchange.records(selected, links.get, failures):
+        record.device, record.commit = device, commit
+        found.append(record)
+        save([record], path)
+        console.print(f"{record.id}: {record.us:.0f} us", highlight=False)
+    console.print(exchange.table(found, exchange.read(path)[0], device))
+    console.print(f"{len(found)} records in {path}")
+    for name, error in failures.items():
+        console.print(f"[red]{name}[/]: {error}", highlight=False)
+    return 1 if failures else 0
+
+
+def _given(**options: int | None) -> dict[str, int]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A mixture-of-experts layer trained by two processes, each with one device, beside one process with both devices.
 
 The two processes form one JAX program through `jax.distributed`: on CPU they talk by gloo, on GPU by NCCL. The layer is
-the one of expert_parallel.py: tokens and experts sharded over the devices. `main` trains it both ways and compares the
-routing weights and ids of every step, bit for bit.
+the one of expert_parallel.py: tokens and experts sharded over the devices, moved by either way. `main` trains it in one
+process and in two, and compares the routing weights and ids of every step, bit for bit.
 
     python examples/two_processes.py                     # on CPU
     python examples/two_processes.py --platform cuda     # on two GPUs of this machine
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 STEPS, TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 5, 64, 16, 32, 8, 2
 
 
-def train() -> dict[str, list[str]]:
+def train(way: str) -> dict[str, list[str]]:
     """By step and first token of a shard: the bits of the routing weights and ids of the shards of this process."""
     mesh = jax.make_mesh((2,), (AXIS,), (jax.sharding.AxisType.Auto,))
 
@@ -39,7 +39,7 @@ def train() -> dict[str, list[str]]:
     @jax.jit
     def step(weights, x, target):
         def loss(weights):
-            y, routing = expert_parallel(x, weights, mesh, TOP_K)
+            y, routing = expert_parallel(x, weights, mesh, TOP_K, way=way)
             return ((y - target) ** 2).mean(), routing
 
         (value, routing), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
@@ -50,8 +50,8 @@ def train() -> dict[str, list[str]]:
         weights, value, routing = step(weights, x, target)
         losses.append(float(value))
         for shards in zip(*(array.addressable_shards for array in routing)):
-            first = shards[0].index[0].start or 0
-            bits[f"step {number}, tokens from {first}"] = [np.asarray(shard.data).tobytes().hex() for shard in shards]
+            name = f"{way}, step {number}, tokens from {shards[0].index[0].start or 0}"
+            bits[name] = [np.asarray(shard.data).tobytes().hex() for shard in shards]
     assert losses[-1] < 0.9 * losses[0], losses
     return bits
 
@@ -102,7 +102,7 @@ def main() -> None:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         own_gpu = [index] if options.platform == "cuda" else None
         jax.distributed.initialize(options.address, processes, index, local_device_ids=own_gpu)
-    print(json.dumps(train()))
+    print(json.dumps(train("gather") | train("exchange")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A mixture-of-experts router, native to JAX: CUDA and CPU kernels under jit, grad, vmap and sharding."""
 
-from . import _primitive, balance, reference
+from . import _primitive, balance, expert_parallel, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._expert_counts import expert_counts
@@ -46,6 +46,7 @@ __all__ = [
     "dense_router",
     "expert_counts",
     "expert_dispatch",
+    "expert_parallel",
     "grouped_matmul",
     "hash_router",
     "make_hash_table",

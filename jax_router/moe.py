@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from . import _check
+from . import _check, expert_parallel
 from ._expert_dispatch import expert_dispatch
 from ._grouped_matmul import grouped_matmul
 from ._permute import combine, permute
@@ -193,7 +193,9 @@ class MoE(nnx.Module):
     does not), nor on how the tokens lie on the experts.
 
     *Devices.* Under `jit` over sharded tokens the results are right, but one sort of all tokens is no work to be split:
-    XLA gathers what it sorts. In `jax.shard_map` each device sorts its own tokens.
+    XLA gathers what it sorts. In `jax.shard_map` each device sorts its own tokens. With `expert_axis` the experts are
+    spread over a mesh axis, and tokens go to those of theirs: see `jax_router.expert_parallel`. Parameters of the
+    experts are then to be sharded over their first axis, `P(expert_axis)`, and those of the rest are whole.
 
     Attributes:
         router: the Router.
@@ -229,6 +231,10 @@ class MoE(nnx.Module):
         activation: of the gates; default `jax.nn.silu`.
         matmul: product of groups; default `grouped_matmul`. See `sum_of_experts`.
         align: what the groups begin at a multiple of; default 1. Products in tiles may ask for more.
+        expert_axis: the mesh axis over which the experts are spread; default None, all on every device. The mesh is
+            that of `jax.set_mesh`, or of a surrounding `jax.shard_map`.
+        expert_options: how, with an `expert_axis`: of `expert_parallel.over_mesh`, such as `data_axes`, `way`, `slots`
+            and `rows`. `apply_experts` says what the last two drop, with `return_dropped`.
         kernel_init: of the experts' matrices, called with (key, shape, dtype); default LeCun normal.
         dtype: in which the experts are computed; default that of the hidden states. The router has its own.
         param_dtype: of the experts' matrices; default float32.
@@ -249,6 +255,8 @@ class MoE(nnx.Module):
         activation: Activation = jax.nn.silu,
         matmul: GroupedMatmul = grouped_matmul,
         align: int = 1,
+        expert_axis: str | None = None,
+        expert_options: Mapping[str, Any] | None = None,
         kernel_init: Initializer = _lecun_normal,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -264,6 +272,10 @@ class MoE(nnx.Module):
         _check.choice("weigh", weigh, get_args(Weigh))
         self.weigh = weigh
         self.activation, self.matmul, self.align = activation, matmul, _check.concrete_int("align", align, 1)
+        if expert_options and expert_axis is None:
+            raise ValueError(f"expert_options must be None without expert_axis, got {expert_options!r}")
+        self.expert_axis = expert_axis
+        self.expert_options = tuple((expert_options or {}).items())  # what a module holds must be hashable
         self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
         param_dtype = _check.float_dtype("param_dtype", param_dtype)
         if not isinstance(router, Router):
@@ -313,13 +325,27 @@ class MoE(nnx.Module):
         routing = self.router(x, token_ids=token_ids, token_mask=token_mask, expert_ids=expert_ids, unset=unset)
         return self.apply_experts(x, routing, token_mask=token_mask)
 
-    def apply_experts(self, x: Array, routing: Routing, *, token_mask: Array | None = None) -> Array:
+    @overload
+    def apply_experts(
+        self, x: Array, routing: Routing, *, token_mask: Array | None = None, return_dropped: Literal[False] = False
+    ) -> Array: ...
+
+    @overload
+    def apply_experts(
+        self, x: Array, routing: Routing, *, token_mask: Array | None = None, return_dropped: Literal[True]
+    ) -> tuple[Array, Array]: ...
+
+    def apply_experts(
+        self, x: Array, routing: Routing, *, token_mask: Array | None = None, return_dropped: bool = False
+    ) -> Array | tuple[Array, Array]:
         """The layer behind its router: what the experts give, those of the routing, null ones and the shared one.
 
         Args:
             x: as in a call of the layer.
             routing: of the same tokens.
             token_mask: the one that the router had; of use to a shared expert alone.
+            return_dropped: whether to return, after the result, how many choices of all tokens found no place by
+                the limits in `expert_options`: int32 `[]`, 0 without limits.
 
         Returns:
             as a call of the layer.
@@ -327,21 +353,22 @@ class MoE(nnx.Module):
         x = _check.float_array("x", x)
         x = x if self.dtype is None else x.astype(self.dtype)
         config = self.router.config
-        y = sum_of_experts(
-            x,
-            routing,
-            self.experts.weights(x.dtype),
-            activation=self.activation,
-            matmul=self.matmul,
-            align=self.align,
-            weigh=self.weigh,
-            implementation=config.implementation,
-        )
+        weights = self.experts.weights(x.dtype)
+        options: dict[str, Any] = {"align": self.align, "weigh": self.weigh, "implementation": config.implementation}
+        if self.expert_axis is None:
+            y = sum_of_experts(x, routing, weights, activation=self.activation, matmul=self.matmul, **options)
+            dropped = jnp.zeros((), jnp.int32)
+        else:
+            options |= {"expert_axis": self.expert_axis, **dict(self.expert_options)}
+            y, dropped = expert_parallel.over_mesh(x, routing, self._experts_of_device, weights, **options)
         if config.num_null_experts:
             y = y + null_experts_output(x, routing, config.num_real_experts)
         if self.shared_expert is not None:
             y = y + self._shared(x, self.shared_expert, token_mask)
-        return y
+        return (y, dropped) if return_dropped else y
+
+    def _experts_of_device(self, weights: ExpertWeights, rows: Array, group_sizes: Array) -> Array:
+        return experts_of_rows(weights, rows, group_sizes, activation=self.activation, matmul=self.matmul)
 
     def _shared(self, x: Array, expert: SwiGLU, token_mask: Array | None) -> Array:
         if token_mask is not None:  # what a masked row holds must not reach the gradients of products

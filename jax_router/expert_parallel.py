@@ -1,0 +1,396 @@
+"""Experts that lie on several devices: which rows go where, and back, inside `jax.shard_map`.
+
+Of the E experts of a layer, device d of the n along a mesh axis has the E / n from `d E / n` on, and it has T tokens of
+its own. `compute` brings every token to the devices of its experts, lets these compute, and brings the weighted sums
+back. It does so in one of two ways, with the same results to rounding:
+
+    gather     all tokens go to all devices by an all-gather, and a reduce-scatter adds up the devices' sums. Every
+               device sends and receives (n - 1) T rows each way, whatever k is.
+    exchange   a token goes once to each device that has experts of its own, in one of the `slots` that every pair of
+               devices has, by an all-to-all; what the device computes for it comes back as one row, the weighted sum.
+               Every device sends and receives (n - 1) `slots` rows each way. Without a limit `slots` is T, enough for
+               every load, which is as many rows as gather moves.
+
+What is sent where is decided by int32 maps on the devices: the shapes, and so the program, are the same for every load,
+and the host waits for nothing. All maps are inverted by gathers: the results and gradients have the same bits every
+time.
+
+`jax.lax.ragged_all_to_all` would move no more rows than there are, and need no limit. It is not used: on four H100 it
+takes 27 times as long as an all-to-all of the same bytes (3.6 times with XLA's decomposer of it), and it does not exist
+on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from . import _check
+from ._expert_dispatch import expert_dispatch
+from ._ids import as_int32_ids
+from ._permute import combine, permute
+from ._types import Dispatch, Implementation, Routing
+
+Way = Literal["gather", "exchange"]
+Weigh = Literal["output", "input"]
+# The rows of a device `[S, D]`, sorted by its experts, and how many each has `[E / n]`, to rows `[S, D]`.
+Experts = Callable[[Array, Array], Array]
+
+
+class ExpertSum(NamedTuple):
+    """What the experts add up to.
+
+    Attributes:
+        output: `[..., D]` in the dtype of x, the weighted sum of a token's experts.
+        dropped: int32 `[]`, the choices that no expert computed since `slots` or `rows` were too few, of all devices
+            along the axis; 0 without these limits. Choices without a valid id do not count.
+    """
+
+    output: Array
+    dropped: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """What the devices along a mesh axis can do: the constants by which `way="auto"` chooses.
+
+    `python -m benchmarks exchange` measures them. The defaults are those of four H100 of one host.
+
+    Attributes:
+        all_to_all, all_gather, reduce_scatter: bytes a second that a device sends to others in these collectives.
+        memory: bytes a second that a device reads or writes when it moves rows in its own memory.
+        latency: seconds that a collective takes however little it moves.
+    """
+
+    all_to_all: float = 207e9
+    all_gather: float = 168e9
+    reduce_scatter: float = 168e9
+    memory: float = 2.5e12
+    latency: float = 20e-6
+
+    def seconds(
+        self, way: Way, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None
+    ) -> float:
+        """How long moving the rows takes, there and back, without what the experts compute.
+
+        Args:
+            way: "gather" or "exchange".
+            devices: n, along the axis.
+            tokens: T, of a device.
+            hidden: D.
+            itemsize: bytes of an element.
+            slots: of a pair of devices; None is T.
+        """
+        others, row = devices - 1, hidden * itemsize
+        if way == "gather":
+            sent = others * tokens * row
+            return 2 * self.latency + sent / self.all_gather + sent / self.reduce_scatter
+        slots = tokens if slots is None else slots
+        # The rows are written to their slots before the first all-to-all, and read from them after the second.
+        moved = 2 * (others + 1) * slots * row
+        return 2 * self.latency + 2 * others * slots * row / self.all_to_all + moved / self.memory
+
+
+def choose_way(
+    links: Links, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None
+) -> Way:
+    """The way that `compute` takes with `way="auto"`: that which `links.seconds` says is the faster."""
+
+    def seconds(way: Way) -> float:
+        return links.seconds(way, devices=devices, tokens=tokens, hidden=hidden, itemsize=itemsize, slots=slots)
+
+    return min(get_args(Way), key=seconds)
+
+
+def expected_slots(tokens: int, top_k: int, devices: int, *, headroom: float = 1.0) -> int:
+    """How many of its tokens a device sends to another on average, times `headroom`; at most all of them.
+
+    `T (1 - (1 - 1 / n)^k)` for choices that are spread evenly and independently. What a real load needs beyond it is
+    for `headroom`; `ExpertSum.dropped` says whether it was enough.
+
+    Args:
+        tokens: T, of a device.
+        top_k: k.
+        devices: n, along the axis.
+        headroom: a factor of 0 or more.
+    """
+    return min(tokens, math.ceil(headroom * tokens * (1 - (1 - 1 / devices) ** top_k)))
+
+
+def compute(
+    x: Array,
+    routing: Routing,
+    experts: Experts,
+    *,
+    num_experts: int,
+    axis_name: str | Sequence[str],
+    way: Way | Literal["auto"] = "auto",
+    slots: int | None = None,
+    rows: int | None = None,
+    align: int = 1,
+    weigh: Weigh = "output",
+    links: Links | None = None,
+    implementation: Implementation = "auto",
+) -> ExpertSum:
+    """`sum over j of weights[t, j] * expert(ids[t, j])(x[t])` with the experts spread over a mesh axis.
+
+    Call it inside `jax.shard_map`, on each device with the tokens that are its own (a device may have any tokens, also
+    none that has experts). With tokens that are split over further mesh axes (data parallel) nothing moves along these.
+
+    Args:
+        x: f32, bf16 or f16 `[..., D]`, T tokens in all.
+        routing: of these tokens, `[..., k]`, with the ids of all E experts. Ids outside `[0, E)` (masked tokens,
+            padding) are computed by nobody and add nothing.
+        experts: computes this device's experts: from rows `[S, D]`, in which those of an expert lie together, and
+            `group_sizes` int32 `[E / n]`, to rows `[S, D]` in the dtype of x. `grouped_matmul` takes both. Rows behind
+            the last group are zeros, and what they become is not read.
+        num_experts: E, which n divides.
+        axis_name: of the mesh axis, or of several, over which the experts are spread.
+        way: "gather", "exchange", or "auto" by `links`.
+        slots: of "exchange", how many tokens a device sends to another one at most, first come, first served; the
+            choices of further ones are dropped. None is enough for all.
+        rows: how many choices a device's experts compute at most; those of its last experts are dropped. It is S, by
+            which the memory of the experts goes; a multiple of `align`. None is enough for all: `n T k` with gather,
+            `n slots k` with exchange, and what `align` adds.
+        align: what every expert's rows begin at a multiple of, as `expert_dispatch` has it.
+        weigh: what the weights multiply, the `"output"` of the experts or their `"input"` (Llama 4).
+        links: what the devices can do. None is `Links()`.
+        implementation: of the ops, `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `ExpertSum(output, dropped)`.
+
+    Differentiable in x, the weights, and what `experts` depends on. Where the devices' sums are added in bf16 or f16
+    by "gather", they are rounded n - 1 times; those of "exchange" are added in f32 and rounded once.
+
+    Raises:
+        TypeError: a wrong dtype, or an option is no int.
+        ValueError: a wrong shape or number; n does not divide `num_experts`; `slots` with `way="gather"`.
+        NameError: there is no such mesh axis here.
+    """
+    x, weights, expert_ids = _checked(x, routing)
+    num_experts = _check.static_int("num_experts", num_experts, 1, 2**24, " (ids are exact in f32)")
+    axis = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+    devices = lax.axis_size(axis)
+    if num_experts % devices:
+        raise ValueError(f"the {devices} devices of axis_name = {axis!r} must divide num_experts, got {num_experts}")
+    _check.choice("way", way, ("auto", *get_args(Way)))
+    _check.choice("weigh", weigh, get_args(Weigh))
+    slots = None if slots is None else _check.concrete_int("slots", slots, 0)
+    rows = None if rows is None else _check.concrete_int("rows", rows, 0)
+    align = _check.concrete_int("align", align, 1)
+    if rows is not None and rows % align:
+        raise ValueError(f"rows must be a multiple of align = {align}, got {rows}")
+    if way == "gather" and slots is not None:
+        raise ValueError(f"slots must be None with way='gather', which has none, got {slots}")
+
+    tokens, hidden, top_k = math.prod(x.shape[:-1]), x.shape[-1], expert_ids.shape[-1]
+    if slots is not None:
+        slots = min(slots, tokens)
+    if tokens == 0:
+        way = "exchange"  # XLA refuses to gather nothing
+    elif way == "auto":
+        sizes: dict[str, Any] = {"devices": devices, "tokens": tokens, "hidden": hidden, "itemsize": x.dtype.itemsize}
+        way = choose_way(links or Links(), slots=slots, **sizes)
+
+    ids = as_int32_ids(expert_ids, num_experts).reshape(tokens, top_k)
+    valid = (ids >= 0) & (ids < num_experts)
+    own = x.reshape(tokens, hidden), _packed(weights.reshape(tokens, top_k), jnp.where(valid, ids, -1))
+    local = _Local(experts, num_experts // devices, axis, rows, align, weigh, implementation)
+    if way == "gather":
+        sums, computed = local(*(lax.all_gather(values, axis, tiled=True) for values in own))
+        output = lax.psum_scatter(sums, axis, tiled=True)
+    else:
+        device = jnp.where(valid, ids // local.num_experts, -1)
+        plan = _plan(device, devices, tokens if slots is None else slots, implementation)
+        sent = (permute(values, plan, implementation=implementation) for values in own)
+        sums, computed = local(*(_all_to_all(values, axis) for values in sent))
+        output = combine(_all_to_all(sums, axis), plan, implementation=implementation)
+    if slots is None and rows is None:
+        dropped = jnp.zeros((), jnp.int32)
+    else:
+        dropped = lax.psum(valid.sum(dtype=jnp.int32) - computed, axis)
+    return ExpertSum(output.reshape(x.shape), dropped)
+
+
+def over_mesh(
+    x: Array,
+    routing: Routing,
+    experts: Callable[[Any, Array, Array], Array],
+    weights: Any,
+    *,
+    expert_axis: str,
+    data_axes: Sequence[str] | None = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    **options: Any,
+) -> ExpertSum:
+    """`compute` for the tokens of a whole mesh: under `jit`, or eagerly, with Auto and with Explicit axes.
+
+    The tokens are split over `data_axes` and `expert_axis`, those that are sharded otherwise are moved, and where the
+    devices do not divide their number, tokens without experts make it up. Inside a `jax.shard_map` over `expert_axis`
+    this is `compute` with the device's tokens and weights.
+
+    Args:
+        x: f32, bf16 or f16 `[..., D]`, of all tokens.
+        routing: of all tokens.
+        experts: as of `compute`, with the device's part of `weights` before its arguments.
+        weights: arrays `[E, ...]`, sharded over `expert_axis` and the same along `data_axes`, in any pytree.
+        expert_axis: the mesh axis over which the experts are spread.
+        data_axes: further mesh axes that split the tokens. None is all others of the mesh.
+        mesh: None is that of `jax.set_mesh`.
+        options: of `compute`.
+
+    Returns:
+        `ExpertSum(output, dropped)`, `output` sharded as x in a mesh with Explicit axes; `dropped` of all devices.
+
+    Raises:
+        TypeError, ValueError: as of `compute`; there is no mesh or it has no such axis; weights have different E.
+    """
+    x, *choices = _checked(x, routing)
+    routing = Routing(*choices)
+    sizes = {array.shape[:1] for array in jax.tree.leaves(weights)}
+    if len(sizes) != 1 or not all(sizes):
+        raise ValueError(f"weights must be arrays [E, ...] with one E, got leading axes {sorted(sizes)}")
+    ((num_experts,),) = sizes
+    context = jax.sharding.get_abstract_mesh()
+    if expert_axis in context.manual_axes:
+        local = partial(experts, weights)
+        num_experts *= lax.axis_size(expert_axis)
+        return compute(x, routing, local, num_experts=num_experts, axis_name=expert_axis, **options)
+    mesh = mesh or context
+    if expert_axis not in mesh.axis_names:
+        raise ValueError(
+            f"expert_axis must be an axis of the mesh, which has {mesh.axis_names or 'none'}, got {expert_axis!r}: "
+            "enter a mesh with jax.set_mesh, or give one as mesh"
+        )
+    if data_axes is None:
+        data_axes = [name for name in mesh.axis_names if name != expert_axis]
+    axes = *data_axes, expert_axis
+    devices = math.prod(mesh.shape[name] for name in axes)
+
+    def on_device(x: Array, routing: Routing, weights: Any) -> tuple[Array, Array]:
+        local = partial(experts, weights)
+        output, dropped = compute(x, routing, local, num_experts=num_experts, axis_name=expert_axis, **options)
+        return output, lax.psum(dropped, tuple(data_axes)) if data_axes else dropped
+
+    def of_all(x: Array, routing: Routing, weights: Any) -> tuple[Array, Array]:
+        tokens = math.prod(x.shape[:-1])
+        missing = -tokens % devices
+
+        def flat(values: Array, fill: int) -> Array:
+            values = values.reshape(tokens, values.shape[-1])
+            return jnp.pad(values, ((0, missing), (0, 0)), constant_values=fill)
+
+        on_devices = jax.shard_map(
+            on_device,
+            mesh=jax.sharding.get_abstract_mesh() if is_explicit else mesh,  # whose axes are Auto here
+            in_specs=(P(axes), P(axes), P(expert_axis)),
+            out_specs=(P(axes), P()),
+            axis_names=set(axes),
+        )
+        padded = Routing(flat(routing.weights, 0), flat(routing.expert_ids, -1))
+        output, dropped = on_devices(flat(x, 0), padded, weights)
+        return output[:tokens].reshape(x.shape), dropped
+
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    if is_explicit:
+        of_all = jax.sharding.auto_axes(of_all, out_sharding=(jax.typeof(x).sharding.spec, P()))
+    return ExpertSum(*of_all(x, routing, weights))
+
+
+def _checked(x: Array, routing: Routing) -> tuple[Array, Array, Array]:
+    """x, weights and ids, of the same tokens."""
+    x = _check.float_array("x", x, min_rank=2)
+    weights = _check.float32_array("routing.weights", routing.weights)
+    expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)
+    _check.same_shape("routing.weights", weights, expert_ids.shape)
+    if x.shape[:-1] != expert_ids.shape[:-1]:
+        raise ValueError(
+            f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}"
+        )
+    return x, weights, expert_ids
+
+
+def _packed(weights: Array, ids: Array) -> Array:
+    """The weights of a token's choices and their ids in one row `[T, 2 k]` of f32, that one collective moves.
+
+    Ids count from 1 in it, so that rows of zeros are those of no token. f32 has all integers up to 2^24.
+    """
+    return jnp.concatenate([weights, (ids + 1).astype(jnp.float32)], axis=-1)
+
+
+def _unpacked(choices: Array) -> tuple[Array, Array]:
+    weights, ids = jnp.split(choices, 2, axis=-1)
+    return weights, ids.astype(jnp.int32) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Local:
+    """What a device computes: its experts, of whichever tokens it is given."""
+
+    experts: Experts
+    num_experts: int
+    axis: str | tuple[str, ...]
+    rows: int | None
+    align: int
+    weigh: Weigh
+    implementation: Implementation
+
+    def __call__(self, x: Array, choices: Array) -> tuple[Array, Array]:
+        """The weighted sums of this device's experts, a row for each of x, and how many choices they computed."""
+        weights, ids = _unpacked(choices)
+        first = lax.axis_index(self.axis).astype(jnp.int32) * self.num_experts
+        dispatch = expert_dispatch(ids - first, self.num_experts, align=self.align, implementation=self.implementation)
+        if self.rows is not None:
+            dispatch = _cut(dispatch, self.rows)
+        before, after = (weights, None) if self.weigh == "input" else (None, weights)
+        rows = permute(x, dispatch, before, implementation=self.implementation)
+        y = self.experts(rows, dispatch.group_sizes)
+        if y.shape != rows.shape:
+            raise ValueError(f"experts must return rows of shape {rows.shape}, as it got them; got {y.shape}")
+        sums = combine(y, dispatch, after, implementation=self.implementation)
+        return sums, (dispatch.slot >= 0).sum(dtype=jnp.int32)
+
+
+def _cut(dispatch: Dispatch, rows: int) -> Dispatch:
+    """The first so many slots."""
+    ends = jnp.minimum(jnp.cumsum(dispatch.group_sizes), rows)
+    return Dispatch(
+        dispatch.token_index[:rows],
+        jnp.where(dispatch.slot < rows, dispatch.slot, -1),
+        jnp.diff(ends, prepend=jnp.zeros(1, ends.dtype)),
+    )
+
+
+def _plan(device: Array, devices: int, slots: int, implementation: Implementation) -> Dispatch:
+    """Which token is sent in which slot, of `slots` for each device, from the devices of its choices `[T, k]`.
+
+    The first choice of a token on a device has the slot, and the others there have none.
+    """
+    earlier = np.tri(device.shape[-1], k=-1, dtype=bool)[None]
+    is_first = ~((device[:, :, None] == device[:, None, :]) & earlier).any(axis=-1)
+    by_device = expert_dispatch(jnp.where(is_first, device, -1), devices, implementation=implementation)
+
+    # From slots that lie together to slots of one number a device.
+    first = jnp.cumsum(by_device.group_sizes) - by_device.group_sizes
+    number = by_device.slot - first.at[device].get(mode="clip")
+    slot = jnp.where((by_device.slot >= 0) & (number < slots), device * slots + number, -1)
+    place = jnp.arange(slots, dtype=jnp.int32)[None]
+    token = by_device.token_index.at[first[:, None] + place].get(mode="clip")
+    token_index = jnp.where(place < by_device.group_sizes[:, None], token, -1)
+    return Dispatch(token_index.reshape(-1), slot, jnp.full(devices, slots, jnp.int32))
+
+
+def _all_to_all(rows: Array, axis: str | tuple[str, ...]) -> Array:
+    """Rows by the device that they go to, to rows by the device that they come from."""
+    return lax.all_to_all(rows, axis, 0, 0, tiled=True)
