@@ -34,7 +34,8 @@ def physical_expert_ids(expert_ids: Array, replicas: Array, *, token_index: Arra
         TypeError: a wrong dtype.
         ValueError: a wrong shape.
 
-    Source: https://github.com/deepseek-ai/EPLB for the tables; vLLM's `eplb_map_to_physical` chose by token so.
+    Source: https://github.com/deepseek-ai/EPLB for the tables. vLLM's `eplb_map_to_physical` takes turns by the
+    number of the choice, `n k + j`, in place of that of the token.
 
     Example:
         >>> import jax.numpy as jnp

@@ -81,7 +81,9 @@ def sum_of_experts(
     """
     x = _check.float_array("x", x)
     _check.instance("routing", routing, Routing, "router(x)")
-    _check.same_shape("x without its last axis", x[..., 0], routing.expert_ids.shape[:-1])
+    tokens = routing.expert_ids.shape[:-1]
+    if x.shape[:-1] != tokens:
+        raise ValueError(f"x must have shape {(*tokens, 'D')}, with the tokens of routing.expert_ids; got {x.shape}")
     _check.choice("weigh", weigh, get_args(Weigh))
     num_experts, hidden_size = weights.down_proj.shape[0], x.shape[-1]
     inner = weights.down_proj.shape[1:2]

@@ -490,7 +490,7 @@ def update_selection_biases(
     - recomputation: counts are state that goes in and comes out of a function. `nnx.remat`, or `jax.checkpoint` over
       `nnx.split` and `nnx.merge`, computes the function again for the backward pass, and drops what comes out.
 
-    Calls after `model.eval()` are not counted.
+    Calls after `model.eval()` are not counted. Between two updates there may be at most 2^31 - 1 choices a layer.
 
     Example::
 

@@ -291,7 +291,7 @@ def test_in_shard_map(devices):
         (
             lambda: make_and_call(jnp.zeros((3, D)), routing=Routing(jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.int32))),
             ValueError,
-            r"x without its last axis must have shape \(2,\), got \(3,\)",
+            r"x must have shape \(2, 'D'\), with the tokens of routing.expert_ids; got \(3, 16\)",
         ),
         (lambda: make_and_call(jnp.zeros((3, D)), routing=None), TypeError, "routing must be of type Routing"),
     ],
