@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from jax_router import (
     scored_hash_router,
     topk_select,
 )
+from jax_router._timing import Spec
 from support.models import MODELS, Model
 from support.programs import load_example
 
@@ -44,28 +44,6 @@ CPU_SPEEDUPS = {
     "permute_grad": 2.0,
     "combine_grad": 2.0,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A random input: normal numbers times `scale`, or integers in `[0, bound)`."""
-
-    shape: tuple[int, ...]
-    dtype: Any = jnp.float32
-    scale: float = 1.0
-    bound: int = 0
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * jnp.dtype(self.dtype).itemsize
-
-    @property
-    def struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
