@@ -181,14 +181,15 @@ def wall_timings(
     """The wall-clock time of a call for each of several computations, which take turns; about `seconds` in all."""
     times_us: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
-    for turn in itertools.count():
+    for turn in range(MIN_CALLS + 1):
+        if turn > 5 and time.perf_counter() > end:
+            break
         for name, run in runs.items():
             inputs = copies[name][turn % len(copies[name])]
             start = time.perf_counter()
             jax.block_until_ready(run(*inputs))
             times_us[name].append(1e6 * (time.perf_counter() - start))
-        if turn >= MIN_CALLS or (turn >= 5 and time.perf_counter() > end):
-            return {name: Timing.of(times[2:]) for name, times in times_us.items()}
+    return {name: Timing.of(times[2:]) for name, times in times_us.items()}
 
 
 def timings(
