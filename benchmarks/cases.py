@@ -27,6 +27,7 @@ from jax_router import (
     topk_select,
 )
 from jax_router._timing import Spec
+from jax_router._ways import plain_logits
 from support.models import MODELS, Model
 from support.programs import load_example
 
@@ -261,11 +262,6 @@ def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False, wei
         x.nbytes + weight.nbytes + tokens * model.top_k * 8,
         flops=2 * products * tokens * hidden * num_experts,
     )
-
-
-def plain_logits(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """As a JAX user writes them. XLA multiplies their cotangent in f32."""
-    return jnp.einsum("...d,ed->...e", x, weight, preferred_element_type=jnp.float32)
 
 
 def dense_router_grad_case(model: Model, tokens: int) -> Case:
