@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from . import _native, _show_presets
+from . import _case, _doctor, _explain, _native, _show_presets
+from ._timing import device_name
 from ._version import __version__
 from .checkpoints import CheckpointError
 
@@ -51,6 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     inspect.add_argument("path", type=Path, metavar="CHECKPOINT", help="a safetensors file, an index, or a folder")
+    bench = commands.add_parser(
+        "bench",
+        help="your own shape: is it right, and how fast",
+        description=(
+            "Draws random inputs of a case, compares the routing with float64, and times each part of the layer beside "
+            "the same in jax.numpy and beside the floor of this very device. Needs the extra `bench`: "
+            "pip install 'jax-router[bench]'."
+        ),
+    )
+    _case.add_options(bench)
+    bench.add_argument("--png", type=_png, metavar="FILE", help="also draw the figures")
+    doctor = commands.add_parser(
+        "doctor",
+        help="why is my call not native, or not fused",
+        description=(
+            "Looks at versions, native modules, GPU, driver and flags, and asks the kernels what they would do with a "
+            "case. Says how to mend what is wrong; the exit status is then 1."
+        ),
+    )
+    _case.add_options(doctor)
+    doctor.add_argument(
+        "--gpu", choices=tuple(_explain.GPUS), help="answer for this GPU, which need not be here (default: this device)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
@@ -73,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except (OSError, CheckpointError) as error:
             inspect.error(" ".join(str(error).split()))
+    if arguments.command == "bench":
+        return _bench(bench, arguments)
+    if arguments.command == "doctor":
+        return _doctor.run(_case_of(doctor, arguments), arguments.gpu)
     try:
         from ._demo import DemoError, run
     except ImportError as error:
@@ -88,6 +116,41 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
     return int(text)
+
+
+def _png(text: str) -> Path:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {text!r}")
+    return Path(text)
+
+
+def _case_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> _case.Case:
+    try:
+        return _case.case_of(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    case = _case_of(parser, arguments)
+    try:
+        from . import _bench as bench
+
+        if arguments.png:
+            from ._bench_picture import draw
+    except ImportError as error:
+        print(f"bench needs {error.name}: pip install 'jax-router[bench]'", file=sys.stderr)
+        return 1
+    try:
+        is_right, found = bench.run(case)
+        if arguments.png and found:
+            draw(found, f"{case.describe()}\n{device_name()}", arguments.png)
+            print(f"drawn: {arguments.png}")
+    except (bench.BenchError, OSError) as error:
+        parser.error(str(error))
+    return 0 if is_right else 1
 
 
 def _info() -> int:
