@@ -94,7 +94,7 @@ def _answer(op: Op, avals: dict[str, Any], platform: str, device: Mapping[str, i
 def _missing(op: Op, platform: str) -> str | None:
     """Why there is no kernel of the op for a platform, whatever the case."""
     if platform not in op.platforms:
-        return f"there is no kernel for {platform}"
+        return f"its kernels are for {' and '.join(op.platforms) or 'no platform'}"
     error = _native.load(platform)
     return f"the {platform} kernels are not loaded" if isinstance(error, ImportError) else None
 

@@ -15,6 +15,7 @@ from . import reference
 from ._dense_router import dense_router
 from ._expert_dispatch import expert_dispatch
 from ._permute import combine, permute
+from ._shapes import with_rank
 from ._types import Routing
 
 
@@ -80,7 +81,9 @@ def plain(product: Callable[..., Array], **selection: Any) -> Way:
 
     def route(x: Array, gate: Array, bias: Array | None = None, logit_bias: Array | None = None) -> Routing:
         logits = plain_logits(x, gate)
-        return reference.activation_topk(logits if logit_bias is None else logits + logit_bias, bias, **selection)
+        if logit_bias is not None:
+            logits += with_rank(logit_bias, logits.ndim)
+        return reference.activation_topk(logits, bias, **selection)
 
     return Way(route, _argsort, _take, _index, product)
 
