@@ -313,10 +313,10 @@ def calls(case: Case) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         return dense_router(x, weight, **biases, **selection)
 
     def route_grad(x: Any, weight: Any, biases: dict[str, Any]) -> Any:
-        return jax.grad(lambda x, weight: route(x, weight, biases).weights.sum(), argnums=(0, 1))(x, weight)
+        return jax.value_and_grad(lambda x, weight: route(x, weight, biases).weights.sum(), argnums=(0, 1))(x, weight)
 
     def combine_grad(rows: Any, dispatch: Any, weights: Any) -> Any:
-        return jax.grad(
+        return jax.value_and_grad(
             lambda rows, weights: combine(rows, dispatch, weights).astype(jnp.float32).sum(), argnums=(0, 1)
         )(rows, weights)
 
