@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"The demo needs {error.name}: pip install 'jax-router[demo]'", file=sys.stderr)
         return 1
+    _need_a_device(demo)
     try:
         return run(arguments.file, arguments.rows)
     except DemoError as error:
@@ -126,6 +129,12 @@ def _png(text: str) -> Path:
     return Path(text)
 
 
+def _need_a_device(parser: argparse.ArgumentParser) -> None:
+    _, reason = _explain.devices()
+    if reason:
+        parser.error(f"{reason} (`jax-router doctor` says more)")
+
+
 def _case_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> _case.Case:
     try:
         return _case.case_of(arguments)
@@ -143,6 +152,7 @@ def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     except ImportError as error:
         print(f"bench needs {error.name}: pip install 'jax-router[bench]'", file=sys.stderr)
         return 1
+    _need_a_device(parser)
     try:
         is_right, found = bench.run(case)
         if arguments.png and found:
@@ -166,10 +176,23 @@ def _info() -> int:
             continue
         architectures = f", for {module.architectures}" if name == "cuda" else ""
         lines.append((f"{name} kernels", "built for XLA FFI API {}.{}".format(*module.ffi_api_version) + architectures))
-    lines += [("device", f"{device.platform}: {device.device_kind}") for device in jax.devices()]
+    devices, reason = _explain.devices()
+    lines += [("device", f"{device.platform}: {device.device_kind}") for device in devices]
+    lines += [("device", f"none: {reason}")] * bool(reason)
     lines.append(("custom calls", " ".join(_native.custom_call_targets())))
+    # As wide as a terminal; in a pipe, a line each.
+    width = shutil.get_terminal_size((sys.maxsize, 0)).columns
     for name, text in lines:
-        print(f"{name:<13} {text}")
+        print(
+            textwrap.fill(
+                text,
+                width,
+                initial_indent=f"{name:<14}",
+                subsequent_indent=" " * 14,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
     return 0
 
 

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import _oracle
 from ._activation_topk import activation_topk
 from ._case import Case
-from ._explain import explain
+from ._explain import explain, kernel_platform
 from ._grouped_matmul import grouped_matmul
 from ._logits import router_logits
 from ._timing import (
@@ -66,7 +67,7 @@ class Figures:
 
 
 def run(case: Case) -> tuple[bool, list[Figures]]:
-    """Shows what is right and what it takes. Returns whether all is right, and the figures."""
+    """Shows what is right and what it takes. Returns whether all is right and was timed, and the figures."""
     console = Console(highlight=False)
     console.print(f"[bold]{case.describe()}[/]")
     if case.left_out:
@@ -84,16 +85,23 @@ def run(case: Case) -> tuple[bool, list[Figures]]:
             console.print(check.describe(), soft_wrap=True)
         if not all(check.is_right for check in checks):
             return False, []
-        with _progress() as show:
-            found = list(bench.figures(pool, peaks, show))
     except jax.errors.JaxRuntimeError as error:
         raise BenchError(str(error).splitlines()[0]) from error
+    found, failures = [], dict[str, str]()
+    with _progress() as show:
+        for stage in bench.stages():
+            try:
+                found.append(bench.figures(stage, pool, peaks, show))
+            except Exception as error:  # a part that fails must not cost the figures of the others
+                failures[stage.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     console.print()
     console.print(table(found))
+    for name, reason in failures.items():
+        console.print(f"{name}: [bold red]not timed[/], {escape(reason)}")
     if not all(figures.is_native for figures in found):
         console.print("* by the reference, not by kernels: `jax-router doctor` with the same options says why")
     console.print(f"\n{_floors(peaks)}")
-    return True, found
+    return not failures, found
 
 
 def _floors(peaks: Peaks) -> str:
@@ -394,42 +402,41 @@ class Bench:
                 flops + 2 * choices * sum(spec.size for spec in experts) // config.num_experts,
             )
 
-    def figures(self, pool: Pool, peaks: Peaks, show: Callable[[str], None]) -> Iterator[Figures]:
-        """Part by part."""
-        for stage in self.stages():
-            values = partial(self._values, _inputs(stage))
-            structs = jax.eval_shape(values, **{name: spec.struct for name, spec in self._drawn.items()})
-            experts: tuple[Any, ...] = ()
-            if stage.name == _LAYER:
-                show("drawing the experts' weights")
-                experts = (Weights(*map(random_rows, (1, 2), self._experts)),)
-            programs: dict[str, Callable[..., Any]] = {}
-            for name, contender in stage.contenders.items():
-                show(f"compiling {stage.name}, {name}" + (f": {_grouped_advice()}" if experts else ""))
-                operands = [structs[_inputs(stage).index(value)] for value in contender.inputs]
-                programs[name] = jax.jit(contender.run).lower(*operands, *experts).compile()
-            show(f"timing {stage.name}")
-            nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((structs, experts)))
-            count = 1 if experts and nbytes > COPIES_BYTES else copies_of(nbytes)
-            prepare = jax.jit(values)
-            drawn = [dict(zip(_inputs(stage), prepare(**self._draw(pool)))) for _ in range(count)]
-            copies = {
-                name: [(*(values[value] for value in contender.inputs), *experts) for values in drawn]
-                for name, contender in stage.contenders.items()
-            }
-            yield Figures(
-                stage.name,
-                timings(programs, copies, turns=3 if experts else 6),
-                peaks.floor_us(stage.nbytes, stage.flops),
-                self._is_native(stage, [*structs, *experts]),
-            )
+    def figures(self, stage: Stage, pool: Pool, peaks: Peaks, show: Callable[[str], None]) -> Figures:
+        """Of one part."""
+        values = partial(self._values, _inputs(stage))
+        structs = jax.eval_shape(values, **{name: spec.struct for name, spec in self._drawn.items()})
+        experts: tuple[Any, ...] = ()
+        if stage.name == _LAYER:
+            show("drawing the experts' weights")
+            experts = (Weights(*map(random_rows, (1, 2), self._experts)),)
+        programs: dict[str, Callable[..., Any]] = {}
+        for name, contender in stage.contenders.items():
+            show(f"compiling {stage.name}, {name}" + (f": {_grouped_advice()}" if experts else ""))
+            operands = [structs[_inputs(stage).index(value)] for value in contender.inputs]
+            programs[name] = jax.jit(contender.run).lower(*operands, *experts).compile()
+        show(f"timing {stage.name}")
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((structs, experts)))
+        count = 1 if experts and nbytes > COPIES_BYTES else copies_of(nbytes)
+        prepare = jax.jit(values)
+        drawn = [dict(zip(_inputs(stage), prepare(**self._draw(pool)))) for _ in range(count)]
+        copies = {
+            name: [(*(values[value] for value in contender.inputs), *experts) for values in drawn]
+            for name, contender in stage.contenders.items()
+        }
+        return Figures(
+            stage.name,
+            timings(programs, copies, turns=3 if experts else 6),
+            peaks.floor_us(stage.nbytes, stage.flops),
+            self._is_native(stage, [*structs, *experts]),
+        )
 
     def _is_native(self, stage: Stage, structs: list[Any]) -> bool:
         contender = stage.contenders[OURS]
         values = dict(zip(_inputs(stage), structs))
         operands = [*(values[name] for name in contender.inputs), *structs[len(values) :]]
-        platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-        return all(answer.is_native_throughout for answer in explain(contender.run, *operands, platform=platform))
+        answers = explain(contender.run, *operands, platform=kernel_platform())
+        return all(answer.is_native_throughout for answer in answers)
 
 
 _LAYER = "whole layer"

@@ -25,7 +25,7 @@ from ._activation_topk import activation_topk
 from ._case import Case
 from ._dense_router import dense_router
 from ._expert_dispatch import expert_dispatch
-from ._explain import GPUS, Answer, explain
+from ._explain import GPUS, Answer, devices, explain, kernel_platform
 from ._grouped_matmul import grouped_matmul
 from ._permute import combine, permute
 from ._types import Dispatch
@@ -150,14 +150,13 @@ def machine(driver: Driver | None) -> Iterator[Finding]:
         yield Finding("note", "driver", "there is no NVIDIA driver here")
     else:
         yield from _driver(driver)
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        yield Finding("wrong", "JAX", str(error).splitlines()[0], _platforms_mend())
+    found, reason = devices()
+    if reason:
+        yield Finding("wrong", "JAX", reason, _platforms_mend())
         return
-    kinds = ", ".join(dict.fromkeys(device.device_kind for device in devices))
-    text = f"computes on {len(devices)} x {devices[0].platform}: {kinds}"
-    if not gpus or devices[0].platform == "gpu":
+    kinds = ", ".join(dict.fromkeys(device.device_kind for device in found))
+    text = f"computes on {len(found)} x {found[0].platform}: {kinds}"
+    if not gpus or found[0].platform == "gpu":
         yield Finding("ok", "JAX", text)
         return
     assert driver is not None
@@ -259,10 +258,7 @@ def flags(xla_flags: str) -> Iterator[Finding]:
 
 
 def mesh() -> Iterator[Finding]:
-    try:
-        count = jax.device_count()
-    except RuntimeError:  # which `machine` says
-        return
+    count = len(devices()[0])
     if count > 1:
         yield Finding(
             "note",
@@ -279,10 +275,9 @@ def mesh() -> Iterator[Finding]:
 
 def ops(case: Case, gpu: str | None) -> list[Finding]:
     """How each op of the case is computed, on the GPU of that name or on JAX's default device."""
-    try:
-        where = "cuda" if gpu else {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    except RuntimeError:  # which `machine` says
+    if not gpu and devices()[1]:
         return [Finding("note", "ops", "not looked at without a device")]
+    where = "cuda" if gpu else kernel_platform()
     if where not in _native.PLATFORMS:
         return [Finding("note", "ops", f"there are no kernels for {where}: XLA computes the reference")]
     if isinstance(_native.load(where), ImportError):

@@ -21,6 +21,21 @@ GPUS = {
     "B200": {"compute_capability": 100, "multiprocessors": 148, "shared_bytes": 227 * 1024},
 }
 
+
+def devices() -> tuple[list[jax.Device], str]:
+    """JAX's devices, or none and why there are none."""
+    try:
+        return jax.devices(), ""
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+        return [], next(iter(str(error).splitlines()), f"JAX finds no device of jax_platforms {platforms!r}")
+
+
+def kernel_platform() -> str:
+    """What the default device is called where kernels are looked for."""
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
 _OPS = {op.primitive: op for op in OPS}
 
 

