@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jaxlib
@@ -19,11 +20,16 @@ from ._version import __version__
 from .checkpoints import CheckpointError
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="jax-router", description="The router of a mixture-of-experts layer, native to JAX."
-    )
+    parser = _Parser(prog="jax-router", description="The router of a mixture-of-experts layer, native to JAX.")
     parser.add_argument("--version", action="version", version=f"jax-router {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about_info = "what was built, what loaded and why not, on which devices"

@@ -410,9 +410,10 @@ class Bench:
         if stage.name == _LAYER:
             show("drawing the experts' weights")
             experts = (Weights(*map(random_rows, (1, 2), self._experts)),)
+        wait = " (a minute or more on a GPU)" if experts else ""
         programs: dict[str, Callable[..., Any]] = {}
         for name, contender in stage.contenders.items():
-            show(f"compiling {stage.name}, {name}" + (f": {_grouped_advice()}" if experts else ""))
+            show(f"compiling {stage.name}, {name}{wait}")
             operands = [structs[_inputs(stage).index(value)] for value in contender.inputs]
             programs[name] = jax.jit(contender.run).lower(*operands, *experts).compile()
         show(f"timing {stage.name}")
@@ -440,11 +441,6 @@ class Bench:
 
 
 _LAYER = "whole layer"
-
-
-def _grouped_advice() -> str:
-    on_gpu = jax.default_backend() == "gpu"
-    return "its grouped products take a minute or more" if on_gpu else "XLA's grouped products are slow on a CPU"
 
 
 def _inputs(stage: Stage) -> tuple[str, ...]:
