@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -197,17 +197,17 @@ class Stage:
     flops: int = 0
 
 
-@dataclass
 class Bench:
-    """The parts of a layer of a case, and the values that they compute on."""
+    """The parts of a layer of a case, and the values that they compute on.
 
-    case: Case
-    ours: Way = field(init=False)
-    plain: Way = field(init=False)
+    Raises:
+        BenchError: the device has not enough memory.
+    """
 
-    def __post_init__(self) -> None:
-        self.ours = ours(grouped_matmul, **self.case.config.selection)
-        self.plain = plain(grouped_matmul, **self.case.config.selection)
+    def __init__(self, case: Case):
+        self.case = case
+        self.ours = ours(grouped_matmul, **case.config.selection)
+        self.plain = plain(grouped_matmul, **case.config.selection)
         self._check_memory()
 
     def _check_memory(self) -> None:
@@ -304,15 +304,12 @@ class Bench:
         self, name: str, routing: Routing, rows: np.ndarray, logits: np.ndarray, slack: np.ndarray, bias: Any
     ) -> Check:
         """The routing of some rows; `slack` is what their logits may be off by."""
-        config = self.case.config
-        groups = {"num_groups": config.num_groups, "top_groups": config.top_groups, "group_score": config.group_score}
+        config, selection = self.case.config, self.case.config.selection
         weights, got = (np.asarray(values[rows]) for values in routing)
         keys, key_slack = _oracle.selection_keys(logits, bias, config.score_fn, config.num_groups)
         key_slack = key_slack + slack  # no score function is steeper than 1
-        selection = config.selection
-        want = _oracle.expert_ids(
-            logits, bias, config.top_k, config.score_fn, **{key: selection[key] for key in groups}
-        )
+        groups = {name: selection[name] for name in ("num_groups", "top_groups", "group_score")}
+        want = _oracle.expert_ids(logits, bias, config.top_k, config.score_fn, **groups)
         is_id = (got >= 0) & (got < config.num_experts)
         ids = np.where(is_id, got, 0)
 
@@ -320,11 +317,12 @@ class Bench:
             return np.take_along_axis(np.broadcast_to(values, keys.shape), where.astype(np.int64), -1)
 
         is_close = np.abs(at(keys, ids) - at(keys, want)) <= at(key_slack, ids) + at(key_slack, want)
-        if config.num_groups > 1 and selection["top_groups"] < config.num_groups:
+        if selection["top_groups"] < config.num_groups:
             # Where two groups are as close, so are all the choices of a token in one or the other.
-            scores = -np.sort(-_oracle.group_scores(keys, config.num_groups, selection["group_score"]), axis=-1)
-            last, next_ = scores[:, selection["top_groups"] - 1], scores[:, selection["top_groups"]]
-            is_close |= (last - next_ <= 4 * key_slack.max(axis=-1))[:, None]
+            scores = np.sort(_oracle.group_scores(keys, config.num_groups, config.group_score), axis=-1)
+            first_out = config.num_groups - selection["top_groups"] - 1
+            gap = scores[:, first_out + 1] - scores[:, first_out]
+            is_close |= (gap <= 4 * key_slack.max(axis=-1))[:, None]  # of two keys in each
         ordered = np.sort(ids, axis=-1)
         repeats = np.zeros_like(is_id)
         repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
