@@ -27,6 +27,7 @@ def test_a_case_is_compared_and_timed(capsys, monkeypatch):
         return _timing.timings(programs, copies, **options)
 
     monkeypatch.setattr(_bench, "timings", timings)
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["bench", *SMALL, "--groups=4", "--top-groups=2", "--inner=8"]) == 0
     shown = capsys.readouterr().out
     lines = shown.splitlines()

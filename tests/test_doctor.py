@@ -44,7 +44,8 @@ def test_the_answer_is_what_is_lowered(name):
         assert calls == set(re.findall(r"custom_call @(jax_router\.\w+)", program))
 
 
-def test_nothing_is_wrong_here(capsys):
+def test_nothing_is_wrong_here(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["doctor", "--tokens=8", "--hidden=64"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
