@@ -290,10 +290,91 @@ def test_files_that_are_wrong(tmp_path):
     save_file(RIGHT, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match=f"{GATE} is in two files, b.safetensors the second"):
         Router.from_checkpoint(tmp_path, SIGMOID)
-    index = {"weight_map": {GATE: "a.safetensors", BIAS: "c.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"names c\.safetensors, and there is no such file"):
+
+
+def header(tensors):
+    text = (tensors if isinstance(tensors, str) else json.dumps(tensors)).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def entry(start, end, *shape, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+WHOLE = {GATE: entry(0, 512, 16, 8), BIAS: entry(512, 576, 16)}
+NO_FILES = {
+    "empty": b"",
+    "truncated header": header(WHOLE)[:50],
+    "truncated": header(WHOLE) + bytes(500),
+    "a header of 2^63 bytes": (1 << 63).to_bytes(8, "little") + header(WHOLE)[8:] + bytes(576),
+    "a header of a gigabyte": (1 << 30).to_bytes(8, "little") + header(WHOLE)[8:] + bytes(576),
+    "offsets behind the end": header({**WHOLE, BIAS: entry(5120, 5184, 16)}) + bytes(576),
+    "negative offsets": header({**WHOLE, GATE: entry(-4, 508, 16, 8)}) + bytes(576),
+    "overlapping tensors": header({**WHOLE, BIAS: entry(100, 164, 16)}) + bytes(576),
+    "a shape that is not its bytes": header({**WHOLE, GATE: entry(0, 512, 16, 9)}) + bytes(576),
+    "a shape of 2^65 elements": header({**WHOLE, GATE: entry(0, 512, 1 << 62, 8)}) + bytes(576),
+    "an unknown dtype": header({**WHOLE, GATE: entry(0, 512, 16, 8, dtype="F99")}) + bytes(576),
+    "one name twice": header(json.dumps(WHOLE).replace(BIAS, GATE)) + bytes(576),
+}
+
+
+@pytest.mark.parametrize("content", NO_FILES)
+def test_what_is_no_safetensors_file(content, tmp_path):
+    """An error that names the file: no crash, no array of that size."""
+    (tmp_path / "a.safetensors").write_bytes(header(WHOLE) + bytes(576))
+    Router.from_checkpoint(tmp_path, SIGMOID)
+    (tmp_path / "a.safetensors").write_bytes(NO_FILES[content])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is no safetensors file"):
         Router.from_checkpoint(tmp_path, SIGMOID)
+
+
+def write_index(folder, content):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
+
+
+def test_only_the_files_of_a_router_are_needed(tmp_path):
+    """By the index: those of other layers may be broken, or not there, as in a download of one layer."""
+    other = GATE.replace(".3.", ".4.")
+    save_file({GATE: RIGHT[GATE]}, tmp_path / "a.safetensors")
+    save_file({BIAS: RIGHT[BIAS]}, tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_text("broken")
+    files = {GATE: "a.safetensors", BIAS: "b.safetensors", other: "c.safetensors", "head": "d.safetensors"}
+    write_index(tmp_path, files)
+    assert_holds(Router.from_checkpoint(tmp_path, SIGMOID, 3), {"weight": RIGHT[GATE], "bias": RIGHT[BIAS]})
+    with pytest.raises(CheckpointError, match=r"c\.safetensors is no safetensors file"):
+        Router.from_checkpoint(tmp_path, SIGMOID, 4)
+    write_index(tmp_path, {GATE: "d.safetensors", BIAS: "a.safetensors"})
+    with pytest.raises(CheckpointError) as error:
+        Router.from_checkpoint(tmp_path, SIGMOID, 3)
+    assert error.value.problems == (
+        "the index names d.safetensors, and there is no such file",
+        f"{BIAS} is not in a.safetensors, where the index has it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({GATE: "../outside.safetensors"}, r"names \.\./outside\.safetensors, outside of its own folder"),
+        ({GATE: "a/../../outside.safetensors"}, "outside of its own folder"),
+        ({GATE: "/outside.safetensors"}, "outside of its own folder"),
+        ({GATE: 3}, "it is no index"),
+        ({GATE: ["a.safetensors"]}, "it is no index"),
+        (["a.safetensors"], "it is no index"),
+        ("{", "it is no index"),
+        ("[]", "it is no index"),
+        ('{"metadata": {}}', "it is no index, a JSON object whose weight_map"),
+    ],
+)
+def test_an_index_that_is_wrong(index, words, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (tmp_path / "outside.safetensors", folder / "a.safetensors"):
+        save_file(RIGHT, path)
+    write_index(folder, index)
+    with pytest.raises(CheckpointError, match=words):
+        Router.from_checkpoint(folder, SIGMOID)
 
 
 def test_a_failed_load_changes_nothing():
