@@ -22,7 +22,7 @@ from ._ids import as_int32_ids
 from ._logits import router_logits
 from ._route_at import route_at, scored_hash_router
 from ._shapes import with_rank
-from ._sharding import shard_as, shard_last_axis_as, with_rows_as
+from ._sharding import shard_as, shard_last_axis_as, whole, with_rows_as
 from ._topk_select import topk_select
 from ._types import Routing
 from .config import RouterConfig
@@ -406,7 +406,7 @@ class Router(nnx.Module):
 
     def _scale_of(self, expert_ids: Array) -> Array:
         """The factor that each choice's expert has, 0 where there is none."""
-        column = self.per_expert_scale[...].astype(jnp.float32)[:, None]
+        column = whole(self.per_expert_scale[...]).astype(jnp.float32)[:, None]
         scale = with_rows_as(expert_ids, lambda ids, column: column[ids])(jnp.maximum(expert_ids, 0), column)
         return jnp.where(expert_ids >= 0, scale[..., 0], 0.0)
 
@@ -439,7 +439,9 @@ def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Ar
         ValueError: x and the routing are of different tokens.
     """
     x = _check.float_array("x", x)
-    _check.same_shape("x without its last axis", x[..., 0], routing.weights.shape[:-1])
+    tokens = routing.weights.shape[:-1]
+    if x.shape[:-1] != tokens:
+        raise ValueError(f"x without its last axis must have shape {tokens}, that of the routing, got {x.shape[:-1]}")
     num_real_experts = _check.static_int("num_real_experts", num_real_experts, 0, None)
     is_null = routing.expert_ids >= num_real_experts
     total = jnp.where(is_null, routing.weights, 0.0).sum(axis=-1, keepdims=True)
