@@ -20,6 +20,7 @@ from jax_router import (
     activation_topk,
     combine,
     dense_router,
+    expert_counts,
     expert_dispatch,
     hash_router,
     permute,
@@ -27,6 +28,7 @@ from jax_router import (
     scored_hash_router,
     topk_select,
 )
+from jax_router._shapes import dispatch_slots
 from support.models import MODELS, Model
 from support.programs import load_example
 
@@ -311,15 +313,28 @@ def dense_router_grad_case(model: Model, tokens: int) -> Case:
     )
 
 
-def expert_dispatch_case(num_experts: int, top_k: int, tokens: int) -> Case:
+def expert_dispatch_case(num_experts: int, top_k: int, tokens: int, align: int = 1) -> Case:
     def run(expert_ids, *, implementation):
-        return expert_dispatch(expert_ids, num_experts, implementation=implementation)
+        return expert_dispatch(expert_ids, num_experts, align=align, implementation=implementation)
 
+    slots = dispatch_slots(tokens * top_k, num_experts, align, None)
     return Case(
-        f"expert_dispatch/E{num_experts}/k{top_k}/N{tokens}",
+        f"expert_dispatch/E{num_experts}/k{top_k}/N{tokens}" + (f"/align{align}" if align > 1 else ""),
         (Spec((tokens, top_k), jnp.int32, bound=num_experts),),
         _both(run),
-        tokens * top_k * 12 + num_experts * 4,
+        tokens * top_k * 8 + slots * 4 + num_experts * 4,
+    )
+
+
+def expert_counts_case(num_experts: int, top_k: int, tokens: int) -> Case:
+    def run(expert_ids, *, implementation):
+        return expert_counts(expert_ids, num_experts, implementation=implementation)
+
+    return Case(
+        f"expert_counts/E{num_experts}/k{top_k}/N{tokens}",
+        (Spec((tokens, top_k), jnp.int32, bound=num_experts),),
+        _both(run),
+        tokens * top_k * 4 + num_experts * 4,
     )
 
 
@@ -454,6 +469,7 @@ _BUILDERS: dict[str, Callable[..., Case]] = {
     r"permute_grad/bf16/D(\d+)/k(\d+)/N(\d+)": permute_grad_case,
     r"combine/bf16/D(\d+)/k(\d+)/N(\d+)": combine_case,
     r"combine_grad/bf16/D(\d+)/k(\d+)/N(\d+)": combine_grad_case,
+    r"expert_counts/E(\d+)/k(\d+)/N(\d+)": expert_counts_case,
 }
 
 
@@ -488,6 +504,9 @@ def _variants() -> Iterator[Case]:
     yield sparse_attention_case(65536, 512)
     for tokens in (1, 4096):
         yield dense_router_case(_FLASH, tokens, with_bias=True)
+    for tokens in (64, 4096, 65536):
+        for align in (16, 128):
+            yield expert_dispatch_case(256, 6, tokens, align)
 
 
 def gpu_cases() -> list[Case]:
@@ -515,4 +534,6 @@ def cpu_cases() -> list[Case]:
         permute_grad_case(1024, 6, 4096),
         combine_case(1024, 6, 4096),
         combine_grad_case(1024, 6, 4096),
+        expert_dispatch_case(256, 6, 16384, align=128),
+        expert_counts_case(256, 6, 65536),
     ]

@@ -18,6 +18,7 @@ from jax_router import (
     activation_topk,
     combine,
     dense_router,
+    expert_counts,
     expert_dispatch,
     hash_router,
     permute,
@@ -146,6 +147,7 @@ def _expert_dispatch() -> Iterator[Line]:
         yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8})
     for tokens in (512, 16384):
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
+    yield Line("expert_counts", "tokens", 1, 200000, {"experts": 256, "k": 8})
 
 
 def _moved() -> Iterator[Line]:
@@ -264,6 +266,11 @@ def _moved_program(plan: str, tokens: int, hidden: int, k: int, dtype: str, op: 
     return Contender(run, prepare), _moved_inputs(tokens, hidden, k, DTYPES[dtype])
 
 
+def _counts(plan: str, tokens: int, experts: int, k: int) -> Program:
+    count = partial(expert_counts, num_experts=experts, implementation="native")
+    return Contender(count), (Spec((tokens, k), jnp.int32, bound=experts),)
+
+
 def _hash(plan: str, rows: int, k: int) -> Program:
     vocab_size = 129280
     tokens = Spec((rows,), jnp.int32, bound=vocab_size)
@@ -304,6 +311,7 @@ _PROGRAMS: dict[str, Callable[..., Program]] = {
     "combine": partial(_moved_program, op="combine"),
     "permute_cotangent": partial(_moved_program, op="permute_cotangent"),
     "combine_cotangent": partial(_moved_program, op="combine_cotangent"),
+    "expert_counts": _counts,
     "hash_router": _hash,
     "route_at": _weights_at,
     "route_cotangent": _cotangent,

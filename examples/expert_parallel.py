@@ -84,7 +84,7 @@ def _local(x: Array, weights: Weights, *, top_k: int, capacity: int | None, num_
     received_sizes = lax.all_to_all(sizes, AXIS, 0, 0)  # [devices, experts]: how many of whom for which expert
 
     # What came from each device is sorted by expert already; sorted once more, all of an expert lies together. Slots
-    # that hold no choice get an id that no expert has: they go last, and ragged_dot does not compute them.
+    # that hold no choice get an id that no expert has: they are in no group, and ragged_dot does not compute them.
     ends = jnp.cumsum(received_sizes, axis=1)
     expert = (jnp.arange(capacity, dtype=jnp.int32)[:, None] >= ends[:, None, :]).sum(axis=-1, dtype=jnp.int32)
     by_expert = expert_dispatch(expert[..., None], experts)

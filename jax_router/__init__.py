@@ -1,9 +1,10 @@
 """A mixture-of-experts router, native to JAX: CUDA and CPU kernels under jit, grad, vmap and sharding."""
 
-from . import _primitive, reference
+from . import _primitive, balance, reference
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
-from ._expert_dispatch import expert_dispatch
+from ._expert_counts import expert_counts
+from ._expert_dispatch import block_experts, expert_dispatch
 from ._grouped_matmul import grouped_matmul
 from ._hash_router import hash_router
 from ._native import custom_call_targets
@@ -26,9 +27,12 @@ __all__ = [
     "SelectionBias",
     "__version__",
     "activation_topk",
+    "balance",
+    "block_experts",
     "combine",
     "custom_call_targets",
     "dense_router",
+    "expert_counts",
     "expert_dispatch",
     "grouped_matmul",
     "hash_router",

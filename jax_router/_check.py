@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any, get_args
 
 import jax
@@ -87,6 +88,24 @@ def int_array(name: str, value: Any, *, min_rank: int = 0) -> Array:
     return values
 
 
+def choices(name: str, expert_ids: Array) -> Any:
+    """How many choices there are of all tokens: at least one a token, and as many as int32 numbers."""
+    shape = expert_ids.shape
+    if len(shape) < 2:
+        raise ValueError(
+            f"{name} must have shape [..., k], with an axis of tokens before that of their choices, got {shape}: give "
+            "[N, 1] for N tokens of one choice, and [1, k] for one token"
+        )
+    if shape[-1] < 1:
+        raise ValueError(f"{name} must have at least one choice a token, got shape {shape}")
+    number = prod(shape)
+    if isinstance(number, int) and number > MAX_SIZE:
+        raise ValueError(
+            f"{name} must have at most 2^31 - 1 = {MAX_SIZE} choices in all, which int32 numbers; got shape {shape}"
+        )
+    return number
+
+
 def mask_array(name: str, value: Any, shape: Sequence[int]) -> Array:
     values = array(name, value)
     if values.dtype != jnp.bool_:
@@ -140,6 +159,13 @@ def static_int(name: str, value: Any, low: int, high: int | None, meaning: str =
     if high is None and value > MAX_SIZE:
         limits = f"at most 2^31 - 1 = {MAX_SIZE}"
     raise ValueError(f"{name} must be {limits}{meaning}, got {value}")
+
+
+def concrete_int(name: str, value: Any, low: int) -> int:
+    """A Python integer of at least `low`, which no size decides."""
+    if is_symbolic_dim(value):
+        raise TypeError(f"{name} must be an int, got the symbolic dimension {value}")
+    return static_int(name, value, low, None)
 
 
 def static_float(name: str, value: Any) -> float:

@@ -35,6 +35,23 @@ def is_split(value: Array, core_rank: int) -> bool:
     return any(axis is not None for axis in jax.typeof(value).sharding.spec[value.ndim - core_rank :])
 
 
+def may_split(value: Array) -> bool:
+    """Whether XLA may have the array split over devices: not on one device, and not inside of a `shard_map`."""
+    if jax.device_count() == 1:
+        return False
+    return not jax.sharding.get_abstract_mesh().are_all_axes_manual or any(jax.typeof(value).sharding.spec)
+
+
+def split_axis(value: Array, axis: int, parts: int) -> Array:
+    """The array with an axis in so many parts, which are an axis of their own before it, sharded as it was."""
+    shape = (*value.shape[:axis], parts, value.shape[axis] // parts, *value.shape[axis + 1 :])
+    sharding = jax.typeof(value).sharding
+    if not any(sharding.spec):
+        return value.reshape(shape)
+    spec = (*sharding.spec[: axis + 1], None, *sharding.spec[axis + 1 :])
+    return jax.lax.reshape(value, shape, out_sharding=sharding.update(spec=spec))
+
+
 def shard_last_axis_as(model: Array, value: Array) -> Array:
     """An array `[E]` to be added to one of `[..., E]`: if it is sharded, then as that is."""
     sharding = jax.typeof(value).sharding

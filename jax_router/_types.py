@@ -27,12 +27,14 @@ class Routing(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """Tokens sorted by expert.
+    """Tokens sorted by expert, in S slots: `N * k`, or with `align` and `capacity` as many as suffice for any ids.
 
     Attributes:
-        token_index: int32 `[N * k]`, the source token of each slot; an expert's slots lie together, in token order.
-        slot: int32 `[..., k]`, where each choice went; -1 where its expert id was outside `[0, num_experts)`.
-        group_sizes: int32 `[num_experts]`, the number of slots of each expert.
+        token_index: int32 `[S]`, the token of each slot, -1 in slots without a choice; an expert's slots lie together,
+            its choices first and in token order.
+        slot: int32 `[..., k]`, where each choice went, -1 where it has no slot: its id is outside `[0, num_experts)`,
+            or its expert was full.
+        group_sizes: int32 `[num_experts]`, the slots of each expert as laid out, a multiple of `align`.
     """
 
     token_index: Array

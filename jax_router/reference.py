@@ -14,7 +14,7 @@ from jax import Array, lax
 from . import _slots
 from ._ids import as_int32_ids, as_int32_lengths
 from ._logits import router_logits
-from ._shapes import numbers, with_rank
+from ._shapes import dispatch_slots, numbers, with_rank
 from ._types import Dispatch, GroupScore, Routing, ScoreFn
 
 
@@ -274,16 +274,37 @@ def dense_router(
     )
 
 
-def expert_dispatch(expert_ids: Array, num_experts: int) -> Dispatch:
+def expert_counts(expert_ids: Array, num_experts: int, *, token_mask: Array | None = None) -> Array:
+    """See `jax_router.expert_counts`; the counts of the tokens that are given here, without a sum over named axes."""
+    expert_ids = as_int32_ids(expert_ids, num_experts)
+    # Not bincount: it would count an id of -1 for expert 0.
+    valid = (expert_ids >= 0) & (expert_ids < num_experts)
+    if token_mask is not None:
+        valid &= token_mask[..., None]
+    group = jnp.where(valid, expert_ids, num_experts).reshape(-1)
+    return jnp.zeros(num_experts, jnp.int32).at[group].add(1, mode="drop")
+
+
+def expert_dispatch(expert_ids: Array, num_experts: int, *, align: int = 1, capacity: int | None = None) -> Dispatch:
     """See `jax_router.expert_dispatch`."""
     flat = as_int32_ids(expert_ids, num_experts).reshape(-1)
     group = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    choices = jnp.arange(flat.size, dtype=jnp.int32)
+    counts = jnp.zeros(num_experts, jnp.int32).at[group].add(1, mode="drop")
+    kept = counts if capacity is None else jnp.minimum(counts, capacity)
+    group_sizes = (kept + (align - 1)) // align * align
+    # A choice's rank in its group is its place among the sorted choices less that of the group's first one.
     order = jnp.argsort(group, stable=True).astype(jnp.int32)
-    slot = jnp.zeros_like(choices).at[order].set(choices, unique_indices=True)
-    slot = jnp.where(group == num_experts, -1, slot)
-    group_sizes = jnp.zeros(num_experts, jnp.int32).at[group].add(1, mode="drop")
-    return Dispatch(order // jnp.int32(expert_ids.shape[-1]), slot.reshape(expert_ids.shape), group_sizes)
+    choices = jnp.arange(flat.size, dtype=jnp.int32)
+    place = jnp.zeros_like(choices).at[order].set(choices, unique_indices=True)
+    expert = jnp.minimum(group, num_experts - 1)
+    rank = place - (jnp.cumsum(counts) - counts)[expert]
+    slot = jnp.where(
+        (group < num_experts) & (rank < kept[expert]), (jnp.cumsum(group_sizes) - group_sizes)[expert] + rank, -1
+    )
+    slots = dispatch_slots(flat.size, num_experts, align, capacity)
+    token_index = jnp.full(slots, -1, jnp.int32)
+    token_index = token_index.at[jnp.where(slot < 0, slots, slot)].set(choices // expert_ids.shape[-1], mode="drop")
+    return Dispatch(token_index, slot.reshape(expert_ids.shape), group_sizes)
 
 
 def permute(x: Array, dispatch: Dispatch, weights: Array | None = None) -> Array:

@@ -111,17 +111,48 @@ def hash_router(token_ids, hash_lut, scale=1.0):
     return weights, ids
 
 
-def dispatch(ids, num_experts):
-    """(token_index, slot, group_sizes)"""
+def counts(ids, num_experts, token_mask=None):
+    """How often each expert was chosen."""
+    ids = np.asarray(ids)
+    if token_mask is not None:
+        ids = ids[np.asarray(token_mask)]
+    return np.array([np.count_nonzero(ids == expert) for expert in range(num_experts)], np.int32)
+
+
+def dispatch(ids, num_experts, align=1, capacity=None):
+    """(token_index, slot, group_sizes), an expert at a time."""
     ids = np.asarray(ids)
     flat = ids.reshape(-1).astype(np.int64)
     group = np.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    order = np.argsort(group, kind="stable")
-    slot = np.empty(flat.size, np.int32)
-    slot[order] = np.arange(flat.size)
-    slot[group == num_experts] = -1
-    sizes = np.bincount(group, minlength=num_experts + 1)[:num_experts]
-    return (order // ids.shape[-1]).astype(np.int32), slot.reshape(ids.shape), sizes.astype(np.int32)
+    counts = np.bincount(group, minlength=num_experts + 1)
+    *chosen, _ = np.split(np.argsort(group, kind="stable"), np.cumsum(counts)[:-1])
+    token_index = np.full(dispatch_slots(ids.size, num_experts, align, capacity), -1, np.int32)
+    slot = np.full(ids.size, -1, np.int32)
+    sizes = np.zeros(num_experts, np.int32)
+    begin = 0
+    for expert, choices in enumerate(chosen):
+        choices = choices[:capacity]
+        slot[choices] = begin + np.arange(len(choices))
+        token_index[slot[choices]] = choices // ids.shape[-1]
+        sizes[expert] = -(-len(choices) // align) * align
+        begin += sizes[expert]
+    return token_index, slot.reshape(ids.shape), sizes
+
+
+def dispatch_slots(choices, num_experts, align=1, capacity=None):
+    """The slots that the worst ids need: block by block, each opened in the cheapest way."""
+    blocks, held = 0, 0
+    while choices > 0 and (capacity is None or held < capacity):
+        cost = align if held else 1  # choices that open one more block of a group
+        opened = min(num_experts, choices // cost)
+        if opened == 0:
+            break
+        if held and capacity is None:  # all that is left, at one price
+            opened = choices // cost
+        blocks += opened
+        choices -= opened * cost
+        held += align
+    return blocks * align
 
 
 def _flat(x):

@@ -99,6 +99,10 @@ def call_dense(x, weight, logit_bias, bias, **options):
     return jax_router.dense_router(x, weight, bias, logit_bias=logit_bias, top_k=3, **options)
 
 
+def call_counts(ids, mask, **options):
+    return jax_router.expert_counts(ids, 16, token_mask=mask, **options)
+
+
 def call_half(x, weight, **options):
     # Rounded by an operation of its own: in one program, XLA may take a conversion to bf16 and back for nothing.
     x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -116,6 +120,9 @@ def call_combine(y, ids, weights, **options):
 
 
 IDS, WEIGHTS = Operand("ids", (2,)), Operand("weights", (2,))
+
+# What takes all its tokens for one problem.
+OF_ALL_TOKENS = ("expert_dispatch", "expert_counts", "permute", "combine")
 
 OPS = {
     "hash_router": Case(
@@ -141,13 +148,15 @@ OPS = {
     ),
     "dense_router, bf16 x and f32 weight": Case(call_half, (X, WEIGHT), (0, 1)),
     "expert_dispatch": Case(partial(jax_router.expert_dispatch, num_experts=16), (IDS,)),
+    "expert_dispatch, aligned, capacity": Case(
+        partial(jax_router.expert_dispatch, num_experts=16, align=4, capacity=3), (IDS,)
+    ),
+    "expert_counts": Case(partial(jax_router.expert_counts, num_experts=16), (IDS,)),
+    "expert_counts, mask": Case(call_counts, (IDS, Operand("mask", ()))),
     "permute": Case(call_permute, (X, IDS), (0,)),
     "permute, weights": Case(call_permute, (X, IDS, WEIGHTS), (0, 2)),
     "combine": Case(call_combine, (Operand("y", (2, 8)), IDS, WEIGHTS), (0, 2)),
 }  # fmt: skip
-
-# Those that bring all tokens into one order.
-SORTING = ("expert_dispatch", "permute", "permute, weights", "combine")
 
 
 def native(op: str) -> Callable[..., Any]:

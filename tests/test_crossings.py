@@ -177,6 +177,10 @@ NUMBERS = {
         "combine_cotangent/tokens/bf16/D2048/k8",
         ("bf16 wide, choices apart", "bf16 wide, choices together"),
     ),
+    "ExpertCountsNumbers.lone_cluster_choices": (
+        "expert_counts/tokens/E256/k8",
+        ("one cluster", "several clusters"),
+    ),
     "kFewChoiceExperts": ("route_cotangent/experts/f32/N4096/k8", ("f32 few choices", "f32 choices")),
 }
 

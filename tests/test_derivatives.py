@@ -10,7 +10,8 @@ import pytest
 from jax.test_util import check_grads
 
 import jax_router
-from cases import draw, lay_out
+from cases import draw
+from moves import lay_out
 from oracle import activation_topk as oracle_activation_topk
 from oracle import f64
 

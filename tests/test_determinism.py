@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
-from matrix import OPS, SORTING, Case
+from matrix import OF_ALL_TOKENS, OPS, Case
 from models import DTYPES, MODELS
 
 # Tokens of a batch. On a GPU there are kernels for up to 1024, for fewer than 4096 and for more.
@@ -165,7 +165,7 @@ def test_concurrent_calls_on_every_device(devices):
 
 def test_concurrent_calls_of_a_sharded_program(devices):
     """Each call runs its handlers on all devices at once, and four threads call it."""
-    cases = [case for op, case in OPS.items() if op not in SORTING]  # which gather their tokens
+    cases = [case for op, case in OPS.items() if not op.startswith(OF_ALL_TOKENS)]  # which exchange something
     run, operands = program_of(cases)
     mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Auto,), devices=devices)
     whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("d",)))

@@ -167,6 +167,25 @@ ERRORS = {
                              "dispatch Dispatch expert_dispatch"),
     "combine: weights of others": ("combine", [F32((8, 8)), DISPATCH, F32((4, 3))], {}, ValueError,
                                    "weights (4, 2) (4, 3)"),
+    "dispatch to align 0": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3, "align": 0}, ValueError,
+                            "align at least 1 0"),
+    "dispatch to half a tile": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3, "align": 0.5}, TypeError,
+                                "align int 0.5"),
+    "dispatch of less than nothing": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3, "capacity": -1}, ValueError,
+                                      "capacity at least 0 -1"),
+    "dispatch of a share": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3, "capacity": 1.25}, TypeError,
+                            "capacity int 1.25"),
+    "dispatch to too many slots": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3, "align": 2**30}, ValueError,
+                                   "align = 1073741824 num_experts = 3 (4, 2) 3221225472 slots 2147483647"),
+    # expert_counts
+    "counts of floats": ("expert_counts", [F32((4, 2))], {"num_experts": 3}, TypeError, "expert_ids integer float32"),
+    "counts of a flat list": ("expert_counts", [I32((12,))], {"num_experts": 3}, ValueError,
+                              "expert_ids [..., k] (12,)"),
+    "counts of none": ("expert_counts", [I32((4, 2))], {"num_experts": 0}, ValueError, "num_experts at least 1 0"),
+    "counts and a mask of choices": ("expert_counts", [I32((4, 2))], {"num_experts": 3, "token_mask": BOOL((4, 2))},
+                                     ValueError, "token_mask (4,) (4, 2)"),
+    "counts and a mask of integers": ("expert_counts", [I32((4, 2))], {"num_experts": 3, "token_mask": I32((4,))},
+                                      TypeError, "token_mask bool int32"),
     # Axes past int32
     "logits of too many tokens": ("activation_topk", [BF16((HUGE, 1))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
     "too many experts": ("activation_topk", [BF16((1, HUGE))], TOP_1, ValueError, f"logits {MOST} {HUGE}"),
@@ -256,6 +275,7 @@ def test_traced_scale():
         ("expert_dispatch", [None], "expert_ids"),
         ("permute", [None, DISPATCH], "x"),
         ("combine", [None, DISPATCH], "y"),
+        ("expert_counts", [None], "expert_ids"),
     ],
 )
 def test_no_array(op, operands, argument):
@@ -291,6 +311,7 @@ def test_advice_without_any_native_module(monkeypatch):
         ("expert_dispatch", [I32((2, 6))], {"num_experts": 5000}, "4096 experts 5000"),
         ("permute", [F32((2, 8)), Dispatch(I32((130,)), I32((2, 65)), I32((9,)))], {}, "64 choices 65"),
         ("combine", [F32((130, 8)), Dispatch(I32((130,)), I32((2, 65)), I32((9,)))], {}, "64 choices 65"),
+        ("expert_counts", [I32((2, 6))], {"num_experts": 5000}, "4096 experts 5000"),
     ],
 )
 def test_native_beyond_the_kernels(op, operands, options, words):

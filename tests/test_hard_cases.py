@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 import jax_router
-from cases import lay_out
-from matrix import OPS, SORTING
+from matrix import OPS
 from models import DTYPES
+from moves import lay_out
 from oracle import (
     assert_routes,
     assert_same_ids,
     assert_weights,
     combine,
+    counts,
     dispatch,
     expert_ids,
     f64,
@@ -121,6 +122,44 @@ def test_table_entries_out_of_range(implementation, rng):
     np.testing.assert_array_equal(routing.expert_ids[0, 0], -1)
     for got, want in zip(op("expert_dispatch", num_experts=8, implementation=implementation)(ids), dispatch(ids, 8)):
         np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(
+        op("expert_counts", num_experts=8, implementation=implementation)(ids), counts(ids, 8)
+    )
+
+
+# Loads of the experts
+
+LOADS = {
+    "all on one expert": np.full((700, 4), 5),
+    "all on the first": np.zeros((700, 4)),
+    "all on the last": np.full((700, 4), 99),
+    "none": np.full((700, 4), -1),
+    "the same expert twice in a row": np.repeat(np.arange(200) % 40, 4).reshape(200, 4),
+    "experts without tokens": np.arange(600).reshape(150, 4) % 3 * 33,
+    "one token": np.array([[7, 7, 100, -1]]),
+    "one choice": np.array([[99]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("align", "capacity"),
+    [(1, None), (1, 0), (1, 1), (1, 2799), (1, 2800), (128, None), (128, 0), (128, 1), (128, 2801), (4096, None)],
+)
+@pytest.mark.parametrize("load", LOADS)
+def test_loads(load, align, capacity, implementation):
+    """Down to no slot at all, and with capacities around the load of one expert that has it all."""
+    ids = LOADS[load].astype(np.int32)
+    sort = op("expert_dispatch", num_experts=100, align=align, capacity=capacity, implementation=implementation)
+    for got, want in zip(sort(ids), dispatch(ids, 100, align, capacity), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_loads_are_counted(load, implementation, rng):
+    ids = LOADS[load].astype(np.int32)
+    for mask in (None, np.zeros(len(ids), bool), rng.random(len(ids)) < 0.5):
+        got = op("expert_counts", num_experts=100, implementation=implementation)(ids, token_mask=mask)
+        np.testing.assert_array_equal(got, counts(ids, 100, mask))
 
 
 # Biases that cancel
@@ -397,13 +436,15 @@ def test_no_tokens(name, shape, implementation):
     """Results of the right shapes, and no expert has a token."""
     values = OPS[name].draw(*shape)
     results = jax.jit(partial(OPS[name].call, implementation=implementation))(*values)
-    if name == "expert_dispatch":
+    if name.startswith("expert_dispatch"):
         assert [leaf.shape for leaf in results] == [(0,), (*shape, 2), (16,)]
         np.testing.assert_array_equal(results.group_sizes, 0)
-    elif name in SORTING:
+    elif name.startswith(("permute", "combine")):
         rows, group_sizes = results
         assert rows.shape == (*(shape if name == "combine" else (0,)), 8)
         np.testing.assert_array_equal(group_sizes, 0)
+    elif name.startswith("expert_counts"):
+        np.testing.assert_array_equal(results, np.zeros(16, np.int32))
     else:
         first, second = results
         assert first.shape == second.shape == (*shape, first.shape[-1])

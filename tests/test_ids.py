@@ -107,6 +107,16 @@ def test_expert_dispatch(num_experts, dtype, op):
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.parametrize("num_experts", [5, 200, 256])
+def test_expert_counts(num_experts, dtype, op):
+    ids = numbers(dtype, num_experts, 128, 256)[:, None]
+    valid = (ids.astype(object) >= 0) & (ids.astype(object) < num_experts)
+    got = op("expert_counts", num_experts=num_experts)(ids)
+    want = np.bincount(ids[valid].astype(np.int64), minlength=num_experts)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, want)
+
+
 def test_lengths(dtype, op, rng):
     lengths = numbers(dtype, 128, 256, 300)
     scores = rng.normal(0, 1, (lengths.size, 300)).astype(np.float32)

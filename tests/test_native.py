@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import jax_router
-from cases import EXPERT_COUNTS, MOVES, ODD_EXPERT_COUNTS, ROWS, TOKEN_COUNTS, draw_move
+from cases import EXPERT_COUNTS, ODD_EXPERT_COUNTS, ROWS, TOKEN_COUNTS
 from models import DTYPES, MODELS
+from moves import MOVES, draw_move
 from oracle import (
     assert_rounded,
     assert_routes,
@@ -21,6 +22,7 @@ from oracle import (
     assert_same_routing,
     assert_weights,
     combine,
+    counts,
     dispatch,
     f64,
     hash_router,
@@ -206,9 +208,37 @@ def test_topk_select_lengths(length, k, sorted, rng):
 )
 def test_expert_dispatch(tokens, k, num_experts, rng):
     ids = rng.integers(-1, num_experts + 1, (tokens, k)).astype(np.int32)
-    for got, want in zip(native("expert_dispatch", num_experts=num_experts)(ids), dispatch(ids, num_experts)):
-        assert got.dtype == jnp.int32
-        np.testing.assert_array_equal(got, want)
+    assert_dispatch(ids, num_experts)
+
+
+def assert_dispatch(ids, num_experts, **layout):
+    got = native("expert_dispatch", num_experts=num_experts, **layout)(ids)
+    for mine, want in zip(got, dispatch(ids, num_experts, **layout), strict=True):
+        assert mine.dtype == jnp.int32
+        np.testing.assert_array_equal(mine, want, err_msg=str(layout))
+
+
+LAYOUTS = list(itertools.product((1, 16, 64, 128, 256, 100), (None, 0, 1, 37, 512)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_experts"), [(1, 256), (300, 256), (300, 1), (4096, 256), (9000, 36), (9000, 4096), (70000, 64)]
+)
+def test_expert_dispatch_in_tiles_and_within_a_capacity(tokens, num_experts, rng):
+    """At sizes that every kernel has its part of, with loads from none to all of the capacity."""
+    ids = np.minimum(rng.geometric(min(4 / num_experts, 1), (tokens, 6)) - 2, num_experts).astype(np.int32)
+    for align, capacity in LAYOUTS:
+        assert_dispatch(ids, num_experts, align=align, capacity=capacity)
+
+
+def test_expert_dispatch_of_several_sorts_in_tiles(rng):
+    ids = rng.integers(-1, 37, (3, 50, 4)).astype(np.int32)
+    for align, capacity in LAYOUTS:
+        layout = {"align": align, "capacity": capacity}
+        got = jax.vmap(native("expert_dispatch", num_experts=36, **layout))(ids)
+        for one, *mine in zip(ids, *got):
+            for leaf, want in zip(mine, dispatch(one, 36, **layout)):
+                np.testing.assert_array_equal(leaf, want, err_msg=str(layout))
 
 
 def test_expert_dispatch_of_one_expert_and_none(rng):
@@ -222,6 +252,36 @@ def test_expert_dispatch_takes_all_leading_axes_for_tokens(rng):
     ids = rng.integers(0, 9, (3, 4, 5, 2)).astype(np.int32)
     for got, want in zip(jax_router.expert_dispatch(jnp.asarray(ids), 9), dispatch(ids, 9)):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "k", "num_experts"),
+    [
+        (1, 1, 1),
+        (1, 6, 256),
+        (65, 7, 7),
+        (1001, 3, 256),
+        (5000, 2, 1023),
+        (4096, 8, 4096),
+        (65536, 6, 256),
+        (99999, 9, 36),
+    ],
+)
+def test_counts_of_experts(tokens, k, num_experts, masked, rng):
+    ids = rng.integers(-1, num_experts + 1, (tokens, k)).astype(np.int32)
+    mask = rng.random(tokens) < 0.7 if masked else None
+    got = native("expert_counts", num_experts=num_experts)(ids, token_mask=mask)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, counts(ids, num_experts, mask))
+
+
+@pytest.mark.parametrize("tokens", [5, 1001, 60001])
+def test_counts_of_experts_in_several_problems(tokens, rng):
+    """Of which the second does not begin where the kernel's loads are aligned."""
+    ids, mask = rng.integers(-1, 37, (3, tokens, 3)).astype(np.int32), rng.random((3, tokens)) < 0.5
+    got = jax.vmap(lambda ids, mask: native("expert_counts", num_experts=36)(ids, token_mask=mask))(ids, mask)
+    np.testing.assert_array_equal(got, [counts(*one, mask) for one, mask in zip(zip(ids, [36] * 3), mask)])
 
 
 @pytest.mark.parametrize(("vocab", "k", "tokens"), [(1, 1, (1,)), (1000, 6, (7, 33)), (129280, 6, (4096,))])

@@ -65,6 +65,7 @@ TAKEN_BY_AN_H100 = {
     "dense_router/bf16/D7168/E384/k6/N16384": "unfused",
     "expert_dispatch/E256/k6/N4096": "cluster of 512 threads, 16 chunks",
     "expert_dispatch/E256/k6/N65536": "one wave of 512 threads",
+    "expert_counts/E256/k6/N65536": "one cluster",
     "activation_topk/E256/k6/N1/bias": "f32 scores tile 32x2",
     "activation_topk/E256/k6/N64/bias": "f32 scores tile 32x2",
     "activation_topk/E256/k6/N65536/bias": "f32 scores tile 16x4",
@@ -113,9 +114,9 @@ def sizes_of(case_id):
     op, *parts = case_id.split("/")
     op = _KERNELS.get(op, op)
     sizes = {_SIZES[name]: int(value) for name, value in re.findall(r"/([A-Z]|k|groups)(\d+)", case_id) if name != "V"}
-    if op in ("expert_dispatch", "permute", "combine", "combine_cotangent"):
+    if op in ("expert_dispatch", "expert_counts", "permute", "combine", "combine_cotangent"):
         sizes["tokens"] = sizes.pop("rows")
-    if op not in ("expert_dispatch", "hash_router"):
+    if op not in ("expert_dispatch", "expert_counts", "hash_router"):
         sizes["dtype"] = "bf16" if "bf16" in parts else "f32"  # x in bf16 is cast for a weight in f32
     if op == "route_at":
         del sizes["experts"]
@@ -192,6 +193,9 @@ class Draw:
 
     combine = permute_cotangent = combine_cotangent = _moved
 
+    def expert_counts(self):
+        return self.expert_dispatch()
+
     def hash_router(self):
         return {"rows": self._size(2**20), "k": self._size(64)}
 
@@ -265,7 +269,9 @@ def test_no_plan_needs_more_than_the_device_has(op, device_name):
             assert not is_for_hopper or device["compute_capability"] == 90, (plan, sizes)
 
 
-@pytest.mark.parametrize(("op", "most_blocks"), [("topk_select", 16), ("expert_dispatch", 16), ("dense_router", 8)])
+@pytest.mark.parametrize(
+    ("op", "most_blocks"), [("topk_select", 16), ("expert_dispatch", 16), ("expert_counts", 16), ("dense_router", 8)]
+)
 def test_an_h100_has_clusters_and_kernels_of_its_own(op, most_blocks):
     """So that the test above has something to see."""
     needs = [need for *_, all_needs in answers(op, "H100") for need in all_needs.values()]

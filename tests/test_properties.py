@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_router
-from oracle import assert_same_routing, dispatch, expert_ids, f64, hash_router, select, selection_keys, weights_at
+from oracle import (
+    assert_same_routing,
+    counts,
+    dispatch,
+    expert_ids,
+    f64,
+    hash_router,
+    select,
+    selection_keys,
+    weights_at,
+)
 
 # Few shapes and options, as each pair compiles; the values are what matters.
 DTYPES = st.sampled_from([np.float32, ml_dtypes.bfloat16, np.float16])
@@ -140,12 +150,25 @@ def test_route_at(data):
 
 
 @given(st.data())
+def test_expert_counts(data):
+    tokens, k, num_experts = data.draw(st.sampled_from([(1, 6, 4), (40, 3, 16), (700, 8, 130)]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    spread = data.draw(st.sampled_from([1, num_experts + 2, 2**31]))
+    ids = rng.integers(-1 if spread > 1 else 0, spread, (tokens, k)).astype(np.int32)
+    mask = rng.random(tokens) < data.draw(st.sampled_from([0, 0.5, 1]))
+    got = jitted("expert_counts", num_experts=num_experts)(ids, token_mask=mask)
+    np.testing.assert_array_equal(got, counts(ids, num_experts, mask))
+
+
+@given(st.data())
 def test_expert_dispatch(data):
     tokens, k, num_experts = data.draw(st.sampled_from([(1, 6, 4), (40, 3, 16), (700, 8, 130)]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     spread = data.draw(st.sampled_from([1, num_experts + 2, 2**31]))
     ids = rng.integers(-1 if spread > 1 else 0, spread, (tokens, k)).astype(np.int32)
-    for got, want in zip(jitted("expert_dispatch", num_experts=num_experts)(ids), dispatch(ids, num_experts)):
+    layout = data.draw(st.sampled_from([{}, {"align": 16}, {"capacity": 3}, {"align": 7, "capacity": 20}]))
+    sort = jitted("expert_dispatch", num_experts=num_experts, **layout)
+    for got, want in zip(sort(ids), dispatch(ids, num_experts, **layout), strict=True):
         np.testing.assert_array_equal(got, want)
 
 

@@ -1,5 +1,6 @@
 """The reference against numpy and float64: scores, selection, groups, masks, weights, long rows, dispatch, hash."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import EXPERT_COUNTS, MOVES, ODD_EXPERT_COUNTS, ROWS, draw_move
+import jax_router
+from cases import EXPERT_COUNTS, ODD_EXPERT_COUNTS, ROWS
 from jax_router import reference
+from jax_router._shapes import dispatch_slots
 from models import DTYPES, MODELS
+from moves import MOVES, draw_move
 from oracle import activation_topk as oracle_activation_topk
 from oracle import (
     assert_rounded,
@@ -17,6 +21,7 @@ from oracle import (
     assert_same_ids,
     assert_weights,
     combine,
+    counts,
     dispatch,
     f64,
     hash_router,
@@ -200,10 +205,53 @@ def test_router_logits_are_accumulated_in_float32(dtype, rng):
 @pytest.mark.parametrize(("tokens", "k", "num_experts"), [(1, 1, 1), (50, 6, 16), (300, 2, 1000)])
 def test_expert_dispatch(tokens, k, num_experts, rng):
     ids = rng.integers(-2, num_experts + 2, (tokens, k)).astype(np.int32)
-    got = reference_jit("expert_dispatch", num_experts=num_experts)(ids)
-    for mine, want in zip(got, dispatch(ids, num_experts)):
-        assert mine.dtype == jnp.int32
-        np.testing.assert_array_equal(mine, want)
+    for align in (1, 16, 100):
+        for capacity in (None, 0, 1, 7, 1000):
+            got = reference_jit("expert_dispatch", num_experts=num_experts, align=align, capacity=capacity)(ids)
+            for mine, want in zip(got, dispatch(ids, num_experts, align, capacity)):
+                assert mine.dtype == jnp.int32
+                np.testing.assert_array_equal(mine, want)
+
+
+@pytest.mark.parametrize("capacity", [None, 0, 1, 2, 3, 5])
+@pytest.mark.parametrize("align", [1, 2, 3, 4])
+def test_slots_suffice_and_are_as_few_as_that(align, capacity):
+    """Over all loads that few choices can make of few experts."""
+    for num_experts, choices in itertools.product(range(1, 4), range(9)):
+        kept = [
+            [load if capacity is None else min(load, capacity) for load in loads]
+            for loads in itertools.product(range(choices + 1), repeat=num_experts)
+            if sum(loads) <= choices
+        ]
+        want = max(sum(-(-load // align) * align for load in loads) for loads in kept)
+        assert dispatch_slots(choices, num_experts, align, capacity) == want
+
+
+def test_counts_of_experts(rng):
+    """The sum of counts of parts is the count of all; ids of -1 are not those of expert 0."""
+    ids, mask = rng.integers(-2, 12, (3, 50, 4)).astype(np.int32), rng.random((3, 50)) < 0.6
+    got = reference_jit("expert_counts", num_experts=10)(ids, token_mask=mask)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, counts(ids, 10, mask))
+    np.testing.assert_array_equal(got, sum(counts(*part) for part in zip(ids, [10] * 3, mask)))
+
+
+def test_block_experts(rng):
+    ids = rng.integers(-1, 9, (40, 3)).astype(np.int32)
+    for align in (1, 4, 16, 64):
+        sorted_choices = jax_router.expert_dispatch(ids, 9, align=align)
+        sizes = np.asarray(sorted_choices.group_sizes)
+        want = np.full(len(sorted_choices.token_index) // align, -1)
+        blocks = np.repeat(np.arange(9), sizes // align)
+        want[: len(blocks)] = blocks
+        for block in (align, 1):
+            got = jax.jit(jax_router.block_experts, static_argnums=1)(sorted_choices, block)
+            assert got.dtype == jnp.int32
+            np.testing.assert_array_equal(got, np.repeat(want, align // block))
+    one, other = (jax_router.expert_dispatch(ids, 9, align=4) for ids in (ids, ids[::-1] // 2))
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, other)
+    for got, want in zip(jax_router.block_experts(both, 4), (one, other)):
+        np.testing.assert_array_equal(got, jax_router.block_experts(want, 4))
 
 
 def test_expert_dispatch_feeds_ragged_dot(rng):

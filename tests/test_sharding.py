@@ -16,7 +16,21 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
-from matrix import LOGITS, OPS, SHARED_BIAS, SORTING, Case, Operand, Table, assert_close, assert_documented, native
+from cases import draw
+from matrix import (
+    LOGITS,
+    OF_ALL_TOKENS,
+    OPS,
+    SHARED_BIAS,
+    Case,
+    Operand,
+    Table,
+    assert_close,
+    assert_documented,
+    call_counts,
+    native,
+)
+from oracle import counts
 
 P = PartitionSpec
 MODES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
@@ -66,20 +80,21 @@ LAYOUTS = {
 }
 GRADIENT_LAYOUTS = [LAYOUTS["rows"], LAYOUTS["two axes"]]
 
-# What sorts all the tokens that it gets: here it is mapped over the leading axes.
-SORTS = {
-    f"{op}, one sort a batch entry": dataclasses.replace(
-        OPS[op], operands=tuple(Operand(name, (20, *axes)) for name, axes, _ in OPS[op].operands)
+# What takes all its tokens for one problem: here it is mapped over the leading axes.
+OVER_BATCHES = {
+    f"{op}, one problem a batch entry": dataclasses.replace(
+        case, operands=tuple(Operand(name, (20, *axes)) for name, axes, _ in case.operands)
     )
-    for op in SORTING
+    for op, case in OPS.items()
+    if op.startswith(OF_ALL_TOKENS)
 }
-TOKEN_OPS = {**{op: case for op, case in OPS.items() if op not in SORTING}, **SORTS}
+TOKEN_OPS = {**{op: case for op, case in OPS.items() if not op.startswith(OF_ALL_TOKENS)}, **OVER_BATCHES}
 
 
 def token_function(op, tokens):
-    """The op with its native kernel."""
+    """The op with its native kernel. What takes all tokens for one problem is mapped over the leading axes here."""
     call = partial(TOKEN_OPS[op].call, implementation="native")
-    for _ in tokens if op in SORTS else ():
+    for _ in tokens if op in OVER_BATCHES else ():
         call = jax.vmap(call)
     return call
 
@@ -200,6 +215,8 @@ EXCHANGES = {
     "`expert_dispatch`: tokens, one sort": (OPS["expert_dispatch"], ("d",), [("d",)]),
     "`permute`: tokens, one sort": (OPS["permute"], ("d",), [("d",), ("d",)]),
     "`combine`: tokens, one sort": (OPS["combine"], ("d",), [("d",), ("d",), ("d",)]),
+    "`expert_counts`: tokens and mask": (OPS["expert_counts, mask"], ("d",), [("d",), ("d",)]),
+    "tokens alone": (OPS["expert_counts, mask"], ("d",), [("d",), ()]),
     "`dense_router`: x and weight over D": (DENSE, ("d",), [(None, "d"), (None, "d")]),
     "x and weight over D, tokens over another axis": (DENSE, ("a", "b"), [("a", "b"), (None, "b")]),
     "weight over D": (DENSE, ("d",), [(), (None, "d")]),
@@ -298,6 +315,48 @@ def test_dispatch_of_tokens_in_several_axes(mode, implementation, devices):
     with jax.set_mesh(mesh):
         results = dispatch(put(mesh, ids, (None, "d")))
     assert_close(results, dispatch(ids))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("axes", [("d",), ("a", "b")])
+def test_counts_of_tokens_in_several_axes(axes, mode, devices):
+    """Whichever of them are sharded, nothing moves but counts: an all-reduce for each mesh axis, and the same bits."""
+    mesh = make_mesh(devices, axes, mode)
+    call, values = native("expert_counts, mask"), OPS["expert_counts, mask"].draw(8, 24)
+    want = jax.jit(call)(*values)
+    for spec in [axes, axes[::-1]] if len(axes) == 2 else [("d",), (None, "d")]:
+        results, moved, _ = compile_and_run(call, values, mesh, [spec, spec])
+        assert set(moved) == {"all-reduce"}
+        assert moved["all-reduce"] <= len(axes)
+        np.testing.assert_array_equal(results, want)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_counts_inside_shard_map(check_vma, implementation, devices):
+    """Of a device's own tokens, and with an axis of all: there a single kernel, whose result is replicated."""
+    mesh = make_mesh(devices, ("d",), "Auto")
+    ids, mask = OPS["expert_counts, mask"].draw(64)
+
+    def mapped(axis_name, out_specs):
+        def count(ids, mask):
+            return call_counts(ids, mask, axis_name=axis_name, implementation=implementation)
+
+        return jax.jit(
+            jax.shard_map(count, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=out_specs, check_vma=check_vma)
+        )
+
+    np.testing.assert_array_equal(mapped("d", P())(ids, mask), counts(ids, 16, mask))
+    own = [
+        counts(*part) for part in zip(np.split(ids, len(devices)), [16] * len(devices), np.split(mask, len(devices)))
+    ]
+    np.testing.assert_array_equal(mapped(None, P("d"))(ids, mask), np.concatenate(own))
+
+
+def test_counts_over_a_named_axis_of_vmap(implementation, rng):
+    ids = draw(rng, "ids", 3, 10, 2)
+    count = partial(jax_router.expert_counts, num_experts=16, axis_name="replica", implementation=implementation)
+    got = jax.vmap(count, axis_name="replica")(ids)
+    np.testing.assert_array_equal(got, [counts(ids, 16)] * 3)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

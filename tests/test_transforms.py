@@ -23,7 +23,7 @@ from jax.experimental import checkify
 import jax_router
 from cases import draw
 from jax_router import _native
-from matrix import OPS, SORTING, Table, assert_close, assert_documented, native, sum_of_squares
+from matrix import OF_ALL_TOKENS, OPS, Table, assert_close, assert_documented, native, sum_of_squares
 from oracle import top_k as oracle_top_k
 
 B, T = 3, 4  # problems, and tokens in each
@@ -138,7 +138,7 @@ def vmap(op):
 
 def vmap_of_vmap(op):
     """The inner one over shared operands too, down to problems without an axis of tokens where the op takes such."""
-    tokens = (T,) if op in SORTING else ()
+    tokens = (T,) if op.startswith(OF_ALL_TOKENS) else ()
     outer = [0 if operand.per_token else None for operand in OPS[op].operands]
     values = OPS[op].draw(2, B, *tokens)
     values = [np.stack([np.roll(v, i, 0) for i in range(B)]) if axis is None else v for axis, v in zip(outer, values)]
@@ -164,11 +164,13 @@ def while_loop(op):
     values, (want, _) = expected(op)
 
     def call(*values):
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: tuple(want)))
+        empty = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: tuple(jax.tree.leaves(want)))
+        )
 
         def body(state):
             i, _, out = state
-            results = tuple(native(op)(*problem(op, values, i)))
+            results = tuple(jax.tree.leaves(native(op)(*problem(op, values, i))))
             stored = jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, i, 0), out, results)
             return i + 1, jax.tree.leaves(results)[-1].max(), stored
 
@@ -376,6 +378,43 @@ def test_policies_of_checkpoint_know_the_routing(op, policy, selections):
     gradient = jax.make_jaxpr(jax.grad(lambda *values: jnp.sin(call(*values))))(*OPS[op].draw(T))
     name = f"jax_router.{op.partition(',')[0]}"
     assert len(re.findall(rf"= {name}\[", str(gradient))) == selections
+
+
+@pytest.mark.parametrize(
+    ("policy", "sorts"),
+    [
+        (None, 2),
+        (jax.checkpoint_policies.save_only_these_names("jax_router.dispatch"), 1),
+        (jax.checkpoint_policies.everything_saveable, 1),
+    ],
+)
+def test_policies_of_checkpoint_know_the_dispatch(policy, sorts, implementation, rng):
+    """With the name saved, the backward pass sorts nothing again, and selects nothing again for the sort."""
+    logits, x = draw(rng, "logits", T, 16), draw(rng, "x", T, 8)
+
+    def layer(logits, x):
+        ids = jax_router.activation_topk(logits, top_k=3, implementation=implementation).expert_ids
+        token_index, slot, _ = jax_router.expert_dispatch(ids, 16, align=4, implementation=implementation)
+        return (jnp.sin(x[token_index])[slot] ** 2).sum()
+
+    call = jax.checkpoint(layer, policy=policy)
+    gradient = jax.grad(lambda x: jnp.sin(call(logits, x)))
+    text = str(jax.make_jaxpr(gradient)(x))
+    sort, select = (
+        (r"= jax_router\.expert_dispatch\[", r"= jax_router\.activation_topk\[")
+        if implementation == "native"
+        else (r"= sort\[", r"= top_k\[")
+    )
+    assert len(re.findall(sort, text)) == len(re.findall(select, text)) == sorts
+    assert_close(gradient(x), jax.grad(lambda x: jnp.sin(layer(logits, x)))(x))
+
+
+def test_names_for_checkpoint_cost_nothing(rng):
+    """No copy of what the kernel wrote."""
+    ids = draw(rng, "ids", 64, 4)
+    text = jax.jit(partial(jax_router.expert_dispatch, num_experts=16)).lower(ids).compile().as_text()
+    assert "custom-call" in text
+    assert not re.search(r" (copy|fusion|add)\(", text), text
 
 
 @pytest.mark.parametrize("op", ["route_at", "scored_hash_router"])

@@ -145,9 +145,33 @@ struct ExpertDispatch {
   int32_t k;
   int32_t experts;
   const int32_t* expert_ids;  // [batch, tokens, k], any values
-  int32_t* token_index;       // [batch, tokens * k]
-  int32_t* slot;              // [batch, tokens, k]
-  int32_t* group_sizes;       // [batch, experts]
+  int32_t* token_index;       // [batch, slots_of(op)], -1 in slots without a choice
+  int32_t* slot;              // [batch, tokens, k], -1 where a choice has none
+  int32_t* group_sizes;       // [batch, experts], multiples of align
+  Workspace workspace;
+  int32_t align = 1;             // groups begin at its multiples
+  int32_t capacity = INT32_MAX;  // choices of a group, at most
+};
+
+// The slots of one sort: the smallest multiple of align that suffices whatever the ids are. Most are needed where every
+// group has a choice, which opens the first `align` slots of it, and the other choices open as many more as they can.
+JR_HOST_DEVICE int64_t slots_of(const ExpertDispatch& op) {
+  const int64_t choices = op.tokens * op.k;
+  const int64_t groups = op.capacity == 0 ? 0 : choices < op.experts ? choices : op.experts;
+  const int64_t by_choices = (choices - groups) / op.align;
+  const int64_t by_capacity = groups * ((op.capacity - int64_t{1}) / op.align);
+  return groups == 0 ? 0 : op.align * (groups + (by_choices < by_capacity ? by_choices : by_capacity));
+}
+
+// How often each expert was chosen. Ids outside [0, experts) and the ids of masked tokens count nowhere.
+struct ExpertCounts {
+  int64_t batch;   // independent problems
+  int64_t tokens;  // of one
+  int32_t k;
+  int32_t experts;
+  const int32_t* expert_ids;  // [batch, tokens, k], any values
+  const uint8_t* token_mask;  // optional, [batch, tokens]: the lowest bit of a byte counts, as in is_masked
+  int32_t* counts;            // [batch, experts]
   Workspace workspace;
 };
 

@@ -24,5 +24,6 @@ void run(const Permute& op, const ParallelFor& parallel_for);
 void run(const Combine& op, const ParallelFor& parallel_for);
 void run(const PermuteCotangent& op, const ParallelFor& parallel_for);
 void run(const CombineCotangent& op, const ParallelFor& parallel_for);
+void run(const ExpertCounts& op, const ParallelFor& parallel_for);
 
 }  // namespace jax_router::cpu

@@ -8,9 +8,11 @@
 // memory, when one cluster of blocks holds the whole sort (one launch), or from a counting kernel that runs before (two
 // launches; the second ranks its first tile while the first still counts).
 //
-// Ids outside [0, experts) count as one more expert, the last, which has no group and whose slots read -1.
+// Ids outside [0, experts) count as one more expert, the last, which has no group: their choices have slot -1, as those
+// beyond a group's capacity. Every block knows where all groups end, so the slots without a choice are shared out over
+// the blocks of a sort: behind the choices of a group by one warp of one block, behind the last group by all threads.
 //
-// Floor: 12 bytes a choice (id in, token_index and slot out).
+// Floor: 8 bytes a choice (id in, slot out) and 4 bytes a slot (token_index).
 #include <cstdint>
 
 #include "kernels.h"
@@ -29,6 +31,8 @@ struct Shared {
   uint32_t* tile_start;  // [columns] the same within the tile
   uint32_t* ordered;     // [threads * rounds] bin << 16 | choice within the tile, ordered by bin
   uint16_t* ranks;       // [warps][columns] choices of each bin so far, then in earlier warps
+  uint32_t* kept_end;    // [experts] slot behind the last choice that a group keeps; in the place of ranks, of which
+                         // nobody knows any more when a tile is ranked, and known where may_drop() alone
 };
 
 __device__ Shared carve_shared(const SortLayout& layout, int threads) {
@@ -40,18 +44,8 @@ __device__ Shared carve_shared(const SortLayout& layout, int threads) {
   shared.tile_start = shared.next_slot + layout.columns;
   shared.ordered = shared.tile_start + layout.columns;
   shared.ranks = reinterpret_cast<uint16_t*>(shared.ordered + threads * layout.rounds);
+  shared.kept_end = reinterpret_cast<uint32_t*>(shared.ranks);  // two warps or more have as much
   return shared;
-}
-
-__device__ void wait_for_earlier_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ void let_later_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
 }
 
 // Sum of x over the threads before this one; `total` is the sum over all. Ends with a barrier.
@@ -166,7 +160,11 @@ __device__ TileChoices<kRounds> rank_tile(const SortLayout& layout, const Shared
   return tile;
 }
 
-// Writes the tile out. Needs next_slot, and a barrier before and after.
+__device__ bool has_slot(const SortLayout& layout, const Shared& shared, uint32_t bin, uint32_t slot) {
+  return bin < layout.experts && (!layout.may_drop() || slot < shared.kept_end[bin]);
+}
+
+// Writes the tile out. Needs next_slot and kept_end, and a barrier before and after.
 template <int kThreads, uint32_t kRounds>
 __device__ void write_tile(const SortLayout& layout, const Shared& shared, const TileChoices<kRounds>& tile,
                            uint32_t begin, uint32_t end, int32_t* token_index, int32_t* slot) {
@@ -175,8 +173,8 @@ __device__ void write_tile(const SortLayout& layout, const Shared& shared, const
     if (r < layout.rounds) {
       const uint32_t bin = tile.bin[r];
       if (bin < layout.bins()) {
-        slot[begin + place_in_tile(layout, r)] =
-            bin < layout.experts ? static_cast<int32_t>(shared.next_slot[bin] + tile.rank[r]) : -1;
+        const uint32_t own = shared.next_slot[bin] + tile.rank[r];
+        slot[begin + place_in_tile(layout, r)] = has_slot(layout, shared, bin, own) ? static_cast<int32_t>(own) : -1;
       }
     }
   }
@@ -186,24 +184,47 @@ __device__ void write_tile(const SortLayout& layout, const Shared& shared, const
     if (place < end - begin) {
       const uint32_t bin = shared.ordered[place] >> 16;
       const uint32_t choice = begin + (shared.ordered[place] & 0xFFFF);
-      token_index[shared.next_slot[bin] + (place - shared.tile_start[bin])] = layout.token_of(choice);
+      const uint32_t own = shared.next_slot[bin] + (place - shared.tile_start[bin]);
+      if (has_slot(layout, shared, bin, own)) token_index[own] = layout.token_of(choice);
     }
   }
 }
 
-// next_slot of a chunk from counts(bin) = {choices of the bin before the chunk, in the whole sort}.
+// The lanes of a warp, each with a range of slots, write -1 to the ranges of those that `mine` is true for.
+__device__ void clear_slots(bool mine, uint32_t begin, uint32_t end, int32_t* token_index) {
+  for (uint32_t lanes = __ballot_sync(kFullWarp, mine && begin < end); lanes != 0; lanes &= lanes - 1) {
+    const int lane = __ffs(lanes) - 1;
+    const uint32_t last = __shfl_sync(kFullWarp, end, lane);
+    for (uint32_t slot = __shfl_sync(kFullWarp, begin, lane) + threadIdx.x % 32; slot < last; slot += 32) {
+      token_index[slot] = -1;
+    }
+  }
+}
+
+// next_slot and kept_end of a chunk from counts(bin) = {choices of the bin before the chunk, in the whole sort}, and
+// the chunk's share of the slots without a choice. The first chunk also writes group_sizes.
 template <int kThreads, typename Counts>
-__device__ void find_slots(const SortLayout& layout, const Shared& shared, Counts counts, int32_t* group_sizes) {
+__device__ void find_slots(const SortLayout& layout, const Shared& shared, Counts counts, uint32_t chunk,
+                           int32_t* group_sizes, int32_t* token_index) {
   uint32_t carry = 0;
-  for (uint32_t first = 0; first < layout.bins(); first += kThreads) {
+  for (uint32_t first = 0; first < layout.experts; first += kThreads) {
     const uint32_t bin = first + threadIdx.x;
     uint2 count = {0, 0};
-    if (bin < layout.bins()) count = counts(bin);
+    if (bin < layout.experts) count = counts(bin);
+    const uint32_t kept = min(count.y, layout.capacity);
+    const uint32_t size = layout.size_of_group(kept);
     uint32_t total;
-    const uint32_t sum = exclusive_sum<kThreads>(count.y, total);
-    if (bin < layout.bins()) shared.next_slot[bin] = carry + sum + count.x;
-    if (group_sizes != nullptr && bin < layout.experts) group_sizes[bin] = count.y;
+    const uint32_t begin = carry + exclusive_sum<kThreads>(size, total);
+    if (bin < layout.experts) {
+      shared.next_slot[bin] = begin + count.x;
+      if (layout.may_drop()) shared.kept_end[bin] = begin + kept;
+      if (chunk == 0) group_sizes[bin] = size;
+    }
+    if (layout.align > 1) clear_slots(bin % layout.chunks == chunk, begin + kept, begin + size, token_index);
     carry += total;
+  }
+  for (uint32_t slot = carry + chunk * kThreads + threadIdx.x; slot < layout.slots; slot += layout.chunks * kThreads) {
+    token_index[slot] = -1;
   }
 }
 
@@ -237,6 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = block_of_cluster();
   const int64_t offset = sort * layout.choices;
+  int32_t* token_index = op.token_index + sort * layout.slots;
   const uint32_t begin = min(chunk * layout.chunk_choices, layout.choices);
   const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
 
@@ -245,11 +267,11 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       rank_tile<kThreads, kClusterRounds>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
   cluster_wait();
   find_slots<kThreads>(
-      layout, shared, [&](uint32_t bin) { return sum_over_cluster<kMaxSortBlocks>(shared.counts, bin); },
-      chunk == 0 ? op.group_sizes + sort * layout.experts : nullptr);
+      layout, shared, [&](uint32_t bin) { return sum_over_cluster<kMaxSortBlocks>(shared.counts, bin); }, chunk,
+      op.group_sizes + sort * layout.experts, token_index);
   __syncthreads();
   cluster_arrive_relaxed();
-  write_tile<kThreads>(layout, shared, tile, begin, end, op.token_index + offset, op.slot + offset);
+  write_tile<kThreads>(layout, shared, tile, begin, end, token_index, op.slot + offset);
   cluster_wait();  // no block may leave while another reads its counts
 }
 
@@ -292,15 +314,24 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
   cluster_wait();
 }
 
-// Long sorts, second kernel: one block a chunk, tile after tile.
+// Of the long sorts' second kernel, on a multiprocessor at once: with 64 registers each, but before compute
+// capability 9.0, where the compiler wants some more, and there are fewer blocks than multiprocessors.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kLongSortThreads = 768;
+#else
+constexpr int kLongSortThreads = 1024;
+#endif
+
+// Long sorts, second kernel: one block a chunk, tile after tile. Once a block has read its part of chunk_counts, it
+// keeps kept_end there from tile to tile.
 template <int kThreads, uint32_t kClusters, uint32_t kRounds>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
-    expert_dispatch_sort(SortLayout layout, ExpertDispatch op, const uint32_t* chunk_counts,
-                         const uint32_t* cluster_counts) {
+__global__ void __launch_bounds__(kThreads, kLongSortThreads / kThreads)
+    expert_dispatch_sort(SortLayout layout, ExpertDispatch op, uint32_t* chunk_counts, const uint32_t* cluster_counts) {
   const Shared shared = carve_shared(layout, kThreads);
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = blockIdx.x % layout.chunks;
   const int64_t offset = sort * layout.choices;
+  int32_t* token_index = op.token_index + sort * layout.slots;
   const uint32_t chunk_begin = min(chunk * layout.chunk_choices, layout.choices);
   const uint32_t chunk_end = min(chunk_begin + layout.chunk_choices, layout.choices);
   const uint32_t tile_choices = kThreads * layout.rounds;
@@ -322,14 +353,21 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
         sum.x += before_in_cluster;
         return sum;
       };
-      find_slots<kThreads>(layout, shared, counts, chunk == 0 ? op.group_sizes + sort * layout.experts : nullptr);
+      find_slots<kThreads>(layout, shared, counts, chunk, op.group_sizes + sort * layout.experts, token_index);
+      if (layout.may_drop() && end < chunk_end) {  // a thread has the same bins here, in find_slots and below
+        for (uint32_t bin = threadIdx.x; bin < layout.experts; bin += kThreads)
+          chunk_counts[bin] = shared.kept_end[bin];
+      }
+    } else if (layout.may_drop()) {
+      __syncthreads();
+      for (uint32_t bin = threadIdx.x; bin < layout.experts; bin += kThreads) shared.kept_end[bin] = chunk_counts[bin];
     }
     __syncthreads();
-    write_tile<kThreads>(layout, shared, tile, begin, end, op.token_index + offset, op.slot + offset);
+    write_tile<kThreads>(layout, shared, tile, begin, end, token_index, op.slot + offset);
     begin = end;
     if (begin < chunk_end) {
       __syncthreads();
-      for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads)
+      for (uint32_t bin = threadIdx.x; bin < layout.experts; bin += kThreads)
         shared.next_slot[bin] += shared.counts[bin];
       __syncthreads();
     }
@@ -370,7 +408,7 @@ cudaError_t run_counted(const ExpertDispatch& op, const ExpertDispatchPlan& plan
     error = launch_prepared(count, count_shape, stream, layout, op, chunk_counts, cluster_counts);
   }
   if (error != cudaSuccess) return error;
-  return launch_prepared(sort, sort_shape, stream, layout, op, static_cast<const uint32_t*>(chunk_counts),
+  return launch_prepared(sort, sort_shape, stream, layout, op, chunk_counts,
                          static_cast<const uint32_t*>(cluster_counts));
 }
 

@@ -28,11 +28,13 @@ cudaError_t run(const Permute& op, const PermutePlan& plan, cudaStream_t stream)
 cudaError_t run(const Combine& op, const CombinePlan& plan, cudaStream_t stream);
 cudaError_t run(const PermuteCotangent& op, const PermuteCotangentPlan& plan, cudaStream_t stream);
 cudaError_t run(const CombineCotangent& op, const CombineCotangentPlan& plan, cudaStream_t stream);
+cudaError_t run(const ExpertCounts& op, const ExpertCountsPlan& plan, cudaStream_t stream);
 // x and weight must be aligned to 16 bytes.
 cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream);
 
 // Whether there is nothing to write.
 inline bool is_empty(const ExpertDispatch& op) { return op.batch == 0; }
+inline bool is_empty(const ExpertCounts& op) { return op.batch == 0; }
 inline bool is_empty(const RouteCotangent& op) { return op.rows == 0 || op.experts == 0; }
 inline bool is_empty(const ActivationTopk& op) { return op.rows == 0 || op.selection.k == 0; }
 inline bool is_empty(const DenseRouter& op) { return is_empty(op.select); }

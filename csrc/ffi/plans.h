@@ -107,6 +107,12 @@ auto take_sizes(Sizes& sizes, Op& op) -> decltype(op.rows.hidden, void()) {
   take_sizes(sizes, op.rows);
   op.dtype = sizes.dtype();
 }
+inline void take_sizes(Sizes& sizes, ExpertCounts& op) {
+  op.batch = sizes.take<int64_t>("batch", 1);
+  op.tokens = sizes.take<int64_t>("tokens");
+  op.k = sizes.take<int32_t>("k");
+  op.experts = sizes.take<int32_t>("experts");
+}
 inline void take_sizes(Sizes& sizes, HashRouter& op) {
   op.rows = sizes.take<int64_t>("rows");
   op.k = sizes.take<int32_t>("k");

@@ -43,6 +43,7 @@ class Calls {
     if (target == "combine") combine();
     if (target == "permute_cotangent") cotangent("permute");
     if (target == "combine_cotangent") cotangent("combine");
+    if (target == "expert_counts") expert_counts();
     return call_;
   }
 
@@ -116,9 +117,40 @@ class Calls {
     const int64_t tokens = chance(random_, 10) ? below(random_, 5000) : below(random_, 30);
     if (batch_.size() == 1) batch_ = {below(random_, 4)};
     call_.operands = {rows(kS32, {tokens, k}, experts)};
-    call_.results = {rows(kS32, {tokens * k}), rows(kS32, {tokens, k}), rows(kS32, {experts})};
+    const int64_t align = chance(random_, 50) ? 1 : pick(random_, Sizes{2, 7, 16, 128});
+    const int64_t capacity = chance(random_, 50) ? kNoCapacity : below(random_, 40);
+    call_.results = {rows(kS32, {slots(tokens * k, experts, align, capacity)}), rows(kS32, {tokens, k}),
+                     rows(kS32, {experts})};
     if (chance(random_, 50)) call_.results.push_back(workspace());
     call_.attributes["num_experts"] = experts;
+    call_.attributes["align"] = align;
+    call_.attributes["capacity"] = capacity;
+  }
+
+  void expert_counts() {
+    const int64_t experts = some_experts(), k = some_choices(12);
+    const int64_t tokens = chance(random_, 10) ? below(random_, 5000) : below(random_, 30);
+    if (batch_.size() == 1) batch_ = {below(random_, 4)};
+    call_.operands = {rows(kS32, {tokens, k}, experts)};
+    if (optional("token_mask")) call_.operands.push_back(rows(kBool, {tokens}));
+    call_.results = {rows(kS32, {experts})};
+    if (chance(random_, 50)) call_.results.push_back(workspace());
+    call_.attributes["num_experts"] = experts;
+  }
+
+  static constexpr int64_t kNoCapacity = std::numeric_limits<int32_t>::max();
+
+  // Counted block by block: each group takes one for its first choice, then one for every `align` more.
+  static int64_t slots(int64_t choices, int64_t experts, int64_t align, int64_t capacity) {
+    int64_t blocks = 0;
+    for (int64_t held = 0; held < capacity && choices > 0; held += align) {
+      const int64_t cost = held == 0 ? 1 : align;
+      const int64_t opened = std::min(experts, choices / cost);
+      if (opened == 0) break;
+      blocks += opened;
+      choices -= opened * cost;
+    }
+    return blocks * align;
   }
 
   // Rows of tokens and of slots, of one length.

@@ -102,7 +102,7 @@ void touch(const jax_router::TopkSelect& op) {
 
 void touch(const jax_router::ExpertDispatch& op) {
   look_at(op.expert_ids, 4 * op.batch * op.tokens * op.k);
-  write_over(op.token_index, 4 * op.batch * op.tokens * op.k);
+  write_over(op.token_index, 4 * op.batch * jax_router::slots_of(op));
   write_over(op.slot, 4 * op.batch * op.tokens * op.k);
   write_over(op.group_sizes, 4 * op.batch * op.experts);
   write_over(op.workspace.data, op.workspace.bytes);
@@ -140,6 +140,13 @@ void touch(const jax_router::CombineCotangent& op) {
   look_at(op.y, width(op.dtype) * op.rows.slot_rows() * op.rows.hidden);
   write_over(op.grad_y, width(op.dtype) * op.rows.slot_rows() * op.rows.hidden);
   write_over(op.grad_weights, 4 * op.rows.token_rows() * op.rows.k);
+}
+
+void touch(const jax_router::ExpertCounts& op) {
+  look_at(op.expert_ids, 4 * op.batch * op.tokens * op.k);
+  look_at(op.token_mask, op.batch * op.tokens);
+  write_over(op.counts, 4 * op.batch * op.experts);
+  write_over(op.workspace.data, op.workspace.bytes);
 }
 
 // Whether the memory of this thread's call is there to be touched.
@@ -233,10 +240,12 @@ void check_results(const Call& call, const Frame& frame) {
   const auto last = [](const Array& array, size_t axis) { return array.sizes[array.sizes.size() - 1 - axis]; };
   const auto result = [&](size_t index) -> const XLA_FFI_Buffer& { return frame.buffer(call.operands.size() + index); };
   if (call.target == "expert_dispatch") {
-    const int64_t k = last(call.operands[0], 0), tokens = last(call.operands[0], 1);
+    const int64_t tokens = last(call.operands[0], 1), slots = last(call.results[0], 0);
     check_between(result(0), -1, tokens);
-    check_between(result(1), -1, tokens * k);
-    check_between(result(2), 0, tokens * k + 1);
+    check_between(result(1), -1, slots);
+    check_between(result(2), 0, slots + 1);
+  } else if (call.target == "expert_counts") {
+    check_between(result(0), 0, last(call.operands[0], 0) * last(call.operands[0], 1) + 1);
   } else if (call.results.size() > 1 && call.results[1].dtype == XLA_FFI_DataType_S32 && call.target != "hash_router") {
     check_between(result(1), -1, last(call.operands[0], 0));  // ids
   }

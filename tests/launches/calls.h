@@ -401,13 +401,17 @@ inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, 
   return Maker::with_ids(make.finish(op, {choices * size_of(dtype), 4 * choices}, set), 1, length);
 }
 
-inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts) {
-  make.name("expert_dispatch", {{"batch ", batch}, {"N", tokens}, {"E", experts}, {"k", k}});
+inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts, int32_t align = 1,
+                            int32_t capacity = INT32_MAX) {
+  make.name("expert_dispatch",
+            {{"batch ", batch}, {"N", tokens}, {"E", experts}, {"k", k}, {"align ", align}, {"capacity ", capacity}});
   ExpertDispatch op{};
   op.batch = batch;
   op.tokens = tokens;
   op.k = k;
   op.experts = experts;
+  op.align = align;
+  op.capacity = capacity;
   op.expert_ids = make.ids(batch * tokens * k, experts);
   const size_t choices = batch * tokens * k;
   const auto set = [](ExpertDispatch& op, const Results& results) {
@@ -415,8 +419,23 @@ inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t 
     op.slot = results.get<int32_t>(1);
     op.group_sizes = results.get<int32_t>(2);
   };
-  const std::vector<size_t> bytes{4 * choices, 4 * choices, 4 * static_cast<size_t>(batch * experts)};
-  return Maker::with_ids(make.finish(op, bytes, set), 1, tokens * k);
+  const int64_t slots = slots_of(op);
+  const std::vector<size_t> bytes{4 * static_cast<size_t>(batch * slots), 4 * choices,
+                                  4 * static_cast<size_t>(batch * experts)};
+  return Maker::with_ids(make.finish(op, bytes, set), 1, slots);
+}
+
+inline Call expert_counts(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts) {
+  make.name("expert_counts", {{"batch ", batch}, {"N", tokens}, {"E", experts}, {"k", k}});
+  ExpertCounts op{};
+  op.batch = batch;
+  op.tokens = tokens;
+  op.k = k;
+  op.experts = experts;
+  op.expert_ids = make.ids(batch * tokens * k, experts);
+  if (make.pick({false, true})) op.token_mask = make.mask(batch * tokens);
+  const auto set = [](ExpertCounts& op, const Results& results) { op.counts = results.get<int32_t>(0); };
+  return Maker::with_ids(make.finish(op, {4 * static_cast<size_t>(batch * experts)}, set), 0, tokens * k + 1);
 }
 
 // Of the ops that move rows between tokens and slots.

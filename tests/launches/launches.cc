@@ -156,6 +156,20 @@ void expert_dispatch_cases(const Visit& visit) {
   visit(expert_dispatch(make, 1, 5000, 6, 256));
   visit(expert_dispatch(make, 1, 60000, 6, 256));
   for (int32_t experts : {256, 4096}) visit(expert_dispatch(make, 40, 6000, 6, experts));
+  // Groups that end in slots without a choice, and groups that drop choices, in every kernel.
+  for (int32_t experts : {36, 4096})
+    for (int64_t tokens : {1, 200, 1400, 9000, 70000})
+      for (int32_t align : {1, 100, 128})
+        for (int32_t capacity : {0, 1, 100, INT32_MAX})
+          visit(expert_dispatch(make, 1, tokens, 6, experts, align, capacity));
+}
+
+void expert_counts_cases(const Visit& visit) {
+  Maker make;
+  for (int32_t experts : {1, 36, 256, 4096})
+    for (int32_t k : {1, 6})
+      for (int64_t choices : {1, 203, 8200, 40000, 500000})  // one block, clusters, several of them
+        for (int64_t batch : {1, 3}) visit(expert_counts(make, batch, (choices + k - 1) / k, k, experts));
 }
 
 // Rows of pieces and of single elements, shorter and longer than a warp's and a block's; one token, many, and several
@@ -221,6 +235,7 @@ const std::map<std::string, OpCases> kOps = {
     {"combine", {combine_cases, instances_of<Combine>}},
     {"combine_cotangent", {combine_cotangent_cases, instances_of<CombineCotangent>}},
     {"dense_router", {dense_router_cases, instances_of<DenseRouter>}},
+    {"expert_counts", {expert_counts_cases, instances_of<ExpertCounts>}},
     {"expert_dispatch", {expert_dispatch_cases, instances_of<ExpertDispatch>}},
     {"hash_router", {hash_router_cases, instances_of<HashRouter>}},
     {"permute", {permute_cases, instances_of<Permute>}},
@@ -378,6 +393,9 @@ int run_stress() {
   calls.push_back(permute(make, DType::kBF16, 2, true, {1, 300, 6, 2048, 100}, Content::kOrdinary));
   calls.push_back(combine(make, DType::kBF16, true, {1, 300, 6, 2048, 100}, Content::kOrdinary));
   calls.push_back(combine_cotangent(make, DType::kBF16, {1, 20, 6, 4096, 100}, Content::kOrdinary));
+  calls.push_back(expert_dispatch(make, 1, 8192, 6, 256, 128, 200));
+  calls.push_back(expert_counts(make, 1, 8192, 6, 256));
+  calls.push_back(expert_counts(make, 1, 90000, 6, 256));
   calls.push_back(activation_topk(make, DType::kF32, 64, 256, 6, Keys::kBias, 1, Content::kOrdinary));
 
   std::vector<std::vector<std::vector<char>>> want;

@@ -101,7 +101,11 @@ __device__ __forceinline__ void wait_for_transfers(TransferBarrier* barrier, uin
 
 __device__ __forceinline__ uint32_t remote_add(uint32_t address, uint32_t value) {
   uint32_t before = 0;
-  JR_CLUSTER_ASM("atom.shared::cluster.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+#else
+  asm volatile("atom.shared::cluster.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+#endif
   return before;
 }
 

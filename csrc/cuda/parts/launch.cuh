@@ -72,6 +72,20 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shap
   return error != cudaSuccess ? error : launch_prepared(kernel, shape, stream, arguments...);
 }
 
+// In a kernel that was launched as one that `overlaps`: until the one before it has ended, and all that it wrote is
+// seen.
+__device__ __forceinline__ void wait_for_earlier_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// In the one before it: from here on it may begin.
+__device__ __forceinline__ void let_later_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 template <class Body, int... kIndices>
 cudaError_t with_one_of(std::integer_sequence<int, kIndices...>, int index, Body body) {
   cudaError_t result = cudaErrorInvalidValue;

@@ -17,6 +17,9 @@ struct SortLayout {
   uint32_t choices;                    // of one sort
   uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
   uint32_t experts;
+  uint32_t slots;           // of one sort
+  uint32_t align;           // groups begin at its multiples
+  uint32_t capacity;        // choices of a group, at most
   uint32_t columns;         // of a count table: the experts, the ids outside, the places past the end; made even
   uint32_t chunks;          // of one sort, a multiple of the cluster size
   uint32_t chunk_choices;   // choices of one chunk
@@ -27,6 +30,10 @@ struct SortLayout {
   JR_DEVICE_TOO uint32_t token_of(uint32_t choice) const {
     return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
   }
+  JR_DEVICE_TOO constexpr uint32_t size_of_group(uint32_t kept) const {
+    return align == 1 || kept == 0 ? kept : ((kept - 1) / align + 1) * align;
+  }
+  JR_DEVICE_TOO constexpr bool may_drop() const { return capacity < choices; }
   JR_DEVICE_TOO constexpr uint32_t bins() const { return experts + 1; }
   JR_DEVICE_TOO constexpr uint32_t clusters() const { return chunks / cluster_blocks; }
 };
@@ -94,6 +101,9 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
   while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
   layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
   layout.experts = op.experts;
+  layout.slots = static_cast<uint32_t>(slots_of(op));
+  layout.align = op.align;
+  layout.capacity = op.capacity;
   layout.columns = static_cast<uint32_t>(round_up(op.experts + 2, 2));
   layout.mask_bins = static_cast<uint32_t>(std::min<int64_t>(kMaskBins, round_up(layout.columns, 4)));
   layout.chunks = static_cast<uint32_t>(chunks);

@@ -16,6 +16,7 @@
 #include "combine.h"
 #include "combine_cotangent.h"
 #include "dense_router.h"
+#include "expert_counts.h"
 #include "expert_dispatch.h"
 #include "hash_router.h"
 #include "permute.h"

@@ -1,0 +1,128 @@
+// Which kernels compute an expert_counts: one cluster of blocks that counts all ids, or several clusters, and a kernel
+// that adds up their counts.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../../common/macros.h"
+#include "../../common/ops.h"
+#include "names.h"
+
+namespace jax_router::cuda {
+
+constexpr int kCountThreads = 1024;
+constexpr uint32_t kCountIdsAtOnce = 4;          // that a thread loads as one word
+constexpr uint32_t kCountWords = 6;              // that a thread has under way
+constexpr uint32_t kMostCountBlocks = 16;        // of a cluster that counts alone
+constexpr uint32_t kSharedCountBlocks = 8;       // of each of several clusters
+constexpr uint32_t kMostCountingBlocks = 128;    // of all clusters, so that they run at once on most devices
+constexpr int64_t kCountTableBytes = 64 * 1024;  // of a block's copies of the counts
+constexpr uint32_t kCopiesOfPiece = 4;           // copies that are cleared and added up as one word
+static_assert(kCountTableBytes >= int64_t{4} * kCopiesOfPiece * kMaxExperts);
+
+struct ExpertCountsNumbers {
+  int64_t lone_cluster_choices;  // up to so many, one cluster is enough
+};
+// Not measured yet: six words of ids for every thread of one cluster.
+constexpr auto kExpertCountsNumbers = everywhere(ExpertCountsNumbers{/*lone_cluster_choices=*/400000});
+
+// How the ids of one problem are laid over thread blocks.
+struct CountLayout {
+  uint32_t choices;                    // of one problem
+  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
+  uint32_t experts;
+  uint32_t copies;    // of a block's counts, a power of two: neighbouring lanes count in different ones
+  uint32_t clusters;  // that share a problem
+  uint32_t cluster_blocks;
+  uint32_t owned;          // experts whose counts a block adds up for its cluster
+  uint32_t chunk_choices;  // that a block counts
+
+  JR_DEVICE_TOO uint32_t token_of(uint32_t choice) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
+  }
+};
+
+struct ExpertCountsPlan {
+  CountLayout layout;
+  int64_t blocks;
+  int64_t shared_bytes;
+  int64_t workspace_bytes;
+};
+
+inline std::optional<ExpertCountsPlan> counts_plan(const ExpertCounts& op, int64_t clusters, uint32_t cluster_blocks) {
+  CountLayout layout{};
+  layout.choices = static_cast<uint32_t>(op.tokens * op.k);
+  // Exact for choice < 2^31.
+  layout.token_shift = 31;
+  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
+  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
+  layout.experts = op.experts;
+  layout.copies = 32;
+  while (layout.copies > kCopiesOfPiece && int64_t{4} * layout.copies * op.experts > kCountTableBytes)
+    layout.copies /= 2;
+  layout.clusters = static_cast<uint32_t>(clusters);
+  layout.cluster_blocks = cluster_blocks;
+  layout.owned = static_cast<uint32_t>(ceil_div(op.experts, cluster_blocks));
+  layout.chunk_choices =
+      static_cast<uint32_t>(round_up(ceil_div(layout.choices, clusters * cluster_blocks), kCountIdsAtOnce));
+  const int64_t words = int64_t{layout.copies} * layout.experts + layout.owned;
+  const ExpertCountsPlan plan{layout, op.batch * clusters * cluster_blocks, 4 * words,
+                              clusters > 1 ? 4 * op.batch * clusters * op.experts : 0};
+  const bool fits = plan.blocks <= kMostBlocks && plan.workspace_bytes <= op.workspace.bytes;
+  return fits ? std::optional(plan) : std::nullopt;
+}
+
+// One cluster a problem, with no more blocks than have a word of ids for each thread.
+inline std::optional<ExpertCountsPlan> lone_cluster_plan(const ExpertCounts& op, const Device& device) {
+  const auto most = std::min<uint32_t>(device.cluster_blocks(), kMostCountBlocks);
+  const int64_t wanted = ceil_div(op.tokens * op.k, int64_t{kCountThreads} * kCountIdsAtOnce);
+  uint32_t blocks = 1;
+  while (blocks < most && blocks < wanted) blocks *= 2;
+  return counts_plan(op, 1, blocks);
+}
+
+inline std::optional<ExpertCountsPlan> several_clusters_plan(const ExpertCounts& op, const Device& device) {
+  const uint32_t blocks = device.has_clusters ? kSharedCountBlocks : 1;
+  const int64_t held = int64_t{kCountThreads} * kCountIdsAtOnce * blocks;
+  const int64_t clusters = std::min<int64_t>(kMostCountingBlocks / blocks, ceil_div(op.tokens * op.k, held));
+  return clusters > 1 ? counts_plan(op, clusters, blocks) : std::nullopt;
+}
+
+// Whether choices have numbers of 32 bits.
+constexpr bool can_count(const ExpertCounts& op) {
+  return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
+}
+
+inline std::optional<ExpertCountsPlan> plan(const ExpertCounts& op, const Device& device) {
+  if (!can_count(op)) return std::nullopt;
+  if (op.tokens * op.k > kExpertCountsNumbers.of(device).lone_cluster_choices) {
+    if (const auto several = several_clusters_plan(op, device)) return several;
+  }
+  return lone_cluster_plan(op, device);
+}
+
+inline std::vector<ExpertCountsPlan> plans(const ExpertCounts& op, const Device& device) {
+  std::vector<ExpertCountsPlan> found;
+  if (!can_count(op)) return found;
+  for (const auto& plan : {lone_cluster_plan(op, device), several_clusters_plan(op, device)}) {
+    if (plan) found.push_back(*plan);
+  }
+  return found;
+}
+
+inline std::string name(const ExpertCounts&, const ExpertCountsPlan& plan) {
+  return plan.layout.clusters == 1 ? "one cluster" : "several clusters";
+}
+
+constexpr Needs needs(const ExpertCountsPlan& plan) {
+  return {plan.shared_bytes, static_cast<int>(plan.layout.cluster_blocks), false};
+}
+
+inline std::vector<std::string> instances(const ExpertCounts&, const Device&) {
+  return {"one cluster", "several clusters"};
+}
+
+}  // namespace jax_router::cuda
