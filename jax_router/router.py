@@ -177,7 +177,8 @@ class Router(nnx.Module):
     def load_state(self, path: checkpoints.Source, layer: int | None = None, *, preset: str | None = None) -> None:
         """Reads the variables of this router from a checkpoint, as `from_checkpoint` does.
 
-        They keep their dtypes, and a weight that is sharded its sharding. After an error nothing has changed.
+        They keep their dtypes and their shardings. A Router without values, from `nnx.eval_shape`, gets them. After an
+        error nothing has changed.
 
         Args:
             path: as in `from_checkpoint`.
@@ -186,8 +187,8 @@ class Router(nnx.Module):
         """
         kept: dict[str, Any] = {}
         if self.config.has_weight:
-            weight = self.weight[...]
-            kept = {"dtype": weight.dtype, "sharding": weight.sharding if len(weight.devices()) > 1 else None}
+            weight = self.weight.get_value()
+            kept = {"dtype": weight.dtype, "sharding": _split(weight)}
         self._set(checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept))
 
     def save(self, path: str | PathLike[str], layer: int | None = None, *, preset: str | None = None) -> None:
@@ -207,7 +208,9 @@ class Router(nnx.Module):
 
     def _set(self, values: dict[str, Array]) -> None:
         for role, value in values.items():
-            getattr(self, role)[...] = value
+            variable = getattr(self, role)
+            was = variable.get_value()
+            variable.set_value(jax.device_put(value.astype(was.dtype), _split(was)))
 
     @overload
     def __call__(
@@ -409,6 +412,12 @@ class Router(nnx.Module):
         column = whole(self.per_expert_scale[...]).astype(jnp.float32)[:, None]
         scale = with_rows_as(expert_ids, lambda ids, column: column[ids])(jnp.maximum(expert_ids, 0), column)
         return jnp.where(expert_ids >= 0, scale[..., 0], 0.0)
+
+
+def _split(value: Any) -> jax.sharding.Sharding | None:
+    """The sharding of what lies on several devices."""
+    sharding = value.sharding
+    return sharding if sharding is not None and len(sharding.device_set) > 1 else None
 
 
 def _masked(values: Array, token_mask: Array | None, instead: Any = 0) -> Array:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 import jax_router
@@ -160,6 +160,32 @@ def test_onto_a_sharding(transposed, devices, tmp_path):
     assert_holds(router, values)
     router.load_state(tmp_path / "router.safetensors")
     assert router.weight[...].sharding == sharding
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_state_onto_shardings(mode, devices):
+    """Every variable stays where it is, and in its dtype; then the router routes."""
+    config = replace(SIGMOID, logit_bias=True)
+    values = values_of(arrays(config), "weight", "bias", "logit_bias")
+    mesh = jax.make_mesh((2,), ("experts",), (mode,), devices=devices[:2])
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(Router(config, rngs=nnx.Rngs(0)))
+        sharding = NamedSharding(mesh, PartitionSpec("experts"))
+        router = nnx.merge(graph, jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), state))
+        router.load_state(values)
+        for role, value in variables(router).items():
+            assert (value.sharding, value.dtype) == (sharding, jnp.float32), role
+        assert_holds(router, values)
+        nnx.jit(Router.__call__)(router, jnp.ones((3, HIDDEN)))
+
+
+@pytest.mark.parametrize("config", [SIGMOID, HASHED])
+def test_state_of_a_router_without_values(config):
+    router = nnx.eval_shape(lambda: Router(config, rngs=nnx.Rngs(0)))
+    values = values_of(arrays(config), *variables(Router(config, rngs=nnx.Rngs(0))))
+    router.load_state(values)
+    assert_holds(router, values)
+    assert router.weight[...].dtype == jnp.float32
 
 
 def resident_bytes(path):
