@@ -18,10 +18,25 @@ D, F, E, V = 16, 8, 6, 20
 SHARED = {"shared_intermediate_size": 12}
 
 
+def with_nan_behind(rows, group_sizes):
+    row = lax.broadcasted_iota(jnp.int32, (len(rows), 1), 0)
+    return jnp.where(row < group_sizes.sum(), rows, jnp.nan)
+
+
+@jax.custom_vjp
 def leaves_nan(lhs, rhs, group_sizes):
-    """A product of groups that leaves anything behind the last group, as kernels do."""
-    row = lax.broadcasted_iota(jnp.int32, (len(lhs), 1), 0)
-    return jnp.where(row < group_sizes.sum(), lax.ragged_dot(lhs, rhs, group_sizes), jnp.nan)
+    """A product of groups that leaves anything behind the last group, as kernels do; in the gradient of lhs too."""
+    return with_nan_behind(lax.ragged_dot(lhs, rhs, group_sizes), group_sizes)
+
+
+def leaves_nan_backward(operands, cotangent):
+    lhs, rhs, group_sizes = operands
+    _, vjp = jax.vjp(lambda lhs, rhs: lax.ragged_dot(lhs, rhs, group_sizes), lhs, rhs)
+    of_lhs, of_rhs = vjp(cotangent)
+    return with_nan_behind(of_lhs, group_sizes), of_rhs, None
+
+
+leaves_nan.defvjp(lambda *operands: (leaves_nan(*operands), operands), leaves_nan_backward)
 
 
 def config(top_k=2, **options):
