@@ -168,12 +168,15 @@ class RouterConfig:
             raise ValueError(f"softcap must be None or above 0, got {self.softcap}")
 
     def _check_counts(self) -> None:
-        if not _check.static_bool("count_experts", self.count_experts) and self.count_axis_name is not None:
-            raise ValueError(
-                f"count_axis_name must be None, the default, without count_experts, got {self.count_axis_name!r}"
-            )
-        if isinstance(self.count_axis_name, list):
-            object.__setattr__(self, "count_axis_name", tuple(self.count_axis_name))
+        counts, names = _check.static_bool("count_experts", self.count_experts), self.count_axis_name
+        if names is None:
+            return
+        if not counts:
+            raise ValueError(f"count_axis_name must be None, the default, without count_experts, got {names!r}")
+        if not isinstance(names, str):
+            if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"count_axis_name must be a mesh axis or a sequence of them, strings, got {names!r}")
+            object.__setattr__(self, "count_axis_name", tuple(names))
 
     @classmethod
     def from_preset(cls, name: str, layer: int | None = None) -> RouterConfig:

@@ -96,7 +96,7 @@ def sum_of_experts(
         dispatch = expert_dispatch(routing.expert_ids, num_experts, align=align, implementation=implementation)
         before, after = (routing.weights, None) if weigh == "input" else (None, routing.weights)
         rows = permute(x, dispatch, before, implementation=implementation)
-        rows = _swiglu(rows, weights, activation, lambda lhs, rhs: matmul(lhs, rhs, dispatch.group_sizes))
+        rows = experts_of_rows(weights, rows, dispatch.group_sizes, activation=activation, matmul=matmul)
         return combine(rows, dispatch, after, implementation=implementation)
 
     return _sharded_as(x, weights)(compute)(x, routing, weights)
@@ -113,9 +113,30 @@ def _sharded_as(x: Array, weights: ExpertWeights) -> Callable[[Callable[..., Arr
     return jax.sharding.auto_axes(out_sharding=sharding)
 
 
-def _swiglu(
-    x: Array, weights: ExpertWeights, activation: Activation, product: Callable[[Array, Array], Array]
+def experts_of_rows(
+    weights: ExpertWeights,
+    rows: Array,
+    group_sizes: Array,
+    *,
+    activation: Activation = jax.nn.silu,
+    matmul: GroupedMatmul = grouped_matmul,
 ) -> Array:
+    """What experts give for rows that lie sorted by expert: the part of `sum_of_experts` between the permutations.
+
+    Args:
+        weights: of E experts, in the dtype of the rows.
+        rows: `[S, D]`, those of expert 0 first.
+        group_sizes: int32 `[E]`, how many rows each has.
+        activation: of the gate.
+        matmul: as in `sum_of_experts`.
+
+    Returns:
+        `[S, D]`.
+    """
+    return _swiglu(rows, weights, activation, lambda lhs, rhs: matmul(lhs, rhs, group_sizes))
+
+
+def _swiglu(x: Array, weights: ExpertWeights, activation: Activation, product: Product) -> Array:
     # The backward pass computes what lies between gate, up and inner again, rather than keep it.
     gated = jax.checkpoint(lambda gate, up: activation(gate) * up)
     inner = gated(product(x, weights.gate_proj), product(x, weights.up_proj))
@@ -242,8 +263,11 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check.instance("rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
-        self.router = router if isinstance(router, Router) else Router(router, rngs=rngs)
-        config = self.router.config
+        if not isinstance(router, Router):
+            _check.instance("router", router, RouterConfig, "RouterConfig(**options)")
+            router = Router(router, rngs=rngs)
+        self.router = router
+        config = router.config
         _check.static_int("intermediate_size", intermediate_size, 1, None)
         if shared_intermediate_size is not None:
             _check.static_int("shared_intermediate_size", shared_intermediate_size, 1, None)

@@ -238,3 +238,6 @@ def test_nothing_to_update():
         RouterConfig(D, E, K, count_experts=1)
     with pytest.raises(ValueError, match="count_axis_name must be None, the default, without count_experts, got 'd'"):
         RouterConfig(D, E, K, count_axis_name="d")
+    with pytest.raises(TypeError, match=r"count_axis_name must be a mesh axis or a sequence of them, .* got \(1,\)"):
+        replace(CONFIG, count_axis_name=(1,))
+    assert replace(CONFIG, count_axis_name=["a", "b"]) == replace(CONFIG, count_axis_name=("a", "b"))
