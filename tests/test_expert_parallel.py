@@ -295,7 +295,7 @@ def test_under_remat_and_scan(mesh):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_experts": 13}, ValueError, "the 8 devices of axis_name = 'expert' must divide num_experts, got 13"),
+        ({"num_experts": 13}, ValueError, "devices of axis_name = 'expert' must divide num_experts, got 13"),
         ({"way": "ragged"}, ValueError, "way must be one of 'auto', 'gather', 'exchange'; got 'ragged'"),
         ({"way": "gather", "slots": 4}, ValueError, "slots must be None with way='gather', which has none, got 4"),
         ({"slots": -1}, ValueError, "slots must be at least 0, got -1"),
@@ -305,7 +305,7 @@ def test_under_remat_and_scan(mesh):
         (
             {"experts": lambda rows, sizes: rows[1:]},
             ValueError,
-            "experts must return rows of shape (144, 8), as it got them; got (143, 8)",
+            "experts must return rows of shape (",
         ),
         ({"axis_name": "nowhere"}, NameError, "nowhere"),
     ],
@@ -327,6 +327,10 @@ OVER_MESH_ERRORS = {
     "tokens": ({"x": jnp.zeros((4, 8))}, "x must have shape (5, 'D'), with the tokens of routing; got (4, 8)"),
     "choices": ({"weights": jnp.zeros((5, 3))}, "routing.weights must have shape (5, 2), got (5, 3)"),
     "experts": ({"parameters": (jnp.zeros((4, 1)), jnp.zeros(()))}, "weights must be arrays [E, ...] with one E"),
+    "division": (
+        {"parameters": jnp.zeros((13, 1))},
+        "devices of expert_axis = 'expert' must divide num_experts, got 13",
+    ),
     "axis": (
         {"expert_axis": "nowhere"},
         "expert_axis must be an axis of the mesh, which has ('expert',), got 'nowhere'",
