@@ -17,6 +17,12 @@ AXIS, DATA = "expert", "data"
 HIDDEN, INNER, EXPERTS, NULL, TOP_K = 8, 12, 16, 2, 3
 
 
+@pytest.fixture(autouse=True)
+def as_exact_as_a_cpu():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def make(**options):
     """The layer, without values: nothing is compiled to draw them."""
     config = RouterConfig(HIDDEN, EXPERTS + NULL, TOP_K, score_fn="sigmoid", num_null_experts=NULL)
