@@ -11,15 +11,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from jax_router._timing import device_name
+
 from .cases import cpu_cases, gpu_cases
-from .results import RESULTS, current_commit, device_name, save, slug, table
+from .results import RESULTS, current_commit, save, slug, table
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times the ops of jax_router against XLA on this machine's default JAX device.",
-        epilog="Records go to benchmarks/results/<device>.json. benchmarks/timing.py says how a figure is taken.",
+        epilog="Records go to benchmarks/results/<device>.json. jax_router/_timing.py says how a figure is taken.",
     )
     parser.add_argument(
         "what",

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from jax_router import (
     topk_select,
 )
 from jax_router._shapes import dispatch_slots
+from jax_router._timing import Spec
+from jax_router._ways import plain_logits
 from support.models import MODELS, Model
 from support.programs import load_example
 
@@ -46,28 +47,6 @@ CPU_SPEEDUPS = {
     "permute_grad": 2.0,
     "combine_grad": 2.0,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A random input: normal numbers times `scale`, or integers in `[0, bound)`."""
-
-    shape: tuple[int, ...]
-    dtype: Any = jnp.float32
-    scale: float = 1.0
-    bound: int = 0
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * jnp.dtype(self.dtype).itemsize
-
-    @property
-    def struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,11 +264,6 @@ def dense_router_case(model: Model, tokens: int, *, with_bias: bool = False, wei
         x.nbytes + weight.nbytes + tokens * model.top_k * 8,
         flops=2 * products * tokens * hidden * num_experts,
     )
-
-
-def plain_logits(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """As a JAX user writes them. XLA multiplies their cotangent in f32."""
-    return jnp.einsum("...d,ed->...e", x, weight, preferred_element_type=jnp.float32)
 
 
 def dense_router_grad_case(model: Model, tokens: int) -> Case:

@@ -78,8 +78,9 @@ class Weights(NamedTuple):
 
 
 def swiglu_experts(weights: Weights, rows: Array, group_sizes: Array) -> Array:
-    gates, values = jnp.split(grouped_matmul(rows, weights.w_in, group_sizes), 2, axis=-1)
-    return grouped_matmul(jax.nn.silu(gates) * values, weights.w_out, group_sizes)
+    matmul = partial(grouped_matmul, unused_rows="undefined")  # which nobody reads
+    gates, values = jnp.split(matmul(rows, weights.w_in, group_sizes), 2, axis=-1)
+    return matmul(jax.nn.silu(gates) * values, weights.w_out, group_sizes)
 
 
 def identity_experts(weights: Weights, rows: Array, group_sizes: Array) -> Array:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_router._timing import Spec, random_rows
+from jax_router._ways import Weights
 from support.models import MODELS, Model
 
 TOKENS = (8192, 64)
-
-
-class Weights(NamedTuple):
-    """Of E experts from D to F and back, with SwiGLU between: the first half of `w_in`'s columns are the gates."""
-
-    w_in: Array  # [E, D, 2 F]
-    w_out: Array  # [E, F, D]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +41,5 @@ class Experts:
 EXPERTS = (Experts("qwen3-30b-a3b", 768), Experts("deepseek-v4-flash", 2048), Experts("deepseek-v3", 2048))
 
 
-def random_bf16(seed: int, shape: Sequence[int], scale: float = 1.0) -> Array:
-    """Normal numbers, made row by row: the experts of a large model fill half a GPU, and leave no room for a copy."""
-
-    def row(key):
-        return jax.random.normal(key, shape[1:], jnp.bfloat16) * jnp.bfloat16(scale)
-
-    return jax.jit(lambda: jax.lax.map(row, jax.random.split(jax.random.key(seed), shape[0])))()
+def random_bf16(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> Array:
+    return random_rows(seed, Spec(shape, jnp.bfloat16, scale))

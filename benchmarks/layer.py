@@ -16,18 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 from rich.table import Table
 
-from jax_router import (
-    Routing,
-    activation_topk,
-    combine,
-    dense_router,
-    expert_dispatch,
-    grouped_matmul,
-    permute,
-)
+from jax_router import grouped_matmul
+from jax_router._ways import Places, Way, Weights, ours, plain
 
-from .cases import NATIVE, plain_logits
-from .experts import EXPERTS, TOKENS, Experts, Weights, random_bf16
+from .cases import NATIVE
+from .experts import EXPERTS, TOKENS, Experts, random_bf16
 from .timing import Kernel, Timing, busy_us, kernels_of_calls
 
 STAGES = ("route", "dispatch", "permute", "experts", "swiglu", "combine")
@@ -40,72 +33,17 @@ class Parameters(NamedTuple):
     experts: Weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """How a layer is written.
-
-    Attributes:
-        route: from hidden states and gate to a Routing.
-        sort: from expert ids `[N, k]` and E to the place of every choice, with `group_sizes`.
-        permute: hidden states and places to rows.
-        combine: rows, places and weights to hidden states.
-        product: rows, weights of experts and group sizes to rows.
-    """
-
-    route: Callable[..., Routing]
-    sort: Callable[[Array, int], Any]
-    permute: Callable[[Array, Any], Array]
-    combine: Callable[[Array, Any, Array], Array]
-    product: Callable[..., Array]
-
-    def layer(self, x: Array, parameters: Parameters) -> Array:
-        with jax.named_scope("route"):
-            weights, expert_ids = self.route(x, parameters.gate)
-        with jax.named_scope("dispatch"):
-            places = self.sort(expert_ids, len(parameters.gate))
-        with jax.named_scope("permute"):
-            rows = self.permute(x, places)
-        with jax.named_scope("experts"):
-            inner = self.product(rows, parameters.experts.w_in, places.group_sizes)
-        with jax.named_scope("swiglu"):
-            gates, values = jnp.split(inner, 2, axis=-1)
-            inner = jax.nn.silu(gates) * values
-        with jax.named_scope("experts"):
-            results = self.product(inner, parameters.experts.w_out, places.group_sizes)
-        with jax.named_scope("combine"):
-            return self.combine(results, places, weights)
-
-    def forward(self, x: Array, parameters: Parameters, cotangent: Array) -> list[Array]:
-        return [self.layer(x, parameters)]
-
-    def forward_and_backward(self, x: Array, parameters: Parameters, cotangent: Array) -> list[Array]:
-        result, pullback = jax.vjp(self.layer, x, parameters)
-        of_x, of_parameters = pullback(cotangent)
-        return [result, of_x, *jax.tree.leaves(of_parameters)]
+def _forward(way: Way, x: Array, parameters: Parameters, cotangent: Array) -> list[Array]:
+    return [way.layer(x, *parameters)]
 
 
-class Places(NamedTuple):
-    """Where choices go, as plain JAX has it."""
-
-    token: Array  # [N k] of each row
-    slot: Array  # [N, k]
-    order: Array  # [N k] the choice of each row
-    group_sizes: Array
+def _forward_and_backward(way: Way, x: Array, parameters: Parameters, cotangent: Array) -> list[Array]:
+    result, pullback = jax.vjp(lambda x, parameters: way.layer(x, *parameters), x, parameters)
+    of_x, of_parameters = pullback(cotangent)
+    return [result, of_x, *jax.tree.leaves(of_parameters)]
 
 
-def _argsort(expert_ids: Array, num_experts: int) -> Places:
-    order = jnp.argsort(expert_ids.ravel())
-    slot = jnp.argsort(order).reshape(expert_ids.shape)
-    return Places(order // expert_ids.shape[1], slot, order, jnp.bincount(expert_ids.ravel(), length=num_experts))
-
-
-def _take(x: Array, places: Places) -> Array:
-    return x[places.token]
-
-
-def _index(results: Array, places: Places, weights: Array) -> Array:
-    chosen = results[places.slot].astype(jnp.float32)
-    return (chosen * weights[..., None]).sum(axis=1).astype(results.dtype)
+DIRECTIONS = {"forward": _forward, "forward_and_backward": _forward_and_backward}
 
 
 def _scatter_add(results: Array, places: Places, weights: Array) -> Array:
@@ -117,21 +55,16 @@ def _scatter_add(results: Array, places: Places, weights: Array) -> Array:
 def ways(experts: Experts) -> dict[str, Way]:
     """This project's first; the same grouped products in all, but for that of tokamax."""
     options = experts.model.selection
-    product = partial(grouped_matmul, implementation="native")
-
-    def plain_route(x, gate):
-        return activation_topk(plain_logits(x, gate), implementation="reference", **options)
-
-    ours = Way(partial(dense_router, **options), expert_dispatch, permute, combine, product)
-    indexing = Way(plain_route, _argsort, _take, _index, product)
-    found = {NATIVE: ours, "indexing": indexing, "scatter-add": dataclasses.replace(indexing, combine=_scatter_add)}
+    product = partial(grouped_matmul, unused_rows="undefined", implementation="native")
+    first, indexing = ours(product, **options), plain(product, **options)
+    found = {NATIVE: first, "indexing": indexing, "scatter-add": dataclasses.replace(indexing, combine=_scatter_add)}
     if importlib.util.find_spec("tokamax"):
         import tokamax
 
         def ragged_dot(lhs, rhs, group_sizes):
             return tokamax.ragged_dot(lhs, rhs, group_sizes=group_sizes)
 
-        found[f"{NATIVE} with tokamax"] = dataclasses.replace(ours, product=ragged_dot)
+        found[f"{NATIVE} with tokamax"] = dataclasses.replace(first, product=ragged_dot)
     return found
 
 
@@ -167,7 +100,7 @@ class Record:
 class Case:
     experts: Experts
     tokens: int
-    direction: str  # a method of Way
+    direction: str  # of DIRECTIONS
 
     @property
     def id(self) -> str:
@@ -175,12 +108,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [
-        Case(experts, tokens, direction)
-        for experts in EXPERTS
-        for tokens in TOKENS
-        for direction in ("forward", "forward_and_backward")
-    ]
+    return [Case(experts, tokens, direction) for experts in EXPERTS for tokens in TOKENS for direction in DIRECTIONS]
 
 
 def records(selected: Sequence[Case], failures: dict[str, str]) -> Iterator[Record]:
@@ -198,7 +126,7 @@ def records(selected: Sequence[Case], failures: dict[str, str]) -> Iterator[Reco
         found: dict[str, tuple[Timing, dict[str, float], list[Array]]] = {}
         for name, way in ways(case.experts).items():
             try:
-                found[name] = _timed(getattr(way, case.direction), arguments)
+                found[name] = _timed(partial(DIRECTIONS[case.direction], way), arguments)
             except Exception as error:  # one that fails must not cost the figures of the others
                 failures[f"{case.id} of {name}"] = f"{type(error).__name__}: {error}"
         if NATIVE not in found:

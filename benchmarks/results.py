@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,17 +66,6 @@ def save(records: Iterable[Any], path: Path) -> None:
 def natural_order(case_id: str) -> list[Any]:
     """Numbers in an id count as numbers."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", case_id)]
-
-
-def device_name() -> str:
-    kind = jax.devices()[0].device_kind
-    if kind != "cpu":
-        return kind
-    try:
-        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        models = []
-    return f"{models[0] if models else platform.machine()} ({len(os.sched_getaffinity(0))} cores)"
 
 
 def slug(name: str) -> str:

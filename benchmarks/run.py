@@ -7,31 +7,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cases import CPU_SPEEDUPS, NATIVE, TARGETS, TORCH, XLA, Case, Spec
+from .cases import CPU_SPEEDUPS, NATIVE, TARGETS, TORCH, XLA, Case
 from .in_jit import InJit
 from .results import Record
-from .timing import Pool, Timing, compiled, kernel_timing, wall_timings
+from .timing import Pool, Timing, compiled, kernel_timing, measured_peaks, wall_timings
 
 _Item = TypeVar("_Item")
 GPU_POOL, _CPU_POOL = 2**27, 2**24
 _IN_JIT = {NATIVE: f"{NATIVE} in jit", XLA: f"{XLA} in jit"}
-
-
-class Peaks(NamedTuple):
-    """What a GPU can do: bytes and floating-point operations a microsecond."""
-
-    bytes_us: float
-    flops_us: float
-
-    def floor_us(self, case: Case) -> float:
-        return max(case.nbytes / self.bytes_us, case.flops / self.flops_us)
 
 
 def select(items: Sequence[_Item], globs: Sequence[str] | None, id_of: Callable[[_Item], str]) -> list[_Item]:
@@ -63,7 +52,7 @@ class Benchmark:
         self._pool = Pool(GPU_POOL if on_gpu else _CPU_POOL)
         self._xla: dict[str, Timing] = {}
         self.failures: dict[str, str] = {}
-        self._peaks = self._measured_peaks() if on_gpu else None
+        self._peaks = measured_peaks(self._pool) if on_gpu else None
 
     def records(self, cases: Sequence[Case], device: str, commit: str) -> Iterator[Record]:
         """The record of each case that could be timed, as soon as it is: op by op, those with a target first."""
@@ -128,7 +117,9 @@ class Benchmark:
         xla_key = case.xla_id or case.id
         if XLA in timings:
             self._xla[xla_key] = timings[XLA]
-        record = Record(case.id, floor_us=_rounded(self._peaks.floor_us(case)) if self._peaks else None)
+        record = Record(
+            case.id, floor_us=_rounded(self._peaks.floor_us(case.nbytes, case.flops)) if self._peaks else None
+        )
         native, xla = timings[NATIVE], self._xla.get(xla_key)
         record.us, record.us_range = _figure(native)
         record.kernels = native.kernels or None
@@ -162,14 +153,6 @@ class Benchmark:
             return TARGETS[case.id]["target_us"] if is_its_device and case.id in TARGETS else None
         speedup = CPU_SPEEDUPS.get(case.op)
         return _rounded(xla.us / speedup) if xla and speedup else None
-
-    def _measured_peaks(self) -> Peaks:
-        """By a large copy and a large product."""
-        numbers, size = self._pool.numbers, 8192
-        matrix = Spec((size, size), jnp.bfloat16)
-        copy = kernel_timing(jax.jit(lambda x: x * 2.0), [(numbers,)])
-        product = kernel_timing(jax.jit(jnp.matmul), [(self._pool.draw(matrix), self._pool.draw(matrix))])
-        return Peaks(2 * numbers.nbytes / copy.us, 2 * size**3 / product.us)
 
 
 def _torch_timing(run: Callable[..., Any], copies: Sequence[tuple[Any, ...]]) -> Timing:

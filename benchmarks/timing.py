@@ -1,71 +1,40 @@
-"""How a figure is taken.
-
-On a GPU it is kernel time by CUPTI, as JAX's profiler records it: of a call, the time in which any of its kernels
-runs, so that gaps between kernels do not count and kernels that overlap count once. It is taken over 24 calls after
-warm-up. On a CPU it is the wall-clock time of a call, the contenders taking turns. Inputs are random, and where those
-of one call are larger than 1 MB the calls go through copies that together exceed every cache, so that each finds its
-inputs in memory.
-"""
+"""A case's contenders as programs; `jax_router/_timing.py` says how a figure is taken of them."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import random
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from jax_router._timing import (
+    Kernel,
+    Peaks,
+    Pool,
+    Timing,
+    busy_us,
+    kernel_timing,
+    kernels_of_calls,
+    measured_peaks,
+    wall_timings,
+)
 
 from .cases import Contender, Spec
 
-MIN_CALLS = 24
-_HOT_BYTES = 2**20
-_COPIES_BYTES = 128 * 2**20  # twice the largest L2 cache
-
-
-class Timing(NamedTuple):
-    """Microseconds a call: median, least and most; and the number of kernels of a call, if they were counted."""
-
-    us: float
-    least: float
-    most: float
-    kernels: int = 0
-
-    @classmethod
-    def of(cls, times_us: Sequence[float], kernels: int = 0) -> Timing:
-        return cls(statistics.median(times_us), min(times_us), max(times_us), kernels)
-
-
-class Pool:
-    """Random numbers on the device, from which the inputs of all cases are cut."""
-
-    def __init__(self, size: int):
-        self.numbers = jax.jit(lambda: jax.random.normal(jax.random.key(0), (size,)))()
-        self._offsets = random.Random(0)
-
-    def draw(self, spec: Spec) -> jax.Array:
-        return _cut(self.numbers, self._offsets.randrange(self.numbers.size - spec.size + 1), spec)
-
-    def copies(self, inputs: Sequence[Spec]) -> list[tuple[jax.Array, ...]]:
-        """The inputs of successive calls."""
-        nbytes = sum(spec.nbytes for spec in inputs)
-        count = 1 if nbytes <= _HOT_BYTES else max(2, -(-_COPIES_BYTES // nbytes))
-        return [tuple(map(self.draw, inputs)) for _ in range(count)]
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _cut(numbers: jax.Array, offset: int, spec: Spec) -> jax.Array:
-    flat = jax.lax.dynamic_slice(numbers, (offset,), (spec.size,))
-    if spec.bound:
-        bits = jax.lax.bitcast_convert_type(flat, jnp.uint32) * jnp.uint32(2654435761)
-        return (bits >> 8).astype(jnp.int32).reshape(spec.shape) % spec.bound
-    return (flat * spec.scale).reshape(spec.shape).astype(spec.dtype)
+__all__ = [
+    "Kernel",
+    "Peaks",
+    "Pool",
+    "Timing",
+    "busy_us",
+    "compiled",
+    "contender_inputs",
+    "kernel_timing",
+    "kernels_of_calls",
+    "lowered",
+    "measured_peaks",
+    "wall_timings",
+]
 
 
 def compiled(contender: Contender, inputs: Sequence[Spec]) -> Callable[..., Any]:
@@ -81,80 +50,3 @@ def lowered(contender: Contender, inputs: Sequence[Spec]) -> jax.stages.Lowered:
 def contender_inputs(contender: Contender, inputs: Sequence[Spec]) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The shapes of what the contender computes on."""
     return jax.eval_shape(contender.prepare, *(spec.struct for spec in inputs))
-
-
-class Kernel(NamedTuple):
-    """A kernel's run, in nanoseconds, and the HLO instruction that launched it (none is known inside a CUDA graph)."""
-
-    start: float
-    end: float
-    name: str
-    instruction: str = ""
-
-
-def kernel_timing(
-    run: Callable[..., Any], copies: Sequence[tuple[Any, ...]], synchronize: Callable[[], None] = lambda: None
-) -> Timing:
-    """The kernel time of a call."""
-    calls = kernels_of_calls(run, copies, synchronize)
-    return Timing.of([busy_us(kernels) for kernels in calls], len(calls[0]))
-
-
-def kernels_of_calls(
-    run: Callable[..., Any], copies: Sequence[tuple[Any, ...]], synchronize: Callable[[], None] = lambda: None
-) -> list[list[Kernel]]:
-    """The kernels of each call, in the order of their starts.
-
-    The warm-up goes through all copies too, so that no input stays cached.
-    """
-    calls = [functools.partial(run, *inputs) for inputs in itertools.islice(itertools.cycle(copies), MIN_CALLS)]
-    for inputs in copies:
-        jax.block_until_ready(run(*inputs))
-    with tempfile.TemporaryDirectory() as folder:
-        options = jax.profiler.ProfileOptions()
-        options.host_tracer_level = options.python_tracer_level = 0
-        with jax.profiler.trace(folder, profiler_options=options):
-            for call in calls:
-                jax.block_until_ready(call())
-            synchronize()
-        kernels = sorted(_kernels(Path(folder)))
-    if not kernels or len(kernels) % len(calls):
-        raise RuntimeError(f"{len(calls)} calls left {len(kernels)} kernels in the trace: no figure")
-    each = len(kernels) // len(calls)
-    return [kernels[first : first + each] for first in range(0, len(kernels), each)]
-
-
-def _kernels(folder: Path) -> Iterator[Kernel]:
-    """Every kernel in a trace."""
-    (trace,) = folder.rglob("*.xplane.pb")
-    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
-        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-            for event in line.events if line.name.startswith("Stream") else ():
-                if not event.name.startswith(("Memcpy", "Memset")):
-                    instruction = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
-                    yield Kernel(event.start_ns, event.start_ns + event.duration_ns, event.name, instruction)
-
-
-def busy_us(kernels: Sequence[Kernel]) -> float:
-    """The time in which any of the kernels ran; they come in the order of their starts."""
-    busy, end = 0.0, 0.0
-    for kernel in kernels:
-        busy += max(0.0, kernel.end - max(kernel.start, end))
-        end = max(end, kernel.end)
-    return busy / 1e3
-
-
-def wall_timings(
-    runs: Mapping[str, Callable[..., Any]], copies: Mapping[str, Sequence[tuple[Any, ...]]], *, seconds: float = 3.0
-) -> dict[str, Timing]:
-    """The wall-clock time of a call for each of several computations, which take turns; about `seconds` in all."""
-    times_us: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    for turn in itertools.count():
-        for name, run in runs.items():
-            inputs = copies[name][turn % len(copies[name])]
-            start = time.perf_counter()
-            jax.block_until_ready(run(*inputs))
-            times_us[name].append(1e6 * (time.perf_counter() - start))
-        if turn >= MIN_CALLS or (turn >= 5 and time.perf_counter() > end):
-            return {name: Timing.of(times[2:]) for name, times in times_us.items()}

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jaxlib
 
-from . import _native, _show_presets
+from . import _case, _doctor, _explain, _native, _show_presets
+from ._timing import device_name
 from ._version import __version__
 from .checkpoints import CheckpointError
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="jax-router", description="The router of a mixture-of-experts layer, native to JAX."
-    )
+    parser = _Parser(prog="jax-router", description="The router of a mixture-of-experts layer, native to JAX.")
     parser.add_argument("--version", action="version", version=f"jax-router {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about_info = "what was built, what loaded and why not, on which devices"
@@ -51,6 +60,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     inspect.add_argument("path", type=Path, metavar="CHECKPOINT", help="a safetensors file, an index, or a folder")
+    bench = commands.add_parser(
+        "bench",
+        help="your own shape: is it right, and how fast",
+        description=(
+            "Draws random inputs of a case, compares the routing with float64, and times each part of the layer beside "
+            "the same in jax.numpy and beside the floor of this very device. Needs the extra `bench`: "
+            "pip install 'jax-router[bench]'."
+        ),
+    )
+    _case.add_options(bench)
+    bench.add_argument("--png", type=_png, metavar="FILE", help="also draw the figures")
+    doctor = commands.add_parser(
+        "doctor",
+        help="why is my call not native, or not fused",
+        description=(
+            "Looks at versions, native modules, GPU, driver and flags, and asks the kernels what they would do with a "
+            "case. Says how to mend what is wrong; the exit status is then 1."
+        ),
+    )
+    _case.add_options(doctor)
+    doctor.add_argument(
+        "--gpu", choices=tuple(_explain.GPUS), help="answer for this GPU, which need not be here (default: this device)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
@@ -73,11 +105,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except (OSError, CheckpointError) as error:
             inspect.error(" ".join(str(error).split()))
+    if arguments.command == "bench":
+        return _bench(bench, arguments)
+    if arguments.command == "doctor":
+        return _doctor.run(_case_of(doctor, arguments), arguments.gpu)
     try:
         from ._demo import DemoError, run
     except ImportError as error:
         print(f"The demo needs {error.name}: pip install 'jax-router[demo]'", file=sys.stderr)
         return 1
+    _need_a_device(demo)
     try:
         return run(arguments.file, arguments.rows)
     except DemoError as error:
@@ -88,6 +125,48 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
     return int(text)
+
+
+def _png(text: str) -> Path:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {text!r}")
+    return Path(text)
+
+
+def _need_a_device(parser: argparse.ArgumentParser) -> None:
+    _, reason = _explain.devices()
+    if reason:
+        parser.error(f"{reason} (`jax-router doctor` says more)")
+
+
+def _case_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> _case.Case:
+    try:
+        return _case.case_of(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    case = _case_of(parser, arguments)
+    try:
+        from . import _bench as bench
+
+        if arguments.png:
+            from ._bench_picture import draw
+    except ImportError as error:
+        print(f"bench needs {error.name}: pip install 'jax-router[bench]'", file=sys.stderr)
+        return 1
+    _need_a_device(parser)
+    try:
+        is_right, found = bench.run(case)
+        if arguments.png and found:
+            draw(found, f"{case.describe()}\n{device_name()}", arguments.png)
+            print(f"drawn: {arguments.png}")
+    except (bench.BenchError, OSError) as error:
+        parser.error(str(error))
+    return 0 if is_right else 1
 
 
 def _info() -> int:
@@ -103,10 +182,23 @@ def _info() -> int:
             continue
         architectures = f", for {module.architectures}" if name == "cuda" else ""
         lines.append((f"{name} kernels", "built for XLA FFI API {}.{}".format(*module.ffi_api_version) + architectures))
-    lines += [("device", f"{device.platform}: {device.device_kind}") for device in jax.devices()]
+    devices, reason = _explain.devices()
+    lines += [("device", f"{device.platform}: {device.device_kind}") for device in devices]
+    lines += [("device", f"none: {reason}")] * bool(reason)
     lines.append(("custom calls", " ".join(_native.custom_call_targets())))
+    # As wide as a terminal; in a pipe, a line each.
+    width = shutil.get_terminal_size((sys.maxsize, 0)).columns
     for name, text in lines:
-        print(f"{name:<13} {text}")
+        print(
+            textwrap.fill(
+                text,
+                width,
+                initial_indent=f"{name:<14}",
+                subsequent_indent=" " * 14,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
     return 0
 
 

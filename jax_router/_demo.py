@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import activation_topk, expert_dispatch, reference
+from ._timing import device_name
 from ._types import Dispatch, Routing
 from .router import Router, RouterConfig
 
@@ -55,10 +56,9 @@ def run(file: Path | None, rows: int) -> int:
         sys.stdout.reconfigure(errors="replace")  # of a text that the terminal has no characters for
     console = Console(highlight=False)
     token_ids, title = _tokens(file)
-    device = jax.devices()[0]
     console.print(
         f"[bold]{escape(title)}[/]: {len(token_ids)} tokens, {len(set(token_ids))} of them different, routed on "
-        f"{device.platform.upper()} ({device.device_kind}).\nTwo layers of DeepSeek-V4-Flash's shape: hidden size "
+        f"{jax.default_backend().upper()} ({device_name()}).\nTwo layers of DeepSeek-V4-Flash's shape: hidden size "
         f"{_DENSE.hidden_size}, {_DENSE.num_experts} experts, {_DENSE.top_k} a token, their weights sum to "
         f"{_DENSE.scale}.\nWeights are random, and so is the hidden state of a token id: equal tokens route equally.\n"
     )

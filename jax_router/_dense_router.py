@@ -153,7 +153,7 @@ def _result_types(avals: dict[str, Any], *, selection: Selection, return_chosen:
     return routing_result_types(selection.top_k, return_chosen)
 
 
-def _sizes(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
+def plan_sizes(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
     """The case as the native module wants to know it."""
     x, (num_experts, hidden) = avals["x"], avals["weight"].shape
     return {
@@ -171,17 +171,17 @@ def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, 
         return "the fused kernels take x and weight of one dtype"
     if precision is not None and avals["x"].dtype == np.float32:
         return "the fused kernels multiply f32 operands to f32 accuracy"
-    return native_module(platform).dense_router_unsupported(**_sizes(avals, selection)) or None
+    return native_module(platform).dense_router_unsupported(**plan_sizes(avals, selection)) or None
 
 
 def _pays(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> bool:
     """Whether a fused kernel is faster than XLA's product and the kernel of activation_topk."""
-    return native_module(platform).dense_router_pays(**_sizes(avals, selection))
+    return native_module(platform).dense_router_pays(**plan_sizes(avals, selection))
 
 
 def _workspace(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> int:
     """Partial logits of a token, that the blocks of the kernel for few tokens hand to each other."""
-    sizes = _sizes(avals, selection)
+    sizes = plan_sizes(avals, selection)
     return -(-native_module(platform).workspace_bytes("dense_router", **sizes) // max(sizes["rows"], 1))
 
 

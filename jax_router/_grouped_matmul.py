@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,25 @@ from . import _check
 from ._primitive import may_be_partitioned, vary_over_the_same_axes
 from ._types import Implementation
 
+UnusedRows = Literal["zeros", "undefined"]
 
-def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation: Implementation = "auto") -> Array:
+
+def grouped_matmul(
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+    *,
+    unused_rows: UnusedRows = "zeros",
+    implementation: Implementation = "auto",
+) -> Array:
     """`out[s] = lhs[s] @ rhs[g]` for the rows s of group g: `jax.lax.ragged_dot`, also fast on a GPU.
 
     The groups lie one after another from row 0 on, as `expert_dispatch` has them. Rows behind the last group are zeros
     in the result, and nothing that lhs or a cotangent holds there, NaN or infinite, reaches any result or gradient.
+
+    To write those zeros a kernel's result is read and written once more, unless XLA can do it with what follows. Where
+    nobody reads these rows, as between `permute` and `combine`, say `unused_rows="undefined"`: there they may hold
+    whatever was in memory, in the result and in the gradient of lhs, to be kept from anything that sums over rows.
 
     XLA has no fast ragged_dot for a GPU: it multiplies every row with every matrix. On GPUs of compute capability 9.0
     (H100, H200) this calls the Pallas kernels that JAX has among its examples (`jax.experimental.pallas.ops.gpu`,
@@ -40,6 +53,7 @@ def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation
         lhs: f32, bf16 or f16 `[S, D]`.
         rhs: `[G, D, F]` in the dtype of lhs.
         group_sizes: integers `[G]`, not negative, of at most S rows in all. Elsewhere results are unspecified.
+        unused_rows: what the rows behind the last group are, "zeros" (default) or "undefined".
         implementation: "auto"; "native", which is these kernels or an error that says why not; or "reference", which is
             `jax.lax.ragged_dot`.
 
@@ -63,8 +77,9 @@ def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation
     if rhs.dtype != lhs.dtype:
         raise TypeError(f"rhs must have the dtype of lhs, {lhs.dtype}, got {rhs.dtype}: cast one of them")
     _check.same_shape("group_sizes", group_sizes, rhs.shape[:1])
-    how = _check.implementation(implementation)
-    return _grouped(lhs, rhs, group_sizes.astype(jnp.int32), form=Form.ROWS, implementation=how)
+    _check.choice("unused_rows", unused_rows, get_args(UnusedRows))
+    how = {"unused_rows": unused_rows, "implementation": _check.implementation(implementation)}
+    return _grouped(lhs, rhs, group_sizes.astype(jnp.int32), form=Form.ROWS, **how)
 
 
 class Form(Enum):
@@ -91,7 +106,7 @@ def _grouped(lhs: Array, rhs: Array, group_sizes: Array, **params: Any) -> Array
     return _GROUPED.bind(*vary_over_the_same_axes([lhs, rhs, group_sizes]), **params)
 
 
-def _reference(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, implementation: str) -> Array:
+def _reference(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, **how: str) -> Array:
     return lax.ragged_dot_general(lhs, rhs, group_sizes, _DIMENSION_NUMBERS[form], preferred_element_type=lhs.dtype)
 
 
@@ -120,7 +135,9 @@ def tiles(form: Form, rows: int, groups: int, hidden: int, inner: int) -> Tiles:
     return Tiles(128 if rows > 64 * groups else 64, 128 if width % 128 == 0 else 64, 64, 4, 2)
 
 
-def _by_kernels(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, implementation: str) -> Array:
+def _by_kernels(
+    lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, unused_rows: str, implementation: str
+) -> Array:
     ragged_dot, transposed_ragged_dot = kernels()
     rows, end = len(lhs), group_sizes.sum(dtype=jnp.int32)
     hidden, inner = (lhs.shape[1], rhs.shape[1]) if form is Form.GROUPS else rhs.shape[1:]
@@ -133,7 +150,8 @@ def _by_kernels(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, imple
             return transposed_ragged_dot(lhs, rhs, group_sizes=group_sizes, **cut._asdict())
         is_transposed = form is Form.ROWS_TRANSPOSED
         result = ragged_dot(lhs, rhs, group_sizes=group_sizes, transpose_rhs=is_transposed, **cut._asdict())[:rows]
-    # Rows behind the last group are what they were in memory.
+    if unused_rows == "undefined":  # what was in memory
+        return result
     return jnp.where(lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < end, result, 0)
 
 
@@ -198,18 +216,19 @@ def _reason_against_device() -> str | None:
     return None if capabilities == {"9.0"} else f"compute capability 9.0 is needed, got {', '.join(capabilities)}"
 
 
-def _lower_on_cuda(ctx: Any, *values: Any, form: Form, implementation: str) -> Any:
+def _lower_on_cuda(ctx: Any, *values: Any, form: Form, implementation: str, **how: str) -> Any:
     reason = None if implementation == "reference" else _reason_against_kernels(ctx, form)
     if reason and implementation == "native":
         raise NotImplementedError(f"grouped_matmul(implementation='native') on cuda: {reason}")
     run = _reference if reason or implementation == "reference" else _by_kernels
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *values, form=form, implementation=implementation)
+    params = {"form": form, "implementation": implementation, **how}
+    return mlir.lower_fun(run, multiple_results=False)(ctx, *values, **params)
 
 
-def _lower_elsewhere(ctx: Any, *values: Any, form: Form, implementation: str) -> Any:
+def _lower_elsewhere(ctx: Any, *values: Any, form: Form, implementation: str, **how: str) -> Any:
     if implementation == "native":
         raise NotImplementedError("grouped_matmul(implementation='native'): there are kernels for GPUs alone")
-    return mlir.lower_fun(_reference, multiple_results=False)(ctx, *values, form=form, implementation=implementation)
+    return mlir.lower_fun(_reference, multiple_results=False)(ctx, *values, form=form)
 
 
 # The rules of JAX
@@ -220,10 +239,13 @@ def _abstract_eval(lhs: Any, rhs: Any, group_sizes: Any, **params: Any) -> Any:
     return aval
 
 
-def _transpose(cotangent: Any, lhs: Any, rhs: Any, group_sizes: Array, *, form: Form, implementation: str):
+def _transpose(cotangent: Any, lhs: Any, rhs: Any, group_sizes: Array, *, form: Form, **how: str):
     if isinstance(cotangent, ad.Zero):
         return [None] * 3
-    grouped = partial(_grouped, implementation=implementation)
+
+    def grouped(lhs: Array, rhs: Array, group_sizes: Array, form: Form) -> Array:
+        return _grouped(lhs, rhs, group_sizes, form=form, **how)
+
     if ad.is_undefined_primal(lhs):
         if form is Form.GROUPS:
             of_lhs = grouped(rhs, cotangent, group_sizes, form=Form.ROWS_TRANSPOSED)

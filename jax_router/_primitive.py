@@ -227,17 +227,29 @@ class Op:
 
     def lower(self, platform, ctx, *values, **params):
         """The lowering rule for a platform whose native module is registered."""
-        reason = self._reason_against_kernels(platform, ctx, **params)
+        avals = dict(zip(params["names"], ctx.avals_in))
+        options = {name: value for name, value in params.items() if name != "names"}
+        partitioned = self.composed and may_be_partitioned(ctx)
+        reason = self.reason_against_kernels(platform, avals, partitioned=partitioned, **options)
         if reason is not None:
             return self._lower_without_kernel(f" on {platform}: {reason}", ctx, *values, **params)
         return self._lower_to_kernels(platform, ctx, *values, **params)
 
-    def _reason_against_kernels(self, platform, ctx, *, names, implementation, **params) -> str | None:
-        """Why a platform's kernels do not compute a case. All that decides between them and the reference is here."""
-        avals = dict(zip(names, ctx.avals_in))
+    def reason_against_kernels(
+        self, platform: str, avals: Mapping[str, Any], *, partitioned: bool, implementation: str, **params: Any
+    ) -> str | None:
+        """Why a platform's kernels do not compute a case. All that decides between them and the reference is here.
+
+        Args:
+            platform: one that the op has kernels for, and whose module is loaded.
+            avals: of the operands, by name.
+            partitioned: whether XLA may partition the program.
+            implementation: what the caller asked for.
+            params: the parameters.
+        """
         if implementation == "reference":
             return "the reference is asked for"
-        if self.composed and may_be_partitioned(ctx):
+        if self.composed and partitioned:
             return "XLA may partition the program"
         if symbolic := [name for name in self.attributes if jax.export.is_symbolic_dim(params[name])]:
             return f"the kernels take no symbolic {' and '.join(symbolic)}"

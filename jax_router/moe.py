@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
@@ -23,6 +24,8 @@ from .router import Initializer, Router, Unset, null_experts_output
 Activation = Callable[[Array], Array]
 Product = Callable[[Array, Array], Array]
 GroupedMatmul = Callable[[Array, Array, Array], Array]
+# Between permute and combine nobody reads the rows behind the last group.
+_of_used_rows = partial(grouped_matmul, unused_rows="undefined")
 Weigh = Literal["output", "input"]
 
 
@@ -46,7 +49,7 @@ def sum_of_experts(
     weights: ExpertWeights,
     *,
     activation: Activation = jax.nn.silu,
-    matmul: GroupedMatmul = grouped_matmul,
+    matmul: GroupedMatmul = _of_used_rows,
     align: int = 1,
     weigh: Weigh = "output",
     implementation: Implementation = "auto",
@@ -119,7 +122,7 @@ def experts_of_rows(
     group_sizes: Array,
     *,
     activation: Activation = jax.nn.silu,
-    matmul: GroupedMatmul = grouped_matmul,
+    matmul: GroupedMatmul = _of_used_rows,
 ) -> Array:
     """What experts give for rows that lie sorted by expert: the part of `sum_of_experts` between the permutations.
 
@@ -229,7 +232,7 @@ class MoE(nnx.Module):
         shared_expert_gate: whether the shared expert has a gate (Qwen2-MoE, Qwen3-Next); default False.
         weigh: what the weights multiply, the `"output"` (default) or the `"input"` of the experts (Llama 4).
         activation: of the gates; default `jax.nn.silu`.
-        matmul: product of groups; default `grouped_matmul`. See `sum_of_experts`.
+        matmul: product of groups; default `grouped_matmul` with `unused_rows="undefined"`. See `sum_of_experts`.
         align: what the groups begin at a multiple of; default 1. Products in tiles may ask for more.
         expert_axis: the mesh axis over which the experts are spread; default None, all on every device. The mesh is
             that of `jax.set_mesh`, or of a surrounding `jax.shard_map`.
@@ -253,7 +256,7 @@ class MoE(nnx.Module):
         shared_expert_gate: bool = False,
         weigh: Weigh = "output",
         activation: Activation = jax.nn.silu,
-        matmul: GroupedMatmul = grouped_matmul,
+        matmul: GroupedMatmul = _of_used_rows,
         align: int = 1,
         expert_axis: str | None = None,
         expert_options: Mapping[str, Any] | None = None,

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from jax_router._explain import GPUS
+
 EXPERT_COUNTS = (36, 72, 108, 132, 144, 160, 192, 288, 320, 384, 448, 512, 576, 896, 1024)
 ODD_EXPERT_COUNTS = (1, 3, 7, 17, 33, 65, 129, 255, 257, 1023)
 TOKEN_COUNTS = (1, 17, 33, 63, 64, 65)
@@ -27,9 +29,7 @@ ROWS = {
 
 # GPUs, as the CUDA module wants them described.
 DEVICES = {
-    "H100": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
-    "A100": {"compute_capability": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
-    "B200": {"compute_capability": 100, "multiprocessors": 148, "shared_bytes": 227 * 1024},
+    **{name: GPUS[name] for name in ("H100", "A100", "B200")},
     "small": {"compute_capability": 86, "multiprocessors": 28, "shared_bytes": 99 * 1024},
 }
 

