@@ -64,7 +64,7 @@ class ExpertSum(NamedTuple):
 class Links:
     """What the devices along a mesh axis can do: the constants by which `way="auto"` chooses.
 
-    `python -m benchmarks exchange` measures them. The defaults are those of four H100 of one host.
+    `python -m benchmarks exchange` measures them. The defaults are those of four H200 of one host.
 
     Attributes:
         all_to_all, all_gather, reduce_scatter: bytes a second that a device sends to others in these collectives.
@@ -72,11 +72,11 @@ class Links:
         latency: seconds that a collective takes however little it moves.
     """
 
-    all_to_all: float = 207e9
-    all_gather: float = 168e9
-    reduce_scatter: float = 168e9
-    memory: float = 2.5e12
-    latency: float = 20e-6
+    all_to_all: float = 257e9
+    all_gather: float = 255e9
+    reduce_scatter: float = 250e9
+    memory: float = 2.3e12
+    latency: float = 28e-6
 
     def seconds(
         self, way: Way, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None
