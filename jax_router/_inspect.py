@@ -9,7 +9,16 @@ from rich.console import Console
 from rich.progress import track
 
 from . import models
-from .checkpoints import Checkpoint, Found, find_routers, naming_schemes, open_checkpoint
+from .checkpoints import (
+    FLOAT_NAMES,
+    INTEGER_NAMES,
+    Checkpoint,
+    CheckpointError,
+    Found,
+    find_routers,
+    naming_schemes,
+    open_checkpoint,
+)
 from .config import RouterConfig
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -30,8 +39,11 @@ def run(path: Path) -> int:
             routers.items(), "reading gates", console=progress, transient=True, disable=not progress.is_terminal
         )
         for layer, found in layers:
-            lines.append(_describe(checkpoint, layer, found, console.options.ascii_only))
-            read += sum(_bytes(checkpoint, name) for names in found.names.values() for name in names)
+            try:
+                lines.append(_describe(checkpoint, layer, found, console.options.ascii_only))
+                read += sum(_bytes(checkpoint, name) for names in found.names.values() for name in names)
+            except CheckpointError as error:
+                lines.append(f"{layer:>5}  {'; '.join(error.problems)}")
         first = next(iter(routers.values()))
         console.print(f"{path}")
         console.print(f"{len(routers)} layers have routers: {models.Layers(experts=list(routers)).describe()[8:]}")
@@ -70,7 +82,10 @@ def _family(path: Path, checkpoint: Checkpoint, found: Found) -> str:
         except (ValueError, TypeError) as error:
             return f"config.json says: {error}"
         return f"as config.json says, {config.num_experts} experts, {config.top_k} a token, {config.score_fn} scores"
-    shape = sorted(checkpoint[found.names["weight"][0]].get_shape())
+    try:
+        shape = sorted(checkpoint[found.names["weight"][0]].get_shape())
+    except CheckpointError:
+        return "not known, without its first gate"
     fitting = []
     for name in models.presets():
         row = models.preset(name)
@@ -84,20 +99,30 @@ def _family(path: Path, checkpoint: Checkpoint, found: Found) -> str:
 def _describe(checkpoint: Checkpoint, layer: int, found: Found, ascii_only: bool) -> str:
     """A line of a layer, and the load of each expert where it has a table."""
     tensor = checkpoint[found.names["weight"][0]]
-    shape, dtype = "x".join(map(str, tensor.get_shape())), tensor.get_dtype()
-    line = f"{layer:>5}  {shape:<12} {dtype:<5}"
-    if not dtype.startswith("F8"):
+    size, dtype = tensor.get_shape(), tensor.get_dtype()
+    line = f"{layer:>5}  {'x'.join(map(str, size)):<12} {dtype:<5}"
+    if len(size) != 2 or 0 in size or dtype in INTEGER_NAMES:
+        line += " no gate"
+    elif dtype in FLOAT_NAMES:
         gate = np.asarray(tensor[:]).astype(np.float32)
         rms = np.sqrt((gate**2).mean(axis=1))
         line += f" {gate.mean():>9.2g} {gate.std():>8.3g} {rms.min():>8.3g}-{rms.max():<8.3g}"
     for role in ("bias", "logit_bias"):
         for name in found.names.get(role, []):
-            bias = np.asarray(checkpoint[name][:]).astype(np.float32)
-            line += f"  {bias.min():.3g} to {bias.max():.3g}" + " (logits)" * (role == "logit_bias")
+            vector = checkpoint[name]
+            if vector.get_dtype() in FLOAT_NAMES and 0 not in vector.get_shape():
+                bias = np.asarray(vector[:]).astype(np.float32)
+                line += f"  {bias.min():.3g} to {bias.max():.3g}" + " (logits)" * (role == "logit_bias")
+            else:
+                line += f"  {name} is {vector.get_dtype()} {tuple(vector.get_shape())}, no bias"
     doubled = [role for role, names in found.names.items() if len(names) > 1]
     line += f"  {', '.join(doubled)}: two names" if doubled else ""
     for name in found.names.get("hash_lut", []):
-        line += "\n" + _load(np.asarray(checkpoint[name][:]), tensor.get_shape()[0], ascii_only)
+        table = checkpoint[name]
+        if table.get_dtype() in INTEGER_NAMES and len(table.get_shape()) == 2 and size:
+            line += "\n" + _load(np.asarray(table[:]), size[0], ascii_only)
+        else:
+            line += f"\n       {name} is {table.get_dtype()} {tuple(table.get_shape())}, no table"
     return line
 
 

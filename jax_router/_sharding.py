@@ -65,6 +65,12 @@ def shard_as(model: Array, value: Array) -> Array:
     return _reshard(value, sharding.update(spec=sharding.spec[: value.ndim])) if any(sharding.spec) else value
 
 
+def whole(value: Array) -> Array:
+    """An array that is not split over devices."""
+    sharding = jax.typeof(value).sharding
+    return _reshard(value, sharding.update(spec=(None,) * value.ndim)) if any(sharding.spec) else value
+
+
 def with_rows_as(model: Array, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose results are rows, one for each element of `model`: sharded as that is.
 

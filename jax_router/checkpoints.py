@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,8 +26,10 @@ Source = str | PathLike[str] | Mapping[str, Any]
 # What may come before "layers.{i}." in a name, in the family's own files or in those of a model around it.
 _PREFIX = r"(?:(?:model|language_model|text_model|transformer|backbone)\.)*"
 _FLOATS = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
+# Dtypes that a gate or a bias may have, and those of a table, as safetensors calls them.
+FLOAT_NAMES = tuple(_FLOATS.values())
+INTEGER_NAMES = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 _MISSING = "checkpoints need safetensors: pip install 'jax-router[checkpoints]'"
-_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 class CheckpointError(ValueError):
@@ -70,70 +73,92 @@ class Checkpoint:
         problems: what is wrong with the files themselves, such as a name in two of them.
     """
 
-    def __init__(self, where: str, files: Mapping[str, Any], problems: Sequence[str]):
+    def __init__(self, where: str, tensors: Mapping[str, Callable[[], Tensor]], problems: Sequence[str] = ()):
         self.where = where
         self.problems = list(problems)
-        self._files = files  # of each name the open file or the dict that has it
+        self._tensors = tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self._files[name]
-        return _InMemory(file[name]) if isinstance(file, Mapping) else file.get_slice(name)
+        """Raises CheckpointError where a file is not what an index says of it."""
+        return self._tensors[name]()
 
 
 @contextlib.contextmanager
 def open_checkpoint(source: Source) -> Iterator[Checkpoint]:
     """A checkpoint from a dict of arrays, a safetensors file, an index of several, or a folder with either.
 
-    Only headers are read.
+    Only headers are read; where there is an index, those of the files alone that have a tensor which is asked for.
 
     Raises:
         ImportError: the library safetensors is missing.
         OSError: there is no such file.
-        CheckpointError: a file is no safetensors file.
+        CheckpointError: a file is no safetensors file, or no index of such.
     """
     if isinstance(source, Mapping):
-        yield Checkpoint("the dict", dict.fromkeys(source, source), [])
+        yield Checkpoint("the dict", {str(name): functools.partial(_InMemory, source[name]) for name in source})
         return
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError(_MISSING) from error
     path = Path(source)
-    files: dict[str, Any] = {}
-    problems: list[str] = []
+
     with contextlib.ExitStack() as stack:
-        for shard in _shards(path, problems):
+
+        @functools.cache
+        def opened(file: Path) -> Any:
             try:
-                opened = stack.enter_context(safe_open(shard, framework="np"))
+                return stack.enter_context(safe_open(file, framework="np"))
+            except FileNotFoundError as error:
+                raise CheckpointError(str(path), [f"the index names {file.name}, and there is no such file"]) from error
             except SafetensorError as error:
-                raise CheckpointError(str(path), [f"{shard.name} is no safetensors file: {error}"]) from error
-            for name in opened.keys():  # noqa: SIM118, it is no dict
-                if name in files:
-                    problems.append(f"{name} is in two files, {shard.name} the second")
-                files.setdefault(name, opened)
-        yield Checkpoint(str(path), files, problems)
+                raise CheckpointError(str(path), [f"{file.name} is no safetensors file: {error}"]) from error
+
+        def tensor(name: str, file: Path) -> Tensor:
+            try:
+                return opened(file).get_slice(name)
+            except SafetensorError as error:
+                raise CheckpointError(str(path), [f"{name} is not in {file.name}, where the index has it"]) from error
+
+        problems: list[str] = []
+        files, index = _files(path)
+        places = {} if index is None else _places(index)
+        for file in files:
+            for name in opened(file).keys():  # noqa: SIM118, it is no dict
+                if name in places:
+                    problems.append(f"{name} is in two files, {file.name} the second")
+                places.setdefault(name, file)
+        tensors = {name: functools.partial(tensor, name, file) for name, file in places.items()}
+        yield Checkpoint(str(path), tensors, problems)
 
 
-def _shards(path: Path, problems: list[str]) -> list[Path]:
-    """The safetensors files of a path."""
+def _files(path: Path) -> tuple[list[Path], Path | None]:
+    """The safetensors files of a path, or the index of them."""
     if path.is_dir():
         indices, whole = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
         if not indices and not whole:
             raise FileNotFoundError(f"no *.safetensors in {path}")
-        if not indices:
-            return whole
-        path = indices[0]
-    if path.suffix != ".json":
-        if not path.exists():
-            raise FileNotFoundError(f"no file {path}")
-        return [path]
-    named = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    shards = [path.parent / name for name in named]
-    problems += [f"the index names {shard.name}, and there is no such file" for shard in shards if not shard.exists()]
-    return [shard for shard in shards if shard.exists()]
+        return ([], indices[0]) if indices else (whole, None)
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    return ([], path) if path.suffix == ".json" else ([path], None)
+
+
+def _places(index: Path) -> dict[str, Path]:
+    """Of each name in an index the file that has its tensor, in the folder of the index or below it."""
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = sorted({name for name in places.values() if Path(name).is_absolute() or ".." in Path(name).parts})
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            str(index), [f"it is no index, a JSON object whose weight_map has a file for each name: {error!r}"]
+        ) from error
+    if outside:
+        raise CheckpointError(str(index), [f"it names {name}, outside of its own folder" for name in outside])
+    return {name: index.parent / file for name, file in places.items()}
 
 
 class Found(NamedTuple):
@@ -152,7 +177,7 @@ def _patterns(tensors: Mapping[str, str]) -> dict[str, re.Pattern[str]]:
 
     def pattern(name: str) -> re.Pattern[str]:
         stem = re.sub(f"^{_PREFIX}", "", name)
-        return re.compile(_PREFIX + re.escape(stem).replace(r"\{i\}", r"(?P<layer>\d+)") + "$")
+        return re.compile(_PREFIX + re.escape(stem).replace(r"\{i\}", r"(?P<layer>[0-9]+)"))
 
     return {role: pattern(name) for role, name in tensors.items()}
 
@@ -162,7 +187,7 @@ def find_routers(names: Sequence[str], tensors: Mapping[str, str]) -> dict[int, 
     found: dict[int, Found] = {}
     for role, pattern in _patterns(tensors).items():
         for name in names:
-            match = pattern.match(name)
+            match = pattern.fullmatch(name)
             if match:
                 layer = int(match["layer"])
                 found.setdefault(layer, Found(layer, {})).names.setdefault(role, []).append(name)
@@ -261,7 +286,11 @@ def read_router(
             if len(names) != 1:
                 problems.append(f"{role} has two names: {', '.join(names)}" if names else f"{role} is missing")
                 continue
-            tensor = checkpoint[names[0]]
+            try:
+                tensor = checkpoint[names[0]]
+            except CheckpointError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+                continue
             wrong = _wrong(names[0], role, tensor, shape)
             problems += wrong
             if not wrong:
@@ -297,7 +326,7 @@ def _unexpected(checkpoint: Checkpoint, found: Found, wanted: Container[str]) ->
 
 def _wrong(name: str, role: str, tensor: Tensor, shape: tuple[int, ...]) -> list[str]:
     """What is wrong with the dtype and the shape of a tensor."""
-    dtypes = _INTEGERS if role == "hash_lut" else tuple(_FLOATS.values())
+    dtypes = INTEGER_NAMES if role == "hash_lut" else FLOAT_NAMES
     # Some files have the gate transposed, and a bias as one row.
     shapes = {"weight": (shape, shape[::-1]), "hash_lut": (shape,)}.get(role, (shape, (1, *shape)))
     got, dtype = tuple(tensor.get_shape()), tensor.get_dtype()

@@ -166,7 +166,8 @@ def _runs(numbers: Sequence[int]) -> str:
     return ", ".join(words if len(words) < 6 else [*words[:3], "...", words[-1]]) or "none"
 
 
-# A model's own config.json. The names of the fields, of which a family has one or none; the first that is there counts.
+# A model's own config.json. The names of the fields, of which a family has one or none; the first that is there and not
+# null counts.
 _FIELDS = {
     "hidden_size": ("hidden_size", "d_model"),
     "num_experts": ("n_routed_experts", "num_local_experts", "moe_num_experts", "num_experts"),
@@ -193,7 +194,7 @@ _FIELDS = {
     "selection_bias": ("use_expert_bias",),
     "num_null_experts": ("zero_expert_num",),
 }
-# What null stands for, where a family writes it.
+# What null stands for, where a family writes it. Other fields are then as if they were not there.
 _NULL = {"scale": 1.0, "num_groups": 1, "top_groups": 1, "softcap": None}
 
 
@@ -203,20 +204,22 @@ _ABSENT = object()
 def hf_options(config: str | PathLike[str] | Mapping[str, Any], layer: int | None = None) -> dict[str, Any]:
     """The arguments of `RouterConfig` for a layer, from a config.json: see `RouterConfig.from_hf_config`."""
     config = _read(config)
+    if layer is not None:
+        layer = _check.static_int("layer", layer, 0, None)
     model_type, fields = _flatten(config)
     family = [row for row in all_presets().values() if model_type in row.model_types]
     if all(row.router is None for row in family):
         family[0].options()  # raises
     router = _agreed([row.router for row in family if row.router is not None])
     for option, names in _FIELDS.items():
-        value = _field(names, fields, layer)
+        value = _field(option, names, fields, layer)
         if value is not _ABSENT:
-            router[option] = _NULL.get(option) if value is None else value
+            router[option] = value
     absent = [f"{' or '.join(_FIELDS[option])} ({option})" for option in _FIELDS if router.get(option) is _ABSENT]
     if absent:
         raise ValueError(f"config lacks what models of its model_type {model_type!r} differ in: {', '.join(absent)}")
     layers = _layers(fields, family[0].layers)
-    vocab_size = fields.get("vocab_size", family[0].vocab_size)
+    vocab_size = _first(("vocab_size",), fields)[1] or family[0].vocab_size
     name = f"this {model_type} model"
     row = replace(
         family[0], name=name, router=_settled(router, fields), layers=layers, vocab_size=vocab_size, missing=()
@@ -262,24 +265,34 @@ def _agreed(routers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _field(names: Sequence[str], fields: Mapping[str, Any], layer: int | None) -> Any:
-    name = next((name for name in names if name in fields), None)
-    if name is None:
-        return _ABSENT
-    value = fields[name]
+def _first(names: Sequence[str], fields: Mapping[str, Any]) -> tuple[str, Any]:
+    """The first of the names that has a value, and that; None if none has."""
+    return next(((name, fields[name]) for name in names if fields.get(name) is not None), (names[0], None))
+
+
+def _field(option: str, names: Sequence[str], fields: Mapping[str, Any], layer: int | None) -> Any:
+    name, value = _first(names, fields)
+    if value is None:
+        return _NULL.get(option, _ABSENT) if any(name in fields for name in names) else _ABSENT
     if not isinstance(value, Sequence) or isinstance(value, str):
         return value
-    if len(set(value)) == 1:
+    if not value:
+        raise ValueError(f"{name} of config must be a number or a list of one a layer, got {value!r}")
+    if all(other == value[0] for other in value):
         return value[0]
-    if layer is None or not 0 <= layer < len(value):
-        raise ValueError(f"layer must be between 0 and {len(value) - 1}, since {name} of config has a value for each")
+    if layer is None or layer >= len(value):
+        raise ValueError(
+            f"layer must be between 0 and {len(value) - 1}, since {name} of config has a value for each, got {layer}"
+        )
     return value[layer]
 
 
 def _settled(router: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The options, where one field depends on another."""
     router = dict(router)
-    if router["num_experts"] is not None and router.get("num_null_experts") and "zero_expert_num" in fields:
+    if fields.get("zero_expert_num") is not None:
+        for option in ("num_experts", "num_null_experts"):
+            _check.static_int(f"{option} of config", router[option], 0, None)
         router["num_experts"] += router["num_null_experts"]
     if not router.get("softcap"):
         router.pop("softcap", None)
@@ -291,19 +304,38 @@ def _settled(router: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, 
 
 def _layers(fields: Mapping[str, Any], usual: Layers) -> Layers:
     """Which layers have experts, by the fields that families say it with."""
-    total = fields.get("num_hidden_layers", fields.get("n_layers"))
+    name, total = _first(("num_hidden_layers", "n_layers"), fields)
     if total is None:
         return Layers()
-    kinds = fields.get("mlp_layer_types") or fields.get("layers_block_type") or fields.get("hybrid_override_pattern")
+    total = _check.static_int(f"{name} of config", total, 0, None)
+    name, count = _first(("num_hash_layers",), fields)
+    hashed = usual.hashed if count is None else range(_check.static_int(f"{name} of config", count, 0, None))
+    name, kinds = _first(("mlp_layer_types", "layers_block_type", "hybrid_override_pattern"), fields)
     if kinds:
-        dense = ("dense",) if fields.get("mlp_layer_types") else tuple({*kinds} - {"E", "moe"})
-        experts = [i for i, kind in enumerate(kinds) if kind not in dense]
+        experts = _kinds(name, kinds, ("dense",) if name == "mlp_layer_types" else None)
         return Layers(total, experts, hashed=[i for i, kind in enumerate(kinds) if kind == "hash_moe"])
-    rules = [rule(fields[name], fields) for name, rule in _LAYER_RULES.items() if fields.get(name) is not None]
-    hashed = range(fields["num_hash_layers"]) if "num_hash_layers" in fields else usual.hashed
+    rules = [name for name in _LAYER_RULES if fields.get(name) is not None]
     if rules:
-        return Layers(total, [i for i in range(total) if all(rule(i) for rule in rules)], hashed=hashed)
+        experts = [i for i in range(total) if all(_has_experts(name, fields, i) for name in rules)]
+        return Layers(total, experts, hashed=hashed)
     return Layers(total, usual.experts if usual.total == total else None, hashed=hashed)
+
+
+def _kinds(name: str, kinds: Any, dense: Sequence[str] | None) -> list[int]:
+    """The layers with experts, from the kind of each: those that are not dense, or, by default, that say so."""
+    if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
+        raise TypeError(f"{name} of config must be a list of strings, or a string, got {kinds!r}")
+    return [i for i, kind in enumerate(kinds) if (kind in ("E", "moe") if dense is None else kind not in dense)]
+
+
+def _has_experts(name: str, fields: Mapping[str, Any], layer: int) -> bool:
+    """What one field says of a layer."""
+    try:
+        return _LAYER_RULES[name](fields[name], fields)(layer)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise ValueError(
+            f"{name} of config must say whether layer {layer} has experts, got {fields[name]!r}"
+        ) from error
 
 
 def _listed(value: Any, _: Any) -> Callable[[int], bool]:

@@ -23,7 +23,7 @@ from ._ids import as_int32_ids
 from ._logits import router_logits
 from ._route_at import route_at, scored_hash_router
 from ._shapes import with_rank
-from ._sharding import shard_as, shard_last_axis_as, with_rows_as
+from ._sharding import shard_as, shard_last_axis_as, whole, with_rows_as
 from ._topk_select import topk_select
 from ._types import Routing
 from .balance import update_expert_bias
@@ -198,7 +198,8 @@ class Router(nnx.Module):
     def load_state(self, path: checkpoints.Source, layer: int | None = None, *, preset: str | None = None) -> None:
         """Reads the variables of this router from a checkpoint, as `from_checkpoint` does.
 
-        They keep their dtypes, and a weight that is sharded its sharding. After an error nothing has changed.
+        They keep their dtypes and their shardings. A Router without values, from `nnx.eval_shape`, gets them. After an
+        error nothing has changed.
 
         Args:
             path: as in `from_checkpoint`.
@@ -207,8 +208,8 @@ class Router(nnx.Module):
         """
         kept: dict[str, Any] = {}
         if self.config.has_weight:
-            weight = self.weight[...]
-            kept = {"dtype": weight.dtype, "sharding": weight.sharding if len(weight.devices()) > 1 else None}
+            weight = self.weight.get_value()
+            kept = {"dtype": weight.dtype, "sharding": _split(weight)}
         self._set(checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept))
 
     def save(self, path: str | PathLike[str], layer: int | None = None, *, preset: str | None = None) -> None:
@@ -228,7 +229,9 @@ class Router(nnx.Module):
 
     def _set(self, values: dict[str, Array]) -> None:
         for role, value in values.items():
-            getattr(self, role)[...] = value
+            variable = getattr(self, role)
+            was = variable.get_value()
+            variable.set_value(jax.device_put(value.astype(was.dtype), _split(was)))
 
     @overload
     def __call__(
@@ -465,7 +468,7 @@ class Router(nnx.Module):
 
     def _scale_of(self, expert_ids: Array) -> Array:
         """The factor that each choice's expert has, 0 where there is none."""
-        column = self.per_expert_scale[...].astype(jnp.float32)[:, None]
+        column = whole(self.per_expert_scale[...]).astype(jnp.float32)[:, None]
         scale = with_rows_as(expert_ids, lambda ids, column: column[ids])(jnp.maximum(expert_ids, 0), column)
         return jnp.where(expert_ids >= 0, scale[..., 0], 0.0)
 
@@ -539,6 +542,12 @@ def update_selection_biases(
     return counts
 
 
+def _split(value: Any) -> jax.sharding.Sharding | None:
+    """The sharding of what lies on several devices."""
+    sharding = value.sharding
+    return sharding if sharding is not None and len(sharding.device_set) > 1 else None
+
+
 def _masked(values: Array, token_mask: Array | None, instead: Any = 0) -> Array:
     if token_mask is None:
         return values
@@ -567,7 +576,9 @@ def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Ar
         ValueError: x and the routing are of different tokens.
     """
     x = _check.float_array("x", x)
-    _check.same_shape("x without its last axis", x[..., 0], routing.weights.shape[:-1])
+    tokens = routing.weights.shape[:-1]
+    if x.shape[:-1] != tokens:
+        raise ValueError(f"x without its last axis must have shape {tokens}, that of the routing, got {x.shape[:-1]}")
     num_real_experts = _check.static_int("num_real_experts", num_real_experts, 0, None)
     is_null = routing.expert_ids >= num_real_experts
     total = jnp.where(is_null, routing.weights, 0.0).sum(axis=-1, keepdims=True)

@@ -25,6 +25,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jax_router")
 
 
+# Tests of rounding, and of what repeats to the bit: of the code that users run.
+OPTIMIZED = {
+    "test_derivatives",
+    "test_determinism",
+    "test_mixed_precision",
+    "test_product",
+    "test_properties",
+    "test_reference",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_optimization(request):
+    """Most of the suite's time is LLVM's: on CPU, XLA leaves its optimizations out, but not those of its own passes."""
+    plain = jax.default_backend() == "cpu" and request.path.stem not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", plain)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-docs", action="store_true", help=f"write what the tests measure to {matrix.DOCUMENT}")
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 import jax_router
@@ -162,6 +162,32 @@ def test_onto_a_sharding(transposed, devices, tmp_path):
     assert router.weight[...].sharding == sharding
 
 
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_state_onto_shardings(mode, devices):
+    """Every variable stays where it is, and in its dtype; then the router routes."""
+    config = replace(SIGMOID, logit_bias=True)
+    values = values_of(arrays(config), "weight", "bias", "logit_bias")
+    mesh = jax.make_mesh((2,), ("experts",), (mode,), devices=devices[:2])
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(Router(config, rngs=nnx.Rngs(0)))
+        sharding = NamedSharding(mesh, PartitionSpec("experts"))
+        router = nnx.merge(graph, jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), state))
+        router.load_state(values)
+        for role, value in variables(router).items():
+            assert (value.sharding, value.dtype) == (sharding, jnp.float32), role
+        assert_holds(router, values)
+        nnx.jit(Router.__call__)(router, jnp.ones((3, HIDDEN)))
+
+
+@pytest.mark.parametrize("config", [SIGMOID, HASHED])
+def test_state_of_a_router_without_values(config):
+    router = nnx.eval_shape(lambda: Router(config, rngs=nnx.Rngs(0)))
+    values = values_of(arrays(config), *variables(Router(config, rngs=nnx.Rngs(0))))
+    router.load_state(values)
+    assert_holds(router, values)
+    assert router.weight[...].dtype == jnp.float32
+
+
 def resident_bytes(path):
     """How much of a file is in the page cache: what somebody read of it, and what the kernel read ahead."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -290,10 +316,91 @@ def test_files_that_are_wrong(tmp_path):
     save_file(RIGHT, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match=f"{GATE} is in two files, b.safetensors the second"):
         Router.from_checkpoint(tmp_path, SIGMOID)
-    index = {"weight_map": {GATE: "a.safetensors", BIAS: "c.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"names c\.safetensors, and there is no such file"):
+
+
+def header(tensors):
+    text = (tensors if isinstance(tensors, str) else json.dumps(tensors)).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def entry(start, end, *shape, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+WHOLE = {GATE: entry(0, 512, 16, 8), BIAS: entry(512, 576, 16)}
+NO_FILES = {
+    "empty": b"",
+    "truncated header": header(WHOLE)[:50],
+    "truncated": header(WHOLE) + bytes(500),
+    "a header of 2^63 bytes": (1 << 63).to_bytes(8, "little") + header(WHOLE)[8:] + bytes(576),
+    "a header of a gigabyte": (1 << 30).to_bytes(8, "little") + header(WHOLE)[8:] + bytes(576),
+    "offsets behind the end": header({**WHOLE, BIAS: entry(5120, 5184, 16)}) + bytes(576),
+    "negative offsets": header({**WHOLE, GATE: entry(-4, 508, 16, 8)}) + bytes(576),
+    "overlapping tensors": header({**WHOLE, BIAS: entry(100, 164, 16)}) + bytes(576),
+    "a shape that is not its bytes": header({**WHOLE, GATE: entry(0, 512, 16, 9)}) + bytes(576),
+    "a shape of 2^65 elements": header({**WHOLE, GATE: entry(0, 512, 1 << 62, 8)}) + bytes(576),
+    "an unknown dtype": header({**WHOLE, GATE: entry(0, 512, 16, 8, dtype="F99")}) + bytes(576),
+    "one name twice": header(json.dumps(WHOLE).replace(BIAS, GATE)) + bytes(576),
+}
+
+
+@pytest.mark.parametrize("content", NO_FILES)
+def test_what_is_no_safetensors_file(content, tmp_path):
+    """An error that names the file: no crash, no array of that size."""
+    (tmp_path / "a.safetensors").write_bytes(header(WHOLE) + bytes(576))
+    Router.from_checkpoint(tmp_path, SIGMOID)
+    (tmp_path / "a.safetensors").write_bytes(NO_FILES[content])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is no safetensors file"):
         Router.from_checkpoint(tmp_path, SIGMOID)
+
+
+def write_index(folder, content):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
+
+
+def test_only_the_files_of_a_router_are_needed(tmp_path):
+    """By the index: those of other layers may be broken, or not there, as in a download of one layer."""
+    other = GATE.replace(".3.", ".4.")
+    save_file({GATE: RIGHT[GATE]}, tmp_path / "a.safetensors")
+    save_file({BIAS: RIGHT[BIAS]}, tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_text("broken")
+    files = {GATE: "a.safetensors", BIAS: "b.safetensors", other: "c.safetensors", "head": "d.safetensors"}
+    write_index(tmp_path, files)
+    assert_holds(Router.from_checkpoint(tmp_path, SIGMOID, 3), {"weight": RIGHT[GATE], "bias": RIGHT[BIAS]})
+    with pytest.raises(CheckpointError, match=r"c\.safetensors is no safetensors file"):
+        Router.from_checkpoint(tmp_path, SIGMOID, 4)
+    write_index(tmp_path, {GATE: "d.safetensors", BIAS: "a.safetensors"})
+    with pytest.raises(CheckpointError) as error:
+        Router.from_checkpoint(tmp_path, SIGMOID, 3)
+    assert error.value.problems == (
+        "the index names d.safetensors, and there is no such file",
+        f"{BIAS} is not in a.safetensors, where the index has it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({GATE: "../outside.safetensors"}, r"names \.\./outside\.safetensors, outside of its own folder"),
+        ({GATE: "a/../../outside.safetensors"}, "outside of its own folder"),
+        ({GATE: "/outside.safetensors"}, "outside of its own folder"),
+        ({GATE: 3}, "it is no index"),
+        ({GATE: ["a.safetensors"]}, "it is no index"),
+        (["a.safetensors"], "it is no index"),
+        ("{", "it is no index"),
+        ("[]", "it is no index"),
+        ('{"metadata": {}}', "it is no index, a JSON object whose weight_map"),
+    ],
+)
+def test_an_index_that_is_wrong(index, words, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (tmp_path / "outside.safetensors", folder / "a.safetensors"):
+        save_file(RIGHT, path)
+    write_index(folder, index)
+    with pytest.raises(CheckpointError, match=words):
+        Router.from_checkpoint(folder, SIGMOID)
 
 
 def test_a_failed_load_changes_nothing():

@@ -1,5 +1,6 @@
 """`python -m jax_router`: what it says, and how it fails."""
 
+import json
 import os
 import subprocess
 import sys
@@ -184,6 +185,41 @@ def test_inspect_knows_the_family(tmp_path, capsys):
     (tmp_path / "config.json").write_text(content + ', "routed_scaling_factor": 1.5, "num_hidden_layers": 3}')
     main(["inspect", str(tmp_path)])
     assert "as config.json says, 256 experts, 6 a token, sqrtsoftplus scores" in capsys.readouterr().out
+
+
+def test_inspect_says_what_is_wrong_in_a_layer(tmp_path, capsys):
+    """Tensors that are no gate, bias or table, and files that are not there, in one list with layers that are right."""
+    safetensors = pytest.importorskip("safetensors.numpy", reason="inspect needs the extra `checkpoints`")
+    gate = "layers.{}.ffn.gate.{}".format
+    right = np.ones((4, 8), np.float32)
+    tensors = {
+        gate(0, "weight"): right,
+        gate(0, "bias"): np.ones(4, np.int32),
+        gate(1, "weight"): np.ones(4, np.float32),
+        gate(1, "tid2eid"): np.ones((9, 2), np.int32),
+        gate(2, "weight"): np.ones((0, 8), np.float32),
+        gate(3, "weight"): right,
+        gate(3, "tid2eid"): np.ones((9, 2), np.float32),
+        gate(4, "weight"): right.astype(np.int8),
+        gate(5, "bias"): np.ones(0, np.float32),
+        gate(5, "weight"): right,
+    }
+    safetensors.save_file(tensors, tmp_path / "a.safetensors")
+    files = dict.fromkeys(tensors, "a.safetensors") | {gate(6, "weight"): "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "7 layers have routers",
+        f"0 4x8 F32 1 0 1-1 {gate(0, 'bias')} is I32 (4,), no bias",
+        "1 4 F32 no gate",
+        "2 0x8 F32 no gate",
+        f"{gate(3, 'tid2eid')} is F32 (9, 2), no table",
+        "4 4x8 I8 no gate",
+        f"{gate(5, 'bias')} is F32 (0,), no bias",
+        "6 the index names b.safetensors, and there is no such file",
+    ):
+        assert words in shown
 
 
 @pytest.mark.parametrize("broken", ["nowhere", "not a checkpoint"])

@@ -68,17 +68,28 @@ def test_route_at(num_experts, dtype, op, rng):
 
 @pytest.mark.parametrize("vocab_size", [5, 200, 256, 70000])
 def test_token_ids(vocab_size, dtype, op, rng):
-    """Of hash_router and scored_hash_router."""
+    """Of hash_router and scored_hash_router, also with a mask."""
     table = rng.integers(0, 16, (vocab_size, 2)).astype(np.int32)
     ids = numbers(dtype, vocab_size, 128, 256, 65536)
     valid = (ids.astype(object) >= 0) & (ids.astype(object) < vocab_size)
     want = np.where(valid[:, None], table[np.where(valid, ids, 0).astype(np.int64)], -1)
-    np.testing.assert_array_equal(op("hash_router")(ids, table).expert_ids, want)
     logits = rng.normal(0, 1, (ids.size, 16)).astype(np.float32)
-    np.testing.assert_array_equal(op("scored_hash_router")(logits, ids, table).expert_ids, want)
     mask = np.arange(ids.size) % 2 == 0
-    masked = op("scored_hash_router")(logits, ids, table, token_mask=mask)
-    np.testing.assert_array_equal(masked.expert_ids, np.where(mask[:, None], want, -1))
+
+    @jax.jit
+    def run(logits, ids, table, mask):
+        scored = op("scored_hash_router")
+        routings = (
+            op("hash_router")(ids, table),
+            scored(logits, ids, table),
+            scored(logits, ids, table, token_mask=mask),
+        )
+        return [routing.expert_ids for routing in routings]
+
+    hashed, scored, masked = run(logits, ids, table, mask)
+    np.testing.assert_array_equal(hashed, want)
+    np.testing.assert_array_equal(scored, want)
+    np.testing.assert_array_equal(masked, np.where(mask[:, None], want, -1))
 
 
 def test_tables(dtype, op, rng):
@@ -88,12 +99,17 @@ def test_tables(dtype, op, rng):
     fits &= table.astype(object) >= -(2**31)
     want = np.where(fits, table, 0).astype(np.int64)
     token_ids = np.arange(len(table), dtype=np.int32)
-    ids = op("hash_router")(token_ids, table).expert_ids
+    logits = rng.normal(0, 1, (len(table), 16)).astype(np.float32)
+
+    @jax.jit
+    def run(logits, token_ids, table):
+        hashed, scored = op("hash_router")(token_ids, table), op("scored_hash_router")(logits, token_ids, table)
+        return hashed.expert_ids, scored.expert_ids
+
+    ids, scored_ids = run(logits, token_ids, table)
     assert ids.dtype == np.int32
     np.testing.assert_array_equal(ids, np.where(fits, want, -1))
-    logits = rng.normal(0, 1, (len(table), 16)).astype(np.float32)
-    scored = op("scored_hash_router")(logits, token_ids, table)
-    np.testing.assert_array_equal(scored.expert_ids, np.where(fits & (want >= 0) & (want < 16), want, -1))
+    np.testing.assert_array_equal(scored_ids, np.where(fits & (want >= 0) & (want < 16), want, -1))
 
 
 @pytest.mark.parametrize("num_experts", [5, 200, 256])

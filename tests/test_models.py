@@ -403,6 +403,53 @@ def test_wrong_config_json(content, words):
         RouterConfig.from_hf_config(content)
 
 
+MIXTRAL = {"model_type": "mixtral", "hidden_size": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": "6"}, "num_hidden_layers of config must be a Python int .*, got '6'"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers of config must be at least 0, got -1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step of config must say whether layer 0 has experts, got 0"),
+        ({"first_k_dense_replace": "2"}, "first_k_dense_replace of config must say whether layer 0 .* got '2'"),
+        ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq of config must say whether layer 2 has experts, got \[0, 1\]"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers of config must say"),
+        ({"moe_layers_enum": "1,,3"}, "moe_layers_enum of config must say whether layer 0 has experts, got '1,,3'"),
+        ({"mlp_layer_types": 3}, "mlp_layer_types of config must be a list of strings"),
+        ({"layers_block_type": [["moe"]]}, "layers_block_type of config must be a list of strings"),
+        ({"num_hash_layers": 1.5}, "num_hash_layers of config must be a Python int .*, got 1.5"),
+        ({"num_local_experts": []}, "num_local_experts of config must be a number or a list"),
+        ({"num_local_experts": [[8], [9]]}, "layer must be between 0 and 1, .* got 3"),
+        ({"num_local_experts": {"a": 8}}, "num_experts must be a Python int"),
+        ({"hidden_size": None}, "config lacks .* hidden_size or d_model"),
+        ({"zero_expert_num": "4"}, "num_null_experts of config must be a Python int .*, got '4'"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"n_group": 3, "topk_group": 1}, "num_groups must"),
+        ({"model_type": ["mixtral"]}, "model_type of config must be one of"),
+    ],
+)
+def test_wrong_fields_of_a_config_json(fields, words):
+    """Each is an error that names the field, or the option, and what it got; none is an error of the arithmetic."""
+    with pytest.raises((ValueError, TypeError), match=words):
+        RouterConfig.from_hf_config({**MIXTRAL, "num_hidden_layers": 4, **fields}, layer=3)
+
+
+def test_null_in_a_config_json():
+    """Null is what a field is worth that is not there; another name of the same may still have the value."""
+    want = RouterConfig.from_hf_config(MIXTRAL)
+    nulls = dict.fromkeys(["num_hidden_layers", "n_routed_experts", "norm_topk_prob", "scoring_func", "text_config"])
+    nulls |= dict.fromkeys(["first_k_dense_replace", "num_hash_layers", "vocab_size", "zero_expert_num"])
+    assert RouterConfig.from_hf_config({**MIXTRAL, **nulls}) == want
+    assert RouterConfig.from_hf_config({**MIXTRAL, **nulls}, layer=3) == want
+
+
+@pytest.mark.parametrize("layer", ["3", 2.0, True, -1])
+def test_a_layer_of_a_config_json_is_an_int(layer):
+    with pytest.raises((TypeError, ValueError), match="layer must be"):
+        RouterConfig.from_hf_config({**MIXTRAL, "moe_topk": [1, 2]}, layer)
+
+
 def test_unreadable_config_json(tmp_path):
     with pytest.raises(FileNotFoundError):
         RouterConfig.from_hf_config(tmp_path / "nowhere")

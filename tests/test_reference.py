@@ -205,12 +205,16 @@ def test_router_logits_are_accumulated_in_float32(dtype, rng):
 @pytest.mark.parametrize(("tokens", "k", "num_experts"), [(1, 1, 1), (50, 6, 16), (300, 2, 1000)])
 def test_expert_dispatch(tokens, k, num_experts, rng):
     ids = rng.integers(-2, num_experts + 2, (tokens, k)).astype(np.int32)
-    for align in (1, 16, 100):
-        for capacity in (None, 0, 1, 7, 1000):
-            got = reference_jit("expert_dispatch", num_experts=num_experts, align=align, capacity=capacity)(ids)
-            for mine, want in zip(got, dispatch(ids, num_experts, align, capacity)):
-                assert mine.dtype == jnp.int32
-                np.testing.assert_array_equal(mine, want)
+    layouts = list(itertools.product((1, 16, 100), (None, 0, 1, 7, 1000)))
+
+    @jax.jit
+    def run(ids):
+        return [reference.expert_dispatch(ids, num_experts, align=a, capacity=c) for a, c in layouts]
+
+    for layout, got in zip(layouts, run(ids)):
+        for mine, want in zip(got, dispatch(ids, num_experts, *layout)):
+            assert mine.dtype == jnp.int32
+            np.testing.assert_array_equal(mine, want, err_msg=str(layout))
 
 
 @pytest.mark.parametrize("capacity", [None, 0, 1, 2, 3, 5])
@@ -280,6 +284,16 @@ def test_hash_router(rng):
 @pytest.mark.parametrize("name", MOVES)
 def test_permute_and_combine(name, dtype, rng):
     dispatch, x, y, weights = draw_move(rng, name, DTYPES[dtype])
-    for its_weights in (None, weights):
-        assert_rounded(reference_jit("permute")(x, dispatch, its_weights), permute(x, dispatch, its_weights))
-        assert_rounded(reference_jit("combine")(y, dispatch, its_weights), combine(y, dispatch, its_weights))
+
+    def run(permute, combine, *values):
+        dispatch, x, y, weights = values
+        return [
+            move(rows, dispatch, its_weights)
+            for its_weights in (None, weights)
+            for move, rows in ((permute, x), (combine, y))
+        ]
+
+    values = dispatch, x, y, weights
+    got = jax.jit(partial(run, reference.permute, reference.combine))(*values)
+    for mine, other in zip(got, run(permute, combine, *values)):
+        assert_rounded(mine, other)

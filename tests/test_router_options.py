@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_router
 import oracle
@@ -267,6 +268,47 @@ def test_wrong_arguments_of_null_experts(x, real, error, words):
     routing = Routing(jnp.ones((3, 2)), jnp.zeros((3, 2), jnp.int32))
     with pytest.raises(error, match=words):
         null_experts_output(x, routing, real)
+
+
+# Sharded
+
+
+MESHED = {
+    "changed logits": {"logit_bias": True, "softcap": 2.0, "logits_dtype": jnp.bfloat16, "per_expert_scale": True},
+    "biased logits": {"selection_key": "logits", "num_null_experts": 5},
+}
+
+
+@pytest.mark.parametrize("sharded", ["experts", "hidden"])
+@pytest.mark.parametrize("change", MESHED)
+def test_options_in_a_mesh_of_explicit_axes(change, sharded, devices, rng):
+    """With tokens over one axis and, over another, everything that has experts, or the hidden elements."""
+    config = replace(CONFIG, **MESHED[change])
+    router = make(config, rng)
+    x, mask = hidden_states(rng, 4, 3), jnp.asarray(rng.random((4, 3)) < 0.8)
+
+    @nnx.jit
+    def run(router, x, mask):
+        def loss(router, x):
+            routing = router(x, token_mask=mask)
+            return (routing.weights**2).sum() + null_experts_output(x, routing, config.num_real_experts).sum(), routing
+
+        gradients, routing = nnx.grad(loss, argnums=(0, 1), has_aux=True)(router, x)
+        return routing, gradients
+
+    want = run(router, x, mask)
+    mesh = jax.make_mesh((len(devices) // 2, 2), ("d", "m"), (AxisType.Explicit,) * 2, devices=devices)
+    hidden = "m" if sharded == "hidden" else None
+
+    def put(value, *spec):
+        return jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(router)
+        state = jax.tree.map(lambda leaf: put(leaf, None if hidden else "m", *(hidden,) * (leaf.ndim - 1)), state)
+        got = run(nnx.merge(graph, state), put(x, "d", None, hidden), put(mask, "d"))
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
