@@ -368,5 +368,5 @@ def test_choice_of_way():
     slots = expert_parallel.expected_slots(8192, 6, 64, headroom=1.25)
     assert slots == math.ceil(1.25 * 8192 * (1 - (63 / 64) ** 6))
     assert expert_parallel.choose_way(links, **many, slots=slots) == "exchange"
-    assert links.seconds("gather", **few) == pytest.approx(2 * 20e-6 + 2 * 3 * 8192 * 8192 / 2e11)
+    assert links.seconds("gather", **few) == pytest.approx(2 * links.latency + 2 * 3 * 8192 * 8192 / 2e11)
     assert expert_parallel.expected_slots(8192, 6, 1) == expert_parallel.expected_slots(8192, 6, 2, headroom=9) == 8192
