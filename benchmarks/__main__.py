@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     exchange.add_argument("--tokens", type=int, default=None, metavar="T", help="of a device (8192; tiny: 64)")
     exchange.add_argument("--tiny", action="store_true", help="a layer for a machine without GPUs")
     exchange.add_argument("--draw", action="store_true", help="only draw the picture of the records")
-    exchange.add_argument("--paper", action="store_true", help="only compute from the records what many GPUs would do")
+    exchange.add_argument(
+        "--paper", action="store_true", help="only print the tables of the records, and what many GPUs would do by them"
+    )
     return parser
 
 
@@ -202,8 +204,9 @@ def _exchange(arguments: argparse.Namespace, console: Console, device: str, comm
             exchange.draw(layers, sizes, device, picture)
             console.print(f"drawn: {picture}")
         if arguments.paper:
-            alone = layers.get(exchange.Case(exchange.alone(sizes), "balanced").id)
-            computing = None if alone is None else alone.us / 1e6
+            case = exchange.Case(exchange.share(sizes, max(measured), sizes.tokens, *exchange.WHOLE), "balanced")
+            computing = layers[case.id].us / 1e6 if case.id in layers else None
+            print(exchange.markdown(layers, measured, sizes), end="\n\n")
             print(on_paper.markdown([*on_paper.estimates(sizes, measured[max(measured)], computing)]))
         return 0
     what = ("moved",) if arguments.exchange_only else exchange.WHAT

@@ -32,6 +32,7 @@ AXIS = "expert"
 LOADS = ("balanced", "zipf", "one-device")
 WHAT = ("experts", "moved")
 DIRECTIONS = ("forward", "forward_and_backward")
+WHOLE = "experts", "forward_and_backward"
 # What the limits of the sized ways have beyond an even load.
 HEADROOM = 1.05
 # With strong scaling, how many times the tokens of a device all devices have together.
@@ -132,7 +133,7 @@ WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "choices": by_choices,
 }
 # On one device nothing moves, whichever way.
-ALONE = {"alone": partial(by_library, way="gather", sized=False)}
+ALONE = partial(by_library, way="gather", sized=False)
 
 
 # Cases
@@ -164,9 +165,15 @@ class Case:
         )
 
 
-def alone(sizes: Sizes) -> Program:
-    """One device with all experts, forward and backward."""
-    return Program(sizes, 1, sizes.tokens, "alone", "experts", DIRECTIONS[1])
+def alone(sizes: Sizes, tokens: int, what: str, direction: str) -> Program:
+    """One device with all experts."""
+    return Program(sizes, 1, tokens, "alone", what, direction)
+
+
+def share(sizes: Sizes, devices: int, tokens: int, what: str, direction: str) -> Program:
+    """One device with the experts that each of so many has, and as many choices: its work where nothing moves."""
+    fewer = dataclasses.replace(sizes, num_experts=sizes.num_experts // devices)
+    return Program(fewer, 1, tokens, f"share-of-{devices}", what, direction)
 
 
 def counts_of_devices(most: int) -> list[int]:
@@ -176,14 +183,20 @@ def counts_of_devices(most: int) -> list[int]:
 def cases(sizes: Sizes, most_devices: int, what: Sequence[str] = WHAT) -> list[Case]:
     """The largest numbers of devices first, and the movement before the experts, in case the time runs out."""
     counts = counts_of_devices(most_devices)
-    tokens_on = {devices: (sizes.tokens, sizes.tokens * STRONG // devices) for devices in counts}
-    # One device computes as many tokens as each device of any other case has, to compare.
-    tokens_on[1] = tuple(itertools.chain.from_iterable(tokens_on.values()))
+    on = {devices: (sizes.tokens, sizes.tokens * STRONG // devices) for devices in counts}
     found: dict[Case, None] = {}
     for part, devices, direction in itertools.product(reversed(what), reversed(counts), DIRECTIONS):
-        ways = WAYS if devices > 1 else ALONE
-        for tokens, way, load in itertools.product(tokens_on[devices], ways, LOADS):
-            found[Case(Program(sizes, devices, tokens, way, part, direction), load)] = None
+        if devices > 1:
+            programs = [Program(sizes, devices, tokens, way, part, direction) for tokens in on[devices] for way in WAYS]
+            of_loads = list(itertools.product(programs, LOADS))
+        else:
+            programs = [alone(sizes, tokens, part, direction) for tokens in on[1]]
+            of_loads = list(itertools.product(programs, LOADS))
+            for several in counts[1:]:
+                if sizes.num_experts // several >= sizes.top_k:
+                    shares = [share(sizes, several, tokens, part, direction) for tokens in on[several]]
+                    of_loads += [(program, "balanced") for program in shares]
+        found |= dict.fromkeys(Case(*pair) for pair in of_loads)
     return list(found)
 
 
@@ -355,7 +368,7 @@ class Operands:
 
 def program_of(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     sizes, tokens = program.sizes, P(AXIS)
-    way = (WAYS | ALONE)[program.way]
+    way = WAYS.get(program.way, ALONE)
     experts = swiglu_experts if program.what == "experts" else identity_experts
 
     def layer(x, weights, ids, parameters):
@@ -388,9 +401,10 @@ def records(
     for program, of_program in itertools.groupby(selected, key=lambda case: case.program):
         mesh = make_mesh(program.devices)
         operands = Operands(program.sizes, mesh)
-        if kept[0] != (program.devices, program.what):
+        which = program.devices, program.sizes.num_experts, program.what
+        if kept[0] != which:
             kept = None, None  # before others are made
-            kept = (program.devices, program.what), operands.weights(program.what)
+            kept = which, operands.weights(program.what)
         measured = links(program.devices)
         yield from _of_program(program, list(of_program), mesh, operands, kept[1], measured, failures)
 
@@ -452,18 +466,22 @@ def read(path: Path) -> tuple[dict[str, Record], dict[int, LinkRecord]]:
     return layers, links
 
 
-def alone_id(case_id: str) -> str:
-    """One device with as many tokens, and all experts."""
+def share_id(case_id: str) -> str:
+    """The share of a case of several devices."""
     *first, sizes, load, _ = case_id.split("/")
-    return "/".join((*first, f"1x{sizes.split('x')[1]}", load, "alone"))
+    devices, tokens = sizes.split("x")
+    return "/".join((*first, f"1x{tokens}", load, f"share-of-{devices}"))
+
+
+def least_us(record: Record, records: dict[str, Record]) -> float | None:
+    """What a device computes where nothing moves, plus the bytes that must move at the measured speed."""
+    computing = records.get(share_id(record.id))
+    return None if computing is None or record.floor_us is None else computing.us + record.floor_us
 
 
 def efficiency(record: Record, records: dict[str, Record]) -> float | None:
-    """What one device takes for as many tokens, and the bytes that must move at the measured speed, over the time."""
-    alone = records.get(alone_id(record.id))
-    if alone is None or record.floor_us is None:
-        return None
-    return (alone.us + record.floor_us) / record.us
+    least = least_us(record, records)
+    return None if least is None else least / record.us
 
 
 def table(found: Sequence[Record], records: dict[str, Record], device: str) -> Table:
@@ -495,6 +513,38 @@ def links_table(found: Sequence[LinkRecord], device: str) -> Table:
     return result
 
 
+def markdown(records: dict[str, Record], links: dict[int, LinkRecord], sizes: Sizes) -> str:
+    """The tables of docs/expert_parallel.md: the links, and a layer on most devices, forward and backward."""
+    lines = ["| devices | all-to-all | all-gather | reduce-scatter | latency |", "|---:|---:|---:|---:|---:|"]
+    for devices, link in sorted(links.items()):
+        speeds = (link.all_to_all, link.all_gather, link.reduce_scatter)
+        cells = " | ".join(f"{speed / 1e9:.0f} GB/s" for speed in speeds)
+        lines.append(f"| {devices} | {cells} | {1e6 * link.latency:.0f} us |")
+    devices = max(links)
+    for what, title in (("experts", "the layer"), ("moved", "what moves alone")):
+        heads = " | ".join((*LOADS, "efficiency", "temporary memory"))
+        lines += ["", f"| {title}, {devices} devices, {sizes.tokens} tokens each | {heads} |", "|---|" + 5 * "---:|"]
+        for way in WAYS:
+            program = Program(sizes, devices, sizes.tokens, way, what, DIRECTIONS[1])
+            of_loads = [records.get(Case(program, load).id) for load in LOADS]
+            cells = [_milliseconds(record) for record in of_loads]
+            if first := of_loads[0]:
+                part = efficiency(first, records)
+                cells += ["" if part is None else f"{part:.2f}", f"{first.temporary / 2**30:.1f} GiB"]
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        least = records.get(share_id(Case(program, LOADS[0]).id))
+        if least is not None:
+            lines.append(f"| a device's share, nothing moved | {least.us / 1e3:.1f} ms | | | | |")
+    return "\n".join(lines)
+
+
+def _milliseconds(record: Record | None) -> str:
+    if record is None:
+        return ""
+    dropped = f" ({record.dropped:.0%} dropped)" if record.dropped else ""
+    return f"{record.us / 1e3:.1f} ms{dropped}"
+
+
 def draw(records: dict[str, Record], sizes: Sizes, device: str, path: Path, load: str = "balanced") -> None:
     """Weak and strong scaling of a layer, forward and backward, by way, beside what the bytes need at least."""
     import matplotlib
@@ -517,20 +567,18 @@ def draw(records: dict[str, Record], sizes: Sizes, device: str, path: Path, load
             return records.get(Case(program, load).id)
 
         counts = counts_of_devices(most)
-        alone = record_at(1, "alone")
         for index, way in enumerate(WAYS):
-            points = [(1, alone), *((devices, record_at(devices, way)) for devices in counts[1:])]
+            points = [(1, record_at(1, "alone")), *((devices, record_at(devices, way)) for devices in counts[1:])]
             known = [(devices, record.us / 1e3) for devices, record in points if record]
             if len(known) > 1:
                 axis.plot(*zip(*known), "o-", color=f"C{index}", label=way, markersize=4)
         floors = []
-        for devices in counts:
-            found = [record for way in (*WAYS, "alone") if (record := record_at(devices, way))]
-            single = records.get(alone_id(found[0].id)) if found else None
-            if single and found[0].floor_us is not None:
-                floors.append((devices, (single.us + found[0].floor_us) / 1e3))
+        for devices in counts[1:]:
+            found = [record for way in WAYS if (record := record_at(devices, way))]
+            if found and (least := least_us(found[0], records)):
+                floors.append((devices, least / 1e3))
         if floors:
-            axis.plot(*zip(*floors), "k:", label="one device's time, and the bytes")
+            axis.plot(*zip(*floors), "k_:", label="a device's share, and the bytes", markersize=12)
         axis.set_title(title)
         axis.set_xscale("log", base=2)
         axis.set_xticks(counts, map(str, counts))

@@ -64,7 +64,7 @@ class ExpertSum(NamedTuple):
 class Links:
     """What the devices along a mesh axis can do: the constants by which `way="auto"` chooses.
 
-    `python -m benchmarks exchange` measures them. The defaults are those of four H100 of one host.
+    `python -m benchmarks exchange` measures them. The defaults are those of four H200 of one host.
 
     Attributes:
         all_to_all, all_gather, reduce_scatter: bytes a second that a device sends to others in these collectives.
@@ -72,11 +72,11 @@ class Links:
         latency: seconds that a collective takes however little it moves.
     """
 
-    all_to_all: float = 207e9
-    all_gather: float = 168e9
-    reduce_scatter: float = 168e9
-    memory: float = 2.5e12
-    latency: float = 20e-6
+    all_to_all: float = 257e9
+    all_gather: float = 255e9
+    reduce_scatter: float = 250e9
+    memory: float = 2.3e12
+    latency: float = 28e-6
 
     def seconds(
         self, way: Way, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None
@@ -158,7 +158,7 @@ def compute(
         axis_name: of the mesh axis, or of several, over which the experts are spread.
         way: "gather", "exchange", or "auto" by `links`.
         slots: of "exchange", how many tokens a device sends to another one at most, first come, first served; the
-            choices of further ones are dropped. None is enough for all.
+            choices of further ones there are dropped. None is enough for all. Where "auto" is gather, none is dropped.
         rows: how many choices a device's experts compute at most; those of its last experts are dropped. It is S, by
             which the memory of the experts goes; a multiple of `align`. None is enough for all: `n T k` with gather,
             `n slots k` with exchange, and what `align` adds.
@@ -182,8 +182,7 @@ def compute(
     num_experts = _check.static_int("num_experts", num_experts, 1, 2**24, " (ids are exact in f32)")
     axis = axis_name if isinstance(axis_name, str) else tuple(axis_name)
     devices = lax.axis_size(axis)
-    if num_experts % devices:
-        raise ValueError(f"the {devices} devices of axis_name = {axis!r} must divide num_experts, got {num_experts}")
+    experts_of_device = _share(num_experts, devices, f"axis_name = {axis!r}")
     _check.choice("way", way, ("auto", *get_args(Way)))
     _check.choice("weigh", weigh, get_args(Weigh))
     slots = None if slots is None else _check.concrete_int("slots", slots, 0)
@@ -206,12 +205,12 @@ def compute(
     ids = as_int32_ids(expert_ids, num_experts).reshape(tokens, top_k)
     valid = (ids >= 0) & (ids < num_experts)
     own = x.reshape(tokens, hidden), _packed(weights.reshape(tokens, top_k), jnp.where(valid, ids, -1))
-    local = _Local(experts, num_experts // devices, axis, rows, align, weigh, implementation)
+    local = _Local(experts, experts_of_device, axis, rows, align, weigh, implementation)
     if way == "gather":
         sums, computed = local(*(lax.all_gather(values, axis, tiled=True) for values in own))
         output = lax.psum_scatter(sums, axis, tiled=True)
     else:
-        device = jnp.where(valid, ids // local.num_experts, -1)
+        device = jnp.where(valid, ids // experts_of_device, -1)
         plan = _plan(device, devices, tokens if slots is None else slots, implementation)
         sent = (permute(values, plan, implementation=implementation) for values in own)
         sums, computed = local(*(_all_to_all(values, axis) for values in sent))
@@ -255,6 +254,20 @@ def over_mesh(
 
     Raises:
         TypeError, ValueError: as of `compute`; there is no mesh or it has no such axis; weights have different E.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jax_router import Routing, expert_parallel
+        >>> def experts(scales, rows, group_sizes):
+        ...     return rows * jnp.repeat(scales, group_sizes, total_repeat_length=len(rows))[:, None]
+        >>> routing = Routing(jnp.array([[0.5], [2.0], [1.0]]), jnp.array([[1], [0], [-1]]))
+        >>> scales = jnp.array([10.0, 100.0])
+        >>> with jax.set_mesh(jax.make_mesh((1,), ("expert",))):
+        ...     expert_parallel.over_mesh(jnp.ones((3, 1)), routing, experts, scales, expert_axis="expert").output
+        Array([[50.],
+               [20.],
+               [ 0.]], dtype=float32)
     """
     x, *choices = _checked(x, routing)
     routing = Routing(*choices)
@@ -277,6 +290,7 @@ def over_mesh(
         data_axes = [name for name in mesh.axis_names if name != expert_axis]
     axes = *data_axes, expert_axis
     devices = math.prod(mesh.shape[name] for name in axes)
+    _share(num_experts, mesh.shape[expert_axis], f"expert_axis = {expert_axis!r}")
 
     def on_device(x: Array, routing: Routing, weights: Any) -> tuple[Array, Array]:
         local = partial(experts, weights)
@@ -308,8 +322,16 @@ def over_mesh(
     return ExpertSum(*of_all(x, routing, weights))
 
 
+def _share(num_experts: int, devices: int, axis: str) -> int:
+    """How many experts a device has."""
+    if num_experts % devices:
+        raise ValueError(f"the {devices} devices of {axis} must divide num_experts, got {num_experts}")
+    return num_experts // devices
+
+
 def _checked(x: Array, routing: Routing) -> tuple[Array, Array, Array]:
     """x, weights and ids, of the same tokens."""
+    _check.instance("routing", routing, Routing, "router(x)")
     x = _check.float_array("x", x, min_rank=2)
     weights = _check.float32_array("routing.weights", routing.weights)
     expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)

@@ -28,7 +28,9 @@ def run(monkeypatch, tmp_path):
 
 
 def test_records_picture_and_paper(run, devices, monkeypatch, tmp_path, capsys):
-    path = run("--tokens", "16", "--only", "*/experts/*_*/2x16/[bz]*/exchange-sized", "*/experts/*_*/1x16/balanced/*")
+    path = run(
+        "--tokens", "16", "--only", "*/experts/*_*/2x16/[bz]*/exchange-sized", "*/experts/*_*/1x16/balanced/share-of-2"
+    )
     from benchmarks import exchange, sweep
 
     layers, links = exchange.read(path)
@@ -44,16 +46,15 @@ def test_records_picture_and_paper(run, devices, monkeypatch, tmp_path, capsys):
     )
     assert 0 < zipf.dropped < 1
     assert exchange.efficiency(balanced, layers) > 0
-    assert exchange.efficiency(zipf, layers) is None  # one device was not timed with this load
+    assert exchange.efficiency(zipf, layers) is None  # a device's share is that of an even load
 
     capsys.readouterr()
     run("--tokens", "16", "--paper")
-    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]] == [
-        "8",
-        "64",
-        "1024",
-        "1024",
-    ]
+    tables = [table.splitlines()[2:] for table in capsys.readouterr().out.strip().split("\n\n")]
+    links, layer, _, paper = [[row.split("|")[1].strip() for row in table] for table in tables]
+    assert links == ["2"]
+    assert layer == [*exchange.WAYS, "a device's share, nothing moved"]
+    assert paper == ["8", "64", "1024", "1024"]
 
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sweep, "IMAGES", tmp_path)
@@ -62,14 +63,13 @@ def test_records_picture_and_paper(run, devices, monkeypatch, tmp_path, capsys):
 
 
 def test_cases(run, devices, capsys):
-    """What moves alone comes without the experts; one device computes as many tokens as each of the others."""
+    """What moves alone comes without the experts; what a device's share is, is timed for all sizes of several."""
     run("--list", "--exchange-only")
     ids = [line.split("/") for line in capsys.readouterr().out.split()]
     assert {parts[2] for parts in ids} == {"moved"}
-    alone, others = (
-        {parts[4].split("x")[1] for parts in ids if (parts[4][:2] == "1x") == one} for one in (True, False)
-    )
-    assert others <= alone
+    several = {tuple(parts[4].split("x")) for parts in ids if parts[4][:2] != "1x"}
+    shares = {(parts[6][9:], parts[4][2:]) for parts in ids if parts[6].startswith("share-of-")}
+    assert shares == {(number, tokens) for number, tokens in several if 16 // int(number) >= 3}
 
 
 def test_rows_that_must_move(run):

@@ -17,15 +17,25 @@ AXIS, DATA = "expert", "data"
 HIDDEN, INNER, EXPERTS, NULL, TOP_K = 8, 12, 16, 2, 3
 
 
-@functools.cache
-def parameters():
-    """Of the layer, by the same names on one device and on several."""
-    return nnx.to_pure_dict(nnx.state(make()))
+@pytest.fixture(autouse=True)
+def as_exact_as_a_cpu():
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def make(**options):
+    """The layer, without values: nothing is compiled to draw them."""
     config = RouterConfig(HIDDEN, EXPERTS + NULL, TOP_K, score_fn="sigmoid", num_null_experts=NULL)
-    return MoE(config, INNER, shared_intermediate_size=4, shared_expert_gate=True, rngs=nnx.Rngs(0), **options)
+    shared = {"shared_intermediate_size": 4, "shared_expert_gate": True}
+    return nnx.eval_shape(lambda: MoE(config, INNER, **shared, rngs=nnx.Rngs(0), **options))
+
+
+@functools.cache
+def parameters():
+    """The values, by the same names on one device and on several."""
+    rng = np.random.default_rng(1)
+    shapes = nnx.to_pure_dict(nnx.state(make()))
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), shapes)
 
 
 def draw():
@@ -84,8 +94,8 @@ def test_under_jit(mode, tokens, way, devices):
     mesh = make_mesh(devices, mode)
     options = {"expert_axis": AXIS, "expert_options": {"way": way}}
     with jax.set_mesh(mesh):
-        place = lambda values, spec: jax.device_put(values, NamedSharding(mesh, spec))  # noqa: E731
-        operands = jax.tree.map(place, parameters(), specs()), *(place(values, tokens) for values in draw())
+        where = jax.tree.map(partial(NamedSharding, mesh), (specs(), tokens, tokens, tokens))
+        operands = jax.device_put((parameters(), *draw()), where)
         (y, dropped, bias), gradients = jax.jit(partial(step, **options))(*operands)
     assert_close(((y, dropped, bias), gradients), on_one_device(), rtol=1e-4, atol=1e-5)
     assert gradients[0]["experts"]["up_proj"].sharding.spec[0] == AXIS
