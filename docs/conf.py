@@ -1,8 +1,8 @@
 """How Sphinx builds the site: `nox -s docs`.
 
-Sphinx, because the reference is made of docstrings, and a name that is not there is an error; MyST-NB, because the pages
-are the Markdown that is read beside the code, too, and a notebook is a page with the outputs that are stored in it.
-Nothing is fetched, and no notebook is run.
+Sphinx, because the reference is made of docstrings, and a name that is not there is an error; MyST-NB, because the
+pages are the Markdown that is read beside the code, too, and a notebook is a page with the outputs that are stored in
+it. Nothing is fetched, and no notebook is run.
 """
 
 import re
