@@ -7,12 +7,14 @@ it. Nothing is fetched, and no notebook is run.
 
 import re
 
+from docutils import nodes
+from sphinx.domains.python import PyXRefRole
+from sphinx.util.docutils import SphinxRole
 from sphinx.util.inspect import signature, stringify_signature
 
 import jax_router
 
 project = "jax_router"
-author = "The authors of jax_router"
 version = release = jax_router.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
@@ -28,7 +30,7 @@ nb_execution_mode = "off"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
-default_role = "code"  # docstrings are written as Markdown is: `x` is code
+default_role = "name-or-code"  # docstrings are written as Markdown is: `x` is code
 napoleon_attr_annotations = False  # the descriptions say the dtypes and shapes
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -37,8 +39,19 @@ python_maximum_signature_line_length = 100
 # What a reader sees
 html_theme = "furo"
 html_title = f"jax_router {release}"
+html_show_copyright = False
 html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+class NameOrCode(SphinxRole):
+    """What the package exports as a link, and any other code as it is."""
+
+    def run(self):
+        name = self.text.removeprefix("jax_router.").removesuffix("()")
+        if name not in jax_router.__all__:
+            return [nodes.literal(self.rawtext, self.text)], []
+        return PyXRefRole()("py:obj", self.rawtext, f"{self.text} <jax_router.{name}>", self.lineno, self.inliner)
 
 
 def _skip_fields(app, what, name, member, skip, options):
@@ -61,6 +74,7 @@ def _read_as_sentences(app, what, name, member, options, lines):
 
 
 def setup(app):
+    app.add_role("name-or-code", NameOrCode())
     app.connect("autodoc-skip-member", _skip_fields)
     app.connect("autodoc-process-signature", _signature_of_router)
     app.connect("autodoc-process-docstring", _read_as_sentences, priority=400)

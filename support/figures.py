@@ -122,19 +122,20 @@ def kernel_times(op: str) -> str:
     of_op = re.compile(rf"{op}(_grad)?/")
     targets = {target["id"]: target for target in json.loads(TARGETS.read_text(encoding="utf-8"))}
     rows = [
-        _kernel_time(record, targets.get(case, {}))
+        _kernel_time(op, record, targets.get(case, {}))
         for case, record in records(KERNEL_TIMES).items()
         if of_op.match(case)
     ]
     return table(["case", "us", "XLA", "times", "floor", "target", "best elsewhere"], rows, words=(0, 6))
 
 
-def _kernel_time(record: Record, target: Record) -> list[str]:
+def _kernel_time(op: str, record: Record, target: Record) -> list[str]:
     is_reached = record["target_us"] and record["us"] <= record["target_us"]
     reached = f"{number(record['target_us'])}{' ✓' if is_reached else ''}"
     elsewhere = f"{target['best_peer_us']} {target['best_peer']}" if target.get("best_peer_us") else ""
     figures = [ours(record["us"]), number(record["xla_us"]), times(record), number(record["floor_us"])]
-    return [f"`{record['id']}`", *figures, reached, elsewhere]
+    case = record["id"].removeprefix(f"{op}/")
+    return [f"`{case}`", *figures, reached, elsewhere]
 
 
 def kernel_times_where() -> str:
