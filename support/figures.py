@@ -72,10 +72,13 @@ def times(record: Record) -> str:
     return f"{record['xla_us'] / record['us']:.1f}" if record["xla_us"] else "-"
 
 
-def where(of: Mapping[str, Record]) -> str:
-    """On what figures were taken, and of which state of this project."""
-    device, jax, commit = {(record["device"], record["jax"], record["commit"]) for record in of.values()}.pop()
-    return f"{device}, jax {jax}, this project at {commit}."
+def where(name: str) -> str:
+    """On what the figures of a file of results were taken, and of which states of this project."""
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({record[key] for record in records(name).values()}))
+
+    return f"{all_of('device')}, jax {all_of('jax')}, this project at {all_of('commit')}."
 
 
 def chosen() -> str:
@@ -85,7 +88,7 @@ def chosen() -> str:
         for label, case, instead in CHOSEN
     ]
     head = ["microseconds", "jax_router", "XLA", "XLA is given", "floor"]
-    return f"{table(head, rows, words=(0, 3))}\n\n{where(found)}"
+    return f"{table(head, rows, words=(0, 3))}\n\n{where(KERNEL_TIMES)}"
 
 
 def in_words() -> str:
@@ -138,16 +141,11 @@ def _kernel_time(op: str, record: Record, target: Record) -> list[str]:
     return [f"`{case}`", *figures, reached, elsewhere]
 
 
-def kernel_times_where() -> str:
-    return where(records(KERNEL_TIMES))
-
-
 def in_jit() -> str:
     """What a call adds to a jitted program, beside XLA's, where both were taken."""
-    found = records(H100)
-    both = [record for record in found.values() if record["in_jit_us"] and record["xla_in_jit_us"]]
+    both = [record for record in records(H100).values() if record["in_jit_us"] and record["xla_in_jit_us"]]
     rows = [[f"`{record['id']}`", ours(record["in_jit_us"]), number(record["xla_in_jit_us"])] for record in both]
-    return f"{table(['case', 'a call adds', 'XLA adds'], rows)}\n\n{where(found)}"
+    return f"{table(['case', 'a call adds', 'XLA adds'], rows)}\n\n{where(H100)}"
 
 
 def layers() -> str:
@@ -161,7 +159,7 @@ def layers() -> str:
         products = number(mine["experts"] + mine["swiglu"])
         whole = f"{ours(record['us'])} ({number(record['others_us']['indexing'])})"
         rows.append([model, *(f"{ours(mine[s])} ({number(theirs[s])})" for s in stages), products, whole])
-    return f"{table(['layer', *stages, 'products', 'in all'], rows)}\n\n{where(found)}"
+    return f"{table(['layer', *stages, 'products', 'in all'], rows)}\n\n{where(f'{H100}-layer')}"
 
 
 def exactness() -> str:
@@ -170,17 +168,17 @@ def exactness() -> str:
         [name, f"{record['rows']:,}", f"{record['wrong']}", f"{record['by_rounding']:,}"]
         for name, record in records(f"{H100}-exactness").items()
     ]
-    return table(["what is routed", "rows", "wrong", "by rounding"], rows)
+    head = ["what is routed", "rows", "wrong", "by rounding"]
+    return f"{table(head, rows)}\n\n{where(f'{H100}-exactness')}"
 
 
 def cpu() -> str:
     """All cases on a CPU, in milliseconds."""
-    found = records(CPU)
     rows = [
         [f"`{case}`", ours(record["us"] / 1000), number(record["xla_us"] / 1000), times(record)]
-        for case, record in found.items()
+        for case, record in records(CPU).items()
     ]
-    return f"{table(['case', 'ms', 'XLA', 'times'], rows)}\n\n{where(found)}"
+    return f"{table(['case', 'ms', 'XLA', 'times'], rows)}\n\n{where(CPU)}"
 
 
 _OPS = (
@@ -192,7 +190,8 @@ _OPS = (
 FIGURES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"chosen": chosen, "in words": in_words},
     "docs/background/performance.md": {
-        "where": kernel_times_where,
+        "kernel times": partial(where, KERNEL_TIMES),
+        "pictures": partial(where, f"{H100}-sweep"),
         **{op: partial(kernel_times, op) for op in _OPS},
         "in jit": in_jit,
         "layers": layers,
