@@ -62,7 +62,18 @@ class HashTable(nnx.Variable[Array]):
 
 
 class ExpertCounts(nnx.Variable[Array]):
-    """How often each expert was chosen since the selection bias was last updated. No Param."""
+    """How often each expert was chosen since the selection bias was last updated. No Param.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jax_router import Router, RouterConfig
+        >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=1, count_experts=True)
+        >>> router = Router(config, rngs=nnx.Rngs(0))
+        >>> _ = router(jnp.ones((5, 4)))
+        >>> int(router.counts[...].sum())
+        5
+    """
 
 
 def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> Array:
@@ -165,6 +176,16 @@ class Router(nnx.Module):
 
         Args:
             deterministic: the attribute.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from jax_router import Router, RouterConfig
+            >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=1, count_experts=True)
+            >>> router = Router(config, rngs=nnx.Rngs(0))
+            >>> _ = nnx.view(router, deterministic=True)(jnp.ones((5, 4)))
+            >>> int(router.counts[...].sum())
+            0
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -418,6 +439,17 @@ class Router(nnx.Module):
         Raises:
             ValueError: this router does not count.
             TypeError, ValueError: as of `balance.update_expert_bias`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from jax_router import Router, RouterConfig
+            >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=1, count_experts=True)
+            >>> router = Router(config, rngs=nnx.Rngs(0))
+            >>> router.counts[...] = jnp.array([5, 3, 1])
+            >>> counts = router.update_selection_bias(rate=0.5)
+            >>> router.bias[...]
+            Array([-0.5,  0. ,  0.5], dtype=float32)
         """
         if not self.config.count_experts:
             raise ValueError("the configuration must have count_experts=True, got False")
