@@ -52,3 +52,14 @@ def sanitize(session: nox.Session) -> None:
             "JAX_PLATFORMS": "cpu",
         },
     )
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Builds the site into build/docs, with warnings as errors: nox -s docs -- [html | linkcheck].
+
+    In the environment that runs nox, which has `jax-router[docs]`: the reference is made of the installed package.
+    Nothing is fetched; `linkcheck` asks for the external links.
+    """
+    builder, *options = session.posargs or ["html"]
+    session.run("sphinx-build", "-M", builder, "docs", "build/docs", "--fail-on-warning", "--keep-going", *options)

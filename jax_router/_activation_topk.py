@@ -66,6 +66,21 @@ def activation_topk(
         TypeError: an operand has a wrong dtype, or an option a wrong type.
         ValueError: a wrong shape or option.
         NotImplementedError: `implementation="native"` where no kernel can run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import activation_topk
+        >>> logits = jnp.array([[1.0, 3.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+        >>> weights, expert_ids = activation_topk(logits, top_k=2, score_fn="softmax")
+        >>> expert_ids
+        Array([[1, 2],
+               [0, 1]], dtype=int32)
+        >>> weights[1]
+        Array([0.5, 0.5], dtype=float32)
+        >>> bias = jnp.array([9.0, 0.0, 0.0, 0.0])  # steers the selection, not the weights
+        >>> activation_topk(logits, bias, top_k=2, score_fn="sigmoid").expert_ids
+        Array([[0, 1],
+               [0, 1]], dtype=int32)
     """
     logits = _check.float_array("logits", logits)
     operands, selection = selection_operands(

@@ -74,6 +74,16 @@ def dense_router(
         TypeError: an operand has a wrong dtype, or an option a wrong type.
         ValueError: a wrong shape or option.
         NotImplementedError: `implementation="native"` where no kernel can run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import dense_router
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])  # two tokens
+        >>> weight = jnp.array([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])  # three experts
+        >>> weights, expert_ids = dense_router(x, weight, top_k=2, score_fn="softmax")
+        >>> expert_ids
+        Array([[0, 2],
+               [1, 2]], dtype=int32)
     """
     operands = product_operands(x, weight, logit_bias)
     num_experts = operands["weight"].shape[0]

@@ -64,6 +64,22 @@ def expert_dispatch(
         TypeError: a wrong dtype, or num_experts, align or capacity is no int.
         ValueError: a wrong shape or number, or more than 2^31 - 1 slots.
         NotImplementedError: `implementation="native"` where no kernel can run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import expert_dispatch
+        >>> expert_ids = jnp.array([[1, 0], [0, 2], [1, -1]])  # two choices for each of three tokens
+        >>> token_index, slot, group_sizes = expert_dispatch(expert_ids, 3)
+        >>> token_index
+        Array([ 0,  1,  0,  2,  1, -1], dtype=int32)
+        >>> slot
+        Array([[ 2,  0],
+               [ 1,  4],
+               [ 3, -1]], dtype=int32)
+        >>> group_sizes
+        Array([2, 2, 1], dtype=int32)
+        >>> expert_dispatch(expert_ids, 3, align=2).token_index
+        Array([ 0,  1,  0,  2,  1, -1, -1, -1], dtype=int32)
     """
     expert_ids = _check.int_array("expert_ids", expert_ids)
     num_experts = _check.static_int("num_experts", num_experts, 1, None)

@@ -66,6 +66,17 @@ def grouped_matmul(
         TypeError: a wrong dtype.
         ValueError: a wrong shape.
         NotImplementedError: `implementation="native"` where the kernels cannot run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import grouped_matmul
+        >>> lhs = jnp.ones((4, 2))
+        >>> rhs = jnp.array([1.0, 10.0])[:, None, None] * jnp.ones((2, 2, 1))  # a matrix for each of two groups
+        >>> grouped_matmul(lhs, rhs, jnp.array([1, 2]))
+        Array([[ 2.],
+               [20.],
+               [20.],
+               [ 0.]], dtype=float32)
     """
     lhs = _check.float_array("lhs", lhs)
     rhs = _check.float_array("rhs", rhs)

@@ -38,6 +38,20 @@ def hash_router(
         TypeError: an operand has a wrong dtype, or scale is no number.
         ValueError: a wrong shape.
         NotImplementedError: `implementation="native"` where no kernel can run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import hash_router
+        >>> hash_lut = jnp.array([[0, 3], [1, 2], [2, 0]])  # two experts for each of three token ids
+        >>> routing = hash_router(jnp.array([2, 1, 7]), hash_lut)
+        >>> routing.expert_ids
+        Array([[ 2,  0],
+               [ 1,  2],
+               [-1, -1]], dtype=int32)
+        >>> routing.weights
+        Array([[0.5, 0.5],
+               [0.5, 0.5],
+               [0. , 0. ]], dtype=float32)
     """
     scale = _check.static_float("scale", scale)
     operands = table_operands(token_ids, hash_lut)

@@ -196,7 +196,19 @@ def target_name(op_name: str) -> str:
 
 
 def custom_call_targets() -> tuple[str, ...]:
-    """All custom-call targets that this installation may put into a program, for the safety check of `jax.export`."""
+    """All custom-call targets that this installation may put into a program, for the safety check of `jax.export`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jax_router import custom_call_targets, topk_select
+        >>> allowed = [jax.export.DisabledSafetyCheck.custom_call(target) for target in custom_call_targets()]
+        >>> step = jax.jit(lambda scores: topk_select(scores, 2))
+        >>> exported = jax.export.export(step, disabled_checks=allowed)(jnp.array([3.0, 1.0, 2.0]))
+        >>> saved = exported.serialize()
+        >>> jax.export.deserialize(saved).call(jnp.array([3.0, 1.0, 2.0]))[1]
+        Array([0, 2], dtype=int32)
+    """
     modules = [module for platform in PLATFORMS if isinstance(module := load(platform), ModuleType)]
     return tuple(sorted({target_name(name) for module in modules for name in module.targets()}))
 

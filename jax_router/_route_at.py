@@ -55,6 +55,13 @@ def route_at(
         TypeError: an operand has a wrong dtype, or an option a wrong type.
         ValueError: a wrong shape or option.
         NotImplementedError: `implementation="native"` where no kernel can run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import route_at
+        >>> logits = jnp.array([[1.0, 3.0, 2.0, 3.0]])
+        >>> route_at(logits, jnp.array([[3, 1, -1]]), score_fn="softmax")
+        Routing(weights=Array([[0.5, 0.5, 0. ]], dtype=float32), expert_ids=Array([[ 3,  1, -1]], dtype=int32))
     """
     logits = _check.float_array("logits", logits)
     expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
@@ -105,6 +112,19 @@ def scored_hash_router(
         TypeError: an operand has a wrong dtype, or an option a wrong type.
         ValueError: a wrong shape or option.
         NotImplementedError: `implementation="native"` where no kernel can run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import scored_hash_router
+        >>> hash_lut = jnp.array([[0, 3], [1, 2]])  # two experts for each of two token ids
+        >>> logits = jnp.zeros((2, 4))
+        >>> routing = scored_hash_router(logits, jnp.array([1, 5]), hash_lut, scale=1.5)
+        >>> routing.expert_ids
+        Array([[ 1,  2],
+               [-1, -1]], dtype=int32)
+        >>> routing.weights
+        Array([[0.75, 0.75],
+               [0.  , 0.  ]], dtype=float32)
     """
     logits = _check.float_array("logits", logits)
     table = table_operands(token_ids, hash_lut, token_mask)

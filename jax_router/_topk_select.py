@@ -51,6 +51,18 @@ def topk_select(
         TypeError: an operand has a wrong dtype, or an option a wrong type.
         ValueError: a wrong shape or option.
         NotImplementedError: `implementation="native"` where no kernel can run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import topk_select
+        >>> scores = jnp.array([[0.0, 2.0, 1.0, 2.0]])
+        >>> values, indices = topk_select(scores, 3)
+        >>> values, indices
+        (Array([[2., 2., 1.]], dtype=float32), Array([[1, 3, 2]], dtype=int32))
+        >>> topk_select(scores, 3, lengths=jnp.array([2]))[1]
+        Array([[ 1,  0, -1]], dtype=int32)
+        >>> topk_select(scores, 3, sorted=False)[1]
+        Array([[1, 2, 3]], dtype=int32)
     """
     scores = _check.float_array("scores", scores)
     length = scores.shape[-1]

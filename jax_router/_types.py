@@ -20,6 +20,13 @@ class Routing(NamedTuple):
     Attributes:
         weights: f32 `[..., k]`.
         expert_ids: int32 `[..., k]`, best first; -1 where a token has no expert (masked, padding, invalid id).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import activation_topk
+        >>> weights, expert_ids = activation_topk(jnp.zeros((5, 7, 16)), top_k=3)
+        >>> weights.shape, expert_ids.shape
+        ((5, 7, 3), (5, 7, 3))
     """
 
     weights: Array
@@ -35,6 +42,12 @@ class Dispatch(NamedTuple):
         slot: int32 `[..., k]`, where each choice went, -1 where it has no slot: its id is outside `[0, num_experts)`,
             or its expert was full.
         group_sizes: int32 `[num_experts]`, the slots of each expert as laid out, a multiple of `align`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import expert_dispatch
+        >>> expert_dispatch(jnp.array([[1, 0]]), 2).group_sizes
+        Array([1, 1], dtype=int32)
     """
 
     token_index: Array

@@ -41,6 +41,12 @@ class LoadStatistics(NamedTuple):
         coefficient_of_variation: f32, the standard deviation over the mean.
         entropy: f32, of `c / sum(c)`, over that of an even load: 1 is balanced, 0 is one expert for all.
         dead_experts: int32, how many experts have no token.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.balance import load_statistics
+        >>> load_statistics(jnp.array([2, 2, 0, 0])).dead_experts
+        Array(2, dtype=int32)
     """
 
     max_violation: Array
@@ -119,6 +125,14 @@ def sequence_balance_loss(
         TypeError, ValueError: a wrong dtype, shape or option.
 
     Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.balance import sequence_balance_loss
+        >>> logits = jnp.zeros((2, 4, 2))  # two sequences of four tokens, two experts
+        >>> expert_ids = jnp.array([[[0], [1], [0], [1]], [[1], [0], [1], [0]]])
+        >>> sequence_balance_loss(logits, expert_ids)
+        Array(1., dtype=float32)
     """
     logits, token_mask = _checked("logits", logits, token_mask)
     expert_ids = _checked_ids(expert_ids, logits)
@@ -232,6 +246,14 @@ def quantile_bias(
         ValueError: a wrong shape or number, or axis_name without bins.
 
     Source: Kimi-K3 report, arXiv 2607.24653, 2.3.3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.balance import quantile_bias
+        >>> scores = jnp.array([[0.9, 0.8], [0.9, 0.7], [0.9, 0.4], [0.9, 0.1]])  # all tokens prefer the first expert
+        >>> bias = quantile_bias(scores, jnp.zeros(2), top_k=1, bins=None)
+        >>> (scores + bias).argmax(axis=-1)
+        Array([1, 1, 0, 0], dtype=int32)
     """
     bias = lax.stop_gradient(_check.float32_array("bias", bias))
     scores, token_mask = _checked("scores", scores, token_mask)

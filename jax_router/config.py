@@ -191,6 +191,13 @@ class RouterConfig:
             TypeError: layer is no int.
             ValueError: there is no such preset, it has a router that no options describe, or there is no router in
                 that layer.
+
+        Example:
+            >>> from jax_router import RouterConfig
+            >>> RouterConfig.from_preset("mixtral_8x7b").num_experts
+            8
+            >>> RouterConfig.from_preset("deepseek_v4_flash", layer=0).mode
+            'hash'
         """
         return cls(**models.preset(name).options(layer))
 
@@ -209,6 +216,12 @@ class RouterConfig:
             OSError: the file cannot be read.
             ValueError: its `model_type` is unknown (the message lists the known ones), it lacks a field, or there is
                 no router in that layer.
+
+        Example:
+            >>> from jax_router import RouterConfig
+            >>> config = {"model_type": "mixtral", "hidden_size": 64, "num_local_experts": 4, "num_experts_per_tok": 1}
+            >>> RouterConfig.from_hf_config({**config, "num_hidden_layers": 2}).num_experts
+            4
         """
         return cls(**models.hf_options(config, layer))
 

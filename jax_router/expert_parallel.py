@@ -54,6 +54,18 @@ class ExpertSum(NamedTuple):
         output: `[..., D]` in the dtype of x, the weighted sum of a token's experts.
         dropped: int32 `[]`, the choices that no expert computed since `slots` or `rows` were too few, of all devices
             along the axis; 0 without these limits. Choices without a valid id do not count.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jax_router import Routing, expert_parallel
+        >>> x, routing = jnp.ones((1, 2)), Routing(jnp.ones((1, 1)), jnp.array([[3]]))
+        >>> weights = jnp.stack([jnp.eye(2)] * 4)  # of four experts
+        >>> def experts(weights, rows, group_sizes):
+        ...     return rows
+        >>> with jax.set_mesh(jax.make_mesh((1,), ("expert",))):
+        ...     expert_parallel.over_mesh(x, routing, experts, weights, expert_axis="expert", rows=0)
+        ExpertSum(output=Array([[0., 0.]], dtype=float32), dropped=Array(1, dtype=int32))
     """
 
     output: Array
@@ -70,6 +82,11 @@ class Links:
         all_to_all, all_gather, reduce_scatter: bytes a second that a device sends to others in these collectives.
         memory: bytes a second that a device reads or writes when it moves rows in its own memory.
         latency: seconds that a collective takes however little it moves.
+
+    Example:
+        >>> from jax_router.expert_parallel import Links
+        >>> Links(all_to_all=50e9).latency
+        2e-05
     """
 
     all_to_all: float = 257e9
@@ -90,6 +107,12 @@ class Links:
             hidden: D.
             itemsize: bytes of an element.
             slots: of a pair of devices; None is T.
+
+        Example:
+            >>> from jax_router.expert_parallel import Links
+            >>> links = Links(all_to_all=100e9, memory=float("inf"), latency=0.0)
+            >>> round(1e3 * links.seconds("exchange", devices=2, tokens=1000, hidden=50_000), 3)  # milliseconds
+            2.0
         """
         others, row = devices - 1, hidden * itemsize
         if way == "gather":
@@ -104,7 +127,15 @@ class Links:
 def choose_way(
     links: Links, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None
 ) -> Way:
-    """The way that `compute` takes with `way="auto"`: that which `links.seconds` says is the faster."""
+    """The way that `compute` takes with `way="auto"`: that which `links.seconds` says is the faster.
+
+    Example:
+        >>> from jax_router.expert_parallel import Links, choose_way
+        >>> choose_way(Links(), devices=8, tokens=8192, hidden=4096)
+        'exchange'
+        >>> choose_way(Links(all_to_all=50e9), devices=8, tokens=8192, hidden=4096)
+        'gather'
+    """
 
     def seconds(way: Way) -> float:
         return links.seconds(way, devices=devices, tokens=tokens, hidden=hidden, itemsize=itemsize, slots=slots)
@@ -123,6 +154,11 @@ def expected_slots(tokens: int, top_k: int, devices: int, *, headroom: float = 1
         top_k: k.
         devices: n, along the axis.
         headroom: a factor of 0 or more.
+
+    Example:
+        >>> from jax_router.expert_parallel import expected_slots
+        >>> expected_slots(8192, top_k=6, devices=8)
+        4516
     """
     return min(tokens, math.ceil(headroom * tokens * (1 - (1 - 1 / devices) ** top_k)))
 
@@ -177,6 +213,21 @@ def compute(
         TypeError: a wrong dtype, or an option is no int.
         ValueError: a wrong shape or number; n does not divide `num_experts`; `slots` with `way="gather"`.
         NameError: there is no such mesh axis here.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jax_router import Routing, expert_parallel
+        >>> mesh = jax.make_mesh((1,), ("expert",), (jax.sharding.AxisType.Auto,))
+        >>> @jax.jit
+        ... @jax.shard_map(mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        ... def layer(x, routing):
+        ...     def experts(rows, group_sizes):  # a device's own
+        ...         return 2 * rows
+        ...     return expert_parallel.compute(x, routing, experts, num_experts=4, axis_name="expert").output
+        >>> layer(jnp.ones((1, 2)), Routing(jnp.array([[0.25, 0.5]]), jnp.array([[3, 0]])))
+        Array([[1.5, 1.5]], dtype=float32)
     """
     x, weights, expert_ids = _checked(x, routing)
     num_experts = _check.static_int("num_experts", num_experts, 1, 2**24, " (ids are exact in f32)")

@@ -45,6 +45,14 @@ def make_hash_table(
     Raises:
         TypeError: a size is no int, or the counts are no numbers.
         ValueError: more experts a row than there are, or counts that are negative, not finite, or not V.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jax_router import make_hash_table
+        >>> table = make_hash_table(6, 4, 2, key=jax.random.key(0))
+        >>> jnp.bincount(table.reshape(-1), length=4)  # in how many rows each expert is
+        Array([3, 3, 3, 3], dtype=int32)
     """
     vocab_size = _check.static_int("vocab_size", vocab_size, 1, None)
     num_experts = _check.static_int("num_experts", num_experts, 1, None)

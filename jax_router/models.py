@@ -106,7 +106,13 @@ class Preset:
 
 
 def presets() -> tuple[str, ...]:
-    """The names that `RouterConfig.from_preset` takes; `python -m jax_router presets` shows what they stand for."""
+    """The names that `RouterConfig.from_preset` takes; `python -m jax_router presets` shows what they stand for.
+
+    Example:
+        >>> from jax_router import presets
+        >>> [name for name in presets() if name.startswith("mixtral")]
+        ['mixtral_8x7b', 'mixtral_8x22b']
+    """
     return tuple(name for name, row in all_presets().items() if not row.missing)
 
 

@@ -81,6 +81,16 @@ def sum_of_experts(
     Raises:
         TypeError: an operand has a wrong dtype.
         ValueError: a wrong shape or option.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import Routing
+        >>> from jax_router.moe import ExpertWeights, sum_of_experts
+        >>> x = jnp.ones((1, 2))
+        >>> routing = Routing(jnp.array([[0.25, 0.75]]), jnp.array([[1, 0]]))
+        >>> weights = ExpertWeights(jnp.ones((2, 2, 3)), jnp.ones((2, 2, 3)), jnp.ones((2, 3, 2)))
+        >>> sum_of_experts(x, routing, weights, activation=lambda gate: gate)
+        Array([[12., 12.]], dtype=float32)
     """
     x = _check.float_array("x", x)
     _check.instance("routing", routing, Routing, "router(x)")
@@ -354,6 +364,16 @@ class MoE(nnx.Module):
 
         Returns:
             as a call of the layer.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from jax_router import MoE, RouterConfig
+            >>> moe = MoE(RouterConfig(hidden_size=8, num_experts=4, top_k=2), 6, rngs=nnx.Rngs(0))
+            >>> x = jnp.ones((3, 8))
+            >>> routing = moe.router(x)
+            >>> moe.apply_experts(x, routing).shape
+            (3, 8)
         """
         x = _check.float_array("x", x)
         x = x if self.dtype is None else x.astype(self.dtype)

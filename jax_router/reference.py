@@ -23,6 +23,12 @@ def sqrtsoftplus(x: Array) -> Array:
 
     With `h = exp(-|x| / 2)` and `u = h**2`, the score of a negative x is `h * sqrt(log1p(u) / u)`: it does not vanish
     before `exp(x / 2)` itself underflows. `log1p(u) / u` is `1 - u / 2` to f32 where u is small.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.reference import sqrtsoftplus
+        >>> sqrtsoftplus(jnp.float32(-100)) > 0
+        Array(True, dtype=bool)
     """
     return _sqrtsoftplus(x)
 
@@ -69,7 +75,15 @@ def _absolute(x: Array) -> Array:
 
 
 def sigmoid(x: Array) -> Array:
-    """`1 / (1 + exp(-x))`, accurate for every x, and so is its derivative."""
+    """`1 / (1 + exp(-x))`, accurate for every x, and so is its derivative.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jax_router.reference import sigmoid
+        >>> jax.grad(sigmoid)(jnp.float32(30)) > 0
+        Array(True, dtype=bool)
+    """
     return _sigmoid(x)
 
 
@@ -87,7 +101,15 @@ def _sigmoid_jvp(primals, tangents):
 
 
 def softmax(x: Array) -> Array:
-    """`exp(x) / sum(exp(x))` over the last axis; 0 for a row of -inf alone, NaN for a row with +inf."""
+    """`exp(x) / sum(exp(x))` over the last axis; 0 for a row of -inf alone, NaN for a row with +inf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.reference import softmax
+        >>> softmax(jnp.array([[0.0, 0.0], [-jnp.inf, -jnp.inf]]))
+        Array([[0.5, 0.5],
+               [0. , 0. ]], dtype=float32)
+    """
     lowest = jnp.finfo(jnp.float32).min
     numerator = jnp.exp(x - lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True, initial=lowest)))
     total = jnp.sum(numerator, axis=-1, keepdims=True)
@@ -197,6 +219,13 @@ def weights_of_chosen(
     """The weights from the chosen logits `[..., k]` alone (for softmax without renormalize: from their scores).
 
     An entry that is not valid has weight 0 and does not enter the sum.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.reference import weights_of_chosen
+        >>> chosen, valid = jnp.array([2.0, 2.0, 9.0]), jnp.array([True, True, False])
+        >>> weights_of_chosen(chosen, valid, score_fn="softmax", renormalize=True, scale=1.0, eps=0.0)
+        Array([0.5, 0.5, 0. ], dtype=float32)
     """
     if score_fn == "softmax":
         scores = softmax(jnp.where(valid, chosen, -jnp.inf)) if renormalize else chosen

@@ -36,15 +36,44 @@ _LECUN_NORMAL = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
 
 class SelectionBias(nnx.Variable[Array]):
-    """The bias that steers the selection. No Param: gradients do not train it, a balancing rule does."""
+    """The bias that steers the selection. No Param: gradients do not train it, a balancing rule does.
+
+    Example:
+        >>> from flax import nnx
+        >>> from jax_router import Router, RouterConfig, SelectionBias
+        >>> router = Router(RouterConfig(hidden_size=4, num_experts=3, top_k=1), rngs=nnx.Rngs(0))
+        >>> router.bias[...] = router.bias[...].at[2].add(0.1)
+        >>> list(nnx.state(router, SelectionBias)), list(nnx.state(router, nnx.Param))
+        (['bias'], ['weight'])
+    """
 
 
 class HashTable(nnx.Variable[Array]):
-    """The experts of each token id. No Param: integers have no gradient."""
+    """The experts of each token id. No Param: integers have no gradient.
+
+    Example:
+        >>> from flax import nnx
+        >>> from jax_router import HashTable, Router, RouterConfig
+        >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=2, mode="hash", vocab_size=5)
+        >>> router = Router(config, rngs=nnx.Rngs(0))
+        >>> isinstance(router.hash_lut, HashTable), router.hash_lut.shape
+        (True, (5, 2))
+    """
 
 
 class ExpertCounts(nnx.Variable[Array]):
-    """How often each expert was chosen since the selection bias was last updated. No Param."""
+    """How often each expert was chosen since the selection bias was last updated. No Param.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jax_router import Router, RouterConfig
+        >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=1, count_experts=True)
+        >>> router = Router(config, rngs=nnx.Rngs(0))
+        >>> _ = router(jnp.ones((5, 4)))
+        >>> int(router.counts[...].sum())
+        5
+    """
 
 
 def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> Array:
@@ -58,6 +87,12 @@ def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> A
     Raises:
         TypeError: shape is no pair of ints, or num_experts no int.
         ValueError: more experts a token id than there are.
+
+    Example:
+        >>> import jax
+        >>> from jax_router import random_hash_table
+        >>> random_hash_table(jax.random.key(0), (5, 2), num_experts=3).shape
+        (5, 2)
     """
     if not isinstance(shape, Sequence) or len(shape) != 2:
         raise TypeError(f"shape must be a pair (vocab_size, k), got {shape!r}")
@@ -141,6 +176,16 @@ class Router(nnx.Module):
 
         Args:
             deterministic: the attribute.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from jax_router import Router, RouterConfig
+            >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=1, count_experts=True)
+            >>> router = Router(config, rngs=nnx.Rngs(0))
+            >>> _ = nnx.view(router, deterministic=True)(jnp.ones((5, 4)))
+            >>> int(router.counts[...].sum())
+            0
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -177,6 +222,14 @@ class Router(nnx.Module):
             ValueError: the preset or its layer has no router; or, as a `CheckpointError` that lists everything that is
                 wrong, tensors are missing, unexpected or doubled, have a wrong shape or dtype, or a table has entries
                 outside `[0, E)`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jax_router import Router, RouterConfig
+            >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=1, selection_bias=False)
+            >>> router = Router.from_checkpoint({"weight": jnp.ones((3, 4))}, config)
+            >>> router.weight.shape
+            (3, 4)
         """
         preset = config if isinstance(config, str) else None
         config = RouterConfig.from_preset(config, layer) if isinstance(config, str) else config
@@ -205,6 +258,15 @@ class Router(nnx.Module):
             path: as in `from_checkpoint`.
             layer: of the model; needed where there are several with routers.
             preset: whose names the tensors have; default all that are known.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from jax_router import Router, RouterConfig
+            >>> router = Router(RouterConfig(hidden_size=4, num_experts=3, top_k=1), rngs=nnx.Rngs(0))
+            >>> router.load_state({"weight": jnp.ones((3, 4)), "bias": jnp.zeros(3)})
+            >>> float(router.weight[...].sum())
+            12.0
         """
         kept: dict[str, Any] = {}
         if self.config.has_weight:
@@ -223,6 +285,15 @@ class Router(nnx.Module):
         Raises:
             ImportError: safetensors is missing.
             ValueError: the preset has no name for a variable, or only one of layer and preset is given.
+
+        Example:
+            >>> import tempfile
+            >>> from flax import nnx
+            >>> from jax_router import Router, RouterConfig
+            >>> router = Router(RouterConfig(hidden_size=4, num_experts=3, top_k=1), rngs=nnx.Rngs(0))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     router.save(f"{folder}/router.safetensors")
+            ...     router.load_state(folder)
         """
         variables = {role: np.asarray(getattr(self, role)[...]) for role in checkpoints.roles_of(self.config)}
         checkpoints.save_router(path, variables, layer, preset)
@@ -368,6 +439,17 @@ class Router(nnx.Module):
         Raises:
             ValueError: this router does not count.
             TypeError, ValueError: as of `balance.update_expert_bias`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from jax_router import Router, RouterConfig
+            >>> config = RouterConfig(hidden_size=4, num_experts=3, top_k=1, count_experts=True)
+            >>> router = Router(config, rngs=nnx.Rngs(0))
+            >>> router.counts[...] = jnp.array([5, 3, 1])
+            >>> counts = router.update_selection_bias(rate=0.5)
+            >>> router.bias[...]
+            Array([-0.5,  0. ,  0.5], dtype=float32)
         """
         if not self.config.count_experts:
             raise ValueError("the configuration must have count_experts=True, got False")
@@ -574,6 +656,13 @@ def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Ar
     Raises:
         TypeError: x has a wrong dtype, or num_real_experts is no int.
         ValueError: x and the routing are of different tokens.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import Routing, null_experts_output
+        >>> routing = Routing(jnp.array([[0.25, 0.75]]), jnp.array([[0, 2]]))
+        >>> null_experts_output(jnp.array([[4.0, 8.0]]), routing, num_real_experts=2)
+        Array([[3., 6.]], dtype=float32)
     """
     x = _check.float_array("x", x)
     tokens = routing.weights.shape[:-1]

@@ -1,0 +1,206 @@
+"""The figures that documents show, as Markdown made of benchmarks/results.
+
+A document has each between `<!-- figures NAME, written by tests -->` and `<!-- end -->`;
+`pytest tests/test_docs.py --write-docs` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TARGETS = ROOT / "benchmarks" / "targets.json"
+H100 = "nvidia-h100-80gb-hbm3"
+KERNEL_TIMES = f"{H100}-quick"  # of all cases, the newest
+CPU = "amd-epyc-2-cores"
+
+Record = Mapping[str, Any]
+
+# The rows of README.md: what is computed, the case, and what a JAX user has instead.
+CHOSEN = (
+    ("`activation_topk`, 256 experts, k = 6, 1 token", "activation_topk/E256/k6/N1", "`jnp` and `lax.top_k`"),
+    ("4096 tokens", "activation_topk/E256/k6/N4096", ""),
+    ("65536 tokens", "activation_topk/E256/k6/N65536", ""),
+    ("as DeepSeek-V3, 8192 tokens", "activation_topk/sigmoid/E256/k8/groups8-4/N8192", ""),
+    ("`dense_router`, bf16, D = 4096, 1 token", "dense_router/bf16/D4096/E256/k6/N1", "a product and these"),
+    ("64 tokens", "dense_router/bf16/D4096/E256/k6/N64", ""),
+    ("4096 tokens", "dense_router/bf16/D4096/E256/k6/N4096", ""),
+    ("its gradients, 8192 tokens", "dense_router_grad/bf16/D4096/E256/k6/N8192", "those of the same"),
+    ("`topk_select`, 1 row of 65536, k = 512", "topk_select/B1/L65536/k512/sorted", "`lax.top_k`"),
+    ("64 rows, k = 2048", "topk_select/B64/L65536/k2048/sorted", ""),
+    ("`expert_dispatch`, k = 6, 65536 tokens", "expert_dispatch/E256/k6/N65536", "`argsort`"),
+    ("`permute`, bf16, D = 7168, k = 8, 8192 tokens", "permute/bf16/D7168/k8/N8192", "`x[token]`"),
+    ("its gradient", "permute_grad/bf16/D7168/k8/N8192", "a scatter-add"),
+    ("`combine`, the same", "combine/bf16/D7168/k8/N8192", "`y[slot]` and a sum"),
+    ("its gradients", "combine_grad/bf16/D7168/k8/N8192", "a scatter-add and more"),
+    ("`hash_router`, 65536 tokens", "hash_router/V129280/k6/N65536", "`table[token_ids]`"),
+)
+
+LAYERS = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "deepseek-v4-flash": "DeepSeek-V4-Flash", "deepseek-v3": "DeepSeek-V3"}
+
+
+def records(name: str) -> dict[str, Record]:
+    """The records of a file of results, by id."""
+    return {record["id"]: record for record in json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """A table in Markdown. Columns have numbers, but for those with words."""
+    rule = ["---" if column in words else "---:" for column in range(len(head))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+
+
+def number(value: float | None) -> str:
+    """Microseconds or milliseconds as a person reads them. What is next to nothing, or was not taken, is a dash."""
+    if not value:
+        return "-"
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def ours(value: float | None) -> str:
+    return f"**{number(value)}**"
+
+
+def times(record: Record) -> str:
+    """How many times faster."""
+    return f"{record['xla_us'] / record['us']:.1f}" if record["xla_us"] else "-"
+
+
+def where(name: str) -> str:
+    """On what the figures of a file of results were taken, and of which states of this project."""
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({record[key] for record in records(name).values()}))
+
+    return f"{all_of('device')}, jax {all_of('jax')}, this project at {all_of('commit')}."
+
+
+def chosen() -> str:
+    found = records(KERNEL_TIMES)
+    rows = [
+        [label, ours(found[case]["us"]), number(found[case]["xla_us"]), instead, number(found[case]["floor_us"])]
+        for label, case, instead in CHOSEN
+    ]
+    head = ["microseconds", "jax_router", "XLA", "XLA is given", "floor"]
+    return f"{table(head, rows, words=(0, 3))}\n\n{where(KERNEL_TIMES)}"
+
+
+def in_words() -> str:
+    decode = records(H100)["dense_router/bf16/D4096/E256/k6/N1"]
+    cpu = records(CPU)
+    route, sort = cpu["activation_topk/E256/k6/N16384"], cpu["expert_dispatch/E256/k6/N16384"]
+    lines = [
+        f"In a jitted decode step of 32 layers, routing one token adds {number(decode['in_jit_us'])} us to a layer, "
+        f"where XLA's kernels add {number(decode['xla_in_jit_us'])} ({decode['device']}, D = 4096, 256 experts).",
+        f"On a CPU, {route['device']}, 16384 tokens over 256 experts take {number(route['us'] / 1000)} ms "
+        f"where XLA takes {number(route['xla_us'] / 1000)}, and `expert_dispatch` of their choices "
+        f"{number(sort['us'] / 1000)} ms where it takes {number(sort['xla_us'] / 1000)}.",
+        _exactness_in_words(),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _exactness_in_words() -> str:
+    counted = records(f"{H100}-exactness")
+
+    def of(kind: str, key: str) -> int:
+        return sum(record[key] for name, record in counted.items() if kind in name)
+
+    wrong = sum(record["wrong"] for record in counted.values())
+    return (
+        f"Of {of('logits', 'rows') // 10**6} million random rows of logits and {of('tokens', 'rows') // 10**6} million "
+        f"random tokens, routed by the kernels and by an oracle in float64, {wrong or 'none'} had a wrong expert; in "
+        f"{of('logits', 'by_rounding') + of('tokens', 'by_rounding'):,} of them two keys were closer than f32 can tell."
+    )
+
+
+def kernel_times(op: str) -> str:
+    """All cases of an op, and of its gradient."""
+    of_op = re.compile(rf"{op}(_grad)?/")
+    targets = {target["id"]: target for target in json.loads(TARGETS.read_text(encoding="utf-8"))}
+    rows = [
+        _kernel_time(op, record, targets.get(case, {}))
+        for case, record in records(KERNEL_TIMES).items()
+        if of_op.match(case)
+    ]
+    return table(["case", "us", "XLA", "times", "floor", "target", "best elsewhere"], rows, words=(0, 6))
+
+
+def _kernel_time(op: str, record: Record, target: Record) -> list[str]:
+    is_reached = record["target_us"] and record["us"] <= record["target_us"]
+    reached = f"{number(record['target_us'])}{' ✓' if is_reached else ''}"
+    elsewhere = f"{target['best_peer_us']} {target['best_peer']}" if target.get("best_peer_us") else ""
+    figures = [ours(record["us"]), number(record["xla_us"]), times(record), number(record["floor_us"])]
+    case = record["id"].removeprefix(f"{op}/")
+    return [f"`{case}`", *figures, reached, elsewhere]
+
+
+def in_jit() -> str:
+    """What a call adds to a jitted program, beside XLA's, where both were taken."""
+    both = [record for record in records(H100).values() if record["in_jit_us"] and record["xla_in_jit_us"]]
+    rows = [[f"`{record['id']}`", ours(record["in_jit_us"]), number(record["xla_in_jit_us"])] for record in both]
+    return f"{table(['case', 'a call adds', 'XLA adds'], rows)}\n\n{where(H100)}"
+
+
+def layers() -> str:
+    """A layer forward by stage, ours and in brackets the same one written with indexing."""
+    found = records(f"{H100}-layer")
+    stages = ("route", "dispatch", "permute", "combine")
+    rows = []
+    for key, model in LAYERS.items():
+        record = found[f"layer/{key}/N8192/forward"]
+        mine, theirs = record["stages"], record["others_stages"]["indexing"]
+        products = number(mine["experts"] + mine["swiglu"])
+        whole = f"{ours(record['us'])} ({number(record['others_us']['indexing'])})"
+        rows.append([model, *(f"{ours(mine[s])} ({number(theirs[s])})" for s in stages), products, whole])
+    return f"{table(['layer', *stages, 'products', 'in all'], rows)}\n\n{where(f'{H100}-layer')}"
+
+
+def exactness() -> str:
+    """Rows that were compared with an oracle."""
+    rows = [
+        [name, f"{record['rows']:,}", f"{record['wrong']}", f"{record['by_rounding']:,}"]
+        for name, record in records(f"{H100}-exactness").items()
+    ]
+    head = ["what is routed", "rows", "wrong", "by rounding"]
+    return f"{table(head, rows)}\n\n{where(f'{H100}-exactness')}"
+
+
+def cpu() -> str:
+    """All cases on a CPU, in milliseconds."""
+    rows = [
+        [f"`{case}`", ours(record["us"] / 1000), number(record["xla_us"] / 1000), times(record)]
+        for case, record in records(CPU).items()
+    ]
+    return f"{table(['case', 'ms', 'XLA', 'times'], rows)}\n\n{where(CPU)}"
+
+
+_OPS = (
+    *("activation_topk", "dense_router", "topk_select", "expert_dispatch", "permute", "combine"),
+    *("hash_router", "scored_hash_router", "route_at"),
+)
+
+# Of each document, what writes its figures, by name.
+FIGURES: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "README.md": {"chosen": chosen, "in words": in_words},
+    "docs/background/performance.md": {
+        "kernel times": partial(where, KERNEL_TIMES),
+        "pictures": partial(where, f"{H100}-sweep"),
+        **{op: partial(kernel_times, op) for op in _OPS},
+        "in jit": in_jit,
+        "layers": layers,
+        "exactness": exactness,
+        "cpu": cpu,
+    },
+}
+
+
+def pattern(name: str) -> str:
+    """Of the figures in a document: their text is the one group."""
+    return rf"<!-- figures {re.escape(name)}, written by tests -->\n\n(.*?)\n\n<!-- end -->"
