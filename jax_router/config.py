@@ -214,8 +214,9 @@ class RouterConfig:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: its `model_type` is unknown (the message lists the known ones), it lacks a field, or there is
-                no router in that layer.
+            TypeError: layer is no int, or a field has a wrong type.
+            ValueError: its `model_type` is unknown (the message lists the known ones), it lacks a field or has one with
+                a wrong value, or there is no router in that layer.
 
         Example:
             >>> from jax_router import RouterConfig

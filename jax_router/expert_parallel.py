@@ -247,9 +247,7 @@ def compute(
     tokens, hidden, top_k = math.prod(x.shape[:-1]), x.shape[-1], expert_ids.shape[-1]
     if slots is not None:
         slots = min(slots, tokens)
-    if tokens == 0:
-        way = "exchange"  # XLA refuses to gather nothing
-    elif way == "auto":
+    if way == "auto":
         sizes: dict[str, Any] = {"devices": devices, "tokens": tokens, "hidden": hidden, "itemsize": x.dtype.itemsize}
         way = choose_way(links or Links(), slots=slots, **sizes)
 
@@ -257,7 +255,9 @@ def compute(
     valid = (ids >= 0) & (ids < num_experts)
     own = x.reshape(tokens, hidden), _packed(weights.reshape(tokens, top_k), jnp.where(valid, ids, -1))
     local = _Local(experts, experts_of_device, axis, rows, align, weigh, implementation)
-    if way == "gather":
+    if tokens == 0 or slots == 0:  # XLA refuses collectives of nothing, or crashes
+        output, computed = jnp.where(np.False_, own[0], 0), jnp.zeros((), jnp.int32)
+    elif way == "gather":
         sums, computed = local(*(lax.all_gather(values, axis, tiled=True) for values in own))
         output = lax.psum_scatter(sums, axis, tiled=True)
     else:
