@@ -48,9 +48,9 @@ WHEEL_KINDS = {
 def wheels(session: nox.Session) -> None:
     """Builds a release's wheels and tries them, on each Python with two versions of JAX: nox -s wheels [-- cuda13].
 
-    They come to dist/cpu or dist/cuda13, with the source distribution that they are built from. A wheel has its C++ runtime
-    in it, so that older systems than this one can load it; its name says how old. JAX is the oldest that is supported and
-    the newest that there is.
+    They come to dist/cpu or dist/cuda13, with the source distribution that they are built from. A wheel has its C++
+    runtime in it, so that older systems than this one can load it; its name says how old. JAX is the oldest that is
+    supported and the newest that there is.
     """
     kind = session.posargs[0] if session.posargs else "cpu"
     tag, builds = WHEEL_TAGS[str(session.python)]
