@@ -9,8 +9,8 @@ if(NOT JAX_ROUTER_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "jax_router: JAX_ROUTER_CUDA must be AUTO, ON or OFF, got ${JAX_ROUTER_CUDA}")
 endif()
 
-# A100 and its like, H100, B200, and PTX for all later GPUs.
-set(JAX_ROUTER_ALL_ARCHS 80-real 90a-real 100a-real 100-virtual)
+# A100 and its like, H100, B200 and B300, and PTX for all later GPUs: one pass of the compiler makes the last two.
+set(JAX_ROUTER_ALL_ARCHS 80-real 90a-real 100)
 
 # Sets `result` to the architectures of this machine's GPUs, as far as kernels run on them, and `obstacle` to why there is
 # none. Asked of the driver, because CMake's own `native` says 90 of an H100, which lacks the instructions of 90a.
@@ -24,8 +24,8 @@ function(jax_router_detect_gpus result obstacle)
     foreach(capability IN LISTS capabilities)
       if(capability VERSION_LESS 8.0)
         set(reason "the GPU has compute capability ${capability}, and the kernels need 8.0")
-      elseif(capability MATCHES "^(9|10)\\.0$")
-        list(APPEND architectures ${CMAKE_MATCH_1}0a-real)
+      elseif(capability STREQUAL "9.0")
+        list(APPEND architectures 90a-real)
       else()
         string(REPLACE "." "" architecture ${capability})
         list(APPEND architectures ${architecture}-real)

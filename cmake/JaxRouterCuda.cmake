@@ -19,7 +19,7 @@ if(JAX_ROUTER_CUDA_WHEELS)
   set(CUDA_CUDART ${CUDA_WHEELS_DIR}/lib/libcudart.so.13 CACHE FILEPATH "The shared CUDA runtime")
 endif()
 
-set(CUDA_MINIMUM 12.8) # the first release for 100a
+set(CUDA_MINIMUM 12.8) # the first release for 100
 include(CheckLanguage)
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 MODULE = Path(__file__).parents[1] / "cmake" / "JaxRouterArchitectures.cmake"
-ALL = "80-real;90a-real;100a-real;100-virtual"
+ALL = "80-real;90a-real;100"
 
 pytestmark = pytest.mark.skipif(not shutil.which("cmake"), reason="CMake decides it")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("cmake"), reason="CMake decides
         ("", "", "(nvidia-smi found no GPU)"),
         ("9.0", "", "90a-real"),
         ("8.6 9.0 9.0", "", "86-real;90a-real"),
-        ("10.0 10.3", "", "100a-real;103-real"),
+        ("10.0 10.3", "", "100-real;103-real"),
         ("7.5", "", "(the GPU has compute capability 7.5, and the kernels need 8.0)"),
         ("9.0", "CUDA=OFF", "(JAX_ROUTER_CUDA=OFF)"),
         ("", "CUDA=ON", ALL),
