@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("cmake"), reason="CMake decides
         ("8.6 9.0 9.0", "", "86-real;90a-real"),
         ("10.0 10.3", "", "100-real;103-real"),
         ("7.5", "", "(the GPU has compute capability 7.5, and the kernels need 8.0)"),
-        ("9.0", "CUDA=OFF", "(JAX_ROUTER_CUDA=OFF)"),
+        ("9.0", "CUDA=OFF", "(it was built with JAX_ROUTER_CUDA=OFF)"),
         ("", "CUDA=ON", ALL),
         ("9.0", "CUDA=ON", ALL),
         ("8.0", "CUDA_ARCHS=90a-real;120", "90a-real;120"),
