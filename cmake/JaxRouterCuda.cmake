@@ -1,20 +1,13 @@
-# Whether the CUDA module is built, and with which compiler: sets JAX_ROUTER_BUILDS_CUDA and enables the CUDA language.
+# Whether the CUDA module is built, and with which compiler: enables the CUDA language and sets CMAKE_CUDA_ARCHITECTURES, or
+# sets JAX_ROUTER_CUDA_OBSTACLE to what is in the way.
 
-set(JAX_ROUTER_CUDA AUTO CACHE STRING "Build the CUDA module: ON, OFF, or AUTO, where a CUDA compiler is found")
-set_property(CACHE JAX_ROUTER_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(JAX_ROUTER_CUDA_ARCHS "80-real;90a-real;100a-real;100-virtual"
-    CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES takes them; the default ends with PTX for later GPUs")
-option(JAX_ROUTER_CUDA_WHEELS "Take the CUDA compiler from the nvidia-cuda-* wheels of the Python that runs the build" OFF)
-
-if(NOT JAX_ROUTER_CUDA MATCHES "^(AUTO|ON|OFF)$")
-  message(FATAL_ERROR "jax_router: JAX_ROUTER_CUDA must be AUTO, ON or OFF, got ${JAX_ROUTER_CUDA}")
-endif()
-
-if(JAX_ROUTER_CUDA STREQUAL "OFF")
-  set(JAX_ROUTER_BUILDS_CUDA OFF)
-  message(STATUS "jax_router: no CUDA module (JAX_ROUTER_CUDA=OFF)")
+include(JaxRouterArchitectures)
+jax_router_choose_architectures(CMAKE_CUDA_ARCHITECTURES JAX_ROUTER_CUDA_OBSTACLE)
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  message(STATUS "jax_router: CPU kernels only: ${JAX_ROUTER_CUDA_OBSTACLE}. With CUDA kernels: JAX_ROUTER_CUDA=ON")
   return()
 endif()
+unset(JAX_ROUTER_CUDA_OBSTACLE)
 
 if(JAX_ROUTER_CUDA_WHEELS)
   execute_process(
@@ -26,31 +19,37 @@ if(JAX_ROUTER_CUDA_WHEELS)
   set(CUDA_CUDART ${CUDA_WHEELS_DIR}/lib/libcudart.so.13 CACHE FILEPATH "The shared CUDA runtime")
 endif()
 
-# What keeps the CUDA module from being built, if anything does. 12.8 is the first release for 100a.
-set(CUDA_MINIMUM 12.8)
-unset(CUDA_OBSTACLE)
-set(CMAKE_CUDA_ARCHITECTURES ${JAX_ROUTER_CUDA_ARCHS})
+set(CUDA_MINIMUM 12.8) # the first release for 100
 include(CheckLanguage)
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE nvcc_version)
   string(REGEX MATCH "release ([0-9.]+)" nvcc_version "${nvcc_version}")
   if(CMAKE_MATCH_1 VERSION_LESS CUDA_MINIMUM)
-    set(CUDA_OBSTACLE "${CMAKE_CUDA_COMPILER} (${nvcc_version}) is older than CUDA ${CUDA_MINIMUM}")
+    set(JAX_ROUTER_CUDA_OBSTACLE "${CMAKE_CUDA_COMPILER} (${nvcc_version}) is older than CUDA ${CUDA_MINIMUM}")
   endif()
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known)
+  foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
+    string(REGEX REPLACE "[a-z]?-real$" "\n" code "sm_${architecture}") # as nvcc lists them
+    if(architecture MATCHES "-real$" AND NOT known MATCHES "${code}")
+      set(JAX_ROUTER_CUDA_OBSTACLE "${CMAKE_CUDA_COMPILER} (${nvcc_version}) does not know ${architecture}")
+    endif()
+  endforeach()
 else()
-  set(CUDA_OBSTACLE "found no nvcc (CUDA ${CUDA_MINIMUM} or later)")
+  set(JAX_ROUTER_CUDA_OBSTACLE "found no nvcc (CUDA ${CUDA_MINIMUM} or later)")
 endif()
 
-if(NOT CUDA_OBSTACLE)
+if(NOT JAX_ROUTER_CUDA_OBSTACLE)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
-  set(JAX_ROUTER_BUILDS_CUDA ON)
-  message(STATUS "jax_router: CUDA module with ${CMAKE_CUDA_COMPILER} for ${CMAKE_CUDA_ARCHITECTURES}")
-elseif(JAX_ROUTER_CUDA STREQUAL "AUTO")
-  set(JAX_ROUTER_BUILDS_CUDA OFF)
-  message(STATUS "jax_router: no CUDA module: ${CUDA_OBSTACLE}")
+  list(JOIN CMAKE_CUDA_ARCHITECTURES ", " architectures)
+  message(STATUS "jax_router: CPU and CUDA kernels, by ${CMAKE_CUDA_COMPILER} for ${architectures}. "
+                 "Each of these takes a minute or two on two cores.")
+elseif(JAX_ROUTER_CUDA STREQUAL "ON" OR JAX_ROUTER_CUDA_ARCHS OR JAX_ROUTER_CUDA_WHEELS)
+  message(FATAL_ERROR "jax_router: CUDA kernels were asked for, but ${JAX_ROUTER_CUDA_OBSTACLE}. Put a newer nvcc on PATH, "
+                      "name one with CUDACXX, or set the environment variable JAX_ROUTER_CUDA_WHEELS=1 to take it from "
+                      "wheels.")
 else()
-  message(FATAL_ERROR "jax_router: JAX_ROUTER_CUDA=ON, but ${CUDA_OBSTACLE}. Put a newer nvcc on PATH, name one with "
-                      "CUDACXX, or set the environment variable JAX_ROUTER_CUDA_WHEELS=1 to take it from wheels.")
+  message(WARNING "jax_router: CPU kernels only, although there is a GPU: ${JAX_ROUTER_CUDA_OBSTACLE}. Put a newer nvcc on "
+                  "PATH, or set the environment variable JAX_ROUTER_CUDA_WHEELS=1 to take it from wheels.")
 endif()

@@ -179,6 +179,8 @@ def _info() -> int:
         module = _native.load(name)
         if isinstance(module, ImportError):
             lines.append((f"{name} kernels", f"not loaded: {module}"))
+            if name == "cuda":
+                lines.append(("", _native.HOW_TO_BUILD_CUDA))
             continue
         architectures = f", for {module.architectures}" if name == "cuda" else ""
         lines.append((f"{name} kernels", "built for XLA FFI API {}.{}".format(*module.ffi_api_version) + architectures))

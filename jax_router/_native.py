@@ -28,6 +28,11 @@ PLATFORMS = tuple(_MODULES)
 
 _REINSTALL = "pip install --force-reinstall --no-deps jax-router"
 
+HOW_TO_BUILD_CUDA = (
+    "To get the CUDA kernels, install jax-router from source with the environment variable JAX_ROUTER_CUDA=ON and nvcc "
+    "on PATH, or with JAX_ROUTER_CUDA_WHEELS=1, which takes nvcc from wheels."
+)
+
 
 # Loading
 
@@ -73,11 +78,10 @@ def _find(full_name: str) -> ModuleType:
         )
     spec = PathFinder.find_spec(full_name, [str(installed.locate_file(__package__))])
     if spec is None or spec.loader is None:
-        raise ImportError(
-            f"this installation of jax_router was built without {full_name}: install it again with CUDA's nvcc on "
-            "PATH, or with the environment variable JAX_ROUTER_CUDA_WHEELS=1, which takes the compiler from wheels",
-            name=full_name,
-        )
+        obstacle = ""
+        if full_name == f"{__package__}._cuda" and isinstance(cpu := load("cpu"), ModuleType):
+            obstacle = f": {cpu.cuda_obstacle}"
+        raise ImportError(f"this installation of jax_router was built without {full_name}{obstacle}", name=full_name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[full_name] = module
     spec.loader.exec_module(module)
@@ -262,5 +266,5 @@ def how_to_get_kernels() -> str:
     advice = "" if not missing else f" Not loaded: {'; '.join(missing)}."
     return (
         f"Kernels are loaded for: {', '.join(have) or 'no platform'}.{advice} implementation='auto' falls back to the "
-        "reference; to get the CUDA kernels, install jax-router again with nvcc on the PATH."
+        f"reference. {HOW_TO_BUILD_CUDA}"
     )

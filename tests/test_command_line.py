@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jax_router
+from jax_router import _native
 from jax_router.__main__ import main
 
 
@@ -25,6 +26,14 @@ def one_line(text):
 def test_info_names(word, capsys):
     main(["info"])
     assert word in capsys.readouterr().out
+
+
+def test_info_says_why_there_is_no_cuda(capsys):
+    main(["info"])
+    shown = capsys.readouterr().out
+    assert ("not loaded" in shown) == bool(_native.native_module("cpu").cuda_obstacle)
+    assert _native.native_module("cpu").cuda_obstacle in shown
+    assert ("JAX_ROUTER_CUDA=ON" in shown) == ("not loaded" in shown)
 
 
 def test_info_names_every_device(capsys):

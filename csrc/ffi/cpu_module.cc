@@ -7,4 +7,5 @@
 NB_MODULE(_cpu, module) {
   jax_router::define_module<jax_router::Cpu>(module);
   module.def("max_select_k", [] { return std::numeric_limits<int64_t>::max(); });
+  module.attr("cuda_obstacle") = JAX_ROUTER_CUDA_OBSTACLE;  // why no CUDA module was built beside it, or ""
 }
