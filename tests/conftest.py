@@ -69,6 +69,13 @@ def implementation(request):
     return request.param
 
 
+@pytest.fixture
+def f32_products():
+    """Products of f32 in f32, where a GPU would take fewer bits by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def devices():
     """The most local devices that are a power of two, at least two of them."""

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jax_router import Routing, expert_parallel, grouped_matmul
 from matrix import assert_close
 
+pytestmark = pytest.mark.usefixtures("f32_products")
+
 WAYS = get_args(expert_parallel.Way)
 AXIS = "expert"
 TOKENS, HIDDEN, INNER, TOP_K = 6, 8, 12, 3  # tokens of a device

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jax_router import MoE, Router, RouterConfig, Routing, models, presets
 
+pytestmark = pytest.mark.usefixtures("f32_products")
+
 D, F, E, V = 16, 8, 6, 20
 SHARED = {"shared_intermediate_size": 12}
 

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jax_router import MoE, RouterConfig, balance, expert_counts
 from matrix import assert_close
 
+pytestmark = pytest.mark.usefixtures("f32_products")
+
 AXIS, DATA = "expert", "data"
 HIDDEN, INNER, EXPERTS, NULL, TOP_K = 8, 12, 16, 2, 3
 

@@ -68,7 +68,7 @@ TABLES = {
     "jax_router/reference.py": Table(lambda: inspect.getsource(jax_router.reference), r"^def (\w+)\("),
     "custom_call_targets()": Table(lambda: "\n".join(jax_router.custom_call_targets()), r"^jax_router\.(\w+)$"),
     "tests/matrix.py: OPS": Table(lambda: "\n".join(matrix.OPS), r"^(\w+)"),
-    "tests/test_reference.py": in_file("tests/test_reference.py", r'reference_jit\("(\w+)"'),
+    "tests/test_reference.py": in_file("tests/test_reference.py", r'reference(?:_jit\("|\.)(\w+)'),
     "tests/test_native.py": in_file("tests/test_native.py", r'native\("(\w+)"'),
     "tests/test_hard_cases.py": in_file("tests/test_hard_cases.py", r'op\("(\w+)"'),
     "tests/test_errors.py": in_file("tests/test_errors.py", r'^    "[^"]+": \("(\w+)", \['),
