@@ -350,6 +350,8 @@ def over_mesh(
 
     def of_all(x: Array, routing: Routing, weights: Any) -> tuple[Array, Array]:
         tokens = math.prod(x.shape[:-1])
+        if tokens == 0:  # XLA refuses to map nothing
+            return x, jnp.zeros((), jnp.int32)
         missing = -tokens % devices
 
         def flat(values: Array, fill: int) -> Array:
