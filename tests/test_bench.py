@@ -1,5 +1,6 @@
 """`python -m jax_router bench`: what it compares, what it times, and what it says of it."""
 
+import os
 import re
 import sys
 
@@ -17,7 +18,13 @@ from jax_router._case import Case
 SMALL = ["--tokens=48", "--experts=32", "--top-k=4", "--hidden=64"]
 PARTS = ("dense_router", "activation_topk", "expert_dispatch", "permute", "combine")
 
+times_the_device = pytest.mark.skipif(
+    jax.default_backend() == "gpu" and "PYTEST_XDIST_WORKER" in os.environ,
+    reason="the profiler of a GPU is for one process at a time",
+)
 
+
+@times_the_device
 def test_a_case_is_compared_and_timed(capsys, monkeypatch):
     """On inputs that are random, each copy another one, and never zeros."""
     timed = []
@@ -85,6 +92,7 @@ def test_other_routers_are_right(options):
     assert all(check.is_right for check in checks), checks
 
 
+@times_the_device
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     def wrong(product, **selection):
         way = _ways.ours(product, **selection)
@@ -102,6 +110,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     assert " us" not in shown
 
 
+@times_the_device
 def test_a_part_that_fails_costs_no_other_figure(monkeypatch, capsys):
     def fails(x):
         raise ValueError("no such [kernel]\nand more")
