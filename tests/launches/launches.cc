@@ -395,7 +395,7 @@ int run_stress() {
   calls.push_back(combine_cotangent(make, DType::kBF16, {1, 20, 6, 4096, 100}, Content::kOrdinary));
   calls.push_back(expert_dispatch(make, 1, 8192, 6, 256, 128, 200));
   calls.push_back(expert_counts(make, 1, 8192, 6, 256));
-  calls.push_back(expert_counts(make, 1, 90000, 6, 256));
+  calls.push_back(expert_counts(make, 1, 300000, 6, 256));
   calls.push_back(activation_topk(make, DType::kF32, 64, 256, 6, Keys::kBias, 1, Content::kOrdinary));
 
   std::vector<std::vector<std::vector<char>>> want;
