@@ -18,7 +18,7 @@ project = "jax_router"
 version = release = jax_router.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["images"]
+exclude_patterns = ["images", "notebooks/data"]
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!jax_router).*")]  # what other projects document
 

@@ -176,7 +176,7 @@ def z_loss(logits: Array, *, token_mask: Array | None = None, axis_name: AxisNam
     return _share(squares.sum(), tokens, axis_name)
 
 
-def update_expert_bias(bias: Array, counts: Array, *, rate: float = 1e-3, centred: bool = False) -> Array:
+def update_expert_bias(bias: Array, counts: Array, *, rate: float | Array = 1e-3, centred: bool = False) -> Array:
     """The selection bias after a step of the rule that balances without a loss: up for experts below the mean load.
 
     `b + d` with `d = rate * sign(mean(c) - c)`; centred, `b + d - mean(d)`. The sign is exact, in integers: equal
@@ -186,7 +186,7 @@ def update_expert_bias(bias: Array, counts: Array, *, rate: float = 1e-3, centre
     Args:
         bias: f32 `[..., E]`, of one layer or of a stack of them.
         counts: int32 `[..., E]`, at most 2^31 - 1 in all for a layer.
-        rate: by how much a bias moves.
+        rate: by how much a bias moves; a number, or an array `[]`, of a schedule say.
         centred: keeps the mean of the bias.
 
     Returns:
@@ -207,9 +207,7 @@ def update_expert_bias(bias: Array, counts: Array, *, rate: float = 1e-3, centre
     total, experts = counts.sum(axis=-1, keepdims=True, dtype=jnp.int32), counts.shape[-1]
     quotient, remainder = total // experts, total % experts  # the mean is quotient + remainder / experts
     below = (counts < quotient) | ((counts == quotient) & (remainder > 0))
-    step = jnp.float32(_check.static_float("rate", rate)) * (
-        below.astype(jnp.float32) - (counts > quotient).astype(jnp.float32)
-    )
+    step = _rate(rate) * (below.astype(jnp.float32) - (counts > quotient).astype(jnp.float32))
     return bias + (step - step.mean(axis=-1, keepdims=True) if _check.static_bool("centred", centred) else step)
 
 
@@ -321,6 +319,14 @@ def _checked_ids(expert_ids: Any, logits: Array) -> Array:
     expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=2)
     _check.same_shape("expert_ids", expert_ids, (*logits.shape[:-1], expert_ids.shape[-1]))
     return expert_ids
+
+
+def _rate(rate: Any) -> Array:
+    """A number, or a traced one, of a schedule."""
+    if isinstance(rate, Array):
+        _check.same_shape("rate", rate, ())
+        return _check.float_array("rate", rate, min_rank=0).astype(jnp.float32)
+    return jnp.float32(_check.static_float("rate", rate))
 
 
 def _counts(counts: Any) -> Array:

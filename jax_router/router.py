@@ -422,14 +422,14 @@ class Router(nnx.Module):
     def update_selection_bias(
         self,
         *,
-        rate: float = 1e-3,
+        rate: float | Array = 1e-3,
         centred: bool = False,
         when: Array | bool = True,
     ) -> Array:
         """Moves the selection bias by what was counted, and clears the counts: `update_selection_biases` of one router.
 
         Args:
-            rate: by how much a bias moves.
+            rate: by how much a bias moves; a number, or an array `[]`, of a schedule say.
             centred: keeps the mean of the bias.
             when: bool, which may be traced: whether to do it, else nothing changes.
 
@@ -558,7 +558,7 @@ class Router(nnx.Module):
 def update_selection_biases(
     model: nnx.Module,
     *,
-    rate: float = 1e-3,
+    rate: float | Array = 1e-3,
     centred: bool = False,
     when: Array | bool = True,
 ) -> dict[str, Array]:
@@ -601,7 +601,7 @@ def update_selection_biases(
     Args:
         model: with one or more Routers of configurations with `count_experts`. A hash router has no bias: its counts
             are returned and cleared.
-        rate: by how much a bias moves.
+        rate: by how much a bias moves; a number, or an array `[]`, of a schedule say.
         centred: keeps the mean of the bias.
         when: bool, which may be traced: whether to do it, else nothing changes. With `optax.MultiSteps`, whether the
             parameters were updated.

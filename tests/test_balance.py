@@ -166,8 +166,8 @@ def test_update_expert_bias(load, centred, rng):
     bias, load = rng.normal(0, 1, 4).astype(np.float32), np.array(load, np.int32)
     step = 1e-3 * np.sign(load.mean() - load)
     want = f64(bias) + step - (step.mean() if centred else 0)
-    got = jax.jit(partial(balance.update_expert_bias, centred=centred))(bias, load)
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-9)
+    update = jax.jit(lambda rate: balance.update_expert_bias(bias, load, rate=rate, centred=centred))
+    np.testing.assert_allclose(update(1e-3), want, rtol=1e-6, atol=1e-9)  # as a schedule has it
     stacked = balance.update_expert_bias(np.stack([bias] * 2), np.stack([load] * 2), centred=centred)
     np.testing.assert_allclose(stacked, [want] * 2, rtol=1e-6, atol=1e-9)
 
