@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from . import reference
+from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result, zero_tangent
 from ._shapes import numbers
 from ._types import Scoring
@@ -145,6 +146,17 @@ _TANGENT = Op(
     gathers=True,
 )
 
+
+def _cotangent_unsupported(
+    platform: str, avals: dict[str, Any], *, scoring: Scoring, num_experts: int, **_: Any
+) -> str | None:
+    """Gradients of choices that depend on each other need a row's in one place, which CUDA's have for so many."""
+    are_apart = not scoring.renormalize and scoring.score_fn != "softmax"
+    if platform != "cuda" or are_apart:
+        return None
+    return unsupported_selection(platform, num_experts, avals["expert_ids"].shape[-1])
+
+
 _COTANGENT = Op(
     name="route_cotangent",
     operands={"grad_weights": Operand(1), "expert_ids": Operand(1), "residual": Operand(1, optional=True)},
@@ -152,6 +164,7 @@ _COTANGENT = Op(
     result_types=lambda avals, num_experts, dtype, **_: [Result((num_experts,), dtype)],
     reference=_cotangent_reference,
     attributes={"scoring": Scoring, "num_experts": int},
+    unsupported=_cotangent_unsupported,
 )
 
 _TANGENT.def_jvp(partial(_jvp, _TANGENT, "tangent"))

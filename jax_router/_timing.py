@@ -167,7 +167,8 @@ def kernels_of_calls(
 def _kernels(folder: Path) -> Iterator[Kernel]:
     """Every kernel in a trace."""
     (trace,) = folder.rglob("*.xplane.pb")
-    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+    profile = jax.profiler.ProfileData.from_file(str(trace))  # which must outlive its planes
+    for plane in profile.planes:
         for line in plane.lines if plane.name.startswith("/device:GPU") else ():
             for event in line.events if line.name.startswith("Stream") else ():
                 if not event.name.startswith(("Memcpy", "Memset")):

@@ -86,7 +86,7 @@ class Links:
     Example:
         >>> from jax_router.expert_parallel import Links
         >>> Links(all_to_all=50e9).latency
-        2e-05
+        2.8e-05
     """
 
     all_to_all: float = 257e9
@@ -130,8 +130,8 @@ def choose_way(
     """The way that `compute` takes with `way="auto"`: that which `links.seconds` says is the faster.
 
     Example:
-        >>> from jax_router.expert_parallel import Links, choose_way
-        >>> choose_way(Links(), devices=8, tokens=8192, hidden=4096)
+        >>> from jax_router.expert_parallel import Links, choose_way, expected_slots
+        >>> choose_way(Links(), devices=8, tokens=8192, hidden=4096, slots=expected_slots(8192, 6, 8, headroom=1.05))
         'exchange'
         >>> choose_way(Links(all_to_all=50e9), devices=8, tokens=8192, hidden=4096)
         'gather'
