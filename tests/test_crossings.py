@@ -173,7 +173,7 @@ NUMBERS = {
         "permute/tokens/bf16/D2048/k8",
         ("copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
     ),
-    "CombineCotangentNumbers.blocks_a_multiprocessor": (
+    "CombineCotangentNumbers.multiprocessors_a_block": (
         "combine_cotangent/tokens/bf16/D2048/k8",
         ("bf16 wide, choices apart", "bf16 wide, choices together"),
     ),
