@@ -38,6 +38,7 @@ HEADROOM = 1.05
 # With strong scaling, how many times the tokens of a device all devices have together.
 STRONG = 4
 _CALLS, _SERIES, _REPEATS = 4, 7, 32
+_SHARED_BY = 8  # devices, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,9 @@ def counts_of_devices(most: int) -> list[int]:
 def cases(sizes: Sizes, most_devices: int, what: Sequence[str] = WHAT) -> list[Case]:
     """The largest numbers of devices first, and the movement before the experts, in case the time runs out."""
     counts = counts_of_devices(most_devices)
-    on = {devices: (sizes.tokens, sizes.tokens * STRONG // devices) for devices in counts}
+    # One device has the share of several where these are not here, too.
+    several = counts_of_devices(max(most_devices, _SHARED_BY))[1:]
+    on = {devices: (sizes.tokens, sizes.tokens * STRONG // devices) for devices in (1, *several)}
     found: dict[Case, None] = {}
     for part, devices, direction in itertools.product(reversed(what), reversed(counts), DIRECTIONS):
         if devices > 1:
@@ -192,9 +195,9 @@ def cases(sizes: Sizes, most_devices: int, what: Sequence[str] = WHAT) -> list[C
         else:
             programs = [alone(sizes, tokens, part, direction) for tokens in on[1]]
             of_loads = list(itertools.product(programs, LOADS))
-            for several in counts[1:]:
-                if sizes.num_experts // several >= sizes.top_k:
-                    shares = [share(sizes, several, tokens, part, direction) for tokens in on[several]]
+            for sharers in several:
+                if sizes.num_experts // sharers >= sizes.top_k:
+                    shares = [share(sizes, sharers, tokens, part, direction) for tokens in on[sharers]]
                     of_loads += [(program, "balanced") for program in shares]
         found |= dict.fromkeys(Case(*pair) for pair in of_loads)
     return list(found)

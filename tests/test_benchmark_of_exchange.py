@@ -69,7 +69,7 @@ def test_cases(run, devices, capsys):
     assert {parts[2] for parts in ids} == {"moved"}
     several = {tuple(parts[4].split("x")) for parts in ids if parts[4][:2] != "1x"}
     shares = {(parts[6][9:], parts[4][2:]) for parts in ids if parts[6].startswith("share-of-")}
-    assert shares == {(number, tokens) for number, tokens in several if 16 // int(number) >= 3}
+    assert shares >= {(number, tokens) for number, tokens in several if 16 // int(number) >= 3}
 
 
 def test_rows_that_must_move(run):
