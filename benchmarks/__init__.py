@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks`, from the root of a checkout. See `timing.py` for how a figure is taken."""
+"""Benchmarks: `python -m benchmarks`, from the root of a checkout. `jax_router/_timing.py` takes the figures."""

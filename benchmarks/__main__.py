@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from jax_router._timing import device_name
+from jax_router._timing import Pool, device_name
 
 from .cases import cpu_cases, gpu_cases
 from .results import RESULTS, current_commit, save, slug, table
@@ -136,7 +136,6 @@ def main() -> int:
 def _crossings(arguments: argparse.Namespace, console: Console, device: str, commit: str, on_gpu: bool) -> int:
     from . import crossings, run
     from .crossing_lines import lines
-    from .timing import Pool
 
     selected = run.select(lines(), arguments.only, lambda line: line.id)
     if arguments.only is None:

@@ -20,9 +20,10 @@ import jax
 from rich.table import Table
 
 from jax_router._native import forced_plan, native_module
+from jax_router._timing import Pool, Timing, kernel_timing
 
 from .crossing_lines import UNFUSED, Line, program
-from .timing import Pool, Timing, kernel_timing, lowered
+from .timing import lowered
 
 # What a device is, for the native module: None is the one at hand.
 Device = Mapping[str, int] | None

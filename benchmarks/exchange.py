@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
 from jax_router import Routing, expert_dispatch, expert_parallel, grouped_matmul
+from jax_router._timing import Timing
+from jax_router._ways import Weights, swiglu
 
 from .experts import EXPERTS
-from .timing import Timing
 
 AXIS = "expert"
 LOADS = ("balanced", "zipf", "one-device")
@@ -72,17 +73,7 @@ def tiny_sizes(tokens: int = 64) -> Sizes:
 # The ways
 
 
-class Weights(NamedTuple):
-    """Of experts with SwiGLU between, as in `experts.py`; sharded over E."""
-
-    w_in: Array
-    w_out: Array
-
-
-def swiglu_experts(weights: Weights, rows: Array, group_sizes: Array) -> Array:
-    matmul = partial(grouped_matmul, unused_rows="undefined")  # which nobody reads
-    gates, values = jnp.split(matmul(rows, weights.w_in, group_sizes), 2, axis=-1)
-    return matmul(jax.nn.silu(gates) * values, weights.w_out, group_sizes)
+swiglu_experts = partial(swiglu, partial(grouped_matmul, unused_rows="undefined"))  # rows which nobody reads
 
 
 def identity_experts(weights: Weights, rows: Array, group_sizes: Array) -> Array:

@@ -14,9 +14,9 @@ from jax import Array
 from rich.table import Table
 
 from jax_router import grouped_matmul
+from jax_router._timing import kernel_timing
 
 from .experts import EXPERTS, TOKENS, Experts, random_bf16
-from .timing import kernel_timing
 
 Product = Callable[..., Array]
 DIRECTIONS = ("forward", "gradient of lhs", "gradient of rhs")

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_router._timing import Pool
+
 from .cases import Case, Spec
-from .timing import Pool, contender_inputs
+from .timing import contender_inputs
 
 LAYERS = 32
 _CHAIN = 17

@@ -17,11 +17,11 @@ from jax import Array
 from rich.table import Table
 
 from jax_router import grouped_matmul
+from jax_router._timing import Kernel, Timing, busy_us, kernels_of_calls
 from jax_router._ways import Places, Way, Weights, ours, plain
 
 from .cases import NATIVE
 from .experts import EXPERTS, TOKENS, Experts, random_bf16
-from .timing import Kernel, Timing, busy_us, kernels_of_calls
 
 STAGES = ("route", "dispatch", "permute", "experts", "swiglu", "combine")
 # Kernels in a CUDA graph do not say which instruction they are of, and gaps between kernels do not count here anyway.

@@ -13,10 +13,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jax_router._timing import Pool, Timing, kernel_timing, measured_peaks, wall_timings
+
 from .cases import CPU_SPEEDUPS, NATIVE, TARGETS, TORCH, XLA, Case
 from .in_jit import InJit
 from .results import Record
-from .timing import Pool, Timing, compiled, kernel_timing, measured_peaks, wall_timings
+from .timing import compiled
 
 _Item = TypeVar("_Item")
 GPU_POOL, _CPU_POOL = 2**27, 2**24

@@ -7,34 +7,7 @@ from typing import Any
 
 import jax
 
-from jax_router._timing import (
-    Kernel,
-    Peaks,
-    Pool,
-    Timing,
-    busy_us,
-    kernel_timing,
-    kernels_of_calls,
-    measured_peaks,
-    wall_timings,
-)
-
 from .cases import Contender, Spec
-
-__all__ = [
-    "Kernel",
-    "Peaks",
-    "Pool",
-    "Timing",
-    "busy_us",
-    "compiled",
-    "contender_inputs",
-    "kernel_timing",
-    "kernels_of_calls",
-    "lowered",
-    "measured_peaks",
-    "wall_timings",
-]
 
 
 def compiled(contender: Contender, inputs: Sequence[Spec]) -> Callable[..., Any]:

@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     demo.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a UTF-8 text (default: a page of Alice)")
-    demo.add_argument("--rows", type=_count, default=20, metavar="N", help="tokens to show of each layer (default: 20)")
+    demo.add_argument(
+        "--rows", type=_case.number_from(0), default=20, metavar="N", help="tokens to show of each layer (default: 20)"
+    )
     presets = commands.add_parser(
         "presets",
         help="the routers of models",
@@ -119,12 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments.file, arguments.rows)
     except DemoError as error:
         demo.error(str(error))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
-    return int(text)
 
 
 def _png(text: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the case")
     group.add_argument("--preset", metavar="NAME", help="the router of a model, as `jax-router presets` lists them")
     for flag, meaning in _NUMBERS.items():
-        group.add_argument(flag, type=positive, metavar="N", help=meaning)
+        group.add_argument(flag, type=number_from(1), metavar="N", help=meaning)
     group.add_argument("--score-fn", choices=get_args(ScoreFn), help="default: the preset's, or sqrtsoftplus")
     group.add_argument(
         "--bias", action=argparse.BooleanOptionalAction, help="a selection bias (default: as the preset)"
@@ -108,10 +108,15 @@ _NUMBERS = {
 }
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a number, 1 or more, got {text!r}")
-    return int(text)
+def number_from(least: int) -> Callable[[str], int]:
+    """What reads an option that is a number, `least` or more."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a number, {least} or more, got {text!r}")
+        return int(text)
+
+    return number
 
 
 def case_of(arguments: argparse.Namespace) -> Case:

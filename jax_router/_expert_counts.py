@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from . import _check, _sharding, reference
 from ._ids import as_int32_ids
-from ._native import native_module, unsupported_selection
+from ._native import unsupported_selection, workspace_of_choices
 from ._primitive import Op, Operand, Result
 from ._types import Implementation
 
@@ -101,14 +101,7 @@ def _unsupported(platform: str, avals: dict[str, Any], *, num_experts: int) -> s
 
 
 def _workspace(platform: str, avals: dict[str, Any], *, num_experts: int) -> int | None:
-    """Counts of several clusters of blocks. A problem whose size is open may be the largest."""
-    if platform != "cuda":
-        return None
-    *batch, tokens, k = avals["expert_ids"].shape
-    problems = prod(batch) if all(isinstance(size, int) for size in batch) else 1
-    tokens = tokens if isinstance(tokens, int) else (2**31 - 1) // k
-    sizes = {"batch": problems, "tokens": tokens, "k": k, "experts": num_experts}
-    return -(-native_module(platform).workspace_bytes("expert_counts", **sizes) // max(problems, 1))
+    return workspace_of_choices("expert_counts", platform, avals["expert_ids"], num_experts)
 
 
 _EXPERT_COUNTS = Op(

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from . import _check, _sharding, reference
 from ._ids import as_int32_ids
-from ._native import native_module, unsupported_selection
+from ._native import unsupported_selection, workspace_of_choices
 from ._primitive import Op, Operand, Result
 from ._shapes import dispatch_slots, numbers
 from ._types import Dispatch, Implementation
@@ -168,14 +168,7 @@ def _unsupported(platform: str, avals: dict[str, Any], *, num_experts: int, **la
 
 
 def _workspace(platform: str, avals: dict[str, Any], *, num_experts: int, **layout: int) -> int | None:
-    """Counts of one sort, where one kernel counts for another. A sort whose size is open may be the longest."""
-    if platform != "cuda":
-        return None
-    *batch, tokens, k = avals["expert_ids"].shape
-    sorts = prod(batch) if all(isinstance(size, int) for size in batch) else 1
-    tokens = tokens if isinstance(tokens, int) else (2**31 - 1) // k
-    sizes = {"batch": sorts, "tokens": tokens, "k": k, "experts": num_experts}
-    return -(-native_module(platform).workspace_bytes("expert_dispatch", **sizes) // max(sorts, 1))
+    return workspace_of_choices("expert_dispatch", platform, avals["expert_ids"], num_experts)
 
 
 _EXPERT_DISPATCH = Op(

@@ -139,8 +139,7 @@ def _plan_sizes(op: str, avals: dict[str, Any], params: dict[str, Any]) -> dict[
     if op == "dense_router":
         return {**_dense_router.plan_sizes(avals, params["selection"]), "bias": "bias" in avals}
     if op == "expert_dispatch":
-        *batch, tokens, k = avals["expert_ids"].shape
-        return {"batch": prod(batch), "tokens": tokens, "k": k, "experts": params["num_experts"]}
+        return _native.choice_sizes(avals["expert_ids"], params["num_experts"])
     if op == "activation_topk":
         selection = params["selection"]
         sizes = {"k": selection.top_k, "num_groups": selection.num_groups, "bias": "bias" in avals}

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module, metadata
 from importlib.machinery import PathFinder
+from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict, get_type_hints
@@ -247,6 +248,22 @@ def forced_plan(op: str, plan: str) -> Iterator[None]:
         yield
     finally:
         module.force_plan(op, "")
+
+
+def choice_sizes(expert_ids: Any, num_experts: int) -> dict[str, int]:
+    """Ids `[..., N, k]` as plans want to know them. Of open sizes it is one problem, which may be the largest."""
+    *batch, tokens, k = expert_ids.shape
+    problems = prod(batch) if all(isinstance(size, int) for size in batch) else 1
+    tokens = tokens if isinstance(tokens, int) else (2**31 - 1) // k
+    return {"batch": problems, "tokens": tokens, "k": k, "experts": num_experts}
+
+
+def workspace_of_choices(op: str, platform: str, expert_ids: Any, num_experts: int) -> int | None:
+    """Bytes a problem of an op on ids, where one of its kernels counts for another."""
+    if platform != "cuda":
+        return None
+    sizes = choice_sizes(expert_ids, num_experts)
+    return -(-native_module(platform).workspace_bytes(op, **sizes) // max(sizes["batch"], 1))
 
 
 def unsupported_selection(platform: str, num_experts: int, top_k: int) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax import Array
 
 from . import _check, _slots
-from ._types import Dispatch, Implementation
+from ._types import Dispatch, Implementation, Weigh
 
 
 def permute(
@@ -109,3 +111,21 @@ def _weights(dispatch: Dispatch, weights: Array | None) -> Array | None:
         weights = _check.float32_array("weights", weights)
         _check.same_shape("weights", weights, dispatch.slot.shape)
     return weights
+
+
+def through_experts(
+    x: Array,
+    dispatch: Dispatch,
+    weights: Array,
+    experts: Callable[[Array, Array], Array],
+    *,
+    weigh: Weigh,
+    implementation: Implementation,
+) -> Array:
+    """The weighted sum of what the experts give for each token, from rows `[S, D]` and `group_sizes` to rows alike."""
+    before, after = (weights, None) if weigh == "input" else (None, weights)
+    rows = permute(x, dispatch, before, implementation=implementation)
+    y = experts(rows, dispatch.group_sizes)
+    if y.shape != rows.shape:
+        raise ValueError(f"experts must return rows of shape {rows.shape}, as it got them; got {y.shape}")
+    return combine(y, dispatch, after, implementation=implementation)

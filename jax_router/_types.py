@@ -12,6 +12,8 @@ from jax import Array, export
 ScoreFn = Literal["sqrtsoftplus", "sigmoid", "softmax"]
 GroupScore = Literal["top2_sum", "max"]
 Implementation = Literal["auto", "native", "reference"]
+# What the weights of a token's choices multiply, of its experts.
+Weigh = Literal["output", "input"]
 
 
 class Routing(NamedTuple):

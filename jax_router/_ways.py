@@ -51,15 +51,20 @@ class Way:
             places = self.sort(expert_ids, len(gate))
         with jax.named_scope("permute"):
             rows = self.permute(x, places)
-        with jax.named_scope("experts"):
-            inner = self.product(rows, experts.w_in, places.group_sizes)
-        with jax.named_scope("swiglu"):
-            gates, values = jnp.split(inner, 2, axis=-1)
-            inner = jax.nn.silu(gates) * values
-        with jax.named_scope("experts"):
-            results = self.product(inner, experts.w_out, places.group_sizes)
+        results = swiglu(self.product, experts, rows, places.group_sizes)
         with jax.named_scope("combine"):
             return self.combine(results, places, weights)
+
+
+def swiglu(product: Callable[..., Array], experts: Weights, rows: Array, group_sizes: Array) -> Array:
+    """The experts alone, from rows to rows."""
+    with jax.named_scope("experts"):
+        inner = product(rows, experts.w_in, group_sizes)
+    with jax.named_scope("swiglu"):
+        gates, values = jnp.split(inner, 2, axis=-1)
+        inner = jax.nn.silu(gates) * values
+    with jax.named_scope("experts"):
+        return product(inner, experts.w_out, group_sizes)
 
 
 def ours(product: Callable[..., Array], **selection: Any) -> Way:

@@ -38,11 +38,10 @@ from jax.sharding import PartitionSpec as P
 from . import _check
 from ._expert_dispatch import expert_dispatch
 from ._ids import as_int32_ids
-from ._permute import combine, permute
-from ._types import Dispatch, Implementation, Routing
+from ._permute import combine, permute, through_experts
+from ._types import Dispatch, Implementation, Routing, Weigh
 
 Way = Literal["gather", "exchange"]
-Weigh = Literal["output", "input"]
 # The rows of a device `[S, D]`, sorted by its experts, and how many each has `[E / n]`, to rows `[S, D]`.
 Experts = Callable[[Array, Array], Array]
 
@@ -428,12 +427,8 @@ class _Local:
         dispatch = expert_dispatch(ids - first, self.num_experts, align=self.align, implementation=self.implementation)
         if self.rows is not None:
             dispatch = _cut(dispatch, self.rows)
-        before, after = (weights, None) if self.weigh == "input" else (None, weights)
-        rows = permute(x, dispatch, before, implementation=self.implementation)
-        y = self.experts(rows, dispatch.group_sizes)
-        if y.shape != rows.shape:
-            raise ValueError(f"experts must return rows of shape {rows.shape}, as it got them; got {y.shape}")
-        sums = combine(y, dispatch, after, implementation=self.implementation)
+        how: dict[str, Any] = {"weigh": self.weigh, "implementation": self.implementation}
+        sums = through_experts(x, dispatch, weights, self.experts, **how)
         return sums, (dispatch.slot >= 0).sum(dtype=jnp.int32)
 
 

@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 from . import _check, expert_parallel
 from ._expert_dispatch import expert_dispatch
 from ._grouped_matmul import grouped_matmul
-from ._permute import combine, permute
+from ._permute import through_experts
 from ._sharding import shard_as
-from ._types import Implementation, Routing
+from ._types import Implementation, Routing, Weigh
 from .config import RouterConfig
 from .router import Initializer, Router, Unset, null_experts_output
 
@@ -26,7 +26,6 @@ Product = Callable[[Array, Array], Array]
 GroupedMatmul = Callable[[Array, Array, Array], Array]
 # Between permute and combine nobody reads the rows behind the last group.
 _of_used_rows = partial(grouped_matmul, unused_rows="undefined")
-Weigh = Literal["output", "input"]
 
 
 class ExpertWeights(NamedTuple):
@@ -109,10 +108,9 @@ def sum_of_experts(
 
     def compute(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
         dispatch = expert_dispatch(routing.expert_ids, num_experts, align=align, implementation=implementation)
-        before, after = (routing.weights, None) if weigh == "input" else (None, routing.weights)
-        rows = permute(x, dispatch, before, implementation=implementation)
-        rows = experts_of_rows(weights, rows, dispatch.group_sizes, activation=activation, matmul=matmul)
-        return combine(rows, dispatch, after, implementation=implementation)
+        experts = partial(experts_of_rows, weights, activation=activation, matmul=matmul)
+        how: dict[str, Any] = {"weigh": weigh, "implementation": implementation}
+        return through_experts(x, dispatch, routing.weights, experts, **how)
 
     return _sharded_as(x, weights)(compute)(x, routing, weights)
 
@@ -385,15 +383,13 @@ class MoE(nnx.Module):
             dropped = jnp.zeros((), jnp.int32)
         else:
             options |= {"expert_axis": self.expert_axis, **dict(self.expert_options)}
-            y, dropped = expert_parallel.over_mesh(x, routing, self._experts_of_device, weights, **options)
+            experts = partial(experts_of_rows, activation=self.activation, matmul=self.matmul)
+            y, dropped = expert_parallel.over_mesh(x, routing, experts, weights, **options)
         if config.num_null_experts:
             y = y + null_experts_output(x, routing, config.num_real_experts)
         if self.shared_expert is not None:
             y = y + self._shared(x, self.shared_expert, token_mask)
         return (y, dropped) if return_dropped else y
-
-    def _experts_of_device(self, weights: ExpertWeights, rows: Array, group_sizes: Array) -> Array:
-        return experts_of_rows(weights, rows, group_sizes, activation=self.activation, matmul=self.matmul)
 
     def _shared(self, x: Array, expert: SwiGLU, token_mask: Array | None) -> Array:
         if token_mask is not None:  # what a masked row holds must not reach the gradients of products

@@ -9,6 +9,7 @@ import pytest
 
 from cases import DEVICES
 from jax_router import _native
+from jax_router._timing import Pool, Timing
 
 if isinstance(_native.load("cuda"), ImportError):
     pytest.skip("there is no CUDA module here", allow_module_level=True)
@@ -19,7 +20,6 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import crossings
 from benchmarks.crossing_lines import UNFUSED, Line, lines, program
-from benchmarks.timing import Pool, Timing
 
 H100 = DEVICES["H100"]
 CUDA = _native.native_module("cuda")

@@ -222,23 +222,29 @@ struct Target<TopkSelect> {
   }
 };
 
+// The experts of all choices, of which there are as many as int32 numbers: an operand of what takes tokens together.
+template <typename Op>
+void read_choices(Call& call, Op& op) {
+  const Argument expert_ids = call.operand("expert_ids");
+  op.batch = expert_ids.rows(2);
+  op.k = expert_ids.size<int32_t>(0, {1, kMaxInt32});
+  op.tokens = expert_ids.size<int64_t>(1, {0, kMaxInt32 / op.k});
+  op.experts = call.integer<int32_t>("num_experts", {1, kMaxExperts});
+  op.expert_ids = expert_ids.numbers<int32_t>(op.batch, {op.tokens, op.k});
+}
+
 template <>
 struct Target<ExpertDispatch> {
   static constexpr const char* kName = "expert_dispatch";
 
   static void read(Call& call, ExpertDispatch& op) {
-    const Argument expert_ids = call.operand("expert_ids");
-    op.batch = expert_ids.rows(2);
-    op.k = expert_ids.size<int32_t>(0, {1, kMaxInt32});
-    op.tokens = expert_ids.size<int64_t>(1, {0, kMaxInt32 / op.k});
-    op.experts = call.integer<int32_t>("num_experts", {1, kMaxExperts});
+    read_choices(call, op);
     op.align = call.integer<int32_t>("align", {1, kMaxInt32});
     op.capacity = call.integer<int32_t>("capacity", {0, kMaxInt32});
     const int64_t slots = slots_of(op);
     if (slots > kMaxInt32) {
       call.must_be("align", "such that there are at most 2^31 - 1 slots", std::to_string(op.align));
     }
-    op.expert_ids = expert_ids.numbers<int32_t>(op.batch, {op.tokens, op.k});
     op.token_index = call.result("token_index").numbers<int32_t>(op.batch, {slots});
     op.slot = call.result("slot").numbers<int32_t>(op.batch, {op.tokens, op.k});
     op.group_sizes = call.result("group_sizes").numbers<int32_t>(op.batch, {op.experts});
@@ -343,12 +349,7 @@ struct Target<ExpertCounts> {
   static constexpr const char* kName = "expert_counts";
 
   static void read(Call& call, ExpertCounts& op) {
-    const Argument expert_ids = call.operand("expert_ids");
-    op.batch = expert_ids.rows(2);
-    op.k = expert_ids.size<int32_t>(0, {1, kMaxInt32});
-    op.tokens = expert_ids.size<int64_t>(1, {0, kMaxInt32 / op.k});
-    op.experts = call.integer<int32_t>("num_experts", {1, kMaxExperts});
-    op.expert_ids = expert_ids.numbers<int32_t>(op.batch, {op.tokens, op.k});
+    read_choices(call, op);
     op.token_mask = call.optional_operand("token_mask").numbers<uint8_t>(op.batch, {op.tokens});
     op.counts = call.result("counts").numbers<int32_t>(op.batch, {op.experts});
     op.workspace = read_workspace(call.optional_result("workspace"));

@@ -82,12 +82,14 @@ inline void take_sizes(Sizes& sizes, TopkSelect& op) {
   op.sorted = sizes.take<bool>("sorted", true);
   op.dtype = sizes.dtype();
 }
-inline void take_sizes(Sizes& sizes, ExpertDispatch& op) {
+template <typename Op>
+void take_choices(Sizes& sizes, Op& op) {
   op.batch = sizes.take<int64_t>("batch", 1);
   op.tokens = sizes.take<int64_t>("tokens");
   op.k = sizes.take<int32_t>("k");
   op.experts = sizes.take<int32_t>("experts");
 }
+inline void take_sizes(Sizes& sizes, ExpertDispatch& op) { take_choices(sizes, op); }
 inline void take_sizes(Sizes& sizes, DispatchedRows& rows) {
   rows.batch = sizes.take<int64_t>("batch", 1);
   rows.tokens = sizes.take<int64_t>("tokens");
@@ -107,12 +109,7 @@ auto take_sizes(Sizes& sizes, Op& op) -> decltype(op.rows.hidden, void()) {
   take_sizes(sizes, op.rows);
   op.dtype = sizes.dtype();
 }
-inline void take_sizes(Sizes& sizes, ExpertCounts& op) {
-  op.batch = sizes.take<int64_t>("batch", 1);
-  op.tokens = sizes.take<int64_t>("tokens");
-  op.k = sizes.take<int32_t>("k");
-  op.experts = sizes.take<int32_t>("experts");
-}
+inline void take_sizes(Sizes& sizes, ExpertCounts& op) { take_choices(sizes, op); }
 inline void take_sizes(Sizes& sizes, HashRouter& op) {
   op.rows = sizes.take<int64_t>("rows");
   op.k = sizes.take<int32_t>("k");
