@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,6 +16,7 @@ from jax_router._ways import Weights
 from support.models import MODELS, Model
 
 TOKENS = (8192, 64)
+_Key = TypeVar("_Key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +48,9 @@ EXPERTS = (Experts("qwen3-30b-a3b", 768), Experts("deepseek-v4-flash", 2048), Ex
 
 def random_bf16(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> Array:
     return random_rows(seed, Spec(shape, jnp.bfloat16, scale))
+
+
+def compiled_at_once(compilations: Mapping[_Key, Callable[[], Any]]) -> dict[_Key, Future[Any]]:
+    """What they return, or their errors, when all are done: the compiler of grouped products takes its time."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return {key: threads.submit(compile_one) for key, compile_one in compilations.items()}

@@ -16,7 +16,7 @@ from rich.table import Table
 from jax_router import grouped_matmul
 from jax_router._timing import kernel_timing
 
-from .experts import EXPERTS, TOKENS, Experts, random_bf16
+from .experts import EXPERTS, TOKENS, Experts, compiled_at_once, random_bf16
 
 Product = Callable[..., Array]
 DIRECTIONS = ("forward", "gradient of lhs", "gradient of rhs")
@@ -104,21 +104,22 @@ def directions(product: Product) -> dict[str, Callable[..., Array]]:
 
 
 def records(selected: Sequence[Case], failures: dict[str, str]) -> Iterator[Record]:
+    programs = compiled_at_once(
+        {
+            (case, direction, name): partial(_compiled, directions(product)[direction], case)
+            for case in selected
+            for direction in DIRECTIONS
+            for name, product in products().items()
+        }
+    )
     for case in selected:
-        rows, hidden, inner, groups = case.sizes
-        group_sizes = case.group_sizes()
-        operands = (
-            random_bf16(1, (rows, hidden)),
-            random_bf16(2, (groups, hidden, inner), hidden**-0.5),
-            random_bf16(3, (rows, inner)),
-        )
-        runs = {name: directions(product) for name, product in products().items()}
+        operands, group_sizes = _operands(case), case.group_sizes()
+        arguments = (*operands, jnp.asarray(group_sizes))
         for direction in DIRECTIONS:
             figures = {}
-            for name, run in runs.items():
+            for name in products():
                 try:
-                    compiled = jax.jit(run[direction]).lower(*operands, group_sizes).compile()
-                    arguments = (*operands, jnp.asarray(group_sizes))
+                    compiled = programs[case, direction, name].result()
                     timing = kernel_timing(compiled, [arguments])
                     figures[name] = timing, _error(direction, compiled(*arguments), operands, group_sizes)
                 except Exception as error:  # one that fails must not cost the figures of the others
@@ -126,6 +127,7 @@ def records(selected: Sequence[Case], failures: dict[str, str]) -> Iterator[Reco
             if "jax_router" not in figures:
                 continue
             timing, error = figures.pop("jax_router")
+            rows, hidden, inner, _ = case.sizes
             yield Record(
                 f"{case.id}/{direction.replace(' ', '_')}",
                 round(timing.us, 1),
@@ -135,6 +137,19 @@ def records(selected: Sequence[Case], failures: dict[str, str]) -> Iterator[Reco
                 {name: round(other.us, 1) for name, (other, _) in figures.items()},
                 {name: other for name, (_, other) in figures.items()},
             )
+
+
+def _operands(case: Case) -> tuple[Array, Array, Array]:
+    rows, hidden, inner, groups = case.sizes
+    return (
+        random_bf16(1, (rows, hidden)),
+        random_bf16(2, (groups, hidden, inner), hidden**-0.5),
+        random_bf16(3, (rows, inner)),
+    )
+
+
+def _compiled(run: Callable[..., Array], case: Case) -> jax.stages.Compiled:
+    return jax.jit(run).lower(*jax.eval_shape(lambda: _operands(case)), case.group_sizes()).compile()
 
 
 def _error(direction: str, result: Array, operands: tuple[Array, Array, Array], group_sizes: np.ndarray) -> float:

@@ -21,7 +21,7 @@ from jax_router._timing import Kernel, Timing, busy_us, kernels_of_calls
 from jax_router._ways import Places, Way, Weights, ours, plain
 
 from .cases import NATIVE
-from .experts import EXPERTS, TOKENS, Experts, random_bf16
+from .experts import EXPERTS, TOKENS, Experts, compiled_at_once, random_bf16
 
 STAGES = ("route", "dispatch", "permute", "experts", "swiglu", "combine")
 # Kernels in a CUDA graph do not say which instruction they are of, and gaps between kernels do not count here anyway.
@@ -113,42 +113,64 @@ def cases() -> list[Case]:
 
 def records(selected: Sequence[Case], failures: dict[str, str]) -> Iterator[Record]:
     """The experts of the largest model and their gradients fill more than half of an H100: one model at a time."""
-    parameters: tuple[Experts | None, Any] = None, None
-    for case in selected:
-        model = case.experts.model
-        if parameters[0] != case.experts:
-            parameters = None, None
-            gc.collect()
-            gate = random_bf16(3, (model.num_experts, model.hidden_size), model.hidden_size**-0.5)
-            parameters = case.experts, Parameters(gate, case.experts.weights())
-        shape = (case.tokens, model.hidden_size)
-        arguments = (random_bf16(4, shape), parameters[1], random_bf16(5, shape))
-        found: dict[str, tuple[Timing, dict[str, float], list[Array]]] = {}
-        for name, way in ways(case.experts).items():
-            try:
-                found[name] = _timed(partial(DIRECTIONS[case.direction], way), arguments)
-            except Exception as error:  # one that fails must not cost the figures of the others
-                failures[f"{case.id} of {name}"] = f"{type(error).__name__}: {error}"
-        if NATIVE not in found:
-            continue
-        timing, stages, results = found.pop(NATIVE)
-        yield Record(
-            case.id,
-            round(timing.us, 1),
-            (round(timing.least, 1), round(timing.most, 1)),
-            timing.kernels,
-            stages,
-            {name: round(other.us, 1) for name, (other, _, _) in found.items()},
-            {name: of_stages for name, (_, of_stages, _) in found.items()},
+    for experts in dict.fromkeys(case.experts for case in selected):
+        of_model = [case for case in selected if case.experts == experts]
+        programs = compiled_at_once(
             {
-                name: [float(f"{_difference(*pair):.2g}") for pair in zip(others, results)]
-                for name, (_, _, others) in found.items()
-            },
+                (case, name): partial(_compiled, partial(DIRECTIONS[case.direction], way), case)
+                for case in of_model
+                for name, way in ways(experts).items()
+            }
         )
+        parameters = _parameters(experts)
+        for case in of_model:
+            arguments = _arguments(case, parameters)
+            found: dict[str, tuple[Timing, dict[str, float], list[Array]]] = {}
+            for name in ways(experts):
+                try:
+                    found[name] = _timed(programs[case, name].result(), arguments)
+                except Exception as error:  # one that fails must not cost the figures of the others
+                    failures[f"{case.id} of {name}"] = f"{type(error).__name__}: {error}"
+            if NATIVE in found:
+                yield _record(case, found)
+        del parameters, arguments, found, programs
+        gc.collect()
 
 
-def _timed(run: Callable[..., list[Array]], arguments: tuple[Any, ...]) -> tuple[Timing, dict[str, float], list[Array]]:
-    compiled = jax.jit(run).lower(*arguments).compile(_WITHOUT_GRAPHS)
+def _parameters(experts: Experts) -> Parameters:
+    model = experts.model
+    gate = random_bf16(3, (model.num_experts, model.hidden_size), model.hidden_size**-0.5)
+    return Parameters(gate, experts.weights())
+
+
+def _arguments(case: Case, parameters: Parameters) -> tuple[Array, Parameters, Array]:
+    shape = (case.tokens, case.experts.model.hidden_size)
+    return random_bf16(4, shape), parameters, random_bf16(5, shape)
+
+
+def _compiled(run: Callable[..., list[Array]], case: Case) -> jax.stages.Compiled:
+    arguments = jax.eval_shape(lambda: _arguments(case, _parameters(case.experts)))
+    return jax.jit(run).lower(*arguments).compile(_WITHOUT_GRAPHS)
+
+
+def _record(case: Case, found: dict[str, tuple[Timing, dict[str, float], list[Array]]]) -> Record:
+    timing, stages, results = found.pop(NATIVE)
+    return Record(
+        case.id,
+        round(timing.us, 1),
+        (round(timing.least, 1), round(timing.most, 1)),
+        timing.kernels,
+        stages,
+        {name: round(other.us, 1) for name, (other, _, _) in found.items()},
+        {name: of_stages for name, (_, of_stages, _) in found.items()},
+        {
+            name: [float(f"{_difference(*pair):.2g}") for pair in zip(others, results)]
+            for name, (_, _, others) in found.items()
+        },
+    )
+
+
+def _timed(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> tuple[Timing, dict[str, float], list[Array]]:
     calls = kernels_of_calls(compiled, [arguments])
     stage_of = stages_of_instructions(compiled.as_text())
     by_stage = [_by_stage(kernels, stage_of) for kernels in calls]
