@@ -14,7 +14,7 @@ from rich.progress import track
 from jax_router._timing import Pool, device_name
 
 from .cases import cpu_cases, gpu_cases
-from .results import RESULTS, current_commit, save, slug, table
+from .results import RESULTS, current_commit, data_matter, save, slug, table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,6 +124,8 @@ def main() -> int:
         records.append(record)
         save(records, path)
     console.print(table(records, device))
+    if said := data_matter(records):
+        console.print(said, highlight=False)
     if is_sweep:
         for picture in sweep.draw(sweeps, records, slug(device), device):
             console.print(f"drawn: {picture}")
