@@ -29,8 +29,10 @@ class Record:
         median_us, worst_draw, draws: the median over the draws, the kind and the number of the worst, and how many
             there were.
         xla_us, xla_us_range: XLA's, of the same run.
-        in_jit_us: what a call costs inside a jitted program, on a GPU (`in_jit.py`).
-        xla_in_jit_us: the same for XLA, of decode sizes.
+        in_jit_us, in_jit_us_range: what a call costs inside a jitted program (`in_jit.py`), by the timeline of a GPU.
+            Older records, without the range, have wall-clock time there.
+        in_jit_wall_us: the same by wall-clock time.
+        xla_in_jit_us, xla_in_jit_us_range, xla_in_jit_wall_us: the same for XLA, of decode sizes.
         floor_us: the time of its bytes at the speed of a copy, or of its arithmetic at the speed of a large matrix
             product, whichever is longer, both taken in the same run on a GPU.
         target_us: what was to be reached; on a CPU a part of XLA's time.
@@ -48,7 +50,11 @@ class Record:
     xla_us: float | None = None
     xla_us_range: tuple[float, float] | None = None
     in_jit_us: float | None = None
+    in_jit_us_range: tuple[float, float] | None = None
+    in_jit_wall_us: float | None = None
     xla_in_jit_us: float | None = None
+    xla_in_jit_us_range: tuple[float, float] | None = None
+    xla_in_jit_wall_us: float | None = None
     floor_us: float | None = None
     target_us: float | None = None
     kernels: int | None = None
@@ -108,6 +114,7 @@ def table(records: Sequence[Record], device: str) -> Table:
         "others": lambda record: ", ".join(f"{name} {_number(us)}" for name, us in record.others_us.items()),
         "floor": lambda record: _number(record.floor_us),
         "in jit": lambda record: _number(record.in_jit_us),
+        "by wall clock": lambda record: _number(record.in_jit_wall_us),
         "XLA in jit": lambda record: _number(record.xla_in_jit_us),
         "verdict": _verdict,
     }
