@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="kernel time alone: no rivals besides XLA, no time in jit; of crossings, fewer sizes",
     )
-    parser.add_argument("--no-reference", action="store_true", help="do not time XLA and other rivals")
+    parser.add_argument(
+        "--no-reference", action="store_true", help="do not time XLA and other rivals, nor draw pictures"
+    )
     parser.add_argument(
         "--rows",
         type=float,
@@ -126,7 +128,7 @@ def main() -> int:
     console.print(table(records, device))
     if said := data_matter(records):
         console.print(said, highlight=False)
-    if is_sweep:
+    if is_sweep and not arguments.no_reference:
         for picture in sweep.draw(sweeps, records, slug(device), device):
             console.print(f"drawn: {picture}")
     console.print(f"{len(records)} records in {path}")
