@@ -14,7 +14,7 @@ from rich.progress import track
 from jax_router._timing import Pool, device_name
 
 from .cases import cpu_cases, gpu_cases
-from .results import RESULTS, current_commit, save, slug, table
+from .results import RESULTS, current_commit, data_matter, save, slug, table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="kernel time alone: no rivals besides XLA, no time in jit; of crossings, fewer sizes",
     )
-    parser.add_argument("--no-reference", action="store_true", help="do not time XLA and other rivals")
+    parser.add_argument(
+        "--no-reference", action="store_true", help="do not time XLA and other rivals, nor draw pictures"
+    )
     parser.add_argument(
         "--rows",
         type=float,
@@ -124,7 +126,9 @@ def main() -> int:
         records.append(record)
         save(records, path)
     console.print(table(records, device))
-    if is_sweep:
+    if said := data_matter(records):
+        console.print(said, highlight=False)
+    if is_sweep and not arguments.no_reference:
         for picture in sweep.draw(sweeps, records, slug(device), device):
             console.print(f"drawn: {picture}")
     console.print(f"{len(records)} records in {path}")

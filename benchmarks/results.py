@@ -15,6 +15,7 @@ import jax
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+MOST_OVER_MEDIAN = 1.1  # of the worst draw
 
 
 @dataclasses.dataclass
@@ -23,11 +24,15 @@ class Record:
 
     Attributes:
         id: of the case.
-        us: this project's, the median.
+        us: this project's, the median; of `topk_select` on a GPU that of the worst draw (`draws.py`).
         us_range: least and most.
+        median_us, worst_draw, draws: the median over the draws, the kind and the number of the worst, and how many
+            there were.
         xla_us, xla_us_range: XLA's, of the same run.
-        in_jit_us: what a call costs inside a jitted program, on a GPU (`in_jit.py`).
-        xla_in_jit_us: the same for XLA, of decode sizes.
+        in_jit_us, in_jit_us_range: what a call costs inside a jitted program (`in_jit.py`), by the timeline of a GPU.
+            Older records, without the range, have wall-clock time there.
+        in_jit_wall_us: the same by wall-clock time.
+        xla_in_jit_us, xla_in_jit_us_range, xla_in_jit_wall_us: the same for XLA, of decode sizes.
         floor_us: the time of its bytes at the speed of a copy, or of its arithmetic at the speed of a large matrix
             product, whichever is longer, both taken in the same run on a GPU.
         target_us: what was to be reached; on a CPU a part of XLA's time.
@@ -39,10 +44,17 @@ class Record:
     id: str
     us: float | None = None
     us_range: tuple[float, float] | None = None
+    median_us: float | None = None
+    worst_draw: str | None = None
+    draws: int | None = None
     xla_us: float | None = None
     xla_us_range: tuple[float, float] | None = None
     in_jit_us: float | None = None
+    in_jit_us_range: tuple[float, float] | None = None
+    in_jit_wall_us: float | None = None
     xla_in_jit_us: float | None = None
+    xla_in_jit_us_range: tuple[float, float] | None = None
+    xla_in_jit_wall_us: float | None = None
     floor_us: float | None = None
     target_us: float | None = None
     kernels: int | None = None
@@ -50,6 +62,11 @@ class Record:
     device: str = ""
     jax: str = jax.__version__
     commit: str = ""
+
+    @property
+    def worst_over_median(self) -> float | None:
+        """How much the data matter."""
+        return self.us / self.median_us if self.us and self.median_us else None
 
 
 def save(records: Iterable[Any], path: Path) -> None:
@@ -89,12 +106,15 @@ def table(records: Sequence[Record], device: str) -> Table:
     result = Table(title=f"microseconds a call on {device}", title_justify="left", caption_justify="left")
     columns: dict[str, Callable[[Record], str]] = {
         "us": lambda record: _number(record.us),
+        "/ median": _over_median,
+        "worst draw": lambda record: record.worst_draw or "",
         "target": lambda record: _number(record.target_us),
         "XLA": lambda record: _number(record.xla_us),
         "XLA / us": lambda record: f"{record.xla_us / record.us:.1f}" if record.us and record.xla_us else "",
         "others": lambda record: ", ".join(f"{name} {_number(us)}" for name, us in record.others_us.items()),
         "floor": lambda record: _number(record.floor_us),
         "in jit": lambda record: _number(record.in_jit_us),
+        "by wall clock": lambda record: _number(record.in_jit_wall_us),
         "XLA in jit": lambda record: _number(record.xla_in_jit_us),
         "verdict": _verdict,
     }
@@ -112,6 +132,26 @@ def _number(us: float | None) -> str:
     if us is None:
         return ""
     return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:.0f}"
+
+
+def _over_median(record: Record) -> str:
+    ratio = record.worst_over_median
+    if ratio is None:
+        return ""
+    return f"[red]{ratio:.2f}" if ratio > MOST_OVER_MEDIAN else f"{ratio:.2f}"
+
+
+def data_matter(records: Sequence[Record]) -> str:
+    """Whether the worst draw of every case is near the median over its draws; nothing if none was drawn so."""
+    ratios = {record.id: record.worst_over_median for record in records if record.worst_over_median}
+    if not ratios:
+        return ""
+    worst = max(ratios, key=ratios.__getitem__)
+    above = sum(ratio > MOST_OVER_MEDIAN for ratio in ratios.values())
+    return (
+        f"the worst draw takes at most {ratios[worst]:.2f} times the median over the draws ({worst}); "
+        f"more than {MOST_OVER_MEDIAN} in {above} of {len(ratios)} cases"
+    )
 
 
 def _verdict(record: Record) -> str:

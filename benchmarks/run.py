@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -13,16 +14,18 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jax_router._timing import Pool, Timing, kernel_timing, measured_peaks, wall_timings
+from jax_router._timing import Pool, Spec, Timing, kernel_timing, measured_peaks, wall_timings
 
+from . import draws
 from .cases import CPU_SPEEDUPS, NATIVE, TARGETS, TORCH, XLA, Case
-from .in_jit import InJit
+from .in_jit import InJit, timeline_us, wall_us
 from .results import Record
 from .timing import compiled
 
 _Item = TypeVar("_Item")
 GPU_POOL, _CPU_POOL = 2**27, 2**24
-_IN_JIT = {NATIVE: f"{NATIVE} in jit", XLA: f"{XLA} in jit"}
+_DRAWS = "draws"  # among a case's programs, what makes them
+_IN_JIT = "in jit"  # and the programs that are timed there
 
 
 def select(items: Sequence[_Item], globs: Sequence[str] | None, id_of: Callable[[_Item], str]) -> list[_Item]:
@@ -53,6 +56,7 @@ class Benchmark:
         self._quick, self._with_rivals, self._is_sweep = quick, with_rivals, is_sweep
         self._pool = Pool(GPU_POOL if on_gpu else _CPU_POOL)
         self._xla: dict[str, Timing] = {}
+        self._makers: dict[Spec, Future[Any]] = {}  # of draws
         self.failures: dict[str, str] = {}
         self._peaks = measured_peaks(self._pool) if on_gpu else None
 
@@ -69,12 +73,10 @@ class Benchmark:
                 wait(future for futures in programs for future in futures.values())
                 for case, futures in zip(batch, programs):
                     progress.update(task, description=case.id)
-                    try:
-                        record = self._record(case, futures)
-                    except Exception as error:  # a case that fails must not cost the figures of the others
-                        self.failures[case.id] = f"{type(error).__name__}: {error}"
-                    else:
-                        record.device, record.commit = device, commit
+                    record = Record(case.id, device=device, commit=commit)
+                    with self._noting_failure(case.id):
+                        self._time(case, futures, record)
+                    if record.us is not None:
                         yield record
                     progress.advance(task)
 
@@ -99,46 +101,67 @@ class Benchmark:
                 futures[name] = threads.submit(lambda run=contender.run: run)
             elif wanted:
                 futures[name] = threads.submit(compiled, contender, case.inputs)
+        if self._on_gpu and case.depends_on_data:
+            (spec,) = case.inputs
+            futures[_DRAWS] = self._makers.get(spec) or threads.submit(draws.compiled, spec)
+            self._makers[spec] = futures[_DRAWS]
         if is_in_jit:
-            futures[_IN_JIT[NATIVE]] = threads.submit(InJit, case, NATIVE)
-            if self._with_rivals and case.is_decode:
-                futures[_IN_JIT[XLA]] = threads.submit(InJit, case, XLA)
+            names = (NATIVE, XLA) if self._with_rivals and case.is_decode else (NATIVE,)
+            futures[_IN_JIT] = threads.submit(InJit, case, names)
         return futures
 
-    def _record(self, case: Case, programs: Mapping[str, Future[Any]]) -> Record:
-        drawn = self._pool.copies(case.inputs)
+    @contextmanager
+    def _noting_failure(self, what: str) -> Iterator[None]:
+        """What fails must not cost other figures."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[what] = f"{type(error).__name__}: {error}"
+
+    def _time(self, case: Case, programs: Mapping[str, Future[Any]], record: Record) -> None:
+        inputs_of_calls = self._pool.copies(case.inputs)
         copies: dict[str, Any] = {}
         prepared: dict[Any, Any] = {}
         for name, contender in case.contenders.items():
             if contender.prepare not in prepared:
                 prepare = jax.jit(contender.prepare)
-                prepared[contender.prepare] = [prepare(*inputs) for inputs in drawn]
+                prepared[contender.prepare] = [prepare(*inputs) for inputs in inputs_of_calls]
             copies[name] = prepared[contender.prepare]
-        del drawn
+        del inputs_of_calls
         timings = self._timings(case, programs, copies)
+        drawn = self._draw_timings(case, programs)
         xla_key = case.xla_id or case.id
         if XLA in timings:
             self._xla[xla_key] = timings[XLA]
-        record = Record(
-            case.id, floor_us=_rounded(self._peaks.floor_us(case.nbytes, case.flops)) if self._peaks else None
-        )
-        native, xla = timings[NATIVE], self._xla.get(xla_key)
+        if self._peaks:
+            record.floor_us = _rounded(self._peaks.floor_us(case.nbytes, case.flops))
+        native, xla = drawn.worst if drawn else timings.pop(NATIVE), self._xla.get(xla_key)
         record.us, record.us_range = _figure(native)
         record.kernels = native.kernels or None
+        if drawn:
+            record.median_us, record.worst_draw = _rounded(drawn.median), drawn.worst_draw
+            record.draws = len(drawn.us)
         if xla:
             record.xla_us, record.xla_us_range = _figure(xla)
-        record.others_us = {name: _rounded(us) for name, (us, *_) in timings.items() if name not in (NATIVE, XLA)}
+        record.others_us = {name: _rounded(us) for name, (us, *_) in timings.items() if name != XLA}
         record.target_us = self._target_us(case, xla) if not self._is_sweep else None
-        in_jit = {
-            name: _rounded(programs[key].result().us(self._pool, copies[name]))
-            for name, key in _IN_JIT.items()
-            if key in programs
-        }
-        record.in_jit_us, record.xla_in_jit_us = in_jit.get(NATIVE), in_jit.get(XLA)
-        return record
+        if _IN_JIT in programs:
+            with self._noting_failure(f"{case.id} in jit"):
+                self._time_in_jit(programs[_IN_JIT].result(), copies, record)
+
+    def _time_in_jit(self, in_jit: InJit, copies: Mapping[str, Any], record: Record) -> None:
+        wall = in_jit.timings(self._pool, copies, wall_us)
+        record.in_jit_wall_us = _rounded(wall[NATIVE].us)
+        record.xla_in_jit_wall_us = _rounded(wall[XLA].us) if XLA in wall else None
+        timeline = in_jit.timings(self._pool, copies, timeline_us)
+        record.in_jit_us, record.in_jit_us_range = _figure(timeline[NATIVE])
+        if XLA in timeline:
+            record.xla_in_jit_us, record.xla_in_jit_us_range = _figure(timeline[XLA])
 
     def _timings(self, case: Case, programs: Mapping[str, Future[Any]], copies: Mapping[str, Any]) -> dict[str, Timing]:
         runs = {name: programs[name].result() for name in case.contenders if name in programs}
+        if _DRAWS in programs:
+            del runs[NATIVE]
         if not self._on_gpu:
             return wall_timings(runs, copies)
         timings = {}
@@ -148,6 +171,12 @@ class Benchmark:
             else:
                 timings[name] = kernel_timing(run, copies[name])
         return timings
+
+    def _draw_timings(self, case: Case, programs: Mapping[str, Future[Any]]) -> draws.DrawTimings | None:
+        """This project's, of a case whose time depends on the data; rivals have the inputs of the other cases."""
+        if _DRAWS not in programs:
+            return None
+        return draws.kernel_timings(programs[NATIVE].result(), programs[_DRAWS].result(), case.inputs[0].nbytes)
 
     def _target_us(self, case: Case, xla: Timing | None) -> float | None:
         if self._on_gpu:

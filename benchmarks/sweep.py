@@ -168,7 +168,9 @@ def draw(selected: Sequence[Sweep], records: Sequence[Record], prefix: str, devi
             axis.set_visible(False)
         for axis in axes[:, 0]:
             axis.set_ylabel("time of a call [µs]")
-        figure.suptitle(f"{op.replace('_lengths', '')} on {device}\nsolid: jax_router, dashed: XLA, dotted: the floor")
+        drawn = any(record.median_us for record in records if record.id.startswith(op.removesuffix("_lengths")))
+        solid = "solid: jax_router" + (", the worst draw (thin: the median over the draws)" if drawn else "")
+        figure.suptitle(f"{op.removesuffix('_lengths')} on {device}\n{solid}, dashed: XLA, dotted: the floor")
         path = IMAGES / f"{prefix}-{op}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
@@ -182,6 +184,7 @@ def _draw_panel(axis: Any, sweep: Sweep, by_id: dict[str, Record]) -> None:
         points = [(x, by_id[line.case(x).id]) for x in sweep.xs if line.case(x).id in by_id]
         figures = {
             "o-": [record.us for _, record in points],
+            "-": [record.median_us for _, record in points],
             "x--": [record.xla_us for _, record in points] if line.rivals != "none" else [],
             ":": [record.floor_us for _, record in points],
         }
@@ -189,7 +192,8 @@ def _draw_panel(axis: Any, sweep: Sweep, by_id: dict[str, Record]) -> None:
             known = [(x, us) for (x, _), us in zip(points, values) if us]
             if known:
                 label = line.label if style == "o-" else None
-                axis.plot(*zip(*known), style, color=f"C{index}", label=label, markersize=4)
+                width = 0.7 if style == "-" else None
+                axis.plot(*zip(*known), style, color=f"C{index}", label=label, markersize=4, linewidth=width)
         if line.rivals != "all":
             continue
         others = dict.fromkeys(name for _, record in points for name in record.others_us)

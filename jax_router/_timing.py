@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 MIN_CALLS = 24
-_HOT_BYTES = 2**20
+HOT_BYTES = 2**20  # inputs of a call up to here stay in the cache
 COPIES_BYTES = 128 * 2**20  # twice the largest L2 cache
 
 
@@ -71,7 +71,7 @@ class Spec:
 
 def copies_of(nbytes: int) -> int:
     """How many inputs of so many bytes the calls go through."""
-    return 1 if nbytes <= _HOT_BYTES else max(2, -(-COPIES_BYTES // nbytes))
+    return 1 if nbytes <= HOT_BYTES else max(2, -(-COPIES_BYTES // nbytes))
 
 
 class Pool:
@@ -141,27 +141,38 @@ def kernel_timing(
 
 
 def kernels_of_calls(
-    run: Callable[..., Any], copies: Sequence[tuple[Any, ...]], synchronize: Callable[[], None] = lambda: None
+    run: Callable[..., Any],
+    copies: Sequence[tuple[Any, ...]],
+    synchronize: Callable[[], None] = lambda: None,
+    calls: int = MIN_CALLS,
 ) -> list[list[Kernel]]:
     """The kernels of each call, in the order of their starts.
 
     The warm-up goes through all copies too, so that no input stays cached.
     """
-    calls = [functools.partial(run, *inputs) for inputs in itertools.islice(itertools.cycle(copies), MIN_CALLS)]
+
+    def make_calls() -> None:
+        for inputs in itertools.islice(itertools.cycle(copies), calls):
+            jax.block_until_ready(run(*inputs))
+        synchronize()
+
     for inputs in copies:
         jax.block_until_ready(run(*inputs))
+    kernels = traced_kernels(make_calls)
+    if not kernels or len(kernels) % calls:
+        raise RuntimeError(f"{calls} calls left {len(kernels)} kernels in the trace: no figure")
+    each = len(kernels) // calls
+    return [kernels[first : first + each] for first in range(0, len(kernels), each)]
+
+
+def traced_kernels(work: Callable[[], None]) -> list[Kernel]:
+    """The kernels that ran until `work` returned, in the order of their starts."""
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.host_tracer_level = options.python_tracer_level = 0
         with jax.profiler.trace(folder, profiler_options=options):
-            for call in calls:
-                jax.block_until_ready(call())
-            synchronize()
-        kernels = sorted(_kernels(Path(folder)))
-    if not kernels or len(kernels) % len(calls):
-        raise RuntimeError(f"{len(calls)} calls left {len(kernels)} kernels in the trace: no figure")
-    each = len(kernels) // len(calls)
-    return [kernels[first : first + each] for first in range(0, len(kernels), each)]
+            work()
+        return sorted(_kernels(Path(folder)))
 
 
 def _kernels(folder: Path) -> Iterator[Kernel]:
