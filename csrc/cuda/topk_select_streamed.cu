@@ -8,10 +8,11 @@
 // them.
 //
 // Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others, so
-// that the first vectors are a fair sample of rows that have a trend. Should the bound be wrong (fewer than k
-// candidates, or the k-th of them below some block's bound) or there be more candidates than fit, the row is read again
-// with a bound that is certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates; random rows
-// never need a second.
+// that the first vectors are a fair sample of rows that have a trend. Where a block that is alone finds more candidates
+// than it has room for, it keeps the k best so far, whose worst is its bound from then on, and goes on: rows that are
+// sorted cost that a few times, random rows never. Should the bound be wrong (fewer than k candidates, or the k-th of
+// them below some block's bound) or the candidates of a cluster not fit, the row is read again with a bound that is
+// certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates.
 //
 // Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
 // a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have
@@ -36,6 +37,7 @@ constexpr int kStages = kStreamStages;
 constexpr int kRing = kBatch * kStages;
 constexpr int kSampled = kSampledVectors;
 constexpr int kMaxClusterBlocks = 16;
+constexpr uint32_t kMostBeside = kSampled * 256 / 4;  // candidates beside k that are kept: there is room for four times
 
 // How the rows are laid over the device, as the kernel needs to know.
 struct Rows {
@@ -107,7 +109,7 @@ struct Stream {
 };
 
 template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1536 / kThreads) topk_select_streamed(TopkSelect op, Rows rows) {
+__global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads) topk_select_streamed(TopkSelect op, Rows rows) {
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) topk_select_streame
     if (first_reading) {
       __syncthreads();
       if (rows.blocks > 1) cluster_arrive_relaxed();  // the other blocks may use what was set up above
-      if (length > rows.capacity) {
+      if (length > k + max(2 * k, kSampled * kThreads)) {
         wait_for_fetches<0>();
         // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
         const uint32_t group = min(length / (2 * kElements * k), static_cast<uint32_t>(kSampled));
@@ -194,53 +196,83 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) topk_select_streame
       }
     }
 
-    const float bound_element = format.element(bound);
-#pragma unroll 1
-    for (uint32_t step = 0; step < stream.steps; ++step) {
-      wait_for_fetches<kStages - 1>();
-      const uint32_t first_vector = step * kBatch;
-      uint4 vectors[kBatch];
-#pragma unroll
-      for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(first_vector + v);
-      // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
-      const bool reaches = stream.index(first_vector) < stream.end && !(largest_element<T>(vectors) < bound_element);
-      if (__any_sync(kFullWarp, reaches)) {
-        const auto pair_of = [&](uint32_t bit) {
-          const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
-          const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
-          return format.pair(as_float(element), stream.index(vector) + e);
-        };
-        uint32_t mask = 0;
-        if (reaches) {
-#pragma unroll
-          for (int i = 0; i < kBatch * kElements; ++i) {
-            const bool inside = i < kElements || stream.index(first_vector + i / kElements) < stream.end;
-            if (inside && !(element_of(vectors[i / kElements], i % kElements, T{}) < bound_element)) mask |= 1u << i;
-          }
-        }
-        if (!first_reading) {
-          // Elements that equal the bound may be many: now only those that are not behind it.
-#pragma unroll 1
-          for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-            const uint32_t bit = __ffs(rest) - 1;
-            if (pair_of(bit) < bound) mask ^= 1u << bit;
-          }
-        }
-        uint32_t place = reserve(__popc(mask));
-#pragma unroll 1
-        for (; mask != 0 && place < rows.capacity; mask &= mask - 1) pairs[place++] = pair_of(__ffs(mask) - 1);
-      }
-      stream.fetch(step + kStages);
-    }
+    const uint64_t sampled_bound = bound;
     if (stream.has_edges && stream.edge < length) {
       const uint64_t pair = format.pair(load_one(row + stream.edge), stream.edge);
       const uint32_t place = pair >= bound ? atomicAdd(&gathering.count, 1) : rows.capacity;
       if (place < rows.capacity) pairs[place] = pair;
     }
-    __syncthreads();
+    bool is_certain = !first_reading;
+    uint32_t step = 0;
+    uint32_t placed = 0;  // of this thread's elements of a step for which there was no more room: those that had some
+#pragma unroll 1
+    while (true) {
+      const float bound_element = format.element(bound);
+#pragma unroll 1
+      for (; step < stream.steps; ++step) {
+        if (rows.blocks == 1 && *const_cast<volatile uint32_t*>(&gathering.count) > rows.capacity) break;
+        wait_for_fetches<kStages - 1>();
+        const uint32_t first_vector = step * kBatch;
+        uint4 vectors[kBatch];
+#pragma unroll
+        for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(first_vector + v);
+        // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
+        const bool reaches = stream.index(first_vector) < stream.end && !(largest_element<T>(vectors) < bound_element);
+        if (__any_sync(kFullWarp, reaches)) {
+          const auto pair_of = [&](uint32_t bit) {
+            const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
+            const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
+            return format.pair(as_float(element), stream.index(vector) + e);
+          };
+          uint32_t mask = 0;
+          if (reaches) {
+#pragma unroll
+            for (int i = 0; i < kBatch * kElements; ++i) {
+              const bool inside = i < kElements || stream.index(first_vector + i / kElements) < stream.end;
+              if (inside && !(element_of(vectors[i / kElements], i % kElements, T{}) < bound_element)) mask |= 1u << i;
+            }
+            mask &= ~placed;
+          }
+          if (is_certain) {
+            // Elements that equal the bound may be many: now only those that are not behind it.
+#pragma unroll 1
+            for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+              const uint32_t bit = __ffs(rest) - 1;
+              if (pair_of(bit) < bound) mask ^= 1u << bit;
+            }
+          }
+          uint32_t place = reserve(__popc(mask));
+#pragma unroll 1
+          for (; mask != 0 && place < rows.capacity; mask &= mask - 1) {
+            placed |= mask & -mask;
+            pairs[place++] = pair_of(__ffs(mask) - 1);
+          }
+          if (rows.blocks == 1 && __any_sync(kFullWarp, mask != 0)) break;
+        }
+        placed = 0;
+        stream.fetch(step + kStages);
+      }
+      if (rows.blocks > 1 || __syncthreads_or(step < stream.steps) == 0) break;
+
+      // No more room: the k best so far, and few beside them, are all that matters of what has been read.
+      bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside)).pair;
+      is_certain = true;
+      if (threadIdx.x == 0) gathering.count = 0;
+#pragma unroll 1
+      for (uint32_t first = 0; first < rows.capacity; first += kThreads) {
+        const uint32_t i = first + threadIdx.x;
+        const uint64_t pair = i < rows.capacity ? pairs[i] : kNoPair;
+        __syncthreads();
+        const bool stays = pair >= bound;
+        const uint32_t place = reserve(stays ? 1 : 0);
+        if (stays) pairs[place] = pair;
+      }
+      __syncthreads();
+    }
+    if (rows.blocks > 1) __syncthreads();
 
     // Only the bound of a sample is uncertain, and a block that is alone needs but count what it found.
-    const uint64_t doubt = first_reading && rows.blocks > 1 ? bound : 0;
+    const uint64_t doubt = first_reading && rows.blocks > 1 ? sampled_bound : 0;
     if (rows.blocks > 1) {
       if (first_reading) cluster_wait();
       if (block != 0) {

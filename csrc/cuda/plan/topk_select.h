@@ -48,14 +48,15 @@ struct TopkSelectNumbers {
   int64_t small_part;       // so much of a row
   int64_t part_length;      // and of more blocks, so much
   int64_t candidates;       // that a block of a cluster keeps at most, beside k
-  int64_t lone_candidates;  // that a block which is alone keeps: a multiprocessor has room for two
+  int64_t lone_candidates;  // that a block which is alone has room for at least, beside k
+  int64_t most_candidates;  // and at most, where shared memory is free
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
     /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*warp_length=*/64,
     /*short_few_k=*/32, /*ordered_k=*/512, /*crowded_k=*/1000, /*long_block_k=*/950, /*narrow_length=*/32768,
     /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048, /*part_length=*/4352,
-    /*candidates=*/4096, /*lone_candidates=*/3072});
+    /*candidates=*/4096, /*lone_candidates=*/3072, /*most_candidates=*/12288});
 
 enum class TopkKernel {
   kTile,      // few choices of a short row: a bound and a ranking
@@ -115,6 +116,8 @@ constexpr int kStreamedBins = 2;
 // Of the stream through shared memory: vectors of a thread's step, and steps under way.
 constexpr int kStreamBatch = 4;
 constexpr int kStreamStages = 2;
+// Of a multiprocessor that streams rows, by the registers of a thread.
+constexpr int kStreamedThreads = 1536;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
 
@@ -138,6 +141,21 @@ constexpr uint32_t streamed_capacity(int64_t k, int threads, bool in_cluster, co
   const uint32_t enough =
       even(std::min(std::max(2 * k, sample), in_cluster ? numbers.candidates : numbers.lone_candidates));
   return streamed_bytes(threads, enough, k) + kStaticSharedBytes <= device.shared_bytes ? enough : even(sample);
+}
+
+// The same for a block that is alone with its row: it has what shared memory the blocks of a multiprocessor leave free.
+constexpr uint32_t lone_capacity(const TopkSelect& op, int threads, const Device& device) {
+  constexpr int64_t kReserved = 1024;  // of each block's shared memory, for the system
+  const uint32_t least = streamed_capacity(op.k, threads, false, device);
+  const int64_t all = device.shared_bytes + kReserved;
+  const auto bytes = [&](int64_t capacity) {
+    return streamed_bytes(threads, static_cast<uint32_t>(capacity), op.k) + kStaticSharedBytes + kReserved;
+  };
+  const int64_t fit = std::min<int64_t>(all / bytes(least), kStreamedThreads / threads);
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(op.rows, device.multiprocessors), 1, std::max<int64_t>(fit, 1));
+  const int64_t free = (all / blocks - bytes(0)) / 8;
+  const int64_t most = std::min<int64_t>(free, op.k + kTopkSelectNumbers.of(device).most_candidates);
+  return std::max(least, static_cast<uint32_t>(std::max<int64_t>(most, 0) / 2 * 2));
 }
 
 constexpr bool can_stream(int64_t k, int threads, const Device& device) {
@@ -240,7 +258,8 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
   } else if (kernel.kernel == TopkKernel::kStreamed) {
     plan.cluster = cluster;
     plan.blocks = op.rows * cluster;
-    plan.capacity = streamed_capacity(op.k, kernel.threads, cluster > 1, device);
+    plan.capacity = cluster > 1 ? streamed_capacity(op.k, kernel.threads, true, device)
+                                : lone_capacity(op, kernel.threads, device);
     plan.shared_bytes = streamed_bytes(kernel.threads, plan.capacity, op.k);
   }
   return plan;
