@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "../../common/macros.h"
 #include "../../common/ops.h"
+#include "choices.h"
 #include "names.h"
 
 namespace jax_router::cuda {
@@ -31,18 +31,14 @@ constexpr auto kExpertCountsNumbers = everywhere(ExpertCountsNumbers{/*lone_clus
 
 // How the ids of one problem are laid over thread blocks.
 struct CountLayout {
-  uint32_t choices;                    // of one problem
-  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
+  uint32_t choices;  // of one problem
+  TokenOfChoice token_of;
   uint32_t experts;
   uint32_t copies;    // of a block's counts, a power of two: neighbouring lanes count in different ones
   uint32_t clusters;  // that share a problem
   uint32_t cluster_blocks;
   uint32_t owned;          // experts whose counts a block adds up for its cluster
   uint32_t chunk_choices;  // that a block counts
-
-  JR_DEVICE_TOO uint32_t token_of(uint32_t choice) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
-  }
 };
 
 struct ExpertCountsPlan {
@@ -55,10 +51,7 @@ struct ExpertCountsPlan {
 inline std::optional<ExpertCountsPlan> counts_plan(const ExpertCounts& op, int64_t clusters, uint32_t cluster_blocks) {
   CountLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  // Exact for choice < 2^31.
-  layout.token_shift = 31;
-  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
-  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
+  layout.token_of = TokenOfChoice::of(op.k);
   layout.experts = op.experts;
   layout.copies = 32;
   while (layout.copies > kCopiesOfPiece && int64_t{4} * layout.copies * op.experts > kCountTableBytes)
@@ -91,13 +84,8 @@ inline std::optional<ExpertCountsPlan> several_clusters_plan(const ExpertCounts&
   return clusters > 1 ? counts_plan(op, clusters, blocks) : std::nullopt;
 }
 
-// Whether choices have numbers of 32 bits.
-constexpr bool can_count(const ExpertCounts& op) {
-  return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
-}
-
 inline std::optional<ExpertCountsPlan> plan(const ExpertCounts& op, const Device& device) {
-  if (!can_count(op)) return std::nullopt;
+  if (!has_numbered_choices(op)) return std::nullopt;
   if (op.tokens * op.k > kExpertCountsNumbers.of(device).lone_cluster_choices) {
     if (const auto several = several_clusters_plan(op, device)) return several;
   }
@@ -106,7 +94,7 @@ inline std::optional<ExpertCountsPlan> plan(const ExpertCounts& op, const Device
 
 inline std::vector<ExpertCountsPlan> plans(const ExpertCounts& op, const Device& device) {
   std::vector<ExpertCountsPlan> found;
-  if (!can_count(op)) return found;
+  if (!has_numbered_choices(op)) return found;
   for (const auto& plan : {lone_cluster_plan(op, device), several_clusters_plan(op, device)}) {
     if (plan) found.push_back(*plan);
   }

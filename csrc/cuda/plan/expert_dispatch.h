@@ -8,14 +8,15 @@
 #include <vector>
 
 #include "../../common/macros.h"
+#include "choices.h"
 #include "names.h"
 
 namespace jax_router::cuda {
 
 // How one sort is laid over thread blocks.
 struct SortLayout {
-  uint32_t choices;                    // of one sort
-  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
+  uint32_t choices;  // of one sort
+  TokenOfChoice token_of;
   uint32_t experts;
   uint32_t slots;           // of one sort
   uint32_t align;           // groups begin at its multiples
@@ -27,9 +28,6 @@ struct SortLayout {
   uint32_t mask_bins;       // of a warp's table of lane masks
   uint32_t cluster_blocks;  // of the clusters that hold the sort or count its chunks
 
-  JR_DEVICE_TOO uint32_t token_of(uint32_t choice) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
-  }
   JR_DEVICE_TOO constexpr uint32_t size_of_group(uint32_t kept) const {
     return align == 1 || kept == 0 ? kept : ((kept - 1) / align + 1) * align;
   }
@@ -96,10 +94,7 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
                                                    const Device& device) {
   SortLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  // Exact for choice < 2^31, which slots are.
-  layout.token_shift = 31;
-  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
-  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
+  layout.token_of = TokenOfChoice::of(op.k);
   layout.experts = op.experts;
   layout.slots = static_cast<uint32_t>(slots_of(op));
   layout.align = op.align;
@@ -133,11 +128,6 @@ inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, Sort
       {enough, ceil_div(op.tokens * op.k, cluster * threads), op.workspace.bytes / count_bytes(op, cluster, cluster)});
   if (clusters == 0) return std::nullopt;
   return sort_plan(op, kernel, threads, clusters * cluster, static_cast<uint32_t>(cluster), cut.rounds, device);
-}
-
-// Whether there is anything to sort, and choices have numbers of 32 bits.
-constexpr bool can_sort(const ExpertDispatch& op) {
-  return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
 }
 
 // Into how many chunks a sort is cut that one cluster holds, of `most` blocks at most. Every block adds up the counts
@@ -175,7 +165,7 @@ constexpr bool holds_better(const ExpertDispatch& op, int threads) {
 }
 
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
-  if (!can_sort(op)) return std::nullopt;
+  if (!has_numbered_choices(op)) return std::nullopt;
   const bool fewer = op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1]);
   for (int threads : kSortThreads) {
     if (threads == kMostSortThreads && fewer) continue;
@@ -186,7 +176,7 @@ inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const De
 
 inline std::vector<ExpertDispatchPlan> plans(const ExpertDispatch& op, const Device& device) {
   std::vector<ExpertDispatchPlan> found;
-  if (!can_sort(op)) return found;
+  if (!has_numbered_choices(op)) return found;
   const int most = std::min<int>(device.cluster_blocks(), kMaxSortBlocks);
   for (int threads : kSortThreads) {
     for (int chunks = 1; chunks <= most; chunks *= 2) {
