@@ -18,16 +18,17 @@ constexpr uint32_t kCountIdsAtOnce = 4;          // that a thread loads as one w
 constexpr uint32_t kCountWords = 6;              // that a thread has under way
 constexpr uint32_t kMostCountBlocks = 16;        // of a cluster that counts alone
 constexpr uint32_t kSharedCountBlocks = 8;       // of each of several clusters
-constexpr uint32_t kMostCountingBlocks = 128;    // of all clusters, so that they run at once on most devices
+constexpr int kMostCountingBlocks = 128;         // of all clusters, which are to run at once
 constexpr int64_t kCountTableBytes = 64 * 1024;  // of a block's copies of the counts
 constexpr uint32_t kCopiesOfPiece = 4;           // copies that are cleared and added up as one word
 static_assert(kCountTableBytes >= int64_t{4} * kCopiesOfPiece * kMaxExperts);
 
 struct ExpertCountsNumbers {
-  int64_t lone_cluster_choices;  // up to so many, one cluster is enough
+  int64_t lone_block_choices;  // up to so many for each block that a lone cluster may have, one is enough
 };
-// Measured up to 800,000 choices, which one cluster counts in 9.5 us and several in 17.
-constexpr auto kExpertCountsNumbers = everywhere(ExpertCountsNumbers{/*lone_cluster_choices=*/1500000});
+// 1,500,000 for the 16 blocks of an H100. Measured up to 800,000 choices, which one cluster counts in 9.5 us and several
+// in 17.
+constexpr auto kExpertCountsNumbers = everywhere(ExpertCountsNumbers{/*lone_block_choices=*/93750});
 
 // How the ids of one problem are laid over thread blocks.
 struct CountLayout {
@@ -68,9 +69,13 @@ inline std::optional<ExpertCountsPlan> counts_plan(const ExpertCounts& op, int64
   return fits ? std::optional(plan) : std::nullopt;
 }
 
+constexpr uint32_t most_count_blocks(const Device& device) {
+  return std::min<uint32_t>(device.cluster_blocks(), kMostCountBlocks);
+}
+
 // One cluster a problem, with no more blocks than have a word of ids for each thread.
 inline std::optional<ExpertCountsPlan> lone_cluster_plan(const ExpertCounts& op, const Device& device) {
-  const auto most = std::min<uint32_t>(device.cluster_blocks(), kMostCountBlocks);
+  const uint32_t most = most_count_blocks(device);
   const int64_t wanted = ceil_div(op.tokens * op.k, int64_t{kCountThreads} * kCountIdsAtOnce);
   uint32_t blocks = 1;
   while (blocks < most && blocks < wanted) blocks *= 2;
@@ -80,13 +85,14 @@ inline std::optional<ExpertCountsPlan> lone_cluster_plan(const ExpertCounts& op,
 inline std::optional<ExpertCountsPlan> several_clusters_plan(const ExpertCounts& op, const Device& device) {
   const uint32_t blocks = device.has_clusters ? kSharedCountBlocks : 1;
   const int64_t held = int64_t{kCountThreads} * kCountIdsAtOnce * blocks;
-  const int64_t clusters = std::min<int64_t>(kMostCountingBlocks / blocks, ceil_div(op.tokens * op.k, held));
+  const int most = std::min(kMostCountingBlocks, device.multiprocessors);
+  const int64_t clusters = std::min<int64_t>(most / blocks, ceil_div(op.tokens * op.k, held));
   return clusters > 1 ? counts_plan(op, clusters, blocks) : std::nullopt;
 }
 
 inline std::optional<ExpertCountsPlan> plan(const ExpertCounts& op, const Device& device) {
   if (!has_numbered_choices(op)) return std::nullopt;
-  if (op.tokens * op.k > kExpertCountsNumbers.of(device).lone_cluster_choices) {
+  if (op.tokens * op.k > kExpertCountsNumbers.of(device).lone_block_choices * most_count_blocks(device)) {
     if (const auto several = several_clusters_plan(op, device)) return several;
   }
   return lone_cluster_plan(op, device);

@@ -60,14 +60,26 @@ enum class SortKernel {
   kLonger,   // counted first; tile after tile
 };
 
-// How a long sort is cut: into so many clusters of chunks at most, and choices a thread holds at most.
+// How a long sort is cut: into so many chunks a multiprocessor, and clusters of them, at most, and choices a thread
+// holds at most.
 struct SortCut {
-  uint32_t clusters;
+  int chunks;
+  int clusters;
   uint32_t rounds;
+
+  // Clusters of a size that a device has room for at once.
+  constexpr int64_t clusters_on(const Device& device, int64_t cluster_blocks) const {
+    return std::clamp<int64_t>(chunks * device.multiprocessors / cluster_blocks, 1, clusters);
+  }
 };
 constexpr uint32_t kClusterRounds = 4;
-constexpr SortCut kOneWaveCut{16, 6};
-constexpr SortCut kLongerCut{32, 4};
+constexpr SortCut kOneWaveCut{1, 16, 6};
+constexpr SortCut kLongerCut{2, 32, 4};
+
+constexpr uint32_t most_sort_blocks(const Device& device) {
+  return std::min<uint32_t>(device.cluster_blocks(), kMaxSortBlocks);
+}
+constexpr uint32_t count_blocks(const Device& device) { return device.has_clusters ? kCountBlocks : 1; }
 
 struct ExpertDispatchPlan {
   SortKernel kernel;
@@ -122,8 +134,8 @@ inline std::optional<ExpertDispatchPlan> cluster_plan(const ExpertDispatch& op, 
 inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, SortKernel kernel, int threads,
                                                   const Device& device) {
   const SortCut cut = kernel == SortKernel::kOneWave ? kOneWaveCut : kLongerCut;
-  const int64_t cluster = device.has_clusters ? kCountBlocks : 1;
-  const int64_t enough = std::max<int64_t>(cut.clusters / op.batch, 1);
+  const int64_t cluster = count_blocks(device);
+  const int64_t enough = std::max<int64_t>(cut.clusters_on(device, cluster) / op.batch, 1);
   const int64_t clusters = std::min(
       {enough, ceil_div(op.tokens * op.k, cluster * threads), op.workspace.bytes / count_bytes(op, cluster, cluster)});
   if (clusters == 0) return std::nullopt;
@@ -148,25 +160,30 @@ constexpr int64_t cluster_chunks(const ExpertDispatch& op, int threads, int64_t 
 
 inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int threads, const Device& device) {
   const int64_t choices = op.tokens * op.k;
-  const int64_t most = std::min<int64_t>(device.cluster_blocks(), kMaxSortBlocks);
+  const int64_t most = most_sort_blocks(device);
   if (choices <= most * threads * int64_t{kClusterRounds}) {
     return cluster_plan(op, threads, cluster_chunks(op, threads, most, device), device);
   }
-  if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, threads, device)) return one_wave;
+  // Without clusters the chunks of one wave are few, and no later kernel finds room beside an earlier one.
+  if (device.has_clusters || choices <= int64_t{kOneWaveCut.clusters} * threads) {
+    if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, threads, device)) return one_wave;
+  }
   return cut_plan(op, SortKernel::kLonger, threads, device);
 }
 
 // Whether blocks of so many threads hold a sort in a cluster of theirs, or in one wave where no cluster can.
-constexpr bool holds_better(const ExpertDispatch& op, int threads) {
+constexpr bool holds_better(const ExpertDispatch& op, int threads, const Device& device) {
   const int64_t choices = op.tokens * op.k;
-  const int64_t of_cluster = int64_t{kMaxSortBlocks} * kClusterRounds;
-  const int64_t of_wave = int64_t{kOneWaveCut.clusters} * kCountBlocks * kOneWaveCut.rounds;
+  const int64_t cluster = count_blocks(device);
+  const int64_t of_cluster = int64_t{most_sort_blocks(device)} * kClusterRounds;
+  const int64_t of_wave = kOneWaveCut.clusters_on(device, cluster) * cluster * kOneWaveCut.rounds;
   return choices <= of_cluster * threads || (choices > of_cluster * kMostSortThreads && choices <= of_wave * threads);
 }
 
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
   if (!has_numbered_choices(op)) return std::nullopt;
-  const bool fewer = op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1]);
+  const bool fewer =
+      op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1], device);
   for (int threads : kSortThreads) {
     if (threads == kMostSortThreads && fewer) continue;
     if (const auto found = plan_with(op, threads, device)) return found;
@@ -177,7 +194,7 @@ inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const De
 inline std::vector<ExpertDispatchPlan> plans(const ExpertDispatch& op, const Device& device) {
   std::vector<ExpertDispatchPlan> found;
   if (!has_numbered_choices(op)) return found;
-  const int most = std::min<int>(device.cluster_blocks(), kMaxSortBlocks);
+  const int most = static_cast<int>(most_sort_blocks(device));
   for (int threads : kSortThreads) {
     for (int chunks = 1; chunks <= most; chunks *= 2) {
       if (const auto plan = cluster_plan(op, threads, chunks, device)) found.push_back(*plan);
