@@ -253,7 +253,7 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   const bool is_short = op.length <= kMaxShortLength;
   if (is_short && op.k <= kMaxTileK) {
     const int half = find_instance(op, device, TopkKernel::kTile, 16);
-    if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size)) return half;
+    if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size, device)) return half;
     return find_instance(op, device, TopkKernel::kTile, 32);
   }
   const int64_t warp_length = op.rows >= numbers.long_warp_rows ? kMaxShortLength
