@@ -339,7 +339,8 @@ def test_twice_the_multiprocessors_take_twice_the_rows_alike(op, device):
         sizes = draw()
         rows = "rows" if "rows" in sizes else "tokens"
         sizes[rows] = 8 * sizes[rows]  # whole blocks of tokens
-        assert CUDA.plans(op, device, **sizes)[0] == CUDA.plans(op, twice, **(sizes | {rows: 2 * sizes[rows]}))[0], sizes
+        more = sizes | {rows: 2 * sizes[rows]}
+        assert CUDA.plans(op, device, **sizes)[0] == CUDA.plans(op, twice, **more)[0], sizes
 
 
 def lanes_of_row(plan):

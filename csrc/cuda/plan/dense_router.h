@@ -228,8 +228,8 @@ constexpr Needs needs(const DenseRouterPlan& plan) {
   return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
 }
 
-// Whether the blocks of a plan for few tokens all run at once: of those that a multiprocessor's memory has room for, its
-// registers have room for two.
+// Whether the blocks of a plan for few tokens all run at once: of those that a multiprocessor's memory has room for,
+// its registers have room for two.
 inline bool all_run_at_once(const DenseRouterPlan& plan, const Device& device) {
   const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), 2);
   return plan.blocks <= of_multiprocessor * device.multiprocessors;
