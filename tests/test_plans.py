@@ -314,9 +314,11 @@ def test_no_plan_needs_more_than_the_device_has(op, device_name):
     most_blocks = 1 if capability < 90 else 16 if is_whole else 8
     for sizes, _, plans, needs in answers(op, device_name):
         assert set(needs) == set(plans), sizes
-        for plan, (shared_bytes, cluster_blocks, is_for_hopper) in needs.items():
+        for plan, (shared_bytes, cluster_blocks, is_for_hopper, blocks) in needs.items():
             assert 0 <= shared_bytes <= device["shared_bytes"], (plan, sizes)
-            assert 1 <= cluster_blocks <= most_blocks, (plan, sizes)
+            assert 1 <= cluster_blocks <= min(most_blocks, multiprocessors), (plan, sizes)
+            assert 0 <= blocks < 2**31, (plan, sizes)
+            assert blocks % cluster_blocks == 0, (plan, sizes)
             assert not is_for_hopper or capability == 90, (plan, sizes)
 
 
@@ -326,8 +328,8 @@ def test_no_plan_needs_more_than_the_device_has(op, device_name):
 def test_an_h100_has_clusters_and_kernels_of_its_own(op, most_blocks):
     """So that the test above has something to see."""
     needs = [need for *_, all_needs in answers(op, "H100") for need in all_needs.values()]
-    assert max(blocks for _, blocks, _ in needs) == most_blocks
-    assert any(is_for_hopper for *_, is_for_hopper in needs) == (op == "dense_router")
+    assert max(cluster_blocks for _, cluster_blocks, *_ in needs) == most_blocks
+    assert any(is_for_hopper for _, _, is_for_hopper, _ in needs) == (op == "dense_router")
 
 
 @pytest.mark.parametrize("op", ["activation_topk", "topk_select", "permute", "combine_cotangent"])
