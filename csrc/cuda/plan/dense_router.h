@@ -228,16 +228,16 @@ constexpr Needs needs(const DenseRouterPlan& plan) {
   return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
 }
 
-// Whether the blocks of a plan for few tokens all run at once: of those that a multiprocessor's memory has room for,
-// its registers have room for two.
+// Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of those whose
+// memory is small enough.
 inline bool all_run_at_once(const DenseRouterPlan& plan, const Device& device) {
   const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), 2);
   return plan.blocks <= of_multiprocessor * device.multiprocessors;
 }
 
-// Whether the plan is faster than XLA's product and the kernel of activation_topk. On an H100, one wave of blocks is at
-// up to few_experts or most_experts, and two are not where they multiply on tensor cores; other devices have room for
-// other numbers of blocks.
+// Whether the plan is faster than XLA's product and the kernel of activation_topk. Blocks that multiply on tensor cores
+// were faster in one wave, and slower in two: on an H100, beyond few_experts and most_experts. Where one wave ends is a
+// matter of the device.
 inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Device& device) {
   const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
   const int64_t rows = op.select.rows;

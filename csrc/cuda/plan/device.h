@@ -14,7 +14,7 @@ struct Device {
   bool has_hopper_kernels;  // runs what is compiled for 9.0a alone, and this build has it
 
   // The most blocks of a cluster. More than 8 need multiprocessors that lie together, as those of a whole H100 or B200
-  // do, and no later GPU has them.
+  // do; of later GPUs only 8 are certain.
   constexpr int cluster_blocks() const {
     return !has_clusters ? 1 : compute_capability < 110 && multiprocessors >= 132 ? 16 : 8;
   }
