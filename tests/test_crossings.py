@@ -169,7 +169,7 @@ NUMBERS = {
         ),
     ),
     "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
-    "PermuteNumbers.warps_a_multiprocessor": (
+    "warps of a multiprocessor": (
         "permute/tokens/bf16/D2048/k8",
         ("copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
     ),
@@ -177,7 +177,7 @@ NUMBERS = {
         "combine_cotangent/tokens/bf16/D2048/k8",
         ("bf16 wide, choices apart", "bf16 wide, choices together"),
     ),
-    "ExpertCountsNumbers.lone_cluster_choices": (
+    "ExpertCountsNumbers.lone_block_choices": (
         "expert_counts/tokens/E256/k8",
         ("one cluster", "several clusters"),
     ),

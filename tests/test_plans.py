@@ -11,13 +11,31 @@ import numpy as np
 import pytest
 
 import jax_router
-from cases import DEVICES
+from cases import DEVICES as SOME_DEVICES
 from jax_router import _native
+from jax_router._explain import GPUS
 
 CUDA = _native.load("cuda")
 if isinstance(CUDA, ImportError):
     pytest.skip(f"there is no CUDA module here: {CUDA}", allow_module_level=True)
 
+
+def described(compute_capability, multiprocessors, shared_kib):
+    sizes = {"multiprocessors": multiprocessors, "shared_bytes": shared_kib * 1024}
+    return {"compute_capability": compute_capability, **sizes}
+
+
+# Those that the tables are made for, large and small, and the parts of them that a program may be given.
+DEVICES = SOME_DEVICES | {
+    "L40S": GPUS["L40S"],
+    "A10": described(86, 72, 99),
+    "a seventh of an A100": described(80, 14, 163),
+    "H100 PCIe": described(90, 114, 227),
+    "half of an H100": described(90, 60, 227),
+    "a seventh of an H100": described(90, 16, 227),
+    "a seventh of a B200": described(100, 18, 227),
+    "RTX 5090": described(120, 170, 99),
+}
 H100 = DEVICES["H100"]
 DTYPES = ("f32", "bf16", "f16")
 
@@ -127,11 +145,42 @@ def sizes_of(case_id):
     return op, sizes
 
 
+def taken(device_name, case_id):
+    op, sizes = sizes_of(case_id)
+    chosen, _ = CUDA.plans(op, DEVICES[device_name], **sizes)
+    return chosen if CUDA.pays(op, DEVICES[device_name], **sizes) else "unfused"
+
+
 @pytest.mark.parametrize("case_id", TAKEN_BY_AN_H100)
 def test_an_h100_takes_what_was_measured(case_id):
-    op, sizes = sizes_of(case_id)
-    chosen, _ = CUDA.plans(op, H100, **sizes)
-    assert (chosen if CUDA.pays(op, H100, **sizes) else "unfused") == TAKEN_BY_AN_H100[case_id]
+    assert taken("H100", case_id) == TAKEN_BY_AN_H100[case_id]
+
+
+# What follows from the data sheets of other GPUs, where it is not what an H100 takes.
+TAKEN_ELSEWHERE = {
+    # One block counts and sorts alone where there are no clusters.
+    ("A100", "expert_counts/E256/k6/N65536"): "several clusters",
+    ("A100", "expert_dispatch/E256/k6/N4096"): "longer of 512 threads",
+    ("A100", "expert_dispatch/E256/k6/N65536"): "longer of 512 threads",
+    ("A100", "topk_select/B1/L65536/k512"): "f32 streamed 512, 1 blocks a row",
+    # 128 blocks of 64 tokens do not all run at once, which those of 16 tokens need not.
+    ("A100", "dense_router/bf16/D4096/E256/k6/N64"): "unfused",
+    ("A100", "dense_router/bf16/D4096/E256/k6/N16"): "bf16 logits few 16x16 of 256",
+    ("a seventh of an H100", "dense_router/bf16/D4096/E256/k6/N64"): "unfused",
+    ("H100 PCIe", "dense_router/bf16/D4096/E256/k6/N64"): "unfused",
+    ("B200", "dense_router/bf16/D7168/E384/k6/N64"): "bf16 logits few 64x24 of 384",
+    # The products of many tokens are Hopper's.
+    ("B200", "dense_router/bf16/D4096/E256/k6/N4096"): "unfused",
+    # As many rows a multiprocessor are fewer.
+    ("a seventh of an H100", "activation_topk/E384/k6/N64"): "f32 logits tile 16x6",
+    ("a seventh of an H100", "activation_topk/E256/k6/N64/bias"): "f32 scores tile 16x4",
+    ("half of an H100", "topk_select/B64/L65536/k2048"): "f32 streamed 512, 1 blocks a row",
+}
+
+
+@pytest.mark.parametrize(("device_name", "case_id"), TAKEN_ELSEWHERE)
+def test_other_gpus_take_what_their_data_sheets_ask_for(device_name, case_id):
+    assert taken(device_name, case_id) == TAKEN_ELSEWHERE[device_name, case_id]
 
 
 def test_the_list_has_every_target():
@@ -215,10 +264,10 @@ OPS = [name for name in vars(Draw) if not name.startswith("_")]
 
 @functools.cache
 def answers(op, device_name):
-    """Some thousand sizes: each with the chosen plan, all plans, and what these need."""
+    """Many sizes: each with the chosen plan, all plans, and what these need."""
     device = DEVICES[device_name]
     draw = getattr(Draw(device), op)
-    drawn = [draw() for _ in range(3000)]
+    drawn = [draw() for _ in range(1500)]
     return [(sizes, *CUDA.plans(op, device, **sizes), CUDA.needs(op, device, **sizes)) for sizes in drawn]
 
 
@@ -260,13 +309,17 @@ def test_there_is_a_plan_wherever_the_kernels_are_said_to_be(op, device_name):
 @over_all
 def test_no_plan_needs_more_than_the_device_has(op, device_name):
     device = DEVICES[device_name]
-    most_blocks = {80: 1, 86: 1, 90: 16, 100: 16}[device["compute_capability"]]
+    capability, multiprocessors = device["compute_capability"], device["multiprocessors"]
+    is_whole = capability in (90, 100) and multiprocessors >= 132
+    most_blocks = 1 if capability < 90 else 16 if is_whole else 8
     for sizes, _, plans, needs in answers(op, device_name):
         assert set(needs) == set(plans), sizes
-        for plan, (shared_bytes, cluster_blocks, is_for_hopper) in needs.items():
+        for plan, (shared_bytes, cluster_blocks, is_for_hopper, blocks) in needs.items():
             assert 0 <= shared_bytes <= device["shared_bytes"], (plan, sizes)
-            assert 1 <= cluster_blocks <= most_blocks, (plan, sizes)
-            assert not is_for_hopper or device["compute_capability"] == 90, (plan, sizes)
+            assert 1 <= cluster_blocks <= min(most_blocks, multiprocessors), (plan, sizes)
+            assert 0 <= blocks < 2**31, (plan, sizes)
+            assert blocks % cluster_blocks == 0, (plan, sizes)
+            assert not is_for_hopper or capability == 90, (plan, sizes)
 
 
 @pytest.mark.parametrize(
@@ -275,8 +328,64 @@ def test_no_plan_needs_more_than_the_device_has(op, device_name):
 def test_an_h100_has_clusters_and_kernels_of_its_own(op, most_blocks):
     """So that the test above has something to see."""
     needs = [need for *_, all_needs in answers(op, "H100") for need in all_needs.values()]
-    assert max(blocks for _, blocks, _ in needs) == most_blocks
-    assert any(is_for_hopper for *_, is_for_hopper in needs) == (op == "dense_router")
+    assert max(cluster_blocks for _, cluster_blocks, *_ in needs) == most_blocks
+    assert any(is_for_hopper for _, _, is_for_hopper, _ in needs) == (op == "dense_router")
+
+
+@pytest.mark.parametrize("op", ["activation_topk", "topk_select", "permute", "combine_cotangent"])
+@pytest.mark.parametrize("device", [described(80, 108, 163), described(90, 132, 227), described(100, 148, 227)])
+def test_twice_the_multiprocessors_take_twice_the_rows_alike(op, device):
+    draw = getattr(Draw(device), op)
+    twice = device | {"multiprocessors": 2 * device["multiprocessors"]}
+    for _ in range(1500):
+        sizes = draw()
+        rows = "rows" if "rows" in sizes else "tokens"
+        sizes[rows] = 8 * sizes[rows]  # whole blocks of tokens
+        more = sizes | {rows: 2 * sizes[rows]}
+        assert CUDA.plans(op, device, **sizes)[0] == CUDA.plans(op, twice, **more)[0], sizes
+
+
+def lanes_of_row(plan):
+    return 64 if "shared memory" in plan else int(re.search(r"tile (\d+)x", plan)[1])
+
+
+def blocks_of_row(plan):
+    return int(match[1]) if (match := re.search(r"(\d+) blocks a row", plan)) else 1
+
+
+# How finely a plan shares out its work.
+FINENESS = {
+    "activation_topk": lanes_of_row,
+    "topk_select": blocks_of_row,
+    "permute": lambda plan: -int(plan.rpartition("x")[2]),
+    "combine_cotangent": lambda plan: "apart" in plan,
+}
+
+
+@pytest.mark.parametrize("op", FINENESS)
+@pytest.mark.parametrize("device", [DEVICES["A100"], DEVICES["B200"]])
+def test_more_multiprocessors_share_out_more_finely(op, device):
+    draw = getattr(Draw(device), op)
+    for _ in range(150):
+        sizes = draw()
+        if op == "topk_select":
+            sizes["length"] += 8192  # registers hold no such row
+        plans = [CUDA.plans(op, device | {"multiprocessors": n}, **sizes)[0] for n in range(14, 200, 3)]
+        fineness = [FINENESS[op](plan) for plan in plans]
+        assert fineness == sorted(fineness), (sizes, plans)
+
+
+@pytest.mark.parametrize("device", [DEVICES["A100"], DEVICES["B200"]])
+def test_dense_router_of_few_tokens_pays_from_some_number_of_multiprocessors_on(device):
+    draw = Draw(device).dense_router
+    some_pay = False
+    for _ in range(150):
+        sizes = draw()
+        sizes["rows"] = sizes["rows"] % 128 + 1
+        pays = [CUDA.pays("dense_router", device | {"multiprocessors": n}, **sizes) for n in range(14, 200, 3)]
+        assert pays == sorted(pays), sizes
+        some_pay |= len(set(pays)) == 2
+    assert some_pay
 
 
 def test_only_dense_router_may_not_pay():

@@ -182,9 +182,9 @@ inline Plans plans_of(const std::string& name, const std::optional<nb::dict>& de
   });
 }
 
-// Of each plan by its name: the bytes of shared memory of a block, the blocks of a cluster, and whether it runs kernels
-// of 9.0a.
-using NeedsOfPlans = std::map<std::string, std::tuple<int64_t, int, bool>>;
+// Of each plan by its name: the bytes of shared memory of a block, the blocks of a cluster, whether it runs kernels of
+// 9.0a, and the blocks of the grid.
+using NeedsOfPlans = std::map<std::string, std::tuple<int64_t, int, bool, int64_t>>;
 
 inline NeedsOfPlans needs_of(const std::string& name, const std::optional<nb::dict>& device, const nb::kwargs& values) {
   const cuda::Device on = device_of(device);
@@ -193,7 +193,7 @@ inline NeedsOfPlans needs_of(const std::string& name, const std::optional<nb::di
     NeedsOfPlans found;
     for (const auto& plan : plans(op, on)) {
       const cuda::Needs needs = cuda::needs(plan);
-      found[cuda::name(op, plan)] = {needs.shared_bytes, needs.cluster_blocks, needs.hopper_kernels};
+      found[cuda::name(op, plan)] = {needs.shared_bytes, needs.cluster_blocks, needs.hopper_kernels, plan.blocks};
     }
     return found;
   });

@@ -76,7 +76,7 @@ inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const De
     for (int i = 0; i < kActivationTopkTileCount; ++i) {
       const RowTile& tile = kActivationTopkTiles[i];
       if (tile.lanes != lanes || !can_use(op, tile)) continue;
-      if (lanes == 32 || half_warps.pay(op.rows, tile.chunks)) return tile_plan(op, i);
+      if (lanes == 32 || half_warps.pay(op.rows, tile.chunks, device)) return tile_plan(op, i);
     }
   }
   return long_plan(op);

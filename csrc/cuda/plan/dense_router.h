@@ -40,7 +40,7 @@ struct FewTile {
 };
 // In the order of preference. The blocks of a launch should all run at once, one a multiprocessor, of which an H100 has
 // 132: a block has so many experts that 384 of them, or 512 with 64 tokens a block, make at most 128 blocks a tile of
-// tokens.
+// tokens. A device with fewer multiprocessors, or less shared memory, takes them for fewer experts; see pays.
 constexpr FewTile kFewTiles[] = {{4, 4, 2, 0}, {4, 6, 3, 2}, {4, 2, 2, 0}, {4, 3, 3, 2},
                                  {4, 4, 8, 3}, {1, 2, 2, 0}, {1, 3, 3, 2}, {1, 3, 8, 3}};
 constexpr int kFewTileCount = static_cast<int>(std::size(kFewTiles));
@@ -185,7 +185,7 @@ inline std::optional<DenseRouterPlan> many_plan(const DenseRouter& op, const Man
 // The tokens that have room at a time.
 inline int64_t wave_of(const ManyTiling& tiling, const Device& device) {
   const int clusters = kDenseRouterNumbers.of(device).clusters[tiling.cluster_bits()];
-  return int64_t{tiling.tokens} * clusters * device.multiprocessors / 132;
+  return device.scaled(int64_t{tiling.tokens} * clusters);
 }
 
 inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& device) {
@@ -223,7 +223,21 @@ inline std::vector<DenseRouterPlan> plans(const DenseRouter& op, const Device& d
   return found;
 }
 
-// Whether the plan is faster than XLA's product and the kernel of activation_topk.
+constexpr Needs needs(const DenseRouterPlan& plan) {
+  if (plan.few >= 0) return {plan.shared_bytes + kFewTiles[plan.few].static_bytes(), 1, false};
+  return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
+}
+
+// Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of those whose
+// memory is small enough.
+inline bool all_run_at_once(const DenseRouterPlan& plan, const Device& device) {
+  const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), 2);
+  return plan.blocks <= of_multiprocessor * device.multiprocessors;
+}
+
+// Whether the plan is faster than XLA's product and the kernel of activation_topk. Blocks that multiply on tensor cores
+// were faster in one wave, and slower in two: on an H100, beyond few_experts and most_experts. Where one wave ends is a
+// matter of the device.
 inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Device& device) {
   const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
   const int64_t rows = op.select.rows;
@@ -231,6 +245,7 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
   const bool is_short = op.operand_dtype != DType::kF32;
   if (plan.few >= 0) {
     if (rows == 1) return experts <= numbers.lone_token_experts && is_short;
+    if (rows > numbers.few_tokens && is_short && !all_run_at_once(plan, device)) return false;
     if (rows > numbers.tile_tokens) {
       return experts > numbers.least_experts && experts <= numbers.most_experts && is_short;
     }
@@ -256,11 +271,6 @@ inline std::string name(const DenseRouter& op, const DenseRouterPlan& plan) {
   const KeyMode mode = key_mode(op.select);
   if (plan.few >= 0) return instance_name(op.operand_dtype, mode, kFewTiles[plan.few]);
   return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits);
-}
-
-constexpr Needs needs(const DenseRouterPlan& plan) {
-  if (plan.few >= 0) return {plan.shared_bytes + kFewTiles[plan.few].static_bytes(), 1, false};
-  return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
 }
 
 inline std::vector<std::string> instances(const DenseRouter&, const Device& device) {

@@ -13,8 +13,19 @@ struct Device {
   bool has_clusters;        // and kernels that begin before the last one has ended
   bool has_hopper_kernels;  // runs what is compiled for 9.0a alone, and this build has it
 
-  // The most blocks of a cluster. More than 8 need multiprocessors that lie together, as those of a whole H100 do.
-  constexpr int cluster_blocks() const { return !has_clusters ? 1 : multiprocessors >= 132 ? 16 : 8; }
+  // The most blocks of a cluster. More than 8 need multiprocessors that lie together, as those of a whole H100 or B200
+  // do; of later GPUs only 8 are certain.
+  constexpr int cluster_blocks() const {
+    return !has_clusters ? 1 : compute_capability < 110 && multiprocessors >= 132 ? 16 : 8;
+  }
+  // The most warps of a multiprocessor: the GPUs with little shared memory have fewer.
+  constexpr int warps() const {
+    return compute_capability == 80 || (compute_capability >= 90 && compute_capability < 110) ? 64 : 48;
+  }
+  // How many blocks of a kernel a multiprocessor's shared memory has room for, of which each takes 1 KiB more.
+  constexpr int64_t blocks_with(int64_t bytes) const { return (shared_bytes + 1024) / (bytes + 1024); }
+  // So many a multiprocessor as `count` are on an H100, which the numbers of this folder were measured on.
+  constexpr int64_t scaled(int64_t count) const { return count * multiprocessors / 132; }
 };
 
 // What a launch asks of a device.
@@ -29,7 +40,8 @@ constexpr Needs needs(const Plan&) {
   return {0, 1, false};
 }
 
-// The numbers of a choice, one set an architecture.
+// The numbers of a choice, one set an architecture. What follows from the multiprocessors or the shared memory of a
+// device is no number but asked of the Device: numbers stand for the latency of instructions and launches.
 template <class Numbers>
 struct PerArchitecture {
   Numbers sm80, sm90, sm100;
@@ -39,7 +51,7 @@ struct PerArchitecture {
   }
 };
 
-// Where an architecture was not measured: the numbers of another one.
+// Where an architecture was not measured: the numbers of an H100, since no data sheet tells these latencies.
 template <class Numbers>
 constexpr PerArchitecture<Numbers> everywhere(const Numbers& sm90) {
   return {sm90, sm90, sm90};

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "../../common/macros.h"
 #include "../../common/ops.h"
+#include "choices.h"
 #include "names.h"
 
 namespace jax_router::cuda {
@@ -18,31 +18,28 @@ constexpr uint32_t kCountIdsAtOnce = 4;          // that a thread loads as one w
 constexpr uint32_t kCountWords = 6;              // that a thread has under way
 constexpr uint32_t kMostCountBlocks = 16;        // of a cluster that counts alone
 constexpr uint32_t kSharedCountBlocks = 8;       // of each of several clusters
-constexpr uint32_t kMostCountingBlocks = 128;    // of all clusters, so that they run at once on most devices
+constexpr int kMostCountingBlocks = 128;         // of all clusters, which are to run at once
 constexpr int64_t kCountTableBytes = 64 * 1024;  // of a block's copies of the counts
 constexpr uint32_t kCopiesOfPiece = 4;           // copies that are cleared and added up as one word
 static_assert(kCountTableBytes >= int64_t{4} * kCopiesOfPiece * kMaxExperts);
 
 struct ExpertCountsNumbers {
-  int64_t lone_cluster_choices;  // up to so many, one cluster is enough
+  int64_t lone_block_choices;  // up to so many for each block that a lone cluster may have, one is enough
 };
-// Measured up to 800,000 choices, which one cluster counts in 9.5 us and several in 17.
-constexpr auto kExpertCountsNumbers = everywhere(ExpertCountsNumbers{/*lone_cluster_choices=*/1500000});
+// 1,500,000 for the 16 blocks of an H100. Measured up to 800,000 choices, which one cluster counts in 9.5 us and
+// several in 17.
+constexpr auto kExpertCountsNumbers = everywhere(ExpertCountsNumbers{/*lone_block_choices=*/93750});
 
 // How the ids of one problem are laid over thread blocks.
 struct CountLayout {
-  uint32_t choices;                    // of one problem
-  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
+  uint32_t choices;  // of one problem
+  TokenOfChoice token_of;
   uint32_t experts;
   uint32_t copies;    // of a block's counts, a power of two: neighbouring lanes count in different ones
   uint32_t clusters;  // that share a problem
   uint32_t cluster_blocks;
   uint32_t owned;          // experts whose counts a block adds up for its cluster
   uint32_t chunk_choices;  // that a block counts
-
-  JR_DEVICE_TOO uint32_t token_of(uint32_t choice) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
-  }
 };
 
 struct ExpertCountsPlan {
@@ -55,10 +52,7 @@ struct ExpertCountsPlan {
 inline std::optional<ExpertCountsPlan> counts_plan(const ExpertCounts& op, int64_t clusters, uint32_t cluster_blocks) {
   CountLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  // Exact for choice < 2^31.
-  layout.token_shift = 31;
-  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
-  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
+  layout.token_of = TokenOfChoice::of(op.k);
   layout.experts = op.experts;
   layout.copies = 32;
   while (layout.copies > kCopiesOfPiece && int64_t{4} * layout.copies * op.experts > kCountTableBytes)
@@ -75,9 +69,13 @@ inline std::optional<ExpertCountsPlan> counts_plan(const ExpertCounts& op, int64
   return fits ? std::optional(plan) : std::nullopt;
 }
 
+constexpr uint32_t most_count_blocks(const Device& device) {
+  return std::min<uint32_t>(device.cluster_blocks(), kMostCountBlocks);
+}
+
 // One cluster a problem, with no more blocks than have a word of ids for each thread.
 inline std::optional<ExpertCountsPlan> lone_cluster_plan(const ExpertCounts& op, const Device& device) {
-  const auto most = std::min<uint32_t>(device.cluster_blocks(), kMostCountBlocks);
+  const uint32_t most = most_count_blocks(device);
   const int64_t wanted = ceil_div(op.tokens * op.k, int64_t{kCountThreads} * kCountIdsAtOnce);
   uint32_t blocks = 1;
   while (blocks < most && blocks < wanted) blocks *= 2;
@@ -87,18 +85,14 @@ inline std::optional<ExpertCountsPlan> lone_cluster_plan(const ExpertCounts& op,
 inline std::optional<ExpertCountsPlan> several_clusters_plan(const ExpertCounts& op, const Device& device) {
   const uint32_t blocks = device.has_clusters ? kSharedCountBlocks : 1;
   const int64_t held = int64_t{kCountThreads} * kCountIdsAtOnce * blocks;
-  const int64_t clusters = std::min<int64_t>(kMostCountingBlocks / blocks, ceil_div(op.tokens * op.k, held));
+  const int most = std::min(kMostCountingBlocks, device.multiprocessors);
+  const int64_t clusters = std::min<int64_t>(most / blocks, ceil_div(op.tokens * op.k, held));
   return clusters > 1 ? counts_plan(op, clusters, blocks) : std::nullopt;
 }
 
-// Whether choices have numbers of 32 bits.
-constexpr bool can_count(const ExpertCounts& op) {
-  return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
-}
-
 inline std::optional<ExpertCountsPlan> plan(const ExpertCounts& op, const Device& device) {
-  if (!can_count(op)) return std::nullopt;
-  if (op.tokens * op.k > kExpertCountsNumbers.of(device).lone_cluster_choices) {
+  if (!has_numbered_choices(op)) return std::nullopt;
+  if (op.tokens * op.k > kExpertCountsNumbers.of(device).lone_block_choices * most_count_blocks(device)) {
     if (const auto several = several_clusters_plan(op, device)) return several;
   }
   return lone_cluster_plan(op, device);
@@ -106,7 +100,7 @@ inline std::optional<ExpertCountsPlan> plan(const ExpertCounts& op, const Device
 
 inline std::vector<ExpertCountsPlan> plans(const ExpertCounts& op, const Device& device) {
   std::vector<ExpertCountsPlan> found;
-  if (!can_count(op)) return found;
+  if (!has_numbered_choices(op)) return found;
   for (const auto& plan : {lone_cluster_plan(op, device), several_clusters_plan(op, device)}) {
     if (plan) found.push_back(*plan);
   }

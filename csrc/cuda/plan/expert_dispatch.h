@@ -8,14 +8,15 @@
 #include <vector>
 
 #include "../../common/macros.h"
+#include "choices.h"
 #include "names.h"
 
 namespace jax_router::cuda {
 
 // How one sort is laid over thread blocks.
 struct SortLayout {
-  uint32_t choices;                    // of one sort
-  uint32_t token_factor, token_shift;  // choice / k is choice * token_factor >> token_shift
+  uint32_t choices;  // of one sort
+  TokenOfChoice token_of;
   uint32_t experts;
   uint32_t slots;           // of one sort
   uint32_t align;           // groups begin at its multiples
@@ -27,9 +28,6 @@ struct SortLayout {
   uint32_t mask_bins;       // of a warp's table of lane masks
   uint32_t cluster_blocks;  // of the clusters that hold the sort or count its chunks
 
-  JR_DEVICE_TOO uint32_t token_of(uint32_t choice) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(choice) * token_factor >> token_shift);
-  }
   JR_DEVICE_TOO constexpr uint32_t size_of_group(uint32_t kept) const {
     return align == 1 || kept == 0 ? kept : ((kept - 1) / align + 1) * align;
   }
@@ -62,14 +60,26 @@ enum class SortKernel {
   kLonger,   // counted first; tile after tile
 };
 
-// How a long sort is cut: into so many clusters of chunks at most, and choices a thread holds at most.
+// How a long sort is cut: into so many chunks a multiprocessor, and clusters of them, at most, and choices a thread
+// holds at most.
 struct SortCut {
-  uint32_t clusters;
+  int chunks;
+  int clusters;
   uint32_t rounds;
+
+  // Clusters of a size that a device has room for at once.
+  constexpr int64_t clusters_on(const Device& device, int64_t cluster_blocks) const {
+    return std::clamp<int64_t>(chunks * device.multiprocessors / cluster_blocks, 1, clusters);
+  }
 };
 constexpr uint32_t kClusterRounds = 4;
-constexpr SortCut kOneWaveCut{16, 6};
-constexpr SortCut kLongerCut{32, 4};
+constexpr SortCut kOneWaveCut{1, 16, 6};
+constexpr SortCut kLongerCut{2, 32, 4};
+
+constexpr uint32_t most_sort_blocks(const Device& device) {
+  return std::min<uint32_t>(device.cluster_blocks(), kMaxSortBlocks);
+}
+constexpr uint32_t count_blocks(const Device& device) { return device.has_clusters ? kCountBlocks : 1; }
 
 struct ExpertDispatchPlan {
   SortKernel kernel;
@@ -96,10 +106,7 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
                                                    const Device& device) {
   SortLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  // Exact for choice < 2^31, which slots are.
-  layout.token_shift = 31;
-  while ((int64_t{1} << (layout.token_shift - 31)) < op.k) ++layout.token_shift;
-  layout.token_factor = static_cast<uint32_t>((uint64_t{1} << layout.token_shift) / std::max(op.k, 1) + 1);
+  layout.token_of = TokenOfChoice::of(op.k);
   layout.experts = op.experts;
   layout.slots = static_cast<uint32_t>(slots_of(op));
   layout.align = op.align;
@@ -127,17 +134,12 @@ inline std::optional<ExpertDispatchPlan> cluster_plan(const ExpertDispatch& op, 
 inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, SortKernel kernel, int threads,
                                                   const Device& device) {
   const SortCut cut = kernel == SortKernel::kOneWave ? kOneWaveCut : kLongerCut;
-  const int64_t cluster = device.has_clusters ? kCountBlocks : 1;
-  const int64_t enough = std::max<int64_t>(cut.clusters / op.batch, 1);
+  const int64_t cluster = count_blocks(device);
+  const int64_t enough = std::max<int64_t>(cut.clusters_on(device, cluster) / op.batch, 1);
   const int64_t clusters = std::min(
       {enough, ceil_div(op.tokens * op.k, cluster * threads), op.workspace.bytes / count_bytes(op, cluster, cluster)});
   if (clusters == 0) return std::nullopt;
   return sort_plan(op, kernel, threads, clusters * cluster, static_cast<uint32_t>(cluster), cut.rounds, device);
-}
-
-// Whether there is anything to sort, and choices have numbers of 32 bits.
-constexpr bool can_sort(const ExpertDispatch& op) {
-  return op.batch > 0 && op.k <= INT32_MAX && op.tokens <= INT32_MAX / std::max(op.k, 1);
 }
 
 // Into how many chunks a sort is cut that one cluster holds, of `most` blocks at most. Every block adds up the counts
@@ -158,25 +160,30 @@ constexpr int64_t cluster_chunks(const ExpertDispatch& op, int threads, int64_t 
 
 inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int threads, const Device& device) {
   const int64_t choices = op.tokens * op.k;
-  const int64_t most = std::min<int64_t>(device.cluster_blocks(), kMaxSortBlocks);
+  const int64_t most = most_sort_blocks(device);
   if (choices <= most * threads * int64_t{kClusterRounds}) {
     return cluster_plan(op, threads, cluster_chunks(op, threads, most, device), device);
   }
-  if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, threads, device)) return one_wave;
+  // Without clusters the chunks of one wave are few, and no later kernel finds room beside an earlier one.
+  if (device.has_clusters || choices <= int64_t{kOneWaveCut.clusters} * threads) {
+    if (const auto one_wave = cut_plan(op, SortKernel::kOneWave, threads, device)) return one_wave;
+  }
   return cut_plan(op, SortKernel::kLonger, threads, device);
 }
 
 // Whether blocks of so many threads hold a sort in a cluster of theirs, or in one wave where no cluster can.
-constexpr bool holds_better(const ExpertDispatch& op, int threads) {
+constexpr bool holds_better(const ExpertDispatch& op, int threads, const Device& device) {
   const int64_t choices = op.tokens * op.k;
-  const int64_t of_cluster = int64_t{kMaxSortBlocks} * kClusterRounds;
-  const int64_t of_wave = int64_t{kOneWaveCut.clusters} * kCountBlocks * kOneWaveCut.rounds;
+  const int64_t cluster = count_blocks(device);
+  const int64_t of_cluster = int64_t{most_sort_blocks(device)} * kClusterRounds;
+  const int64_t of_wave = kOneWaveCut.clusters_on(device, cluster) * cluster * kOneWaveCut.rounds;
   return choices <= of_cluster * threads || (choices > of_cluster * kMostSortThreads && choices <= of_wave * threads);
 }
 
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
-  if (!can_sort(op)) return std::nullopt;
-  const bool fewer = op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1]);
+  if (!has_numbered_choices(op)) return std::nullopt;
+  const bool fewer =
+      op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1], device);
   for (int threads : kSortThreads) {
     if (threads == kMostSortThreads && fewer) continue;
     if (const auto found = plan_with(op, threads, device)) return found;
@@ -186,8 +193,8 @@ inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const De
 
 inline std::vector<ExpertDispatchPlan> plans(const ExpertDispatch& op, const Device& device) {
   std::vector<ExpertDispatchPlan> found;
-  if (!can_sort(op)) return found;
-  const int most = std::min<int>(device.cluster_blocks(), kMaxSortBlocks);
+  if (!has_numbered_choices(op)) return found;
+  const int most = static_cast<int>(most_sort_blocks(device));
   for (int threads : kSortThreads) {
     for (int chunks = 1; chunks <= most; chunks *= 2) {
       if (const auto plan = cluster_plan(op, threads, chunks, device)) found.push_back(*plan);

@@ -23,12 +23,6 @@ struct PermutePlan {
   int64_t blocks;
 };
 
-// How many warps a multiprocessor must have for a warp to take more of a row.
-struct PermuteNumbers {
-  int64_t warps_a_multiprocessor;
-};
-constexpr auto kPermuteNumbers = everywhere(PermuteNumbers{64});
-
 inline std::optional<PermutePlan> plan_with(const Permute& op, const Device& device, int depth) {
   const DispatchedRows& rows = op.rows;
   PermutePlan plan{};
@@ -51,10 +45,9 @@ inline std::vector<PermutePlan> plans(const Permute& op, const Device& device) {
   return found;
 }
 
-// The deepest whose lanes have all of their pieces and of which there are enough warps; else the flattest that there
-// is.
+// The deepest whose lanes have all of their pieces and whose warps fill the device; else the flattest that there is.
 inline std::optional<PermutePlan> plan(const Permute& op, const Device& device) {
-  const int64_t enough = kPermuteNumbers.of(device).warps_a_multiprocessor * device.multiprocessors;
+  const int64_t enough = int64_t{device.warps()} * device.multiprocessors;
   std::optional<PermutePlan> flattest;
   for (const PermutePlan& plan : plans(op, device)) {
     if (plan.pieces >= 32 * plan.depth && plan.token_warps >= enough) return plan;

@@ -40,12 +40,14 @@ constexpr bool tile_can_group(int lanes, int experts, int num_groups) {
 constexpr int kTileThreads = 128;
 constexpr int64_t tile_blocks(int64_t rows, int lanes) { return ceil_div(rows, kTileThreads / lanes); }
 
-// From how many rows on tiles of 16 lanes are faster than those of 32, which have more steps in a row for each lane; by
-// the quads of a lane, up to 2, 4, 6 and 8.
+// From how many rows of an H100 on tiles of 16 lanes are faster than those of 32: a lane has more steps in a row, which
+// nobody waits for where a multiprocessor has enough other rows. By the quads of a lane, up to 2, 4, 6 and 8.
 struct HalfWarpRows {
   int64_t by_chunks[4];
 
-  constexpr bool pay(int64_t rows, int chunks) const { return rows >= by_chunks[(chunks - 1) / 2]; }
+  constexpr bool pay(int64_t rows, int chunks, const Device& device) const {
+    return rows >= device.scaled(by_chunks[(chunks - 1) / 2]);
+  }
 };
 
 }  // namespace jax_router::cuda

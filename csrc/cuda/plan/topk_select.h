@@ -34,7 +34,7 @@ constexpr int max_select_k(const Device& device) {
 
 struct TopkSelectNumbers {
   HalfWarpRows half_warps;
-  int64_t warp_rows;        // from so many on, a warp a row where a row has up to kMaxShortLength / 2 elements
+  int64_t warp_rows;        // from so many of an H100 on, a warp a row of up to kMaxShortLength / 2 elements
   int64_t long_warp_rows;   // and where it has up to kMaxShortLength
   int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
@@ -272,12 +272,12 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   const bool is_short = op.length <= kMaxShortLength;
   if (is_short && op.k <= kMaxTileK) {
     const int half = find_instance(op, device, TopkKernel::kTile, 16);
-    if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size)) return half;
+    if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size, device)) return half;
     return find_instance(op, device, TopkKernel::kTile, 32);
   }
-  const int64_t warp_length = op.rows >= numbers.long_warp_rows ? kMaxShortLength
-                              : op.rows >= numbers.warp_rows    ? kMaxShortLength / 2
-                                                                : numbers.warp_length;
+  const int64_t warp_length = op.rows >= device.scaled(numbers.long_warp_rows) ? kMaxShortLength
+                              : op.rows >= device.scaled(numbers.warp_rows)    ? kMaxShortLength / 2
+                                                                               : numbers.warp_length;
   if (op.length <= warp_length && op.k <= (op.sorted && op.length > kMaxShortLength / 2 ? kMaxFewK : kMaxWarpK)) {
     return find_instance(op, device, TopkKernel::kWarp);
   }
