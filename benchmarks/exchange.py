@@ -545,6 +545,7 @@ def draw(records: dict[str, Record], sizes: Sizes, device: str, path: Path, load
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     most = max((int(key.split("/")[4].split("x")[0]) for key in records), default=1)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
@@ -578,9 +579,10 @@ def draw(records: dict[str, Record], sizes: Sizes, device: str, path: Path, load
         axis.set_xticks(counts, map(str, counts))
         axis.set_xlabel("devices")
         axis.set_ylabel("forward and backward [ms]")
-        axis.set_ylim(bottom=0)
-        if axis.has_data():
-            axis.legend()
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     figure.suptitle(f"{sizes.name}, {load} load, {device}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

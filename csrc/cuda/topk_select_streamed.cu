@@ -109,7 +109,8 @@ struct Stream {
 };
 
 template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads) topk_select_streamed(TopkSelect op, Rows rows) {
+__global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
+    topk_select_streamed(TopkSelect op, Rows rows) {
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;

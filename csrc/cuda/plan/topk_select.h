@@ -258,8 +258,8 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
   } else if (kernel.kernel == TopkKernel::kStreamed) {
     plan.cluster = cluster;
     plan.blocks = op.rows * cluster;
-    plan.capacity = cluster > 1 ? streamed_capacity(op.k, kernel.threads, true, device)
-                                : lone_capacity(op, kernel.threads, device);
+    plan.capacity =
+        cluster > 1 ? streamed_capacity(op.k, kernel.threads, true, device) : lone_capacity(op, kernel.threads, device);
     plan.shared_bytes = streamed_bytes(kernel.threads, plan.capacity, op.k);
   }
   return plan;
