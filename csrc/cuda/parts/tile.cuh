@@ -108,10 +108,10 @@ template <int kLanes>
 __device__ __forceinline__ int rank_of(uint64_t pair, const uint64_t (&pairs)[kLanes], int count) {
   SumOfTrue rank;
 #pragma unroll 1
-  for (int begin = 0; begin < kLanes; begin += 16) {
+  for (int begin = 0; begin < kLanes; begin += 8) {
     if (begin > 0 && !__any_sync(kFullWarp, begin < count)) break;
 #pragma unroll
-    for (int i = begin; i < begin + 16; i += 2) {
+    for (int i = begin; i < begin + 8; i += 2) {
       const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + i);
       rank.add_if_greater(others.x, pair);
       rank.add_if_greater(others.y, pair);
