@@ -40,7 +40,9 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kChunks, siz
   // that all loads need no condition.
   const T* row = static_cast<const T*>(op.logits) + (exists ? token : op.rows - 1) * op.selection.experts;
 
-  float logits[kElements];
+  using Logits = std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>,
+                                    float[kElements]>;
+  Logits logits;
   load_tile<kLanes, kFullChunks>(row, op.selection.experts, quads, logits);
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, exists ? token * op.selection.k : -1};
   const float* bias = op.bias == nullptr ? nullptr : op.bias + (exists ? token * op.bias_stride : 0);
