@@ -75,11 +75,11 @@ __device__ __forceinline__ RowScore softmax_of_row(int experts, QuadAt quad_at) 
   return softmax_of_sums<32>(sum, shift);
 }
 
-// Softmax over a token's k chosen logits, which are logits[0..k).
-__device__ __forceinline__ float shift_of_chosen(const float* logits, int k) {
+// Softmax over a token's k chosen logits, which are logits[0..k), and may be known to be in order, the best first.
+__device__ __forceinline__ float shift_of_chosen(const float* logits, int k, bool in_order = false) {
   float maximum = logits[0];
 #pragma unroll 1
-  for (int j = 1; j < k; ++j) maximum = max_nan(maximum, logits[j]);
+  for (int j = 1; j < k && !in_order; ++j) maximum = max_nan(maximum, logits[j]);
   return softmax_shift(maximum);
 }
 
@@ -101,14 +101,14 @@ __device__ __forceinline__ float divisor_of_scores(const Scoring& scoring, const
 // The weight of the choice at position `rank` of a token's k choices, from its logit and score (which softmax over the
 // chosen has no use for). All threads that work on the token call it together. A thread whose `chosen` is false has no
 // choice; every position must have one. values: shared memory, aligned to 16 bytes, 0 from k to the next multiple of 4.
-// sync: makes what these threads wrote there visible to them.
-template <class Sync>
+// sync: makes what these threads wrote there visible to them. kInOrder: the position goes by the logit.
+template <bool kInOrder = false, class Sync>
 __device__ __forceinline__ float finish_weight(const Scoring& scoring, int k, bool chosen, int rank, float logit,
                                                float score, float* values, Sync sync) {
   if (scoring.score_fn == ScoreFn::kSoftmax && scoring.renormalize) {
     if (chosen) values[rank] = logit;
     sync();
-    score = exp_nonpositive(__fadd_rn(logit, -shift_of_chosen(values, k)));
+    score = exp_nonpositive(__fadd_rn(logit, -shift_of_chosen(values, k, kInOrder)));
     sync();
   }
   if (scoring.renormalize) {

@@ -152,6 +152,9 @@ struct SumOfTrue {
   __device__ __forceinline__ void add_if_greater(uint64_t a, uint64_t b) {
     asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "l"(a), "l"(b));
   }
+  __device__ __forceinline__ void add_if_greater(double a, double b) {
+    asm("{ .reg .pred p; setp.gt.f64 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "d"(a), "d"(b));
+  }
   __device__ __forceinline__ void add_if_greater(uint32_t a, uint32_t b) {
     asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "r"(a), "r"(b));
   }
@@ -166,7 +169,20 @@ struct SumOfTrue {
   __device__ __forceinline__ uint32_t value() const { return float_bits(bits); }
 };
 
-// How many of the tile's keys (of uint32_t or uint64_t), of which `count` are not 0, are larger than this one.
+// A pair whose index is below 2^30 as a number that has its place in the order: to compare two such is one instruction
+// in place of two, and for units that have nothing else to do, where there are enough of these.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+using RankedPair = double;
+__device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) {
+  // Positive and finite, as the highest two bits are 0. A denormal number is compared as well as any.
+  return __hiloint2double(static_cast<int>(key >> 2), static_cast<int>(key << 30 | (index ^ 0x3FFFFFFF)));
+}
+#else
+using RankedPair = uint64_t;
+__device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) { return order_pair(key, index); }
+#endif
+
+// How many of the tile's keys (of uint32_t, uint64_t or double), of which `count` are not 0, are larger than this one.
 template <int kLanes, class Key>
 __device__ __forceinline__ int rank_of(Key key, const Key (&keys)[kLanes], int count) {
   struct alignas(16) Vector {

@@ -67,7 +67,7 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
   int expert = 0;
   float logit = 0.0f;
   float s = 0.0f;
-  using Pair = std::conditional_t<kNarrow && kMode == KeyMode::kLogits, uint32_t, uint64_t>;
+  using Pair = std::conditional_t<kNarrow && kMode == KeyMode::kLogits, uint32_t, RankedPair>;
   Pair pair = 0;
   if (candidate) {
     expert = scratch.candidates[lane];
@@ -85,7 +85,7 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
       static_assert(kMaxExperts <= kRoom);
       pair = (order_key(key) & ~kRoom) | (static_cast<uint32_t>(expert) ^ kRoom);
     } else {
-      pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
+      pair = ranked_pair(order_key(key), static_cast<uint32_t>(expert));
     }
   }
   Pair(&pairs)[kLanes] = reinterpret_cast<Pair(&)[kLanes]>(scratch.pairs);
@@ -96,7 +96,8 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
 
   if constexpr (kMode == KeyMode::kLogits) s = score(logit);
   const bool chosen = candidate && rank < k;
-  const float weight = finish_weight(scoring, k, chosen, rank, logit, s, scratch.values, [] { __syncwarp(); });
+  const float weight = finish_weight<kMode == KeyMode::kLogits>(scoring, k, chosen, rank, logit, s, scratch.values,
+                                                                 [] { __syncwarp(); });
   if (chosen) {
     output.store(rank, weight, expert, logit);
   } else if (!wanted && output.place >= 0 && lane < k) {
