@@ -21,7 +21,7 @@ struct GlobalRow {
 // The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
 // generous with registers for scores.
 constexpr int least_blocks(KeyMode mode, int chunks, size_t element_bytes) {
-  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : chunks <= 4 && element_bytes == 2 ? 10 : 0;
+  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
   if (chunks > 4) return chunks <= 6 ? 6 : 4;
   return mode == KeyMode::kGroups && element_bytes == 2 ? 7 : 8;
 }
@@ -36,12 +36,12 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kChunks, siz
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + tile;
   const bool exists = token < op.rows;
   const bool wanted = exists && !is_masked(op, token);
-  // A masked token's logits are loaded too, so as not to wait for the mask; and the last token's where there is none, so
-  // that all loads need no condition.
+  // A masked token's logits are loaded too, so as not to wait for the mask; and the last token's where there is none,
+  // so that all loads need no condition.
   const T* row = static_cast<const T*>(op.logits) + (exists ? token : op.rows - 1) * op.selection.experts;
 
-  using Logits = std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>,
-                                    float[kElements]>;
+  using Logits =
+      std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>, float[kElements]>;
   Logits logits;
   load_tile<kLanes, kFullChunks>(row, op.selection.experts, quads, logits);
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, exists ? token * op.selection.k : -1};
