@@ -131,7 +131,7 @@ __device__ __forceinline__ float finish_weight(const RowScore& score, const Scor
 //   sqrtsoftplus  kRough: 5.7e-4; kFine: exact
 //   sigmoid       kRough and kFine: 2^-21
 //   softmax       always exact
-// A cheap score is NaN where the exact one is, and infinite where the exact one is.
+// A cheap score is NaN where the exact one is, and infinite only where that is too.
 enum class Accuracy { kExact, kFine, kRough };
 
 // The four roundings of two sums score + bias, exact and cheap, are a quarter of this.

@@ -108,11 +108,11 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
 
 // Selects one token's experts and writes its k weights and ids. All 32 lanes of the warp call it together.
 //   kFullChunks  the tile's first so many quads are known to lie within the token's experts
-//   logits       floats or, for kLogits, a PackedTile, in the layout of tile.cuh; -inf where the expert does not exist,
-//   anything if the token is not wanted wanted       false where the tile has no token or the token is masked: ids -1
-//   and weights 0 if output has a place bias         the token's own row of [experts] floats; null is possible for
-//   kGroups; not used for kLogits logit_at     logit_at(expert) gives any of the token's logits once more, to any lane
-//   of the tile
+//   logits       in the layout of tile.cuh, floats or, for kLogits, a PackedTile; -inf where the expert does not exist,
+//                anything if the token is not wanted
+//   wanted       false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
+//   bias         the token's own row of [experts] floats; null is possible for kGroups; not used for kLogits
+//   logit_at     logit_at(expert) gives any of the token's logits once more, to any lane of the tile
 template <KeyMode kMode, int kLanes, int kFullChunks = 0, class Logits, class LogitAt>
 __device__ __forceinline__ void select_token(const Selection& selection, const Logits& logits, bool wanted,
                                              const float* bias, LogitAt logit_at, const TokenOutput& output,
