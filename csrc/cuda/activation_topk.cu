@@ -21,7 +21,7 @@ struct GlobalRow {
 // The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
 // generous with registers for scores.
 constexpr int least_blocks(KeyMode mode, int chunks, size_t element_bytes) {
-  if (mode == KeyMode::kLogits) return 0;
+  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
   if (chunks > 4) return chunks <= 6 ? 6 : 4;
   return mode == KeyMode::kGroups && element_bytes == 2 ? 7 : 8;
 }
@@ -36,16 +36,14 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kChunks, siz
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + tile;
   const bool exists = token < op.rows;
   const bool wanted = exists && !is_masked(op, token);
-  const T* row = static_cast<const T*>(op.logits) + token * op.selection.experts;
+  // A masked token's logits are loaded too, so as not to wait for the mask; and the last token's where there is none,
+  // so that all loads need no condition.
+  const T* row = static_cast<const T*>(op.logits) + (exists ? token : op.rows - 1) * op.selection.experts;
 
-  // A masked token's logits are loaded too, so as not to wait for the mask.
-  float logits[kElements];
-  if (exists) {
-    load_tile<kLanes, kFullChunks>(row, op.selection.experts, quads, logits);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) logits[i] = -INFINITY;
-  }
+  using Logits =
+      std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>, float[kElements]>;
+  Logits logits;
+  load_tile<kLanes, kFullChunks>(row, op.selection.experts, quads, logits);
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, exists ? token * op.selection.k : -1};
   const float* bias = op.bias == nullptr ? nullptr : op.bias + (exists ? token * op.bias_stride : 0);
   select_token<kMode, kLanes, kFullChunks>(op.selection, logits, wanted, bias, GlobalRow<T>{row}, output,
@@ -76,8 +74,17 @@ cudaError_t run_tiles(const ActivationTopk& op, const ActivationTopkPlan& plan, 
     constexpr RowTile kTile = kActivationTopkTiles[decltype(index)::value];
     if constexpr (has_tile(kTile, dtype_of(T{}), kMode)) {
       const bool quads = rows_have_quads(op.logits, op.selection.experts, sizeof(T));
-      return launch_kernel(activation_topk_tiles<T, kMode, kTile.lanes, kTile.chunks, kTile.full_chunks>,
-                           {plan.blocks, plan.threads}, stream, op, quads);
+      const LaunchShape shape{plan.blocks, plan.threads};
+      // Rows that fill their tile, as those of most models do, need not ask what lies within them.
+      constexpr int kFilled = 4 * kTile.lanes * kTile.chunks;
+      if constexpr (kFilled % 128 == 0 && kFilled <= 384) {
+        if (op.selection.experts == kFilled) {
+          return launch_kernel(activation_topk_tiles<T, kMode, kTile.lanes, kTile.chunks, kTile.chunks>, shape, stream,
+                               op, quads);
+        }
+      }
+      return launch_kernel(activation_topk_tiles<T, kMode, kTile.lanes, kTile.chunks, kTile.full_chunks>, shape, stream,
+                           op, quads);
     }
     return cudaErrorInvalidValue;
   });

@@ -58,6 +58,33 @@ __device__ __forceinline__ float2 unpack_two(uint32_t bits, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&bits));
 }
 
+// Of each half: the larger, NaN if either is; and whether a is no less than b, as all bits or none.
+__device__ __forceinline__ uint32_t max_nan_of_two(uint32_t a, uint32_t b, __nv_bfloat16) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ __forceinline__ uint32_t max_nan_of_two(uint32_t a, uint32_t b, __half) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ __forceinline__ uint32_t reaches_of_two(uint32_t a, uint32_t b, __nv_bfloat16) {
+  return __hge2_mask(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+}
+__device__ __forceinline__ uint32_t reaches_of_two(uint32_t a, uint32_t b, __half) {
+  return __hge2_mask(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+}
+
+// Twice the least number of the type that is no less than x.
+__device__ __forceinline__ uint32_t two_no_less(float x, __nv_bfloat16) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t high = static_cast<int32_t>(bits) < 0 ? bits : bits + 0xFFFF;
+  return __byte_perm(high, high, 0x3232);
+}
+__device__ __forceinline__ uint32_t two_no_less(float x, __half) {
+  const __half2 two = __half2half2(__float2half_ru(x));
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
 // Four neighbours at once; p must be aligned to all four.
 __device__ __forceinline__ float4 load_quad(const float* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
 

@@ -75,11 +75,11 @@ __device__ __forceinline__ RowScore softmax_of_row(int experts, QuadAt quad_at) 
   return softmax_of_sums<32>(sum, shift);
 }
 
-// Softmax over a token's k chosen logits, which are logits[0..k).
-__device__ __forceinline__ float shift_of_chosen(const float* logits, int k) {
+// Softmax over a token's k chosen logits, which are logits[0..k), and may be known to be in order, the best first.
+__device__ __forceinline__ float shift_of_chosen(const float* logits, int k, bool in_order = false) {
   float maximum = logits[0];
 #pragma unroll 1
-  for (int j = 1; j < k; ++j) maximum = max_nan(maximum, logits[j]);
+  for (int j = 1; j < k && !in_order; ++j) maximum = max_nan(maximum, logits[j]);
   return softmax_shift(maximum);
 }
 
@@ -101,14 +101,14 @@ __device__ __forceinline__ float divisor_of_scores(const Scoring& scoring, const
 // The weight of the choice at position `rank` of a token's k choices, from its logit and score (which softmax over the
 // chosen has no use for). All threads that work on the token call it together. A thread whose `chosen` is false has no
 // choice; every position must have one. values: shared memory, aligned to 16 bytes, 0 from k to the next multiple of 4.
-// sync: makes what these threads wrote there visible to them.
-template <class Sync>
+// sync: makes what these threads wrote there visible to them. kInOrder: the position goes by the logit.
+template <bool kInOrder = false, class Sync>
 __device__ __forceinline__ float finish_weight(const Scoring& scoring, int k, bool chosen, int rank, float logit,
                                                float score, float* values, Sync sync) {
   if (scoring.score_fn == ScoreFn::kSoftmax && scoring.renormalize) {
     if (chosen) values[rank] = logit;
     sync();
-    score = exp_nonpositive(__fadd_rn(logit, -shift_of_chosen(values, k)));
+    score = exp_nonpositive(__fadd_rn(logit, -shift_of_chosen(values, k, kInOrder)));
     sync();
   }
   if (scoring.renormalize) {
@@ -128,10 +128,10 @@ __device__ __forceinline__ float finish_weight(const RowScore& score, const Scor
 // How good scores are. Cheap ones are to find out which experts need exact ones: two keys, exact or cheap, are in the
 // right order if they differ by more than score_margin + kKeyMargin times the larger of them. The margin is twice as
 // much as a score may be wrong by:
-//   sqrtsoftplus  kRough: 2^-9, at the logits whose exponential is next to nothing beside 1; kFine: exact
+//   sqrtsoftplus  kRough: 5.7e-4; kFine: exact
 //   sigmoid       kRough and kFine: 2^-21
 //   softmax       always exact
-// A cheap score is NaN where the exact one is, and infinite only for kRough, from a logit of 88.7 on.
+// A cheap score is NaN where the exact one is, and infinite only where that is too.
 enum class Accuracy { kExact, kFine, kRough };
 
 // The four roundings of two sums score + bias, exact and cheap, are a quarter of this.
@@ -140,7 +140,7 @@ constexpr float kKeyMargin = 0x1p-20f;
 // 0 for exact scores.
 template <Accuracy kAccuracy>
 __device__ __forceinline__ float score_margin(ScoreFn score_fn) {
-  if (score_fn == ScoreFn::kSqrtSoftplus) return kAccuracy == Accuracy::kRough ? 0x1p-8f : 0.0f;
+  if (score_fn == ScoreFn::kSqrtSoftplus) return kAccuracy == Accuracy::kRough ? 0x1.4p-10f : 0.0f;
   return score_fn == ScoreFn::kSigmoid && kAccuracy != Accuracy::kExact ? 0x1p-20f : 0.0f;
 }
 
@@ -150,11 +150,13 @@ __device__ __forceinline__ float rough_exp2(float x) {
   return power;
 }
 
-// sqrt(ln(2)) * sqrt(log2(1 + exp(x)))
+// With e = exp(-|x|), sqrt(max(x, 0) + e * P(e)) for a P(e) = log1p(e) / e of degree 2, the best one for the root. From
+// a logit of 20 on, where e is lost in the sum, it is the exact score. A logarithm in place of P would be one
+// instruction for four, but it would be the third of the kind that a multiprocessor has the fewest units for.
 __device__ __forceinline__ float rough_sqrtsoftplus(float x) {
-  float log2;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(__fadd_rn(rough_exp2(__fmul_rn(x, 1.44269504f)), 1.0f)));
-  return fast_sqrt(log2) * 0.832554611f;
+  const float e = rough_exp2(__fmul_rn(fabsf(x), -1.44269504f));
+  const float p = __fmaf_rn(e, __fmaf_rn(e, 0.124615982f, -0.422239706f), 0.991701199f);
+  return fast_sqrt(__fmaf_rn(e, p, fmaxf(x, 0.0f)));
 }
 
 __device__ __forceinline__ float rough_sigmoid(float x) {

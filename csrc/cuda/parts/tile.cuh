@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../../common/ops.h"
 #include "../../common/order.h"
@@ -42,13 +43,72 @@ __device__ __forceinline__ int expert_of(int lane, int element) {
   return (element >> 2) * (4 * kLanes) + 4 * lane + (element & 3);
 }
 
+// Elements of 16 bits in the layout above, two neighbours a word.
+template <class T, int kElements>
+struct PackedTile {
+  uint32_t words[kElements / 2];
+};
+
+template <int kElements>
+struct FloatTile {
+  float values[kElements];
+};
+
+template <class T, int kElements>
+__device__ __forceinline__ FloatTile<kElements> as_floats(const PackedTile<T, kElements>& packed) {
+  FloatTile<kElements> elements;
+#pragma unroll
+  for (int i = 0; i < kElements; i += 2) {
+    const float2 two = unpack_two(packed.words[i / 2], T{});
+    elements.values[i] = two.x;
+    elements.values[i + 1] = two.y;
+  }
+  return elements;
+}
+template <int kElements>
+__device__ __forceinline__ const FloatTile<kElements>& as_floats(const float (&elements)[kElements]) {
+  return reinterpret_cast<const FloatTile<kElements>&>(elements);
+}
+
+template <class Tile>
+constexpr int kElementsOf = std::extent_v<Tile>;
+template <class T, int kElements>
+constexpr int kElementsOf<PackedTile<T, kElements>> = kElements;
+
 // A row of `length` elements into the registers of a tile of kLanes lanes, in the layout above; -inf where there is
-// no element. kFullChunks: the first so many of the kElements / 4 quads are within any row that comes here.
+// no element. kFullChunks: the first so many of the quads are within any row that comes here.
+template <int kLanes, int kFullChunks, class T, int kElements>
+__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, PackedTile<T, kElements>& packed) {
+  const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
+  row += first;
+  asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
+  const int left = length - first;
+  const uint32_t none = pack_two(-INFINITY, -INFINITY, T{});
+  if (quads) {
+#pragma unroll
+    for (int c = 0; c < kElements / 4; ++c) {
+      uint2 quad = make_uint2(none, none);
+      if (c < kFullChunks || 4 * kLanes * c < left) quad = load_packed_quad(row + 4 * kLanes * c);
+      packed.words[2 * c] = quad.x;
+      packed.words[2 * c + 1] = quad.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements; i += 2) {
+      const int offset = i / 4 * 4 * kLanes + i % 4;
+      const float low = offset < left ? load_one(row + offset) : -INFINITY;
+      const float high = offset + 1 < left ? load_one(row + offset + 1) : -INFINITY;
+      packed.words[i / 2] = pack_two(low, high, T{});
+    }
+  }
+}
+
+// The same as f32.
 template <int kLanes, int kFullChunks, int kElements, class T>
 __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements]) {
   const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
   row += first;
-  asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
+  asm("" : "+l"(row));
   const int left = length - first;
   if (quads) {
     // 16-bit quads stay packed until all loads are under way: the compiler would wait for some of them to unpack these.
@@ -92,6 +152,12 @@ struct SumOfTrue {
   __device__ __forceinline__ void add_if_greater(uint64_t a, uint64_t b) {
     asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "l"(a), "l"(b));
   }
+  __device__ __forceinline__ void add_if_greater(double a, double b) {
+    asm("{ .reg .pred p; setp.gt.f64 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "d"(a), "d"(b));
+  }
+  __device__ __forceinline__ void add_if_greater(uint32_t a, uint32_t b) {
+    asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "r"(a), "r"(b));
+  }
   __device__ __forceinline__ void add_if_greater(float a, float b) {
     asm("{ .reg .pred p; setp.gt.f32 p, %1, %2; @p add.f32 %0, %0, 0f00000001; }" : "+f"(bits) : "f"(a), "f"(b));
   }
@@ -103,18 +169,35 @@ struct SumOfTrue {
   __device__ __forceinline__ uint32_t value() const { return float_bits(bits); }
 };
 
-// How many of the tile's pairs, of which `count` are not 0, are larger than this one.
-template <int kLanes>
-__device__ __forceinline__ int rank_of(uint64_t pair, const uint64_t (&pairs)[kLanes], int count) {
+// A pair whose index is below 2^30 as a number that has its place in the order: to compare two such is one instruction
+// in place of two, and for units that have nothing else to do, where there are enough of these.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+using RankedPair = double;
+__device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) {
+  // Positive and finite, as the highest two bits are 0. A denormal number is compared as well as any.
+  return __hiloint2double(static_cast<int>(key >> 2), static_cast<int>(key << 30 | (index ^ 0x3FFFFFFF)));
+}
+#else
+using RankedPair = uint64_t;
+__device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) { return order_pair(key, index); }
+#endif
+
+// How many of the tile's keys (of uint32_t, uint64_t or double), of which `count` are not 0, are larger than this one.
+template <int kLanes, class Key>
+__device__ __forceinline__ int rank_of(Key key, const Key (&keys)[kLanes], int count) {
+  struct alignas(16) Vector {
+    Key keys[16 / sizeof(Key)];
+  };
+  constexpr int kStep = sizeof(Vector) / sizeof(Key);
   SumOfTrue rank;
 #pragma unroll 1
-  for (int begin = 0; begin < kLanes; begin += 16) {
+  for (int begin = 0; begin < kLanes; begin += 8) {
     if (begin > 0 && !__any_sync(kFullWarp, begin < count)) break;
 #pragma unroll
-    for (int i = begin; i < begin + 16; i += 2) {
-      const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(pairs + i);
-      rank.add_if_greater(others.x, pair);
-      rank.add_if_greater(others.y, pair);
+    for (int i = begin; i < begin + 8; i += kStep) {
+      const Vector others = *reinterpret_cast<const Vector*>(keys + i);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) rank.add_if_greater(others.keys[j], key);
     }
   }
   return static_cast<int>(rank.value());
@@ -181,12 +264,45 @@ __device__ __forceinline__ uint32_t existing_elements(int experts) {
   return existing;
 }
 
+// Which of the lane's keys reach a bound: bit i for element i.
+template <int kElements>
+__device__ __forceinline__ uint32_t reaching(const float (&keys)[kElements], float bound) {
+  SumOfTrue lower_half;
+  SumOfTrue upper_half;
+#pragma unroll
+  for (int i = 0; i < kElements / 2; ++i) {
+    lower_half.add_if_reaches(keys[i], bound, 1u << i);
+    upper_half.add_if_reaches(keys[kElements / 2 + i], bound, 1u << i);
+  }
+  return lower_half.value() | upper_half.value() << (kElements / 2);
+}
+template <class T, int kElements>
+__device__ __forceinline__ uint32_t reaching(const PackedTile<T, kElements>& keys, float bound) {
+  const uint32_t bounds = two_no_less(bound, T{});
+  uint32_t halves[2] = {};  // 16 elements each, the odd ones in the upper half of the word
+#pragma unroll
+  for (int i = 0; i < kElements / 2; ++i) {
+    halves[i / 8] |= reaches_of_two(keys.words[i], bounds, T{}) & (0x00020001u << (2 * (i % 8)));
+  }
+  const uint32_t low = (halves[0] | halves[0] >> 16) & 0xFFFF;
+  return kElements <= 16 ? low : low | (halves[1] | halves[1] << 16) & 0xFFFF0000;
+}
+
+template <class T, int kElements>
+__device__ __forceinline__ float largest_of(const PackedTile<T, kElements>& keys) {
+  uint32_t largest = keys.words[0];
+#pragma unroll
+  for (int i = 1; i < kElements / 2; ++i) largest = max_nan_of_two(largest, keys.words[i], T{});
+  const float2 two = unpack_two(largest, T{});
+  return max_nan(two.x, two.y);
+}
+
 // Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
 // counts them: at least `needed`, at most kLanes. False, for the whole warp, where that fails: too many nearly equal
 // keys.
-template <int kLanes, int kElements>
-__device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], uint32_t eligible, float lane_maximum,
-                                                int k, int needed, float margin, int* candidates, int& count) {
+template <int kLanes, class Keys>
+__device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, float lane_maximum, int k,
+                                                int needed, float margin, int* candidates, int& count) {
   const int lane = tile_lane<kLanes>();
   const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
   const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
@@ -194,21 +310,14 @@ __device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], 
   uint32_t low = 0;
   uint32_t high = 0;
   bool probing = false;  // whether it is open that at least `needed` keys reach the bound
-  uint32_t reaching;
+  uint32_t reach;
   int position;
 #pragma unroll 1
   for (int attempt = 0;; ++attempt) {
     const float threshold = margin == 0.0f || probing ? bound : bound - margin - fabsf(bound) * kKeyMargin;
-    SumOfTrue lower_half;
-    SumOfTrue upper_half;
-#pragma unroll
-    for (int i = 0; i < kElements / 2; ++i) {
-      lower_half.add_if_reaches(keys[i], threshold, 1u << i);
-      upper_half.add_if_reaches(keys[kElements / 2 + i], threshold, 1u << i);
-    }
-    reaching = (lower_half.value() | upper_half.value() << (kElements / 2)) & eligible;
+    reach = reaching(keys, threshold) & eligible;
     // Where the lane's own start in the list: the sum of the counts of the lanes before it, bit by bit of these counts.
-    const int own = __popc(reaching);
+    const int own = __popc(reach);
     position = 0;
     count = 0;
 #pragma unroll
@@ -236,10 +345,10 @@ __device__ __forceinline__ bool list_candidates(const float (&keys)[kElements], 
       probing = true;
     }
   }
-  while (reaching != 0) {
-    const int element = 31 - __clz(reaching);
+  while (reach != 0) {
+    const int element = 31 - __clz(reach);
     candidates[position++] = expert_of<kLanes>(lane, element);
-    reaching ^= 1u << element;
+    reach ^= 1u << element;
   }
   return true;
 }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "groups.cuh"
 #include "row_score.cuh"
@@ -52,8 +53,8 @@ __device__ __forceinline__ void score_keys(int experts, const RowScore& score, c
 }
 
 // Ranks the experts in scratch.candidates[0 .. count), which are among the tile's eligible ones and include its k best,
-// and writes the k weights and ids. The arguments are those of select_token.
-template <KeyMode kMode, int kLanes, class LogitAt>
+// and writes the k weights and ids. The arguments are those of select_token; kNarrow: the logits were 16-bit numbers.
+template <KeyMode kMode, int kLanes, bool kNarrow = false, class LogitAt>
 __device__ __forceinline__ void finish_token(const Selection& selection, const RowScore& score, int count, bool wanted,
                                              const float* bias, LogitAt logit_at, const TokenOutput& output,
                                              SelectScratch<kLanes>& scratch) {
@@ -66,7 +67,8 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
   int expert = 0;
   float logit = 0.0f;
   float s = 0.0f;
-  uint64_t pair = 0;
+  using Pair = std::conditional_t<kNarrow && kMode == KeyMode::kLogits, uint32_t, RankedPair>;
+  Pair pair = 0;
   if (candidate) {
     expert = scratch.candidates[lane];
     logit = logit_at(expert);
@@ -77,16 +79,25 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
       s = score(logit);
       key = biased ? __fadd_rn(s, offset) : s;
     }
-    pair = order_pair(order_key(key), static_cast<uint32_t>(expert));
+    if constexpr (sizeof(Pair) == 4) {
+      // The lowest 13 bits of the key of a 16-bit number follow from the others: there is room for the expert.
+      constexpr uint32_t kRoom = 0x1FFF;
+      static_assert(kMaxExperts <= kRoom);
+      pair = (order_key(key) & ~kRoom) | (static_cast<uint32_t>(expert) ^ kRoom);
+    } else {
+      pair = ranked_pair(order_key(key), static_cast<uint32_t>(expert));
+    }
   }
-  scratch.pairs[lane] = pair;
+  Pair(&pairs)[kLanes] = reinterpret_cast<Pair(&)[kLanes]>(scratch.pairs);
+  pairs[lane] = pair;
   scratch.values[lane] = 0.0f;
   __syncwarp();
-  const int rank = rank_of(pair, scratch.pairs, count);
+  const int rank = rank_of(pair, pairs, count);
 
   if constexpr (kMode == KeyMode::kLogits) s = score(logit);
   const bool chosen = candidate && rank < k;
-  const float weight = finish_weight(scoring, k, chosen, rank, logit, s, scratch.values, [] { __syncwarp(); });
+  const float weight = finish_weight<kMode == KeyMode::kLogits>(scoring, k, chosen, rank, logit, s, scratch.values,
+                                                                [] { __syncwarp(); });
   if (chosen) {
     output.store(rank, weight, expert, logit);
   } else if (!wanted && output.place >= 0 && lane < k) {
@@ -97,14 +108,18 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
 
 // Selects one token's experts and writes its k weights and ids. All 32 lanes of the warp call it together.
 //   kFullChunks  the tile's first so many quads are known to lie within the token's experts
-//   logits       in the layout of tile.cuh; -inf where the expert does not exist, anything if the token is not wanted
+//   logits       in the layout of tile.cuh, floats or, for kLogits, a PackedTile; -inf where the expert does not exist,
+//                anything if the token is not wanted
 //   wanted       false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
 //   bias         the token's own row of [experts] floats; null is possible for kGroups; not used for kLogits
 //   logit_at     logit_at(expert) gives any of the token's logits once more, to any lane of the tile
-template <KeyMode kMode, int kLanes, int kFullChunks = 0, int kElements, class LogitAt>
-__device__ __forceinline__ void select_token(const Selection& selection, const float (&logits)[kElements], bool wanted,
+template <KeyMode kMode, int kLanes, int kFullChunks = 0, class Logits, class LogitAt>
+__device__ __forceinline__ void select_token(const Selection& selection, const Logits& logits, bool wanted,
                                              const float* bias, LogitAt logit_at, const TokenOutput& output,
                                              SelectScratch<kLanes>& scratch) {
+  constexpr int kElements = kElementsOf<Logits>;
+  constexpr bool kPacked = !std::is_array_v<Logits>;
+  static_assert(kMode == KeyMode::kLogits || !kPacked);
   static_assert(kElements % 4 == 0 && kElements <= 32 && (kLanes == 16 || kLanes == 32));
   const int lane = tile_lane<kLanes>();
   const int k = selection.k;
@@ -113,25 +128,25 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
 
   RowScore score{scoring.score_fn};
   if (scoring.score_fn == ScoreFn::kSoftmax && (kMode != KeyMode::kLogits || !scoring.renormalize)) {
-    score = softmax_of_tile<kLanes>(logits);
+    score = softmax_of_tile<kLanes>(as_floats(logits).values);
   }
-  float keys[kElements];
+  [[maybe_unused]] float keys[kElements];
   float maximum;
   float margin = 0.0f;
   bool failed;  // whether the keys are not good enough, or one of them is NaN
-  if constexpr (kMode == KeyMode::kLogits) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) keys[i] = logits[i];
-  } else {
+  if constexpr (kMode != KeyMode::kLogits) {
     constexpr Accuracy kAccuracy = kMode == KeyMode::kScores ? Accuracy::kRough : Accuracy::kFine;
     margin = score_margin<kAccuracy>(scoring.score_fn);
     score_keys<kAccuracy, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
   }
   if constexpr (kMode == KeyMode::kGroups) {
     maximum = keep_best_groups<Accuracy::kFine>(selection, keys, wanted, eligible, scratch, failed);
-  } else {
+  } else if constexpr (kMode == KeyMode::kScores) {
     maximum = largest_of(keys);
-    failed = kMode == KeyMode::kScores ? !(maximum < INFINITY) : maximum != maximum;
+    failed = !(maximum < INFINITY);
+  } else {
+    maximum = largest_of(logits);
+    failed = maximum != maximum;
   }
   failed = __any_sync(kFullWarp, wanted && failed);
 
@@ -140,7 +155,11 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
   const auto list = [&] {
     // Whatever the logits of a token that is not wanted are, they must not slow its neighbour down.
     if (!wanted) maximum = -INFINITY;
-    return list_candidates<kLanes>(keys, eligible, maximum, k, needed, margin, scratch.candidates, count);
+    const auto list_those_of = [&](const auto& row) {
+      return list_candidates<kLanes>(row, eligible, maximum, k, needed, margin, scratch.candidates, count);
+    };
+    if constexpr (kMode == KeyMode::kLogits) return list_those_of(logits);
+    return list_those_of(keys);
   };
   if (failed || !list()) {
     if constexpr (kMode != KeyMode::kLogits) {
@@ -162,10 +181,14 @@ __device__ __forceinline__ void select_token(const Selection& selection, const f
       __syncwarp();  // the scratch has been read
       keep_best_groups<Accuracy::kExact>(selection, keys, wanted, eligible, scratch, failed);
     }
-    select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
+    if constexpr (kMode == KeyMode::kLogits) {
+      select_by_rounds<kLanes>(as_floats(logits).values, eligible, k, scratch.candidates);
+    } else {
+      select_by_rounds<kLanes>(keys, eligible, k, scratch.candidates);
+    }
     count = needed;
   }
-  finish_token<kMode, kLanes>(selection, score, count, wanted, bias, logit_at, output, scratch);
+  finish_token<kMode, kLanes, kPacked>(selection, score, count, wanted, bias, logit_at, output, scratch);
 }
 
 }  // namespace jax_router::cuda
