@@ -7,12 +7,13 @@
 // in the shared memory of the cluster's first block, which selects exactly k of them, puts them in order and writes
 // them.
 //
-// Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others, so
-// that the first vectors are a fair sample of rows that have a trend. Where a block that is alone finds more candidates
-// than it has room for, it keeps the k best so far, whose worst is its bound from then on, and goes on: rows that are
-// sorted cost that a few times, random rows never. Should the bound be wrong (fewer than k candidates, or the k-th of
-// them below some block's bound) or the candidates of a cluster not fit, the row is read again with a bound that is
-// certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates.
+// Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others.
+// Where the sample differs from warp to warp by more than chance, the row has a trend, and another sample is taken,
+// evenly from all of the block's part. Where a block that is alone finds more candidates than it has room for, it keeps
+// the k best so far, whose worst is its bound from then on, and goes on: rows that are sorted cost that a few times,
+// random rows never. Should the bound be wrong (fewer than k candidates, or the k-th of them below some block's bound)
+// or the candidates of a cluster not fit, the row is read again with a bound that is certain: the k-th best of the
+// pairs at hand. Each reading leaves fewer candidates.
 //
 // Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
 // a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have
@@ -61,37 +62,48 @@ __device__ __forceinline__ void wait_for_fetches() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end); what lies outside them is
-// one more step of the first block.
+// A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end), and the blocks of a
+// cluster take 128 bytes of them in turns, so that each has the same part of every trend; what lies outside them is one
+// more step of the first block.
 template <typename T, int kThreads>
 struct Stream {
   static constexpr uint32_t kElements = 16 / sizeof(T);
-  static constexpr uint32_t kPiece = 32 * kElements * kBatch;  // elements of a warp's step
+  static constexpr uint32_t kTurn = 8;  // vectors
 
   const T* row;
-  uint32_t end;
+  uint32_t head, end;
+  uint32_t block, blocks;
   uint32_t steps;  // of whole vectors
-  uint32_t first;  // index in the row of this thread's first vector; the next lie 32 vectors further each
+  uint32_t first;  // index in the row of this thread's first vector; the next lie 32 vectors of the block further each
   uint32_t edge;   // index of this thread's element outside whole vectors, or length
   bool has_edges;
   uint4* ring;  // kRing vectors, kThreads apart
 
   __device__ __forceinline__ Stream(const T* row, uint32_t length, uint32_t block, uint32_t blocks, uint4* ring)
-      : row(row), ring(ring + threadIdx.x) {
+      : row(row), block(block), blocks(blocks), ring(ring + threadIdx.x) {
     const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
-    const uint32_t head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
+    head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
     end = length - (length - head) % kElements;
-    const uint32_t pieces = (end - head + kPiece - 1) / kPiece;
-    const uint32_t warps = kThreads / 32 * blocks;
-    steps = (pieces + warps - 1) / warps;
-    const uint32_t warp = threadIdx.x / 32 * blocks + block;
-    first = head + warp * steps * kPiece + threadIdx.x % 32 * kElements;
+    const uint32_t piece = 32 * kElements * kBatch * blocks;  // of a step of a warp of each block
+    constexpr uint32_t kWarps = kThreads / 32;
+    steps = ((end - head + piece - 1) / piece + kWarps - 1) / kWarps;
+    first = index_of_own(threadIdx.x / 32 * steps * kBatch * 32 + threadIdx.x % 32);
     edge = min(threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head, length);
     has_edges = block == 0 && head + length - end != 0;
   }
 
+  // The index in the row of the block's own vector of this number, and how many there are in whole turns.
+  __device__ __forceinline__ uint32_t index_of_own(uint32_t number) const {
+    return head + ((number / kTurn * blocks + block) * kTurn + number % kTurn) * kElements;
+  }
+  __device__ __forceinline__ uint32_t own_vectors() const {
+    return (end - head) / (kElements * kTurn * blocks) * kTurn;
+  }
+
   // Of this thread's vectors, counted through all steps.
-  __device__ __forceinline__ uint32_t index(uint32_t vector) const { return first + vector * 32 * kElements; }
+  __device__ __forceinline__ uint32_t index(uint32_t vector) const {
+    return first + vector * (32 * kElements * blocks);
+  }
   __device__ __forceinline__ uint4* slot(uint32_t vector) const { return ring + vector % kRing * kThreads; }
 
   __device__ __forceinline__ void fetch(uint32_t step) const {
@@ -114,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
-  __shared__ uint32_t sample_size, start;
+  __shared__ uint32_t sample_size, unevenness, start;
 
   const int64_t row_index = blockIdx.x / rows.blocks;
   const uint32_t block = blockIdx.x % rows.blocks;
@@ -129,6 +141,7 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
   Select::init();
   if (threadIdx.x == 0) {
     sample_size = 0;
+    unevenness = 0;
     gathering.count = 0;
     if (rows.blocks > 1) {
       init_transfers(&gathering.sent, block == 0 ? rows.blocks - 1 : 1);
@@ -142,6 +155,41 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     uint32_t place = 0;
     if (threadIdx.x % 32 == 31) place = atomicAdd(&gathering.count, before);
     return __shfl_sync(kFullWarp, place, 31) + before - own;
+  };
+
+  // Whether the warps' shares of the sampled pairs that reach the bound differ by more than chance: the row has a
+  // trend, and the stripes of the sample are no measure of what lies between them.
+  const auto is_uneven = [&](uint64_t bound, int own_pairs, uint32_t rank, float sampled) {
+    uint32_t present = 0, reaching = 0;
+#pragma unroll 1
+    for (int i = 0; i < own_pairs; ++i) {
+      const uint64_t pair = pairs[i * kThreads + threadIdx.x];
+      present += pair != kNoPair;
+      reaching += pair >= bound;
+    }
+    const float share = __fdividef(static_cast<float>(rank), sampled);
+    const float difference = static_cast<float>(__reduce_add_sync(kFullWarp, reaching)) -
+                             share * static_cast<float>(__reduce_add_sync(kFullWarp, present));
+    if (threadIdx.x % 32 == 0) atomicAdd(&unevenness, static_cast<uint32_t>(difference * difference));
+    __syncthreads();
+    return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
+  };
+  // From single elements that lie evenly over the block's part, each of which is fetched for this alone; or `otherwise`
+  // where the row is too short for them.
+  const auto bound_of_even_sample = [&](uint64_t otherwise) {
+    const uint32_t wanted = 16 * (length / k) / kThreads + 1;  // of a thread
+    const uint32_t size = min(wanted, static_cast<uint32_t>(kSampled)) * kThreads;
+    const uint32_t spacing = stream.own_vectors() / size;
+    const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
+    const uint32_t rank = static_cast<uint32_t>(expected + 4 * fast_sqrt(expected)) + 2;
+    if (spacing == 0 || rank >= size) return otherwise;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+      const uint32_t index = stream.index_of_own(i * spacing + spacing / 2) + threadIdx.x % kElements;
+      pairs[i] = format.pair(load_one(row + index), index);
+    }
+    __syncthreads();
+    return Select::kth_largest(size, rank, format.index_bits, rank / 8).pair;
   };
 
   uint64_t bound = kLowestPair;
@@ -192,6 +240,7 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
         if (rank < static_cast<uint32_t>(groups)) {
           bound =
               Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8).pair;
+          if (is_uneven(bound, group == 0 ? kSampled : 1, rank, groups)) bound = bound_of_even_sample(bound);
         }
         __syncthreads();
       }
@@ -209,16 +258,21 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
 #pragma unroll 1
     while (true) {
       const float bound_element = format.element(bound);
+      // Behind the bound's index an element must be larger. The order of -0 and 0 is not that of a comparison.
+      const uint32_t bound_index = float_bits(bound_element) == 0x80000000u ? 0xFFFFFFFFu : format.index(bound);
+      bool has_room = true;
 #pragma unroll 1
-      for (; step < stream.steps; ++step) {
-        if (rows.blocks == 1 && *const_cast<volatile uint32_t*>(&gathering.count) > rows.capacity) break;
+      for (; step < stream.steps && has_room; ++step) {
         wait_for_fetches<kStages - 1>();
+        const uint32_t known_count = *const_cast<volatile uint32_t*>(&gathering.count);
         const uint32_t first_vector = step * kBatch;
         uint4 vectors[kBatch];
 #pragma unroll
         for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(first_vector + v);
         // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
-        const bool reaches = stream.index(first_vector) < stream.end && !(largest_element<T>(vectors) < bound_element);
+        const float largest = largest_element<T>(vectors);
+        const bool reaches = stream.index(first_vector) < stream.end && !(largest < bound_element) &&
+                             !(largest == bound_element && stream.index(first_vector) > bound_index);
         if (__any_sync(kFullWarp, reaches)) {
           const auto pair_of = [&](uint32_t bit) {
             const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
@@ -252,6 +306,7 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
         }
         placed = 0;
         stream.fetch(step + kStages);
+        has_room = rows.blocks > 1 || known_count <= rows.capacity;
       }
       if (rows.blocks > 1 || __syncthreads_or(step < stream.steps) == 0) break;
 
@@ -272,8 +327,8 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     }
     if (rows.blocks > 1) __syncthreads();
 
-    // Only the bound of a sample is uncertain, and a block that is alone needs but count what it found.
-    const uint64_t doubt = first_reading && rows.blocks > 1 ? sampled_bound : 0;
+    // Only the bound of a sample is uncertain. Of what is below it, some are candidates and some are not.
+    const uint64_t doubt = first_reading ? sampled_bound : 0;
     if (rows.blocks > 1) {
       if (first_reading) cluster_wait();
       if (block != 0) {
