@@ -330,9 +330,12 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       }
     } else if (op.sorted) {
       uint64_t best = 0;
+      uint32_t varying = 0;
       const auto keep = [&](uint64_t pair) {
         best = max(best, pair);
-        if (pair >= bound) pairs[atomicAdd(&count, 1)] = pair;
+        if (pair < bound) return;
+        varying |= static_cast<uint32_t>((pair ^ bound) >> format.index_bits);
+        pairs[atomicAdd(&count, 1)] = pair;
       };
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -343,10 +346,15 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       }
       if (row.has_edge) keep(row.edge_pair());
       const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(best >> format.index_bits));
-      if (lane == 0) atomicMax(&Select::shared().key_max, key_max);
+      varying = __reduce_or_sync(kFullWarp, varying);
+      if (lane == 0) {
+        atomicMax(&Select::shared().key_max, key_max);
+        atomicOr(&Select::shared().key_varying, varying);
+      }
       __syncthreads();
+      varying = Select::shared().key_varying;
       best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
-      Select::template order<true>(k, bound, best, k, format.index_bits, pairs + op.k, write);
+      Select::template order<true>(k, bound, best, varying, k, format.index_bits, pairs + op.k, write);
     } else {
       const uint32_t mask = row.mask_of([&](int v, int e) { return row.pair(v, e) >= bound; });
       const auto mask_of_vector = [&](int v) { return mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };

@@ -120,7 +120,7 @@ struct Stream {
   }
 };
 
-template <typename T, int kThreads>
+template <typename T, int kThreads, bool kInCluster>
 __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     topk_select_streamed(TopkSelect op, Rows rows) {
   using Select = PairSelect<kThreads, kStreamedBins>;
@@ -128,14 +128,15 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
   __shared__ Gathering gathering;
   __shared__ uint32_t sample_size, unevenness, start;
 
-  const int64_t row_index = blockIdx.x / rows.blocks;
-  const uint32_t block = blockIdx.x % rows.blocks;
+  const uint32_t blocks = kInCluster ? rows.blocks : 1;
+  const int64_t row_index = blockIdx.x / blocks;
+  const uint32_t block = blockIdx.x % blocks;
   const T* row = static_cast<const T*>(op.scores) + row_index * op.length;
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint64_t* pairs = Select::pairs();
   uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity);
-  const Stream<T, kThreads> stream(row, length, block, rows.blocks, ring);
+  const Stream<T, kThreads> stream(row, length, block, blocks, ring);
   const auto format = PairFormat<T>::of(op);
 
   Select::init();
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     sample_size = 0;
     unevenness = 0;
     gathering.count = 0;
-    if (rows.blocks > 1) {
-      init_transfers(&gathering.sent, block == 0 ? rows.blocks - 1 : 1);
+    if (kInCluster) {
+      init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
       if (block == 0) cluster_fence();
     }
   }
@@ -177,15 +178,20 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
   // From single elements that lie evenly over the block's part, each of which is fetched for this alone; or `otherwise`
   // where the row is too short for them.
   const auto bound_of_even_sample = [&](uint64_t otherwise) {
-    const uint32_t wanted = 16 * (length / k) / kThreads + 1;  // of a thread
-    const uint32_t size = min(wanted, static_cast<uint32_t>(kSampled)) * kThreads;
-    const uint32_t spacing = stream.own_vectors() / size;
-    const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
-    const uint32_t rank = static_cast<uint32_t>(expected + 4 * fast_sqrt(expected)) + 2;
-    if (spacing == 0 || rank >= size) return otherwise;
+    // As few of them as do not let through more candidates than there is room for.
+    uint32_t size = 0, rank;
+    do {
+      size += kThreads;
+      const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
+      rank = static_cast<uint32_t>(expected + 4 * fast_sqrt(expected)) + 2;
+    } while (size < kSampled * kThreads &&
+             static_cast<float>(rank) * static_cast<float>(length) > 0.7f * rows.capacity * static_cast<float>(size));
+    if (rank >= size || stream.own_vectors() < 2 * size) return otherwise;
+    const float spacing = __fdividef(static_cast<float>(stream.own_vectors()), static_cast<float>(size));
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
-      const uint32_t index = stream.index_of_own(i * spacing + spacing / 2) + threadIdx.x % kElements;
+      const uint32_t number = static_cast<uint32_t>((static_cast<float>(i) + 0.5f) * spacing);
+      const uint32_t index = stream.index_of_own(min(number, stream.own_vectors() - 1)) + threadIdx.x % kElements;
       pairs[i] = format.pair(load_one(row + index), index);
     }
     __syncthreads();
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
   };
 
   uint64_t bound = kLowestPair;
-  typename Select::Kth kth = {0, 0};
+  typename Select::Kth kth = {0, 0, 0};
   uint32_t count = 0;
   uint32_t reading = 0;
   while (k != 0) {
@@ -203,7 +209,6 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     const bool first_reading = reading == 0;
     if (first_reading) {
       __syncthreads();
-      if (rows.blocks > 1) cluster_arrive_relaxed();  // the other blocks may use what was set up above
       if (length > k + max(2 * k, kSampled * kThreads)) {
         wait_for_fetches<0>();
         // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
@@ -244,6 +249,8 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
         }
         __syncthreads();
       }
+      // The other blocks may use what was set up above, and this block's pairs, which the sample needs no more.
+      if (kInCluster) cluster_arrive_relaxed();
     }
 
     const uint64_t sampled_bound = bound;
@@ -302,13 +309,13 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
             placed |= mask & -mask;
             pairs[place++] = pair_of(__ffs(mask) - 1);
           }
-          if (rows.blocks == 1 && __any_sync(kFullWarp, mask != 0)) break;
+          if (!kInCluster && __any_sync(kFullWarp, mask != 0)) break;
         }
         placed = 0;
         stream.fetch(step + kStages);
-        has_room = rows.blocks > 1 || known_count <= rows.capacity;
+        has_room = kInCluster || known_count <= rows.capacity;
       }
-      if (rows.blocks > 1 || __syncthreads_or(step < stream.steps) == 0) break;
+      if (kInCluster || __syncthreads_or(step < stream.steps) == 0) break;
 
       // No more room: the k best so far, and few beside them, are all that matters of what has been read.
       bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside)).pair;
@@ -325,11 +332,11 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
       }
       __syncthreads();
     }
-    if (rows.blocks > 1) __syncthreads();
+    if (kInCluster) __syncthreads();
 
     // Only the bound of a sample is uncertain. Of what is below it, some are candidates and some are not.
     const uint64_t doubt = first_reading ? sampled_bound : 0;
-    if (rows.blocks > 1) {
+    if (kInCluster) {
       if (first_reading) cluster_wait();
       if (block != 0) {
         const uint32_t size = min(gathering.count, rows.capacity);
@@ -356,18 +363,18 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     if (block == 0) {
       const int other = threadIdx.x % 32;
       // Whoever was the last to add, this block or another, knows them all.
-      const uint32_t known = other != 0 && other < rows.blocks ? static_cast<uint32_t>(gathering.counts[other])
-                                                               : *const_cast<volatile uint32_t*>(&gathering.count);
+      const uint32_t known = other != 0 && other < blocks ? static_cast<uint32_t>(gathering.counts[other])
+                                                          : *const_cast<volatile uint32_t*>(&gathering.count);
       const uint32_t all = __reduce_max_sync(kFullWarp, known);
       count = min(all, rows.capacity);
       bound = kLowestPair;
       if (count >= k) {
         kth = Select::kth_largest(count, k, format.index_bits, 0);
-        const uint64_t its_doubt = other == 0 ? doubt : other < rows.blocks ? gathering.doubts[other] : 0;
+        const uint64_t its_doubt = other == 0 ? doubt : other < blocks ? gathering.doubts[other] : 0;
         const bool exact = kth.pair >= its_doubt;
         bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth.pair;
       }
-      if (threadIdx.x != 0 && threadIdx.x < rows.blocks) {
+      if (threadIdx.x != 0 && threadIdx.x < blocks) {
         send(address_in_block(&gathering.next_bound, threadIdx.x), bound,
              address_in_block(&gathering.sent, threadIdx.x));
       }
@@ -380,26 +387,26 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     __syncthreads();
     if (threadIdx.x == 0) gathering.count = 0;
     __syncthreads();
-    if (rows.blocks > 1) {
+    if (kInCluster) {
       cluster_arrive();
       cluster_wait();
     }
   }
-  if (rows.blocks > 1) cluster_arrive_relaxed();
+  if (kInCluster) cluster_arrive_relaxed();
   if (block == 0 && k != 0) {
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted) {
-      Select::template order<true>(count, kth.pair, kth.best, k, format.index_bits, spare, write);
+      Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, spare, write);
     } else {
-      Select::template order<false>(count, kth.pair, kth.best, k, format.index_bits, spare, write);
+      Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, spare, write);
     }
   }
   if (block == 0) {
 #pragma unroll 1
     for (uint32_t i = k + threadIdx.x; i < op.k; i += kThreads) write_nothing<T>(op, row_index, i);
   }
-  if (rows.blocks > 1) cluster_wait();
+  if (kInCluster) cluster_wait();
 }
 
 static_assert(sizeof(PairSelect<256, kStreamedBins>) == pair_select_bytes(256, kStreamedBins));
@@ -412,7 +419,10 @@ cudaError_t run_streamed(const TopkSelect& op, const TopkSelectPlan& plan, cudaS
   const Rows rows{plan.cluster, plan.capacity};
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = plan.threads == 256 ? topk_select_streamed<T, 256> : topk_select_streamed<T, 512>;
+    const auto kernel = plan.threads == 256 ? plan.cluster > 1 ? topk_select_streamed<T, 256, true>
+                                                               : topk_select_streamed<T, 256, false>
+                        : plan.cluster > 1  ? topk_select_streamed<T, 512, true>
+                                            : topk_select_streamed<T, 512, false>;
     return launch_kernel(kernel, shape, stream, op, rows);
   });
 }

@@ -49,6 +49,7 @@ struct alignas(16) PairSelect {
   alignas(16) uint32_t bins[kBins];
   uint32_t warp_sums[kWarps];
   uint32_t key_max, key_min;
+  uint32_t key_varying;
   uint32_t members;  // of the last bin, listed so far
   uint64_t kth;
   struct {
@@ -65,6 +66,7 @@ struct alignas(16) PairSelect {
     if (threadIdx.x == 0) {
       shared().key_max = 0;
       shared().key_min = 0xFFFFFFFFu;
+      shared().key_varying = 0;
       shared().members = 0;
     }
   }
@@ -147,33 +149,42 @@ struct alignas(16) PairSelect {
   static __device__ __forceinline__ int shift_for(uint64_t span) { return max(64 - __clzll(span) - kBinBits, 0); }
 
   struct Kth {
-    uint64_t pair;  // exactly k pairs, or up to `slack` more, are no smaller
-    uint64_t best;  // no pair is larger
+    uint64_t pair;     // exactly k pairs, or up to `slack` more, are no smaller
+    uint64_t best;     // no pair is larger
+    uint32_t varying;  // bits of the keys, those that differ between any two of them among others
   };
 
   // The k-th largest of pairs()[0..count), whose indices have so many bits; at least k of them are not kNoPair, and
   // k > 0. All threads get it.
   static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, int index_bits, uint32_t slack) {
     uint64_t best = ~uint64_t{0}, worst = kLowestPair, overall_best = 0;
+    uint32_t overall_varying = 0;
 #pragma unroll 1
     while (true) {
-      uint32_t key_max = 0, key_min = 0xFFFFFFFFu;
+      uint32_t key_max = 0, key_min = 0xFFFFFFFFu, key_varying = 0;
+      const uint32_t some_key = static_cast<uint32_t>(pairs()[0] >> index_bits);
       for_each(count, worst, best, [&](uint64_t pair) {
         const uint32_t key = static_cast<uint32_t>(pair >> index_bits);
         key_max = max(key_max, key);
         key_min = min(key_min, key);
+        key_varying |= key ^ some_key;
       });
       clear_bins();
       key_max = __reduce_max_sync(kFullWarp, key_max);
       key_min = __reduce_min_sync(kFullWarp, key_min);
+      key_varying = __reduce_or_sync(kFullWarp, key_varying);
       if (threadIdx.x % 32 == 0) {
         atomicMax(&shared().key_max, key_max);
         atomicMin(&shared().key_min, key_min);
+        atomicOr(&shared().key_varying, key_varying);
       }
       __syncthreads();
       best = min(best, (static_cast<uint64_t>(shared().key_max) + 1 << index_bits) - 1);
       worst = max(worst, static_cast<uint64_t>(shared().key_min) << index_bits);
-      if (overall_best == 0) overall_best = best;
+      if (overall_best == 0) {
+        overall_best = best;
+        overall_varying = shared().key_varying;
+      }
       const int shift = shift_for(best - worst);
       for_each(count, worst, best, [&](uint64_t pair) { atomicAdd(&shared().bins[(best - pair) >> shift], 1); });
       __syncthreads();
@@ -183,7 +194,7 @@ struct alignas(16) PairSelect {
       best -= static_cast<uint64_t>(shared().found.bin) << shift;
       const uint64_t last = (uint64_t{1} << shift) - 1;
       if (best - worst > last) worst = best - last;
-      if (shared().found.count <= k + slack) return {worst, overall_best};
+      if (shared().found.count <= k + slack) return {worst, overall_best, overall_varying};
       const uint32_t last_count = shared().found.count;
       if (last_count > kMostMembers) continue;
       // So few that comparing each with all ends it. Their list is where the bins were.
@@ -196,25 +207,31 @@ struct alignas(16) PairSelect {
         if (count_larger(pair, members, last_count) == k - 1) shared().kth = pair;
       }
       __syncthreads();
-      return {shared().kth, overall_best};
+      return {shared().kth, overall_best, overall_varying};
     }
   }
 
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in
   // descending order if kByKey, else in ascending order of the index. Exactly `size` pairs are no smaller, and none is
-  // larger than `best`. `spare` has room for ordering_bytes(size).
+  // larger than `best`. Of their keys, only bits in `varying` differ. `spare` has room for ordering_bytes(size).
   template <bool kByKey, class Write>
-  static __device__ __forceinline__ void order(uint32_t count, uint64_t bound, uint64_t best, uint32_t size,
-                                               int index_bits, uint64_t* spare, Write write) {
+  static __device__ __forceinline__ void order(uint32_t count, uint64_t bound, uint64_t best, uint32_t varying,
+                                               uint32_t size, int index_bits, uint64_t* spare, Write write) {
     const auto for_each_chosen = [&](auto body) {
       for_each(count, bound, best, body);
       __syncthreads();
     };
-    // Distance from the front.
+    // Distance from the front. Values with few bits, as those that were rounded to bf16, would lie far apart, and many
+    // on one place: bits that no key differs in do not count.
     const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
+    const int unused = varying == 0 ? 0 : __ffs(varying) - 1;
     using Distance = std::conditional_t<kByKey, uint64_t, uint32_t>;
-    const auto distance = [&](uint64_t pair) -> Distance { return kByKey ? best - pair : ~pair & last_index; };
-    const int shift = shift_for(kByKey ? best - bound : last_index);
+    const auto distance = [&](uint64_t pair) -> Distance {
+      if (!kByKey) return ~pair & last_index;
+      const uint64_t between = best - pair;
+      return between >> index_bits >> unused << index_bits | (between & last_index);
+    };
+    const int shift = shift_for(distance(kByKey ? bound : 0));
     uint32_t* bins = shared().bins;
     uint32_t* fine = reinterpret_cast<uint32_t*>(spare + size);
     clear_bins();
