@@ -108,17 +108,47 @@ struct RegisterRow {
     return mask;
   }
 
-  // A bound that at least k and at most `most` of the row's pairs reach, where the row has more than `most`. For all
-  // threads together; `counts` is shared memory.
-  __device__ __forceinline__ uint64_t bisect(uint32_t k, uint32_t most, uint32_t (&counts)[2][kThreads / 32]) const {
-    uint64_t low = kLowestPair, high = ~uint64_t{0};
+  // A bound that at least k and at most `most` of the row's pairs reach, where the row has more than `most`. The k-th
+  // largest is among those elements that `test` accepts, and the edges if `edge_accepted`. For all threads together;
+  // `counts` is shared memory.
+  template <class Test>
+  __device__ __forceinline__ uint64_t bisect(Test test, bool edge_accepted, uint32_t k, uint32_t most,
+                                             uint32_t (&counts)[2][kThreads / 32]) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint32_t key_max = 0, key_min = 0xFFFFFFFFu;
+    const auto add = [&](uint64_t pair) {
+      const uint32_t key = static_cast<uint32_t>(pair >> kIndexBits);
+      key_max = max(key_max, key);
+      key_min = min(key_min, key);
+    };
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll 1
+      for (int e = 0; e < kElements; ++e) {
+        if (exists(v) && test(v, e)) add(pair(v, e));
+      }
+    }
+    if (edge_accepted) add(edge_pair());
+    key_max = __reduce_max_sync(kFullWarp, key_max);
+    key_min = __reduce_min_sync(kFullWarp, key_min);
+    if (lane == 0) counts[0][warp] = key_max;
+    if (lane == 0) counts[1][warp] = key_min;
+    __syncthreads();
+    key_max = __reduce_max_sync(kFullWarp, counts[0][lane % (kThreads / 32)]);
+    key_min = __reduce_min_sync(kFullWarp, counts[1][lane % (kThreads / 32)]);
+    __syncthreads();
+    // Many equal elements are the usual reason to come here: only indices that exist are divided.
+    constexpr uint32_t kLastIndex = 0xFFFFFFFFu - (kThreads * kVectors * kElements - 1);
+    uint64_t low = static_cast<uint64_t>(key_min) << kIndexBits | kLastIndex;
+    uint64_t high = static_cast<uint64_t>(key_max) << kIndexBits | 0xFFFFFFFFu;
+    if (high != ~uint64_t{0}) ++high;
 #pragma unroll 1
     for (int round = 0;; round ^= 1) {
+      if (high - low == 1) return high;  // which no pair exceeds
       const uint64_t middle = low + (high - low) / 2;
       const uint32_t own = __popc(mask_of_pairs(middle)) + (has_edge && edge_pair() >= middle ? 1 : 0);
       const uint32_t of_warp = __reduce_add_sync(kFullWarp, own);
-      const int lane = threadIdx.x % 32;
-      if (lane == 0) counts[round][threadIdx.x / 32] = of_warp;
+      if (lane == 0) counts[round][warp] = of_warp;
       __syncthreads();
       const uint32_t count = __reduce_add_sync(kFullWarp, lane < kThreads / 32 ? counts[round][lane] : 0);
       (count < k ? high : low) = middle;
@@ -187,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
     __syncthreads();
     candidates = count;
     if (candidates <= kMost) break;
-    const uint64_t exact_bound = row.bisect(k, kMost, counts);
+    const uint64_t exact_bound = row.bisect([&](int v, int e) { return !(row.element(v, e) < bound); },
+                                            row.has_edge && !(row.edge < bound), k, kMost, counts);
     mask = row.mask_of_pairs(exact_bound);
     edge_reaches = row.has_edge && row.edge_pair() >= exact_bound;
     pairs[threadIdx.x] = 0;
@@ -292,7 +323,8 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
         if (found.before + count_larger(pair, pairs, found.count) == k - 1) exact_bound = pair;
       }
     } else {
-      const uint64_t bound = row.bisect(k, k, counts);
+      const uint64_t bound = row.bisect([&](int v, int e) { return bin_of(row.element(v, e)) == found.bin; },
+                                        row.has_edge && bin_of(row.edge) == found.bin, k, k, counts);
       if (threadIdx.x == 0) exact_bound = bound;
     }
     if (threadIdx.x == 0) count = 0;
