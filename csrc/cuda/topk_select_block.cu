@@ -108,27 +108,16 @@ struct RegisterRow {
     return mask;
   }
 
+  static __device__ __forceinline__ uint32_t key(float x) {
+    return static_cast<uint32_t>(PairFormat<T>{kIndexBits}.pair(x, 0) >> kIndexBits);
+  }
+
   // A bound that at least k and at most `most` of the row's pairs reach, where the row has more than `most`. The k-th
-  // largest is among those elements that `test` accepts, and the edges if `edge_accepted`. For all threads together;
-  // `counts` is shared memory.
-  template <class Test>
-  __device__ __forceinline__ uint64_t bisect(Test test, bool edge_accepted, uint32_t k, uint32_t most,
+  // largest has a key between the least and the largest that any thread gives. For all threads together; `counts` is
+  // shared memory.
+  __device__ __forceinline__ uint64_t bisect(uint32_t key_min, uint32_t key_max, uint32_t k, uint32_t most,
                                              uint32_t (&counts)[2][kThreads / 32]) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t key_max = 0, key_min = 0xFFFFFFFFu;
-    const auto add = [&](uint64_t pair) {
-      const uint32_t key = static_cast<uint32_t>(pair >> kIndexBits);
-      key_max = max(key_max, key);
-      key_min = min(key_min, key);
-    };
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll 1
-      for (int e = 0; e < kElements; ++e) {
-        if (exists(v) && test(v, e)) add(pair(v, e));
-      }
-    }
-    if (edge_accepted) add(edge_pair());
     key_max = __reduce_max_sync(kFullWarp, key_max);
     key_min = __reduce_min_sync(kFullWarp, key_min);
     if (lane == 0) counts[0][warp] = key_max;
@@ -217,8 +206,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
     __syncthreads();
     candidates = count;
     if (candidates <= kMost) break;
-    const uint64_t exact_bound = row.bisect([&](int v, int e) { return !(row.element(v, e) < bound); },
-                                            row.has_edge && !(row.edge < bound), k, kMost, counts);
+    const uint64_t exact_bound = row.bisect(row.key(bound), row.key(maximum), k, kMost, counts);
     mask = row.mask_of_pairs(exact_bound);
     edge_reaches = row.has_edge && row.edge_pair() >= exact_bound;
     pairs[threadIdx.x] = 0;
@@ -323,8 +311,21 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
         if (found.before + count_larger(pair, pairs, found.count) == k - 1) exact_bound = pair;
       }
     } else {
-      const uint64_t bound = row.bisect([&](int v, int e) { return bin_of(row.element(v, e)) == found.bin; },
-                                        row.has_edge && bin_of(row.edge) == found.bin, k, k, counts);
+      uint32_t key_min = 0xFFFFFFFFu, key_max = 0;
+      const auto add = [&](float x) {
+        if (bin_of(x) != found.bin) return;
+        key_min = min(key_min, row.key(x));
+        key_max = max(key_max, row.key(x));
+      };
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll 1
+        for (int e = 0; e < Row::kElements; ++e) {
+          if (row.exists(v)) add(row.element(v, e));
+        }
+      }
+      if (row.has_edge) add(row.edge);
+      const uint64_t bound = row.bisect(key_min, key_max, k, k, counts);
       if (threadIdx.x == 0) exact_bound = bound;
     }
     if (threadIdx.x == 0) count = 0;

@@ -221,17 +221,31 @@ struct alignas(16) PairSelect {
       for_each(count, bound, best, body);
       __syncthreads();
     };
-    // Distance from the front. Values with few bits, as those that were rounded to bf16, would lie far apart, and many
-    // on one place: bits that no key differs in do not count.
+    // Values with few bits, as those that were rounded to bf16, lie far apart, and many on one place. For these the
+    // bits that no key differs in are left out of its distance from the best.
     const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
-    const int unused = varying == 0 ? 0 : __ffs(varying) - 1;
-    using Distance = std::conditional_t<kByKey, uint64_t, uint32_t>;
-    const auto distance = [&](uint64_t pair) -> Distance {
-      if (!kByKey) return ~pair & last_index;
+    const int unused = kByKey && varying != 0 ? __ffs(varying) - 1 : 0;
+    if (unused != 0) {
+      const auto closer = [&](uint64_t pair) {
+        const uint64_t between = best - pair;
+        return best - (between >> index_bits >> unused << index_bits | (between & last_index));
+      };
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t pair = pairs()[i];
+        if (pair >= bound) pairs()[i] = closer(pair);
+      }
+      bound = closer(bound);
+    }
+    const auto original = [&](uint64_t pair) {
+      if (unused == 0) return pair;
       const uint64_t between = best - pair;
-      return between >> index_bits >> unused << index_bits | (between & last_index);
+      return best - (between >> index_bits << unused << index_bits | (between & last_index));
     };
-    const int shift = shift_for(distance(kByKey ? bound : 0));
+    // Distance from the front.
+    using Distance = std::conditional_t<kByKey, uint64_t, uint32_t>;
+    const auto distance = [&](uint64_t pair) -> Distance { return kByKey ? best - pair : ~pair & last_index; };
+    const int shift = shift_for(kByKey ? best - bound : last_index);
     uint32_t* bins = shared().bins;
     uint32_t* fine = reinterpret_cast<uint32_t*>(spare + size);
     clear_bins();
@@ -275,7 +289,7 @@ struct alignas(16) PairSelect {
 #pragma unroll 4
       for (uint32_t other = rank, end = starts[p]; other < end; ++other)
         rank += distance(spare[other]) < distance(pair);
-      write(rank, pair);
+      write(rank, original(pair));
     }
   }
 };
