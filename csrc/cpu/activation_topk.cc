@@ -94,6 +94,7 @@ void rows(const ActivationTopk& op, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < count; ++r) {
         if (is_masked(op, first + r)) continue;
         const auto* row = logits + (first + r) * experts;
+        prefetch_ahead(row, experts);
         Softmax softmax{0.0f, 1.0f};
         if (whole_row) softmax = softmax_of_row(row, experts);
         chosen.set_softmax(r, softmax);
