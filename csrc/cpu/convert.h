@@ -57,15 +57,6 @@ inline F16 from_f32<F16>(float x) {
   return {static_cast<uint16_t>(sign | bits)};
 }
 
-// Asks for what lies kAhead bytes behind n numbers that are read now. The hardware does not ask beyond a page, and a
-// core that is busy with a row of an op's arithmetic does not get to the next one's loads in time.
-template <typename T>
-inline void prefetch_ahead(const T* numbers, int64_t n) {
-  constexpr uintptr_t kAhead = 4096, kLine = 64;
-  const auto first = reinterpret_cast<uintptr_t>(numbers) + kAhead;
-  for (uintptr_t i = 0; i < n * sizeof(T); i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(first + i));
-}
-
 // body(a value of the C++ type of dtype)
 template <typename Body>
 inline void with_type(DType dtype, const Body& body) {
