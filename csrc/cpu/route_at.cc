@@ -12,6 +12,11 @@ void rows(const RouteAt& op, int64_t begin, int64_t end) {
     const auto* logits = static_cast<const decltype(type)*>(op.logits);
     for (int64_t first = begin; first < end; first += kRowsPerBlock) {
       const int64_t count = end - first < kRowsPerBlock ? end - first : kRowsPerBlock;
+      if (op.token_ids != nullptr) {  // so that a row of the table is there before its logits are asked for
+        for (int64_t row = first + kRowsPerBlock; row < first + 2 * kRowsPerBlock && row < end; ++row) {
+          __builtin_prefetch(ids_of_row(op, row));
+        }
+      }
       int32_t* const valid_ids = op.valid_ids + first * k;
       for (int64_t r = 0; r < count; ++r) {
         const auto* row = logits + (first + r) * op.experts;

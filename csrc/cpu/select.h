@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include "../common/order.h"
 #include "convert.h"
@@ -27,6 +30,19 @@ inline void load_keys(const T* scores, int64_t n, uint32_t* keys) {
   for (int64_t i = n; i < padded; ++i) keys[i] = kNoKey;
 }
 
+// As many keys as a register holds, for loops of which compilers vectorise the wrong one: they would sum across
+// registers. The compiler knows the size for the instruction set at hand; it is the largest alignment that one has.
+using Vector = uint32_t __attribute__((vector_size(__BIGGEST_ALIGNMENT__)));
+constexpr int64_t kLanes = sizeof(Vector) / sizeof(uint32_t);
+
+inline Vector load_vector(const uint32_t* from) {
+  Vector result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+
+inline void store_vector(Vector vector, uint32_t* to) { std::memcpy(to, &vector, sizeof vector); }
+
 class TopK {
  public:
   // Rows of up to `length` numbers, k <= length.
@@ -46,14 +62,14 @@ class TopK {
 
   // The next n <= kChunk keys of the row, padded to a multiple of 64 with kNoKey; the first has index `first`.
   void push(const uint32_t* keys, int64_t n, int64_t first) {
-    if (n <= kFewLanes) {
+    if (n <= kFewStrides) {  // fewer than a bound would take
       for (int64_t i = 0; i < n; ++i, ++count_) {
         keys_[count_] = keys[i];
         indices_[count_] = static_cast<uint32_t>(first + i);
       }
       return;
     }
-    const int64_t reached = count_at_least(keys, n, threshold_);
+    const int64_t reached = threshold_ == kWorstKey ? n : count_at_least(keys, n, threshold_);
     if (reached == 0) return;
     if (reached > 2 * k_) {
       const uint32_t better = bound(keys, n);
@@ -77,37 +93,52 @@ class TopK {
 
  private:
   static constexpr int64_t kRankLimit = 64;
-  static constexpr int64_t kFewLanes = 32;
+  static constexpr int64_t kFewStrides = 32;
 
-  // A lower bound of the k-th best key, from the best key of each of many strided lanes: the k best of those are k
-  // different entries, so the k-th best of all is at least as good as the worst of them.
+  // A lower bound of the k-th best key, from the best key of each of many strides: the k best of those are k different
+  // entries, so the k-th best of all is at least as good as the worst of them. With twice as many strides as k, few
+  // entries reach the bound that are not among the k best.
   uint32_t bound(const uint32_t* keys, int64_t n) const {
+    int64_t strides = kFewStrides / 2;
+    while (strides < 2 * k_) strides *= 2;
     uint32_t best[kChunk];
-    if (2 * k_ > kFewLanes) {
-      int64_t lanes = 2 * kFewLanes;
-      while (lanes < 2 * k_) lanes *= 2;
-      best_of_lanes(keys, n, lanes, best);
-      return kth_best(best, lanes, k_).threshold;
-    }
-    best_of_lanes(keys, n, kFewLanes, best);
-    uint32_t at_least[kFewLanes] = {};
-    for (int64_t i = 0; i < kFewLanes; ++i) {
-      for (int64_t j = 0; j < kFewLanes; ++j) at_least[j] += best[i] >= best[j];
-    }
-    uint32_t result = kWorstKey;
-    for (int64_t j = 0; j < kFewLanes; ++j) {
-      const uint32_t candidate = at_least[j] >= k_ ? best[j] : kWorstKey;
-      result = candidate > result ? candidate : result;
-    }
-    return result;
+    best_of_strides(keys, n, strides, best);
+    return strides <= kFewStrides ? kth_of_few(best, strides, k_) : kth_best(best, strides, k_).threshold;
   }
 
-  static void best_of_lanes(const uint32_t* keys, int64_t n, int64_t lanes, uint32_t* best) {
-    for (int64_t j = 0; j < lanes; ++j) best[j] = kNoKey;
-    for (int64_t i = 0; i < n; i += lanes) {
-      const int64_t here = n - i < lanes ? n - i : lanes;
-      for (int64_t j = 0; j < here; ++j) best[j] = keys[i + j] > best[j] ? keys[i + j] : best[j];
+  static void best_of_strides(const uint32_t* keys, int64_t n, int64_t strides, uint32_t* best) {
+    for (int64_t j = 0; j < strides; j += kLanes) {
+      Vector found{};
+      for (int64_t i = j; i < n; i += strides) {
+        const Vector here = load_vector(keys + i);
+        found = here > found ? here : found;
+      }
+      store_vector(found, best + j);
     }
+  }
+
+  // For each of a few keys, how many are better. Reads and writes whole vectors.
+  static void count_better(const uint32_t* keys, int64_t count, uint32_t* better) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Vector mine = load_vector(keys + j);
+      Vector found{};
+      for (int64_t i = 0; i < count; ++i) found += keys[i] > mine ? Vector{} + 1 : Vector{};
+      store_vector(found, better + j);
+    }
+  }
+
+  // The k-th best of a few keys: the worst of those to which fewer than k are better.
+  static uint32_t kth_of_few(const uint32_t* keys, int64_t count, int64_t k) {
+    uint32_t better[kFewStrides];
+    count_better(keys, count, better);
+    Vector worst = ~Vector{};
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Vector here = load_vector(better + j) < static_cast<uint32_t>(k) ? load_vector(keys + j) : ~Vector{};
+      worst = here < worst ? here : worst;
+    }
+    uint32_t result = worst[0];
+    for (int64_t j = 1; j < kLanes; ++j) result = worst[j] < result ? worst[j] : result;
+    return result;
   }
 
   // A threshold that the k best keys reach, and how many do: k, or, if it is the k-th best key itself, those equal too.
@@ -144,8 +175,25 @@ class TopK {
     return count;
   }
 
-  // Bit j tells whether keys[j] >= threshold.
+  // Bit j tells whether keys[j] >= threshold. No compiler makes one instruction of the general code.
   static uint64_t survivors(const uint32_t* keys, uint32_t threshold) {
+#if defined(__AVX512F__)
+    const __m512i least = _mm512_set1_epi32(static_cast<int32_t>(threshold));
+    uint64_t mask = 0;
+    for (int j = 0; j < 64; j += 16) {
+      mask |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + j), least)) << j;
+    }
+    return mask;
+#elif defined(__AVX2__)
+    const __m256i least = _mm256_set1_epi32(static_cast<int32_t>(threshold));
+    uint64_t mask = 0;
+    for (int j = 0; j < 64; j += 8) {
+      const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + j));
+      const __m256i reaches = _mm256_cmpeq_epi32(_mm256_max_epu32(key, least), key);
+      mask |= static_cast<uint64_t>(static_cast<uint8_t>(_mm256_movemask_ps(_mm256_castsi256_ps(reaches)))) << j;
+    }
+    return mask;
+#else
     uint8_t flags[64];
     for (int j = 0; j < 64; ++j) flags[j] = keys[j] >= threshold;
     uint64_t mask = 0;
@@ -155,6 +203,7 @@ class TopK {
       mask |= (bytes * 0x0102040810204080u >> 56) << (8 * j);
     }
     return mask;
+#endif
   }
 
   // Appends the entries of a chunk, or of the buffer itself, whose key reaches the threshold.
@@ -201,17 +250,21 @@ class TopK {
 
   // For a short buffer: an entry's place is the number of better keys, plus that of equal keys before it.
   void by_rank(bool sorted, int32_t* best) const {
-    uint32_t better[kRankLimit] = {};
-    const int64_t padded = (count_ + 15) & ~int64_t{15};
-    for (int64_t i = 0; i < count_; ++i) {
-      const uint32_t key = keys_[i];
-      for (int64_t j = 0; j < padded; ++j) better[j] += key > keys_[j];
-    }
+    uint32_t better[kRankLimit];
+    count_better(keys_, count_, better);
     uint8_t equals[kRankLimit] = {};
-    for (int64_t j = 0, taken = 0; j < count_; ++j) {
+    int32_t ranked[kRankLimit];
+    for (int64_t j = 0; j < count_; ++j) {
       const int64_t place = better[j] + equals[better[j]]++;
-      if (place < k_) best[sorted ? place : taken++] = static_cast<int32_t>(indices_[j]);
+      if (sorted) {
+        ranked[place] = static_cast<int32_t>(indices_[j]);
+      } else if (place < k_) {
+        *best++ = static_cast<int32_t>(indices_[j]);
+      }
     }
+    if (!sorted) return;
+    const int64_t found = count_ < k_ ? count_ : k_;
+    for (int64_t j = 0; j < found; ++j) best[j] = ranked[j];
   }
 
   // Least significant digit first, stable, on the inverted key: equal keys stay in index order.

@@ -12,8 +12,8 @@ class ShortRowsTopK {
  public:
   static constexpr int64_t kRows = 32;
 
-  // Few rows would leave most lanes idle.
-  static bool pays(int64_t rows, int64_t n, int64_t k) { return rows >= kRows / 2 && n * k <= 1024; }
+  // Whether it is faster than a TopK. Few rows would leave most lanes idle.
+  static bool pays(int64_t rows, int64_t n, int64_t k) { return rows >= kRows / 2 && n <= 128 && n * k <= 768; }
 
   explicit ShortRowsTopK(int64_t n) : n_(n), keys_(n * kRows) {}
 
