@@ -47,7 +47,7 @@ def _little_optimization(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forgotten_programs():
-    """Every new program takes JAX the longer the more of them it remembers: MLIR looks through all of their contexts."""
+    """The more programs JAX remembers, the longer a new one takes: MLIR looks through the contexts of all of them."""
     yield
     jax.clear_caches()
 
