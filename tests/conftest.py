@@ -47,7 +47,7 @@ def _little_optimization(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forgotten_programs():
-    """The more programs JAX remembers, the longer a new one takes: MLIR looks through the contexts of all of them."""
+    """JAX would keep the thousands of programs of the whole suite, each with a context of MLIR."""
     yield
     jax.clear_caches()
 
