@@ -45,6 +45,13 @@ def _little_optimization(request):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten_programs():
+    """JAX would keep the thousands of programs of the whole suite, each with a context of MLIR."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-docs", action="store_true", help=f"write what the tests measure to {matrix.DOCUMENT}")
 

@@ -5,6 +5,7 @@ Sizes that broke them are in test_native.py; results that changed with the batch
 test_determinism.py; gradients that were not exactly zero and tables without a gradient in test_derivatives.py.
 """
 
+import functools
 import os
 from functools import partial
 
@@ -38,7 +39,9 @@ NEGATIVE_NAN = np.array(0xFFC00000, np.uint32).view(np.float32)
 INF = np.inf
 
 
+@functools.cache
 def op(name, **options):
+    """The op, jitted: the same program for calls with the same options and shapes."""
     return jax.jit(partial(getattr(jax_router, name), **options))
 
 

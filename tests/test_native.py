@@ -3,6 +3,7 @@
 Where rounding may decide, `activation_topk` and `dense_router` are compared with the reference as well.
 """
 
+import functools
 import itertools
 from functools import partial
 
@@ -34,8 +35,9 @@ from oracle import (
 )
 
 
+@functools.cache
 def native(op, **options):
-    """The op on its native kernel, jitted."""
+    """The op on its native kernel, jitted: the same program for calls with the same options and shapes."""
     return jax.jit(partial(getattr(jax_router, op), implementation="native", **options))
 
 

@@ -5,6 +5,7 @@ The results must be those of one device, and their sharding what it should be.
 
 import collections
 import dataclasses
+import functools
 import re
 from functools import partial
 
@@ -99,6 +100,13 @@ def token_function(op, tokens):
     return call
 
 
+@functools.cache
+def on_one_device(op, tokens, floats):
+    """The results of so many tokens, and the gradients in these operands."""
+    case = only(TOKEN_OPS[op], floats)
+    return jax.jit(case.derivative_of(token_function(op, tokens)))(*case.draw(*tokens))
+
+
 def only(case, floats):
     """The case with derivatives in these operands alone."""
     return dataclasses.replace(case, floats=floats)
@@ -114,7 +122,7 @@ def jitted(op, mode, layouts, devices, gradient=False):
         specs = [spec if operand.per_token else () for operand in case.operands]
         results, counts, types = compile_and_run(function, values, mesh, specs)
         total += counts
-        assert_close(results, jax.jit(function)(*values))
+        assert_close(results, on_one_device(op, tokens, case.floats))
         for leaf in jax.tree.leaves(results):
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), leaf.ndim), leaf.sharding
         for leaf in jax.tree.leaves(types) if mode == "Explicit" else ():
@@ -130,7 +138,7 @@ def shard_map(op, check_vma, devices):
     specs = tuple(P("d") if operand.per_token else P() for operand in case.operands)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma)
     results, counts, _ = compile_and_run(mapped, values, mesh, specs)
-    assert_close(results, jax.jit(function)(*values))
+    assert_close(results, on_one_device(op, (16,), case.floats))
     return counts
 
 
@@ -143,7 +151,7 @@ def gradient_around_shard_map(op, check_vma, devices):
     function = token_function(op, (16,))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma)
     results, counts, _ = compile_and_run(case.derivative_of(mapped), values, mesh, specs)
-    assert_close(results, jax.jit(case.derivative_of(function))(*values), atol=1e-5)
+    assert_close(results, on_one_device(op, (16,), case.floats), atol=1e-5)
     return counts
 
 
@@ -252,17 +260,24 @@ def test_other_axes_of_two_devices(row, devices):
     check_other_axes(row, "`grad`, Auto", devices[:2])
 
 
-def check_other_axes(row, column, devices):
-    """A gradient has the sharding of its operand where that is part of the type."""
-    case, axes, specs = EXCHANGES[row]
-    mode = column.split()[-1]
+@functools.cache
+def exchange(row, gradient):
+    """The function of a row, its operands, and its results on one device."""
+    case = EXCHANGES[row][0]
     values = case.draw(16)
     if row.startswith(("`hash_router`", "table")):
         values[1] = np.concatenate([values[1], values[1][:4]])  # 16 rows
-    mesh = make_mesh(devices, axes, mode)
-    function = case.derivative_of(case.call) if column.startswith("`grad`") else case.call
+    function = case.derivative_of(case.call) if gradient else case.call
+    return function, values, jax.jit(function)(*values)
+
+
+def check_other_axes(row, column, devices):
+    """A gradient has the sharding of its operand where that is part of the type."""
+    case, axes, specs = EXCHANGES[row]
+    function, values, want = exchange(row, column.startswith("`grad`"))
+    mesh = make_mesh(devices, axes, mode=column.split()[-1])
     results, counts, types = compile_and_run(function, values, mesh, specs)
-    assert_close(results, jax.jit(function)(*values))
+    assert_close(results, want)
     if column == "`grad`, Explicit":
         for index, leaf in zip(case.floats, types[1]):
             assert leaf.sharding.spec == P(*specs[index], *[None] * (leaf.ndim - len(specs[index])))
