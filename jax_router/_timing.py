@@ -19,7 +19,8 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,16 +176,22 @@ def traced_kernels(work: Callable[[], None]) -> list[Kernel]:
         return sorted(_kernels(Path(folder)))
 
 
-def _kernels(folder: Path) -> Iterator[Kernel]:
+def _kernels(folder: Path) -> list[Kernel]:
     """Every kernel in a trace."""
     (trace,) = folder.rglob("*.xplane.pb")
     profile = jax.profiler.ProfileData.from_file(str(trace))  # which must outlive its planes
-    for plane in profile.planes:
-        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-            for event in line.events if line.name.startswith("Stream") else ():
-                if not event.name.startswith(("Memcpy", "Memset")):
-                    instruction = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
-                    yield Kernel(event.start_ns, event.start_ns + event.duration_ns, event.name, instruction)
+    found = []
+    # Its types have no module, of which Python warns when they are made: as an error, that would end the process.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for plane in profile.planes:
+            for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    if not event.name.startswith(("Memcpy", "Memset")):
+                        instruction = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
+                        end = event.start_ns + event.duration_ns
+                        found.append(Kernel(event.start_ns, end, event.name, instruction))
+    return found
 
 
 def busy_us(kernels: Sequence[Kernel]) -> float:

@@ -17,12 +17,7 @@ from jax_router._case import Case
 SMALL = ["--tokens=48", "--experts=32", "--top-k=4", "--hidden=64"]
 PARTS = ("dense_router", "activation_topk", "expert_dispatch", "permute", "combine")
 
-times_the_device = pytest.mark.skipif(
-    jax.default_backend() == "gpu", reason="JAX's reader of a GPU's profile aborts in a process of pytest"
-)
 
-
-@times_the_device
 def test_a_case_is_compared_and_timed(capsys, monkeypatch):
     """On inputs that are random, each copy another one, and never zeros."""
     timed = []
@@ -90,7 +85,6 @@ def test_other_routers_are_right(options):
     assert all(check.is_right for check in checks), checks
 
 
-@times_the_device
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     def wrong(product, **selection):
         way = _ways.ours(product, **selection)
@@ -108,7 +102,6 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     assert " us" not in shown
 
 
-@times_the_device
 def test_a_part_that_fails_costs_no_other_figure(monkeypatch, capsys):
     def fails(x):
         raise ValueError("no such [kernel]\nand more")
