@@ -6,6 +6,7 @@ A document has each between `<!-- figures NAME, written by tests -->` and `<!-- 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ TARGETS = ROOT / "benchmarks" / "targets.json"
 H100 = "nvidia-h100-80gb-hbm3"
 KERNEL_TIMES = f"{H100}-quick"  # of all cases, the newest
 CPU = "amd-epyc-2-cores"
+LAYER_TIMES = "nvidia-h200-layer"
+GROUPED_TIMES = "nvidia-h200-grouped"
 
 Record = Mapping[str, Any]
 
@@ -43,6 +46,7 @@ CHOSEN = (
 )
 
 LAYERS = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "deepseek-v4-flash": "DeepSeek-V4-Flash", "deepseek-v3": "DeepSeek-V3"}
+DIRECTIONS = {"forward": "forward", "forward_and_backward": "forward and backward"}
 
 
 def records(name: str) -> dict[str, Record]:
@@ -148,18 +152,50 @@ def in_jit() -> str:
     return f"{table(['case', 'a call adds', 'XLA adds'], rows)}\n\n{where(H100)}"
 
 
+STAGES = ("route", "dispatch", "permute", "combine")
+
+
+def _layer(key: str, tokens: int, direction: str) -> Record:
+    return records(LAYER_TIMES)[f"layer/{key}/N{tokens}/{direction}"]
+
+
 def layers() -> str:
-    """A layer forward by stage, ours and in brackets the same one written with indexing."""
-    found = records(f"{H100}-layer")
-    stages = ("route", "dispatch", "permute", "combine")
+    """Layers by stage, ours and in brackets the same one written with indexing, whose gradients are scatter-adds."""
+    rows = []
+    for tokens, direction, (key, model) in itertools.product((8192, 64), DIRECTIONS, LAYERS.items()):
+        record = _layer(key, tokens, direction)
+        mine, theirs = record["stages"], record["others_stages"]["indexing"]
+        whole = f"{ours(record['us'])} ({number(record['others_us']['indexing'])})"
+        stages = [f"{ours(mine[stage])} ({number(theirs[stage])})" for stage in STAGES]
+        label = f"{model}, {tokens} tokens, {DIRECTIONS[direction]}"
+        rows.append([label, *stages, number(mine["experts"] + mine["swiglu"]), whole])
+    return f"{table(['layer', *STAGES, 'products', 'in all'], rows)}\n\n{where(LAYER_TIMES)}"
+
+
+def training() -> str:
+    """Layers forward and backward, in milliseconds: in all, and what is not a product."""
     rows = []
     for key, model in LAYERS.items():
-        record = found[f"layer/{key}/N8192/forward"]
-        mine, theirs = record["stages"], record["others_stages"]["indexing"]
-        products = number(mine["experts"] + mine["swiglu"])
-        whole = f"{ours(record['us'])} ({number(record['others_us']['indexing'])})"
-        rows.append([model, *(f"{ours(mine[s])} ({number(theirs[s])})" for s in stages), products, whole])
-    return f"{table(['layer', *stages, 'products', 'in all'], rows)}\n\n{where(f'{H100}-layer')}"
+        record = _layer(key, 8192, "forward_and_backward")
+        moving = [
+            sum(stages[stage] for stage in STAGES) / 1000
+            for stages in (record["stages"], *(record["others_stages"][other] for other in ("indexing", "scatter-add")))
+        ]
+        others = [record["others_us"][other] / 1000 for other in ("indexing", "scatter-add")]
+        cells = [f"{number(whole)} ({number(part)})" for whole, part in zip(others, moving[1:])]
+        rows.append([model, f"{ours(record['us'] / 1000)} ({number(moving[0])})", *cells])
+    head = ["milliseconds", "jax_router", "`y[slot]`", "`.at[].add`"]
+    return f"{table(head, rows)}\n\n{where(LAYER_TIMES)}"
+
+
+def grouped() -> str:
+    """Grouped products and their gradients: microseconds, TFLOP/s, and the largest error."""
+    rows = []
+    for case, record in records(GROUPED_TIMES).items():
+        _, key, tokens, weight, direction = case.split("/")
+        label = f"{LAYERS[key]}, {tokens[1:]} tokens, `{weight}`, {direction.replace('_', ' ')}"
+        rows.append([label, ours(record["us"]), number(record["tflops"]), f"{record['error']:.1e}"])
+    return f"{table(['product', 'us', 'TFLOP/s', 'error'], rows)}\n\n{where(GROUPED_TIMES)}"
 
 
 def exactness() -> str:
@@ -188,13 +224,14 @@ _OPS = (
 
 # Of each document, what writes its figures, by name.
 FIGURES: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "README.md": {"chosen": chosen, "in words": in_words},
+    "README.md": {"chosen": chosen, "in words": in_words, "training": training},
     "docs/background/performance.md": {
         "kernel times": partial(where, KERNEL_TIMES),
         "pictures": partial(where, f"{H100}-sweep"),
         **{op: partial(kernel_times, op) for op in _OPS},
         "in jit": in_jit,
         "layers": layers,
+        "grouped": grouped,
         "exactness": exactness,
         "cpu": cpu,
     },
