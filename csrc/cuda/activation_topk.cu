@@ -35,15 +35,16 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kChunks, siz
   const unsigned tile = threadIdx.x / kLanes;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + tile;
   const bool exists = token < op.rows;
-  const bool wanted = exists && !is_masked(op, token);
-  // A masked token's logits are loaded too, so as not to wait for the mask; and the last token's where there is none,
-  // so that all loads need no condition.
-  const T* row = static_cast<const T*>(op.logits) + (exists ? token : op.rows - 1) * op.selection.experts;
+  // Where there is no token the last one's row is loaded, so that the loads need no condition; and a masked token's
+  // before it is known that it is masked.
+  const int64_t loaded = exists ? token : op.rows - 1;
+  const T* row = static_cast<const T*>(op.logits) + loaded * op.selection.experts;
 
   using Logits =
       std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>, float[kElements]>;
   Logits logits;
   load_tile<kLanes, kFullChunks>(row, op.selection.experts, quads, logits);
+  const bool wanted = exists && !is_masked(op, loaded);
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, exists ? token * op.selection.k : -1};
   const float* bias = op.bias == nullptr ? nullptr : op.bias + (exists ? token * op.bias_stride : 0);
   select_token<kMode, kLanes, kFullChunks>(op.selection, logits, wanted, bias, GlobalRow<T>{row}, output,
