@@ -22,8 +22,9 @@ struct GlobalRow {
 // generous with registers for scores.
 constexpr int least_blocks(KeyMode mode, int chunks, size_t element_bytes) {
   if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
-  if (chunks > 4) return chunks <= 6 ? 6 : 4;
-  return mode == KeyMode::kGroups && element_bytes == 2 ? 7 : 8;
+  if (chunks > 4) return chunks <= 6 ? 7 : 5;
+  if (mode == KeyMode::kScores) return 9;
+  return element_bytes == 2 ? 7 : 8;
 }
 
 // kChunks: quads a lane, of which the first kFullChunks are within the row.
