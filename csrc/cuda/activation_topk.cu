@@ -20,16 +20,16 @@ struct GlobalRow {
 
 // The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
 // generous with registers for scores.
-constexpr int least_blocks(KeyMode mode, int chunks, size_t element_bytes) {
+constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
   if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : element_bytes == 2 && chunks <= 4 ? 10 : 0;
   if (chunks > 4) return chunks <= 6 ? 7 : 5;
   if (mode == KeyMode::kScores) return 9;
-  return element_bytes == 2 ? 7 : 8;
+  return (lanes == 16 ? 9 : 8) - (element_bytes == 2 ? 1 : 0);
 }
 
 // kChunks: quads a lane, of which the first kFullChunks are within the row.
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
-__global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kChunks, sizeof(T)))
+__global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChunks, sizeof(T)))
     activation_topk_tiles(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
   __shared__ SelectScratch<kLanes> scratch[kTileThreads / kLanes];
