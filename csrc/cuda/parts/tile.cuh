@@ -182,8 +182,8 @@ using RankedPair = uint64_t;
 __device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) { return order_pair(key, index); }
 #endif
 
-// The largest of the counts of a warp's tiles, each of them at most kLanes. For few lanes only as good as rank_of
-// needs.
+// At least the largest of the counts of a warp's tiles, each of them at most kLanes, and the same in the whole warp.
+// With tiles of 16 lanes it is 8 or 16, as rank_of tells no more apart.
 template <int kLanes>
 __device__ __forceinline__ int most_of_tiles(int count) {
   if constexpr (kLanes == 32) return count;
