@@ -20,30 +20,32 @@ struct GlobalRow {
 
 // The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
 // generous with registers for scores.
-constexpr int least_blocks(KeyMode mode, int chunks, size_t element_bytes) {
-  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
-  if (chunks > 4) return chunks <= 6 ? 6 : 4;
-  return mode == KeyMode::kGroups && element_bytes == 2 ? 7 : 8;
+constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
+  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : element_bytes == 2 && chunks <= 4 ? 10 : 0;
+  if (chunks > 4) return chunks <= 6 ? 7 : 5;
+  if (mode == KeyMode::kScores) return 9;
+  return (lanes == 16 ? 9 : 8) - (element_bytes == 2 ? 1 : 0);
 }
 
 // kChunks: quads a lane, of which the first kFullChunks are within the row.
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
-__global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kChunks, sizeof(T)))
+__global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChunks, sizeof(T)))
     activation_topk_tiles(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
   __shared__ SelectScratch<kLanes> scratch[kTileThreads / kLanes];
   const unsigned tile = threadIdx.x / kLanes;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + tile;
   const bool exists = token < op.rows;
-  const bool wanted = exists && !is_masked(op, token);
-  // A masked token's logits are loaded too, so as not to wait for the mask; and the last token's where there is none,
-  // so that all loads need no condition.
-  const T* row = static_cast<const T*>(op.logits) + (exists ? token : op.rows - 1) * op.selection.experts;
+  // Where there is no token the last one's row is loaded, so that the loads need no condition; and a masked token's
+  // before it is known that it is masked.
+  const int64_t loaded = exists ? token : op.rows - 1;
+  const T* row = static_cast<const T*>(op.logits) + loaded * op.selection.experts;
 
   using Logits =
       std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>, float[kElements]>;
   Logits logits;
   load_tile<kLanes, kFullChunks>(row, op.selection.experts, quads, logits);
+  const bool wanted = exists && !is_masked(op, loaded);
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, exists ? token * op.selection.k : -1};
   const float* bias = op.bias == nullptr ? nullptr : op.bias + (exists ? token * op.bias_stride : 0);
   select_token<kMode, kLanes, kFullChunks>(op.selection, logits, wanted, bias, GlobalRow<T>{row}, output,

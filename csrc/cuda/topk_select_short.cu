@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_select_tiles(const TopkSele
   }
   scratch.pairs[lane] = pair;
   __syncwarp();
-  int place = rank_of(pair, scratch.pairs, count);
+  int place = rank_of(pair, scratch.pairs, most_of_tiles<kLanes>(count));
   const bool chosen = candidate && place < k;
   if (!op.sorted) {
     // The place is the number of chosen indices below the own.

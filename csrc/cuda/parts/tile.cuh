@@ -182,25 +182,38 @@ using RankedPair = uint64_t;
 __device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) { return order_pair(key, index); }
 #endif
 
-// How many of the tile's keys (of uint32_t, uint64_t or double), of which `count` are not 0, are larger than this one.
+// At least the largest of the counts of a warp's tiles, each of them at most kLanes, and the same in the whole warp.
+// With tiles of 16 lanes it is 8 or 16, as rank_of tells no more apart.
+template <int kLanes>
+__device__ __forceinline__ int most_of_tiles(int count) {
+  if constexpr (kLanes == 32) return count;
+  return __any_sync(kFullWarp, count > 8) ? kLanes : 8;
+}
+
+// How many of the tile's keys (of uint32_t, uint64_t or double), of which at most `most` are not 0, are larger than
+// this one. `most` is the same in the whole warp, and had best be known early: nothing waits for the keys then.
 template <int kLanes, class Key>
-__device__ __forceinline__ int rank_of(Key key, const Key (&keys)[kLanes], int count) {
+__device__ __forceinline__ int rank_of(Key key, const Key (&keys)[kLanes], int most) {
   struct alignas(16) Vector {
     Key keys[16 / sizeof(Key)];
   };
   constexpr int kStep = sizeof(Vector) / sizeof(Key);
-  SumOfTrue rank;
-#pragma unroll 1
-  for (int begin = 0; begin < kLanes; begin += 8) {
-    if (begin > 0 && !__any_sync(kFullWarp, begin < count)) break;
+  SumOfTrue ranks[2];  // two short sums in place of a long one
+  const auto count = [&](int begin, auto at_once) {
 #pragma unroll
-    for (int i = begin; i < begin + 8; i += kStep) {
+    for (int i = begin; i < begin + decltype(at_once)::value; i += kStep) {
       const Vector others = *reinterpret_cast<const Vector*>(keys + i);
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) rank.add_if_greater(others.keys[j], key);
+      for (int j = 0; j < kStep; ++j) ranks[j % 2].add_if_greater(others.keys[j], key);
     }
+  };
+  if (most <= 8) {
+    count(0, std::integral_constant<int, 8>{});
+  } else {
+    count(0, std::integral_constant<int, 16>{});
+    if (kLanes > 16 && most > 16) count(16, std::integral_constant<int, kLanes - 16>{});
   }
-  return static_cast<int>(rank.value());
+  return static_cast<int>(ranks[0].value() + ranks[1].value());
 }
 
 // Sorts one value a lane within each kRun neighbouring lanes, the largest first, with a bitonic network.

@@ -61,6 +61,7 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
   const int lane = tile_lane<kLanes>();
   const int k = selection.k;
   const Scoring& scoring = selection.scoring;
+  const int most = most_of_tiles<kLanes>(count);
   __syncwarp();  // the candidates are there, and what else was in the scratch has been read
 
   const bool candidate = lane < count;
@@ -92,7 +93,7 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
   pairs[lane] = pair;
   scratch.values[lane] = 0.0f;
   __syncwarp();
-  const int rank = rank_of(pair, pairs, count);
+  const int rank = rank_of(pair, pairs, most);
 
   if constexpr (kMode == KeyMode::kLogits) s = score(logit);
   const bool chosen = candidate && rank < k;
