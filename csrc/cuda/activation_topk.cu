@@ -21,7 +21,7 @@ struct GlobalRow {
 // The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
 // generous with registers for scores.
 constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
-  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : element_bytes == 2 && chunks <= 4 ? 10 : 0;
+  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
   if (chunks > 4) return chunks <= 6 ? 7 : 5;
   if (mode == KeyMode::kScores) return 9;
   return (lanes == 16 ? 9 : 8) - (element_bytes == 2 ? 1 : 0);
