@@ -178,13 +178,14 @@ def training() -> str:
     rows = []
     for key, model in LAYERS.items():
         record = _layer(key, 8192, "forward_and_backward")
-        moving = [
-            sum(stages[stage] for stage in STAGES) / 1000
-            for stages in (record["stages"], *(record["others_stages"][other] for other in ("indexing", "scatter-add")))
+        whole, stages = record["others_us"], record["others_stages"]
+        of_ways = [
+            (record["us"], record["stages"]),
+            *((whole[way], stages[way]) for way in ("indexing", "scatter-add")),
         ]
-        others = [record["others_us"][other] / 1000 for other in ("indexing", "scatter-add")]
-        cells = [f"{number(whole)} ({number(part)})" for whole, part in zip(others, moving[1:])]
-        rows.append([model, f"{ours(record['us'] / 1000)} ({number(moving[0])})", *cells])
+        moving = [sum(of[stage] for stage in STAGES) for _, of in of_ways]
+        shown = [show(us / 1000) for show, (us, _) in zip((ours, number, number), of_ways)]
+        rows.append([model, *(f"{us} ({number(part / 1000)})" for us, part in zip(shown, moving))])
     head = ["milliseconds", "jax_router", "`y[slot]`", "`.at[].add`"]
     return f"{table(head, rows)}\n\n{where(LAYER_TIMES)}"
 

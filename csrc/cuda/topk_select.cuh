@@ -39,19 +39,6 @@ __device__ __forceinline__ float element_of(uint4 vector, int e, __half) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(e % 2 == 0 ? word & 0xFFFF : word >> 16)));
 }
 
-// The larger in each half of a word of 16-bit floats, or of one f32; NaN if either is.
-__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, float) {
-  return float_bits(max_nan(bits_float(a), bits_float(b)));
-}
-__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __nv_bfloat16) {
-  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  return a;
-}
-__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __half) {
-  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  return a;
-}
-
 // The largest element of some vectors, NaN if one is.
 template <typename T, int kVectors>
 __device__ __forceinline__ float largest_element(const uint4 (&vectors)[kVectors]) {

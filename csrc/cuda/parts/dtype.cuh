@@ -9,6 +9,7 @@
 
 #include "../../common/ops.h"
 #include "../../common/order.h"
+#include "warp.cuh"
 
 namespace jax_router::cuda {
 
@@ -58,15 +59,19 @@ __device__ __forceinline__ float2 unpack_two(uint32_t bits, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&bits));
 }
 
-// Of each half: the larger, NaN if either is; and whether a is no less than b, as all bits or none.
-__device__ __forceinline__ uint32_t max_nan_of_two(uint32_t a, uint32_t b, __nv_bfloat16) {
+// The larger in each half of a word of 16-bit floats, or of one f32; NaN if either is.
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, float) {
+  return float_bits(max_nan(bits_float(a), bits_float(b)));
+}
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __nv_bfloat16) {
   asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
   return a;
 }
-__device__ __forceinline__ uint32_t max_nan_of_two(uint32_t a, uint32_t b, __half) {
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __half) {
   asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
   return a;
 }
+// Of each half, whether a is no less than b, as all bits or none.
 __device__ __forceinline__ uint32_t reaches_of_two(uint32_t a, uint32_t b, __nv_bfloat16) {
   return __hge2_mask(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
 }

@@ -305,7 +305,7 @@ template <class T, int kElements>
 __device__ __forceinline__ float largest_of(const PackedTile<T, kElements>& keys) {
   uint32_t largest = keys.words[0];
 #pragma unroll
-  for (int i = 1; i < kElements / 2; ++i) largest = max_nan_of_two(largest, keys.words[i], T{});
+  for (int i = 1; i < kElements / 2; ++i) largest = max_of_words(largest, keys.words[i], T{});
   const float2 two = unpack_two(largest, T{});
   return max_nan(two.x, two.y);
 }

@@ -24,6 +24,8 @@ struct Device {
   }
   // How many blocks of a kernel a multiprocessor's shared memory has room for, of which each takes 1 KiB more.
   constexpr int64_t blocks_with(int64_t bytes) const { return (shared_bytes + 1024) / (bytes + 1024); }
+  // And what each of so many blocks may have of it.
+  constexpr int64_t bytes_with(int64_t blocks) const { return (shared_bytes + 1024) / blocks - 1024; }
   // So many a multiprocessor as `count` are on an H100, which the numbers of this folder were measured on.
   constexpr int64_t scaled(int64_t count) const { return count * multiprocessors / 132; }
 };

@@ -145,15 +145,11 @@ constexpr uint32_t streamed_capacity(int64_t k, int threads, bool in_cluster, co
 
 // The same for a block that is alone with its row: it has what shared memory the blocks of a multiprocessor leave free.
 constexpr uint32_t lone_capacity(const TopkSelect& op, int threads, const Device& device) {
-  constexpr int64_t kReserved = 1024;  // of each block's shared memory, for the system
   const uint32_t least = streamed_capacity(op.k, threads, false, device);
-  const int64_t all = device.shared_bytes + kReserved;
-  const auto bytes = [&](int64_t capacity) {
-    return streamed_bytes(threads, static_cast<uint32_t>(capacity), op.k) + kStaticSharedBytes + kReserved;
-  };
-  const int64_t fit = std::min<int64_t>(all / bytes(least), kStreamedThreads / threads);
+  const auto bytes = [&](uint32_t capacity) { return streamed_bytes(threads, capacity, op.k) + kStaticSharedBytes; };
+  const int64_t fit = std::min<int64_t>(device.blocks_with(bytes(least)), kStreamedThreads / threads);
   const int64_t blocks = std::clamp<int64_t>(ceil_div(op.rows, device.multiprocessors), 1, std::max<int64_t>(fit, 1));
-  const int64_t free = (all / blocks - bytes(0)) / 8;
+  const int64_t free = (device.bytes_with(blocks) - bytes(0)) / 8;
   const int64_t most = std::min<int64_t>(free, op.k + kTopkSelectNumbers.of(device).most_candidates);
   return std::max(least, static_cast<uint32_t>(std::max<int64_t>(most, 0) / 2 * 2));
 }
