@@ -54,6 +54,13 @@ struct RowBlocks {
   }
 };
 
+// How many warps a block has, where each has work of its own: fewer where the blocks would not fill the device.
+inline int warps_of_block(int64_t warps, const Device& device) {
+  int of_block = kMoveWarps;
+  while (of_block > 1 && ceil_div(warps, of_block) < device.multiprocessors) of_block /= 2;
+  return of_block;
+}
+
 inline std::string pieces_name(DType dtype, bool wide) { return name(dtype) + (wide ? " wide" : ""); }
 
 // Every kernel that has these names.
