@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       __syncthreads();
       varying = Select::shared().key_varying;
       best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
-      Select::template order<true>(k, bound, best, varying, k, format.index_bits, pairs + op.k, write);
+      Select::template order<true>(k, bound, best, varying, k, format.index_bits, length, pairs + op.k, write);
     } else {
       const uint32_t mask = row.mask_of([&](int v, int e) { return row.pair(v, e) >= bound; });
       const auto mask_of_vector = [&](int v) { return mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };

@@ -186,12 +186,15 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
       rank = static_cast<uint32_t>(expected + 4 * fast_sqrt(expected)) + 2;
     } while (size < kSampled * kThreads &&
              static_cast<float>(rank) * static_cast<float>(length) > 0.7f * rows.capacity * static_cast<float>(size));
-    if (rank >= size || stream.own_vectors() < 2 * size) return otherwise;
-    const float spacing = __fdividef(static_cast<float>(stream.own_vectors()), static_cast<float>(size));
+    const uint32_t own_elements = stream.own_vectors() * kElements;
+    if (rank >= size || own_elements < 2 * size) return otherwise;
+    // If each vector gives one at most, another of its elements each time.
+    const float spacing = __fdividef(static_cast<float>(own_elements), static_cast<float>(size));
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
-      const uint32_t number = static_cast<uint32_t>((static_cast<float>(i) + 0.5f) * spacing);
-      const uint32_t index = stream.index_of_own(min(number, stream.own_vectors() - 1)) + threadIdx.x % kElements;
+      const uint32_t number = min(static_cast<uint32_t>((static_cast<float>(i) + 0.5f) * spacing), own_elements - 1);
+      const uint32_t element = spacing >= kElements ? threadIdx.x % kElements : number % kElements;
+      const uint32_t index = stream.index_of_own(number / kElements) + element;
       pairs[i] = format.pair(load_one(row + index), index);
     }
     __syncthreads();
@@ -397,9 +400,9 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted) {
-      Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, spare, write);
+      Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     } else {
-      Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, spare, write);
+      Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }
   }
   if (block == 0) {
