@@ -34,7 +34,8 @@ template <>
 constexpr uint32_t kMinusInfinities<__half> = 0xFC00FC00u;
 
 // A row in the registers of a block: its whole vectors of 16 bytes, and the elements before and after these, the edges,
-// one a thread. Vectors that do not exist hold -inf.
+// one a thread. Vectors that do not exist hold -inf. `place` is the thread's among those that have vectors side by
+// side.
 template <typename T, int kThreads, int kVectors>
 struct RegisterRow {
   static constexpr int kElements = 16 / sizeof(T);
@@ -49,11 +50,11 @@ struct RegisterRow {
   bool has_edge;        // whether this thread has one
   bool has_edges;       // whether the row has
 
-  __device__ __forceinline__ RegisterRow(const T* row, uint32_t length) {
+  __device__ __forceinline__ RegisterRow(const T* row, uint32_t length, uint32_t place = threadIdx.x) {
     const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
     head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
     end = length - (length - head) % kElements;
-    first = head + threadIdx.x * kElements;
+    first = head + place * kElements;
     row += first;
     asm("" : "+l"(row));  // one address with constant offsets
 #pragma unroll
@@ -95,15 +96,17 @@ struct RegisterRow {
     return mask;
   }
 
-  // The same for the pairs that reach a bound; small rather than fast.
-  __device__ __forceinline__ uint32_t mask_of_pairs(uint64_t bound) const {
+  // The same for the pairs that reach a bound. There are no registers for the pairs: each vector's are made when it has
+  // its turn, and anew each time.
+  __device__ __forceinline__ uint32_t mask_of_pairs(uint64_t bound) {
     uint32_t mask = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-#pragma unroll 1
-      for (int e = 0; e < kElements; ++e) {
-        if (exists(v) && pair(v, e) >= bound) mask |= 1u << (v * kElements + e);
-      }
+      uint4& vector = vectors[v];
+      asm volatile("" : "+r"(vector.x), "+r"(vector.y), "+r"(vector.z), "+r"(vector.w), "+r"(mask));
+      if (!exists(v)) break;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) mask |= pair(v, e) >= bound ? 1u << (v * kElements + e) : 0;
     }
     return mask;
   }
@@ -116,7 +119,7 @@ struct RegisterRow {
   // largest has a key between the least and the largest that any thread gives. For all threads together; `counts` is
   // shared memory.
   __device__ __forceinline__ uint64_t bisect(uint32_t key_min, uint32_t key_max, uint32_t k, uint32_t most,
-                                             uint32_t (&counts)[2][kThreads / 32]) const {
+                                             uint32_t (&counts)[2][kThreads / 32]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     key_max = __reduce_max_sync(kFullWarp, key_max);
     key_min = __reduce_min_sync(kFullWarp, key_min);
@@ -166,7 +169,9 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   const PairFormat<T> format = {kIndexBits};
-  const Row row(data, length);
+  // Warps take turns of 128 bytes where all have some: each has its part of the best of a sorted row.
+  const bool takes_turns = length >= (kThreads + 1) * Row::kElements;
+  Row row(data, length, takes_turns ? (lane / 8 * kWarps + warp) * 8 + lane % 8 : threadIdx.x);
   pairs[threadIdx.x] = 0;
   if (threadIdx.x < kMaxFewK) chosen_indices[threadIdx.x] = INT_MAX;
   if (threadIdx.x == 0) count = 0;
@@ -268,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
   uint32_t* bins = Select::shared().bins;
   uint64_t* pairs = Select::pairs();
   const PairFormat<T> format = {kIndexBits};
-  const Row row(data, length);
+  Row row(data, length);
   Select::clear_bins();
   Select::init();
   if (threadIdx.x == 0) count = 0;
