@@ -41,8 +41,8 @@ template <int kThreads, int kBinsOfThread>
 struct alignas(16) PairSelect {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = kBinsOfThread * kThreads;
-  static constexpr int kMostMembers = 64;  // of a bin, to be ranked by comparing each with all
-  static constexpr int kMostOfBin = 16;    // of a bin, to be put in order so
+  static constexpr int kMostMembers = 64;     // of a bin, to be ranked by comparing each with all
+  static constexpr uint32_t kMostOfBin = 16;  // of a bin, to be put in order so
   static constexpr int kBinBits = (kThreads == 1024 ? 10 : kThreads == 512 ? 9 : 8) + kBinsOfThread / 2;
   static_assert(kBins == 1 << kBinBits);
 
@@ -88,9 +88,11 @@ struct alignas(16) PairSelect {
     return exclusive_sum_of_block<kThreads>(x, shared().warp_sums);
   }
 
-  // a[i] becomes the sum of a[0..i). `a` has room for an even number of words. Ends with a barrier.
-  static __device__ __noinline__ void scan(uint32_t* a, uint32_t size) {
+  // a[i] becomes the sum of a[0..i). `a` has room for an even number of words. Whether one of them was above
+  // kMostOfBin. Ends with a barrier.
+  static __device__ __noinline__ bool scan(uint32_t* a, uint32_t size) {
     uint32_t carry = 0;
+    int crowded = 0;
 #pragma unroll 1
     for (uint32_t first = 0; first < size; first += 2 * kThreads) {
       const uint32_t i = first + 2 * threadIdx.x;
@@ -99,9 +101,10 @@ struct alignas(16) PairSelect {
       const uint32_t before = carry + exclusive_sum(two.x + two.y);
       if (i < size) *reinterpret_cast<uint2*>(a + i) = make_uint2(before, before + two.x);
       if (threadIdx.x == kThreads - 1) shared().found.before = before + two.x + two.y;
-      __syncthreads();
+      crowded = __syncthreads_or(crowded | (max(two.x, two.y) > kMostOfBin));
       carry = shared().found.before;
     }
+    return crowded != 0;
   }
 
   // Which of the bins holds number k of what was counted into them, in `found`. With `starts`, each bin becomes the
@@ -242,14 +245,8 @@ struct alignas(16) PairSelect {
     clear_bins();
     __syncthreads();
     for_each_chosen([&](uint64_t pair) { atomicAdd(&bins[distance(pair) >> shift], 1); });
-    scan(bins, kBins);
     // Where a bin holds many pairs, all are divided again, into half as many parts as pairs.
-    uint32_t most = 0;
-#pragma unroll
-    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
-      most = max(most, (bin + 1 < kBins ? bins[bin + 1] : size) - bins[bin]);
-    }
-    const bool divide = __syncthreads_or(most > kMostOfBin) != 0;
+    const bool divide = scan(bins, kBins);
     uint32_t* starts = divide ? fine : bins;
     const auto part = [&](uint64_t pair) -> uint32_t {
       const uint32_t bin = distance(pair) >> shift;
