@@ -171,7 +171,13 @@ NUMBERS = {
     "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
     "warps of a multiprocessor": (
         "permute/tokens/bf16/D2048/k8",
-        ("copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
+        (
+            "copy 16 bytes of a slot",
+            "copy 16 bytes x1",
+            "copy 16 bytes x2",
+            "copy 16 bytes x4",
+            "copy 16 bytes x8",
+        ),
     ),
     "CombineCotangentNumbers.multiprocessors_a_block": (
         "combine_cotangent/tokens/bf16/D2048/k8",

@@ -104,15 +104,15 @@ TAKEN_BY_AN_H100 = {
     "dense_router/bf16xf32/D4096/E256/k6/N16": "f32 logits few 16x16 of 256",
     "dense_router/bf16xf32/D4096/E256/k6/N64": "f32 logits few 16x16 of 256",
     "dense_router/bf16xf32/D4096/E256/k6/N4096": "unfused",
-    "permute/bf16/D2048/k8/N8192": "copy 16 bytes x4",
+    "permute/bf16/D2048/k8/N8192": "copy 16 bytes x8",
     "permute_grad/bf16/D2048/k8/N8192": "bf16 wide",
     "combine/bf16/D2048/k8/N8192": "bf16 wide",
     "combine_grad/bf16/D2048/k8/N8192": "bf16 wide, choices together",
-    "permute/bf16/D4096/k6/N8192": "copy 16 bytes x4",
+    "permute/bf16/D4096/k6/N8192": "copy 16 bytes x8",
     "permute_grad/bf16/D4096/k6/N8192": "bf16 wide",
     "combine/bf16/D4096/k6/N8192": "bf16 wide",
     "combine_grad/bf16/D4096/k6/N8192": "bf16 wide, choices together",
-    "permute/bf16/D7168/k8/N8192": "copy 16 bytes x4",
+    "permute/bf16/D7168/k8/N8192": "copy 16 bytes x8",
     "permute_grad/bf16/D7168/k8/N8192": "bf16 wide",
     "combine/bf16/D7168/k8/N8192": "bf16 wide",
     "combine_grad/bf16/D7168/k8/N8192": "bf16 wide, choices together",
@@ -341,7 +341,7 @@ def test_twice_the_multiprocessors_take_twice_the_rows_alike(op, device):
         sizes = draw()
         rows = "rows" if "rows" in sizes else "tokens"
         sizes[rows] = 8 * sizes[rows]  # whole blocks of tokens
-        more = sizes | {rows: 2 * sizes[rows]}
+        more = sizes | {name: 2 * sizes[name] for name in (rows, "slots") if name in sizes}
         assert CUDA.plans(op, device, **sizes)[0] == CUDA.plans(op, twice, **more)[0], sizes
 
 
@@ -357,7 +357,7 @@ def blocks_of_row(plan):
 FINENESS = {
     "activation_topk": lanes_of_row,
     "topk_select": blocks_of_row,
-    "permute": lambda plan: -int(plan.rpartition("x")[2]),
+    "permute": lambda plan: 0 if plan.endswith("of a slot") else -int(plan.rpartition("x")[2]),
     "combine_cotangent": lambda plan: "apart" in plan,
 }
 

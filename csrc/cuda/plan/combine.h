@@ -10,25 +10,31 @@
 
 namespace jax_router::cuda {
 
+constexpr int kCombineWarps = 4;  // of a block
+
 struct CombinePlan {
   bool wide;
-  int64_t pieces;    // of a row, one a lane
-  int64_t segments;  // of a row, each a warp's
-  int64_t token_warps;
-  int warps;  // of a block
+  uint32_t pieces;         // of a row, one a lane
+  RowBlocks row_blocks;    // of tokens
+  Quotient problem_of;     // of the number of a token, by those of a problem
+  int64_t problem_pieces;  // of the slots of a problem
   int64_t blocks;
 };
 
-inline std::optional<CombinePlan> plan(const Combine& op, const Device& device) {
+inline std::optional<CombinePlan> plan(const Combine& op, const Device&) {
+  const DispatchedRows& rows = op.rows;
   CombinePlan plan{};
   const int bytes = size_of(op.dtype);
-  plan.wide = rows_have_pieces(op.rows.hidden * bytes, {op.y, op.out});
-  plan.pieces = count_pieces(op.rows, plan.wide, bytes);
-  plan.segments = ceil_div(plan.pieces, 32);
-  plan.token_warps = op.rows.token_rows() * plan.segments;
-  plan.warps = warps_of_block(plan.token_warps, device);
-  plan.blocks = ceil_div(plan.token_warps, plan.warps);
-  return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
+  plan.wide = rows_have_pieces(rows.hidden * bytes, {op.y, op.out});
+  const int64_t pieces = count_pieces(rows, plan.wide, bytes);
+  plan.pieces = static_cast<uint32_t>(pieces);
+  const auto row_blocks = RowBlocks::of(rows.token_rows(), ceil_div(pieces, 32), kCombineWarps);
+  if (!row_blocks) return std::nullopt;
+  plan.row_blocks = *row_blocks;
+  plan.problem_of = Quotient::by(rows.tokens);
+  plan.problem_pieces = rows.slots * pieces;
+  plan.blocks = row_blocks->blocks;
+  return plan;
 }
 
 inline std::vector<CombinePlan> plans(const Combine& op, const Device& device) {
