@@ -24,6 +24,22 @@ __device__ __forceinline__ Bits load_piece(const Bits* p) {
   return __ldg(p);
 }
 
+// The same, of a piece that no other block reads: it leaves the L2 before what others read or what is still to be
+// written.
+__device__ __forceinline__ uint4 load_piece_once(const uint4* p) {
+  uint4 piece;
+  asm volatile(
+      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy; }"
+      : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+      : "l"(p));
+  return piece;
+}
+template <class Bits>
+__device__ __forceinline__ Bits load_piece_once(const Bits* p) {
+  return __ldg(p);
+}
+
 template <class Bits>
 __device__ __forceinline__ void store_piece(Bits* p, Bits piece) {
   __stcs(p, piece);
