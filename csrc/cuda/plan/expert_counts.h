@@ -38,7 +38,7 @@ struct CountLayout {
   uint32_t copies;    // of a block's counts, a power of two: neighbouring lanes count in different ones
   uint32_t clusters;  // that share a problem
   uint32_t cluster_blocks;
-  uint32_t owned;          // experts whose counts a block adds up for its cluster
+  uint32_t owned_bits;     // 2^this experts are those whose counts a block adds up for its cluster
   uint32_t chunk_choices;  // that a block counts
 };
 
@@ -59,10 +59,10 @@ inline std::optional<ExpertCountsPlan> counts_plan(const ExpertCounts& op, int64
     layout.copies /= 2;
   layout.clusters = static_cast<uint32_t>(clusters);
   layout.cluster_blocks = cluster_blocks;
-  layout.owned = static_cast<uint32_t>(ceil_div(op.experts, cluster_blocks));
+  while (int64_t{cluster_blocks} << layout.owned_bits < op.experts) ++layout.owned_bits;
   layout.chunk_choices =
       static_cast<uint32_t>(round_up(ceil_div(layout.choices, clusters * cluster_blocks), kCountIdsAtOnce));
-  const int64_t words = int64_t{layout.copies} * layout.experts + layout.owned;
+  const int64_t words = int64_t{layout.copies} * (layout.experts + 1) + (int64_t{cluster_blocks} << layout.owned_bits);
   const ExpertCountsPlan plan{layout, op.batch * clusters * cluster_blocks, 4 * words,
                               clusters > 1 ? 4 * op.batch * clusters * op.experts : 0};
   const bool fits = plan.blocks <= kMostBlocks && plan.workspace_bytes <= op.workspace.bytes;
