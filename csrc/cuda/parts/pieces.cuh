@@ -40,6 +40,13 @@ __device__ __forceinline__ Bits load_piece_once(const Bits* p) {
   return __ldg(p);
 }
 
+// A copy to shared memory that passes by the registers, and is there after wait_for_copies.
+__device__ __forceinline__ void copy_piece(uint4* shared, const uint4* p) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 template <class Bits>
 __device__ __forceinline__ void store_piece(Bits* p, Bits piece) {
   __stcs(p, piece);
@@ -71,6 +78,13 @@ struct Piece {
         floats[2 * i] = two.x, floats[2 * i + 1] = two.y;
       }
     }
+  }
+
+  static __device__ __forceinline__ Bits pack_all(float number) {
+    Floats floats;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) floats[i] = number;
+    return pack(floats);
   }
 
   // Rounds.
