@@ -64,16 +64,14 @@ __global__ void __launch_bounds__(kCountThreads)
   const int32_t id_apart = is_apart ? ids[apart] : -1;
 
   const bool alone = layout.cluster_blocks == 1;
-  if (threadIdx.x == 0 && !alone) {
-    init_transfers(&all_sent, 1);
-    announce(address_of(&all_sent), layout.cluster_blocks * owned * sizeof(uint32_t));
-  }
+  if (threadIdx.x == 0 && !alone) init_transfers(&all_sent, 1);
   cluster_arrive_relaxed();
   auto* pieces = reinterpret_cast<uint4*>(counts);
   const uint32_t piece_bits = __ffs(layout.copies / kCopiesOfPiece) - 1;  // of an expert: 1 to 8 of them
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < layout.experts << piece_bits; i += kCountThreads) pieces[i] = {0, 0, 0, 0};
   __syncthreads();
+  if (threadIdx.x == 0 && !alone) announce(address_of(&all_sent), layout.cluster_blocks * owned * sizeof(uint32_t));
 
   // Ids that count nowhere count behind the last expert.
   const uint32_t own_copy = address_of(counts + threadIdx.x % layout.copies);

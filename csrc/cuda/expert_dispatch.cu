@@ -236,17 +236,18 @@ __device__ void find_slots(const SortLayout& layout, const Shared& shared, Count
   }
 }
 
-// {sum of load(i) over i < mine, over i < size}. All loads are under way before the first is needed.
+// {sum of load(i) over i < mine, over i < size}. All loads are under way before the first is needed; where they may be
+// so many that registers run out, there are none but those below `size`.
 template <int kMaxSize, typename Load>
 __device__ uint2 sum_before_and_all(uint32_t mine, uint32_t size, Load load) {
   uint32_t counts[kMaxSize];
 #pragma unroll
-  for (uint32_t i = 0; i < kMaxSize; ++i) counts[i] = i < size ? load(i) : 0;
+  for (uint32_t i = 0; i < kMaxSize; ++i) counts[i] = kMaxSize <= 16 || i < size ? load(min(i, size - 1)) : 0;
   uint2 sum = {0, 0};
 #pragma unroll
   for (uint32_t i = 0; i < kMaxSize; ++i) {
-    if (i < mine) sum.x += counts[i];
-    sum.y += counts[i];
+    sum.x += i < mine ? counts[i] : 0;
+    sum.y += i < size ? counts[i] : 0;
   }
   return sum;
 }
@@ -265,14 +266,16 @@ class OthersOfCluster {
   __device__ OthersOfCluster(const SortLayout& layout, const Shared& shared, TransferBarrier* all_sent)
       : layout_(layout), shared_(shared), all_sent_(all_sent) {
     if (!layout.sends) return;
-    if (threadIdx.x == 0) {
-      init_transfers(all_sent, 1);
-      announce(address_of(all_sent), layout.cluster_blocks * layout.columns * sizeof(uint16_t));
-    }
+    if (threadIdx.x == 0) init_transfers(all_sent, 1);
     cluster_arrive_relaxed();
   }
+  // Behind a barrier of the block.
   __device__ void wait_to_tell() const {
-    if (layout_.sends) cluster_wait();  // every block has its barrier
+    if (!layout_.sends) return;
+    if (threadIdx.x == 0) {
+      announce(address_of(all_sent_), layout_.cluster_blocks * layout_.columns * sizeof(uint16_t));
+    }
+    cluster_wait();  // every block has its barrier
   }
   // Of the bins 2 * word and 2 * word + 1, a half of `counts` each.
   __device__ void tell(uint32_t word, uint32_t counts) const {
@@ -290,14 +293,23 @@ class OthersOfCluster {
     if (layout_.sends) wait_for_transfers(all_sent_, 0);
     if (is_read()) cluster_wait();
   }
-  // {choices of the bin in earlier blocks, in all}
-  __device__ uint2 counts(uint32_t bin) const {
-    if (layout_.cluster_blocks == 1) return {0, shared_.counts[bin]};
+  // Calls body(counts), where counts(bin) = {choices of the bin in earlier blocks, in all}.
+  template <typename Body>
+  __device__ void with_counts(Body body) const {
     const auto sum = [&](auto load) {
       return sum_before_and_all<kMaxSortBlocks>(block_of_cluster(), layout_.cluster_blocks, load);
     };
-    if (layout_.sends) return sum([&](uint32_t block) { return shared_.received[block * layout_.columns + bin]; });
-    return sum([&](uint32_t block) { return remote_load(address_in_block(shared_.counts + bin, block)); });
+    if (layout_.cluster_blocks == 1) {
+      body([&](uint32_t bin) { return uint2{0, shared_.counts[bin]}; });
+    } else if (layout_.sends) {
+      body([&](uint32_t bin) {
+        return sum([&](uint32_t block) { return shared_.received[block * layout_.columns + bin]; });
+      });
+    } else {
+      body([&](uint32_t bin) {
+        return sum([&](uint32_t block) { return remote_load(address_in_block(shared_.counts + bin, block)); });
+      });
+    }
   }
   // No block may leave while another reads its counts.
   __device__ void end_reading() const {
@@ -332,9 +344,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   clear_masks(layout, shared, kThreads);
   const auto tile = rank_tile<kThreads, kClusterRounds>(layout, shared, op.expert_ids + offset, begin, end, others);
   others.wait_for_counts();
-  find_slots<kThreads>(
-      layout, shared, [&](uint32_t bin) { return others.counts(bin); }, chunk, op.group_sizes + sort * layout.experts,
-      token_index);
+  others.with_counts([&](auto counts) {
+    find_slots<kThreads>(layout, shared, counts, chunk, op.group_sizes + sort * layout.experts, token_index);
+  });
   __syncthreads();
   others.end_reading();
   write_tile<kThreads>(layout, shared, tile, begin, end, token_index, op.slot + offset);
@@ -358,14 +370,12 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
   const bool alone = layout.cluster_blocks == 1;
   const uint32_t first_owned = block_of_cluster() << layout.owned_bits;
   const uint32_t owned = min(1u << layout.owned_bits, layout.bins() - min(first_owned, layout.bins()));
-  if (threadIdx.x == 0 && !alone) {
-    init_transfers(&all_sent, 1);
-    announce(address_of(&all_sent), layout.cluster_blocks * owned * sizeof(uint32_t));
-  }
+  if (threadIdx.x == 0 && !alone) init_transfers(&all_sent, 1);
   cluster_arrive_relaxed();
 
   for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) counts[bin] = 0;
   __syncthreads();
+  if (threadIdx.x == 0 && !alone) announce(address_of(&all_sent), layout.cluster_blocks * owned * sizeof(uint32_t));
   constexpr int kLoads = 4;
   for (uint32_t first = begin + threadIdx.x; first < end; first += kLoads * kThreads) {
     uint32_t bin[kLoads];
