@@ -12,6 +12,9 @@
 // beyond a group's capacity. Every block knows where all groups end, so the slots without a choice are shared out over
 // the blocks of a sort: behind the choices of a group by one warp of one block, behind the last group by all threads.
 //
+// Most code runs once a block, and takes longer to be fetched than to run: loops there are unrolled no further than
+// pays.
+//
 // Floor: 8 bytes a choice (id in, slot out) and 4 bytes a slot (token_index).
 #include <cstdint>
 
@@ -31,7 +34,7 @@ struct Shared {
   uint32_t* tile_start;  // [columns] the same within the tile
   uint32_t* ordered;     // [threads * rounds] bin << 16 | choice within the tile, ordered by bin
   uint16_t* ranks;       // [warps][columns] choices of each bin so far, then in earlier warps
-  uint16_t* received;    // [cluster_blocks][columns] their counts, where they are sent
+  uint16_t* received;    // [cluster_blocks][columns] the counts of the cluster's blocks, where these send them
   uint32_t* kept_end;    // [experts] slot behind the last choice that a group keeps; in the place of ranks, of which
                          // nobody knows any more when a tile is ranked, and known where may_drop() alone
 };
@@ -354,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
 }
 
 // Long sorts, first kernel. Workspace: the choices of each bin in earlier chunks of the same cluster [batch, chunks,
-// bins], and in each cluster [batch, clusters, bins].
+// bins], and in each cluster [batch, clusters, bins]. Each block adds up some bins, whose counts the others send it.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     expert_dispatch_count(SortLayout layout, ExpertDispatch op, uint32_t* chunk_counts, uint32_t* cluster_counts) {
