@@ -12,8 +12,7 @@
 // beyond a group's capacity. Every block knows where all groups end, so the slots without a choice are shared out over
 // the blocks of a sort: behind the choices of a group by one warp of one block, behind the last group by all threads.
 //
-// Most code runs once a block, and takes longer to be fetched than to run: loops there are unrolled no further than
-// pays.
+// Most code runs once a block, and has to be fetched for that: loops there are unrolled no further than pays.
 //
 // Floor: 8 bytes a choice (id in, slot out) and 4 bytes a slot (token_index).
 #include <cstdint>
