@@ -42,8 +42,9 @@ def router_logits(
         precision = lax.Precision.HIGHEST
     if token_mask is not None:
         token_mask = shard_as(x, token_mask)
-    if is_mixed or any(any(jax.typeof(factor).sharding.spec) for factor in (x, weight)):
-        expert_ids = None  # for these there is one way
+    is_sharded = any(any(jax.typeof(factor).sharding.spec) for factor in (x, weight))
+    if is_mixed or is_sharded:
+        expert_ids = None  # the gradient is that for any cotangent
     in_parts = is_mixed and precision is None
     logits = _product(x, weight, token_mask, expert_ids, precision, in_parts, implementation)
     return logits if logit_bias is None else logits + with_rank(shard_last_axis_as(logits, logit_bias), logits.ndim)
