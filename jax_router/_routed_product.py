@@ -30,13 +30,26 @@ def _logits(x: Array, weight: Array, expert_ids: Array, *, precision: Any, imple
     return [_dot(x, weight, Axes(((x.ndim - 1,), (1,))), precision, jnp.float32)]
 
 
-def _rows(logits: Array, weight: Array, expert_ids: Array, *, precision: Any, implementation: str) -> list[Array]:
+def _rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str, **params: Any) -> list[Array]:
     """`logits @ weight`, of logits that are zero but at the ids."""
+    sums = {}
+    if implementation != "reference" and weight.shape[0] >= _EXPERTS_A_CHOICE * expert_ids.shape[-1]:
+        with_kernels = [name for name in _native.PLATFORMS if not isinstance(_native.load(name), ImportError)]
+        sums = dict.fromkeys(with_kernels, partial(_sums_of_rows, implementation=implementation))
+    product_of_all = partial(_product_of_all, **params)
+    return lax.platform_dependent(logits, weight, expert_ids, **sums, default=product_of_all)
+
+
+# Of how many experts each choice must be one, for a sum of rows to be faster than a product.
+_EXPERTS_A_CHOICE = 24
+
+
+def _product_of_all(logits: Array, weight: Array, expert_ids: Array, *, precision: Any) -> list[Array]:
     return [_dot(logits, weight, Axes(((logits.ndim - 1,), (0,))), precision, weight.dtype)]
 
 
-def _sums_of_rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str, **_: Any) -> list[Array]:
-    """The same from the chosen logits alone, to f32 accuracy."""
+def _sums_of_rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str) -> list[Array]:
+    """From the chosen logits alone, to f32 accuracy."""
     k, (num_experts, hidden) = expert_ids.shape[-1], weight.shape
     chosen = jnp.take_along_axis(logits, jnp.maximum(expert_ids, 0), axis=-1)
     operands = {
@@ -78,24 +91,12 @@ _ROWS = Op(
 )
 
 
-def _lower_rows(ctx: Any, *values: Any, names: Any, **params: Any) -> Any:
-    """XLA gets the product where it may split it over devices, or where it has more of the experts than not."""
-    (num_experts, _), k = ctx.avals_in[1].shape, ctx.avals_in[2].shape[-1]
-    sums = {}
-    if not may_be_partitioned(ctx):
-        for platform, experts_a_choice in _EXPERTS_A_CHOICE.items():
-            has_kernels = not isinstance(_native.load(platform), ImportError)
-            if has_kernels and num_experts >= experts_a_choice * k:
-                sums[platform] = partial(_sums_of_rows, **params)
-
-    def run(*values: Array) -> list[Array]:
-        return lax.platform_dependent(*values, **sums, default=partial(_rows, **params))
-
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+def _lower_rows(ctx: Any, *values: Any, names: Any, implementation: str, **params: Any) -> Any:
+    """XLA gets the product where it may split that over devices."""
+    way = "reference" if may_be_partitioned(ctx) else implementation
+    return mlir.lower_fun(partial(_rows, implementation=way, **params), multiple_results=True)(ctx, *values)
 
 
-# Of how many experts each choice must be one, for a sum of rows to be faster than a product.
-_EXPERTS_A_CHOICE = {"cpu": 8, "cuda": 32}
 mlir.register_lowering(_ROWS.primitive, _lower_rows)
 
 
