@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_router import (
+    Dispatch,
     activation_topk,
     combine,
     dense_router,
@@ -147,6 +148,7 @@ def _expert_dispatch() -> Iterator[Line]:
         yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8})
     for tokens in (512, 16384):
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
+    yield Line("expert_dispatch", "tokens", 1, 4096, {"experts": 256, "k": 8, "align": 128})
     yield Line("expert_counts", "tokens", 1, 200000, {"experts": 256, "k": 8})
 
 
@@ -163,6 +165,8 @@ def _moved() -> Iterator[Line]:
         yield line("combine", hidden, False, dtype=dtype)
         yield line("permute_cotangent", hidden, False, dtype=dtype)
         yield line("combine_cotangent", hidden, is_timed, dtype=dtype)
+    for dtype in DTYPES:
+        yield line("combine", 2048, dtype == "bf16", dtype=dtype, slots=256)
     yield line("permute", 2047, False, dtype="f16", element_bytes=1)
 
 
@@ -228,8 +232,8 @@ def _top_k(plan: str, rows: int, length: int, k: int, sorted: bool, dtype: str) 
     return Contender(select), (Spec((rows, length), DTYPES[dtype]),)
 
 
-def _dispatch(plan: str, tokens: int, experts: int, k: int) -> Program:
-    sort = partial(expert_dispatch, num_experts=experts, implementation="native")
+def _dispatch(plan: str, tokens: int, experts: int, k: int, align: int = 1) -> Program:
+    sort = partial(expert_dispatch, num_experts=experts, align=align, implementation="native")
     return Contender(sort), (Spec((tokens, k), jnp.int32, bound=experts),)
 
 
@@ -248,10 +252,13 @@ def _permuted(
     return Contender(run, prepare), _moved_inputs(tokens, hidden, k, of_bytes)
 
 
-def _moved_program(plan: str, tokens: int, hidden: int, k: int, dtype: str, op: str) -> Program:
-    """A combine, or the cotangents of a weighted permute or combine."""
+def _moved_program(plan: str, tokens: int, hidden: int, k: int, dtype: str, op: str, slots: int = 0) -> Program:
+    """A combine, of slots that tokens share if their number is given, or the cotangents of a permute or combine."""
 
     def prepare(x, expert_ids, weights):
+        if slots:
+            shared = Dispatch(jnp.full(slots, -1), expert_ids % slots, jnp.zeros(slots, jnp.int32))
+            return x, jnp.resize(x, (slots, hidden)), weights, shared
         dispatch = expert_dispatch(expert_ids, 256)
         return x, x[dispatch.token_index], weights, dispatch
 

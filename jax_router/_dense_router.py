@@ -219,6 +219,11 @@ _DENSE_ROUTER = Op(
 @_DENSE_ROUTER.def_jvp
 def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
     scoring = params["selection"].scoring
-    logits_of = partial(router_logits, precision=params["precision"], token_mask=primals.get("token_mask"))
+    logits_of = partial(
+        router_logits,
+        precision=params["precision"],
+        token_mask=primals.get("token_mask"),
+        implementation=params["implementation"],
+    )
     factors = ("x", "weight", "logit_bias")
     return selecting_jvp(_DENSE_ROUTER, primals, tangents, scoring, logits_of, factors, **params)

@@ -79,16 +79,28 @@ def explain(
 
 
 def _calls(jaxpr: Jaxpr) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
-    """The ops in a program, each with the avals of its operands and its parameters."""
+    """The ops in a program, each with the avals of its operands and its parameters.
+
+    One that has kernels nowhere, because it is made of others, is these.
+    """
     for equation in jaxpr.eqns:
         if op := _OPS.get(equation.primitive):
             params = dict(equation.params)
-            yield op, dict(zip(params.pop("names"), (var.aval for var in equation.invars))), params
+            avals = dict(zip(params.pop("names"), (var.aval for var in equation.invars)))
+            if op.composed and not op.platforms:
+                yield from _calls(_made_of(op, avals, **params))
+            else:
+                yield op, avals, params
             continue
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(inner, (Jaxpr, ClosedJaxpr)):
                     yield from _calls(inner if isinstance(inner, Jaxpr) else inner.jaxpr)
+
+
+def _made_of(op: Op, avals: dict[str, Any], **params: Any) -> Jaxpr:
+    structs = {name: jax.ShapeDtypeStruct(aval.shape, aval.dtype) for name, aval in avals.items()}
+    return jax.make_jaxpr(lambda of: op.reference(**of, **params))(structs).jaxpr
 
 
 def _answer(op: Op, avals: dict[str, Any], platform: str, device: Mapping[str, int] | None, **params: Any) -> Answer:

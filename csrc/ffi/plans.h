@@ -89,7 +89,10 @@ void take_choices(Sizes& sizes, Op& op) {
   op.k = sizes.take<int32_t>("k");
   op.experts = sizes.take<int32_t>("experts");
 }
-inline void take_sizes(Sizes& sizes, ExpertDispatch& op) { take_choices(sizes, op); }
+inline void take_sizes(Sizes& sizes, ExpertDispatch& op) {
+  take_choices(sizes, op);
+  op.align = sizes.take<int32_t>("align", 1);
+}
 inline void take_sizes(Sizes& sizes, DispatchedRows& rows) {
   rows.batch = sizes.take<int64_t>("batch", 1);
   rows.tokens = sizes.take<int64_t>("tokens");

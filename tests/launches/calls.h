@@ -443,7 +443,7 @@ struct MovedSizes {
   int64_t batch, tokens;
   int32_t k;
   int64_t hidden;
-  int64_t padding;       // slots besides those that the choices need
+  int64_t padding;       // slots besides those that the choices need; fewer than none, and choices share them
   bool hostile = false;  // tokens and slots that do not know of each other, and numbers that are neither's
 };
 
@@ -458,8 +458,9 @@ inline DispatchedRows dispatched_rows(Maker& make, const MovedSizes& sizes) {
     for (int64_t choice = 0; choice < tokens * k; ++choice) {
       const bool wrong = choice % 7 == 3;
       const int32_t nowhere = hostile ? make.pick({INT32_MIN, -2, static_cast<int32_t>(rows.slots), INT32_MAX}) : -1;
-      slot[problem * tokens * k + choice] = wrong ? nowhere : places[choice];
-      if (!wrong) token_index[problem * rows.slots + places[choice]] = static_cast<int32_t>(choice / k);
+      const int32_t place = places[choice % rows.slots];
+      slot[problem * tokens * k + choice] = wrong ? nowhere : place;
+      if (!wrong) token_index[problem * rows.slots + place] = static_cast<int32_t>(choice / k);
     }
   }
   rows.slot = make.operand(slot);

@@ -203,6 +203,14 @@ void combine_cases(const Visit& visit) {
   moved_cases([&](DType dtype, const MovedSizes& sizes, Content content) {
     visit(combine(make, dtype, make.pick({false, true}), sizes, content));
   });
+  // Few rows, each for many tokens: batches of them, and blocks that own the end of a segment and the begin of the
+  // next.
+  for (DType dtype : kDTypes) {
+    for (const MovedSizes& sizes :
+         {MovedSizes{1, 700, 6, 2056, -4000}, MovedSizes{1, 260, 16, 1040, -4000}, MovedSizes{1, 129, 1, 8, -100},
+          MovedSizes{1, 3000, 7, 4096, -20800}, MovedSizes{1, 300, 0, 64, 10}})
+      visit(combine(make, dtype, true, sizes, make.pick(kContents)));
+  }
 }
 
 void permute_cotangent_cases(const Visit& visit) {
