@@ -107,35 +107,61 @@ struct alignas(16) PairSelect {
     return crowded != 0;
   }
 
-  // Which of the bins holds number k of what was counted into them, in `found`. With `starts`, each bin becomes the
-  // number of what lies in earlier ones, and the result is whether a bin up to the k-th's holds more than kMostMembers.
-  // Ends with a barrier.
-  static __device__ __forceinline__ bool find_bin(uint32_t k, bool starts) {
+  struct Bins {
     uint32_t counts[kBinsOfThread];
-    uint2* own = reinterpret_cast<uint2*>(shared().bins + kBinsOfThread * threadIdx.x);
-    uint32_t sum = 0, most = 0;
+    uint32_t sum;
+  };
+  static __device__ __forceinline__ Bins own_bins() {
+    Bins own = {{}, 0};
 #pragma unroll
     for (int i = 0; i < kBinsOfThread; i += 2) {
-      const uint2 two = own[i / 2];
-      counts[i] = two.x;
-      counts[i + 1] = two.y;
-      sum += two.x + two.y;
-      most = max(most, max(two.x, two.y));
+      const uint2 two = reinterpret_cast<const uint2*>(shared().bins + kBinsOfThread * threadIdx.x)[i / 2];
+      own.counts[i] = two.x;
+      own.counts[i + 1] = two.y;
+      own.sum += two.x + two.y;
     }
-    uint32_t before = exclusive_sum(sum);
-    const bool crowded = before < k && most > kMostMembers;
-    if (starts || (before < k && k <= before + sum)) {
+    return own;
+  }
+  // Where the bins of one thread begin, and those that hold number k end: it says so in `found`.
+  static __device__ __forceinline__ void find_among(const Bins& own, uint32_t before, uint32_t k) {
 #pragma unroll
-      for (uint32_t i = 0; i < kBinsOfThread; ++i) {
-        const uint32_t bin = kBinsOfThread * threadIdx.x + i;
-        if (before < k && k <= before + counts[i]) shared().found = {bin, before, counts[i]};
-        if (starts) shared().bins[bin] = before;
-        before += counts[i];
+    for (uint32_t i = 0; i < kBinsOfThread; ++i) {
+      if (before < k && k <= before + own.counts[i]) {
+        shared().found = {kBinsOfThread * threadIdx.x + i, before, own.counts[i]};
       }
+      before += own.counts[i];
     }
-    if (starts) return __syncthreads_or(crowded) != 0;
+  }
+
+  // Which of the bins holds number k of what was counted into them, in `found`. Ends with a barrier.
+  static __device__ __forceinline__ void find_bin(uint32_t k) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const Bins own = own_bins();
+    const uint32_t of_warp = __reduce_add_sync(kFullWarp, own.sum);
+    if (lane == 0) shared().warp_sums[warp] = of_warp;
     __syncthreads();
-    return false;
+    const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0);
+    if (before < k && k <= before + of_warp) {
+      find_among(own, before + inclusive_sum_of_lanes(own.sum) - own.sum, k);
+    }
+    __syncthreads();
+  }
+
+  // The same, and each bin becomes the number of what lies in earlier ones. Whether a bin up to the k-th's holds more
+  // than kMostMembers.
+  static __device__ __forceinline__ bool find_bin_and_starts(uint32_t k) {
+    const Bins own = own_bins();
+    const uint32_t before = exclusive_sum(own.sum);
+    uint32_t start = before, most = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsOfThread; i += 2) {
+      most = max(most, max(own.counts[i], own.counts[i + 1]));
+      reinterpret_cast<uint2*>(shared().bins + kBinsOfThread * threadIdx.x)[i / 2] =
+          make_uint2(start, start + own.counts[i]);
+      start += own.counts[i] + own.counts[i + 1];
+    }
+    if (before < k && k <= before + own.sum) find_among(own, before, k);
+    return __syncthreads_or(before < k && most > kMostMembers) != 0;
   }
 
   // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`.
@@ -192,7 +218,7 @@ struct alignas(16) PairSelect {
       for_each(count, worst, best, [&](uint64_t pair) { atomicAdd(&shared().bins[(best - pair) >> shift], 1); });
       __syncthreads();
       init();
-      find_bin(k, false);
+      find_bin(k);
       k -= shared().found.before;
       best -= static_cast<uint64_t>(shared().found.bin) << shift;
       const uint64_t last = (uint64_t{1} << shift) - 1;
