@@ -167,7 +167,6 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   constexpr uint32_t kMost = kThreads;                // candidates
   constexpr uint32_t kMostRanked = 5 * kThreads / 8;  // of them, to be compared each with all
   __shared__ alignas(16) uint64_t pairs[kMost];
-  __shared__ alignas(16) int chosen_indices[kMaxFewK];
   __shared__ alignas(16) float warp_bounds[kWarps];
   __shared__ uint32_t counts[2][kWarps];
   __shared__ uint32_t count;
@@ -182,7 +181,6 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   const bool takes_turns = length >= (kThreads + 1) * Row::kElements;
   const Row row(data, length, takes_turns ? (lane / 8 * kWarps + warp) * 8 + lane % 8 : threadIdx.x);
   pairs[threadIdx.x] = 0;
-  if (threadIdx.x < kMaxFewK) chosen_indices[threadIdx.x] = INT_MAX;
   if (threadIdx.x == 0) count = 0;
 
   // Of the warps all of whose threads have an element, each owes its share of the bound.
@@ -249,30 +247,34 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   int place = 32 * warp < candidates ? count_larger(pair, pairs, candidates) : 0;
   const bool chosen = threadIdx.x < candidates && place < k;
   if (!op.sorted) {
-    const int index = static_cast<int>(format.index(pair));
-    if (chosen) chosen_indices[place] = index;
+    // A bit for each element of the row, whether it is chosen, and how many are before each word of bits, both where
+    // the pairs were.
+    constexpr int kWordsOfLane = Row::kStep * kVectors / 1024, kWords = 32 * kWordsOfLane;
+    static_assert(2 * kWords * sizeof(uint32_t) <= sizeof pairs && kWords <= kThreads);
+    uint32_t* bits = reinterpret_cast<uint32_t*>(pairs);
+    uint32_t* before = bits + kWords;
+    const uint32_t index = format.index(pair), word = index / 32, bit = 1u << index % 32;
     __syncthreads();
-    place = 0;
-    if (32 * warp < candidates) {
-#pragma unroll 4
-      for (int begin = 0; begin < k; begin += 4) {
-        const int4 others = *reinterpret_cast<const int4*>(chosen_indices + begin);
-        place += (others.x < index) + (others.y < index) + (others.z < index) + (others.w < index);
+    if (threadIdx.x < kWords) bits[threadIdx.x] = 0;
+    __syncthreads();
+    if (chosen) atomicOr(&bits[word], bit);
+    __syncthreads();
+    if (warp == 0) {
+      uint32_t own = 0;
+#pragma unroll
+      for (int i = 0; i < kWordsOfLane; ++i) own += __popc(bits[lane * kWordsOfLane + i]);
+      uint32_t sum = inclusive_sum_of_lanes(own) - own;
+#pragma unroll
+      for (int i = 0; i < kWordsOfLane; ++i) {
+        before[lane * kWordsOfLane + i] = sum;
+        sum += __popc(bits[lane * kWordsOfLane + i]);
       }
     }
+    __syncthreads();
+    if (chosen) place = before[word] + __popc(bits[word] & (bit - 1));
   }
   if (chosen) write_result(op, row_index, data, place, format, pair);
   if (threadIdx.x >= k && threadIdx.x < op.k) write_nothing<T>(op, row_index, threadIdx.x);
-}
-
-// The element's own bits.
-__device__ __forceinline__ void set_element(float* value, uint4 vector, int e) {
-  *value = bits_float(word_of(vector, e));
-}
-template <typename Half>
-__device__ __forceinline__ void set_element(Half* value, uint4 vector, int e) {
-  const uint32_t word = word_of(vector, e / 2);
-  *reinterpret_cast<unsigned short*>(value) = static_cast<unsigned short>(e % 2 == 0 ? word : word >> 16);
 }
 
 template <int kThreads>
