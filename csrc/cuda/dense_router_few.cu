@@ -75,10 +75,11 @@ struct Product {
   int experts;
 };
 
-// Where 16 bytes of a row lie in a stage of shared memory: rows of 128 bytes, halves swapped in every second row so
-// that 8 lanes that read 64 bytes of two rows each meet no bank twice.
+// Where 16 bytes of a row lie in a stage of shared memory. Eight lanes read 64 bytes of two rows each, or every second
+// piece of 128: halves, or neighbours, are swapped in every second row, so that no bank is met twice.
+template <int kRowBytes = kFewStepBytes>
 __device__ __forceinline__ int place_of(int row, int piece) {
-  return row * kFewStepBytes + ((piece ^ (row & 1) * 4) * 16);
+  return row * kRowBytes + ((piece ^ (row & 1) * (kRowBytes == kFewStepBytes ? 4 : 1)) * 16);
 }
 
 __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, bool exists) {
@@ -101,31 +102,37 @@ __device__ __forceinline__ void multiply_16x8x16(__half, float (&d)[4], uint32_t
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// What a lane reads of eight rows, for half a step.
+__device__ __forceinline__ uint4 piece_of(const char* rows, int first, int half, int lane) {
+  return *reinterpret_cast<const uint4*>(rows + place_of(first + lane / 4, half * 4 + lane % 4));
+}
+
 // A warp's sums, 16 * kTokenTiles tokens by 8 * kExpertTiles experts, as the tensor cores lay them out.
-template <class T, int kTokenTiles, int kExpertTiles>
+template <class X, class W, int kTokenTiles, int kExpertTiles>
 struct WarpSums {
+  using T = X;
   float sums[kTokenTiles][kExpertTiles][4] = {};
 
   // Adds the products of one step. What lies in rows that do not exist only reaches sums that nobody reads.
   __device__ __forceinline__ void add(const char* x, const char* weight, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto piece = [&](const char* rows, int row) {
-        return *reinterpret_cast<const uint4*>(rows + place_of(row, half * 4 + lane % 4));
-      };
       uint4 b[kExpertTiles];
 #pragma unroll
-      for (int n = 0; n < kExpertTiles; ++n) b[n] = piece(weight, 8 * n + lane / 4);
+      for (int n = 0; n < kExpertTiles; ++n) b[n] = piece_of(weight, 8 * n, half, lane);
 #pragma unroll
       for (int m = 0; m < kTokenTiles; ++m) {
-        const uint4 low = piece(x, 16 * m + lane / 4);
-        const uint4 high = piece(x, 16 * m + 8 + lane / 4);
-#pragma unroll
-        for (int n = 0; n < kExpertTiles; ++n) {
-          multiply_16x8x16(T{}, sums[m][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y);
-          multiply_16x8x16(T{}, sums[m][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w);
-        }
+        add(m, piece_of(x, 16 * m, half, lane), piece_of(x, 16 * m + 8, half, lane), b);
       }
+    }
+  }
+
+  // Those of one tile of tokens, in half a step.
+  __device__ __forceinline__ void add(int m, uint4 low, uint4 high, const uint4 (&b)[kExpertTiles]) {
+#pragma unroll
+    for (int n = 0; n < kExpertTiles; ++n) {
+      multiply_16x8x16(T{}, sums[m][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y);
+      multiply_16x8x16(T{}, sums[m][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w);
     }
   }
 
@@ -142,9 +149,70 @@ struct WarpSums {
   }
 };
 
+// Two neighbours of an f32 weight in three parts of bf16, the largest first, that add up to it: bf16 has the exponents of
+// f32 and 8 of its 24 bits.
+struct Parts {
+  uint32_t of[3];
+
+  __device__ __forceinline__ Parts(float low, float high) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      of[i] = __byte_perm(float_bits(low), float_bits(high), 0x7632);
+      low = rest_of(low);
+      high = rest_of(high);
+    }
+  }
+  // Infinity leaves no rest, and NaN itself.
+  static __device__ __forceinline__ float rest_of(float x) {
+    return fabsf(x) == INFINITY ? 0.0f : x - bits_float(float_bits(x) & 0xFFFF0000u);
+  }
+};
+
+// x in bf16 and a weight in f32, to the accuracy of f32: a product for each part of the weight.
+template <int kTokenTiles, int kExpertTiles>
+struct WarpSums<__nv_bfloat16, float, kTokenTiles, kExpertTiles> {
+  WarpSums<__nv_bfloat16, __nv_bfloat16, kTokenTiles, kExpertTiles> parts[3];
+
+  __device__ __forceinline__ void add(const char* x, const char* weight, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 b[3][kExpertTiles];
+#pragma unroll
+      for (int n = 0; n < kExpertTiles; ++n) {
+        const auto quad = [&](int i) {
+          const int piece = half * 8 + lane % 4 * 2 + i;
+          return *reinterpret_cast<const float4*>(weight + place_of<2 * kFewStepBytes>(8 * n + lane / 4, piece));
+        };
+        const float4 first = quad(0);
+        const float4 second = quad(1);
+        const Parts pairs[4] = {{first.x, first.y}, {first.z, first.w}, {second.x, second.y}, {second.z, second.w}};
+#pragma unroll
+        for (int i = 0; i < 3; ++i) b[i][n] = {pairs[0].of[i], pairs[1].of[i], pairs[2].of[i], pairs[3].of[i]};
+      }
+#pragma unroll
+      for (int m = 0; m < kTokenTiles; ++m) {
+        const uint4 low = piece_of(x, 16 * m, half, lane);
+        const uint4 high = piece_of(x, 16 * m + 8, half, lane);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) parts[i].add(m, low, high, b[i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* rows, int stride, int lane) {
+#pragma unroll
+    for (int m = 0; m < kTokenTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kExpertTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) parts[0].sums[m][n][i] += parts[1].sums[m][n][i] + parts[2].sums[m][n][i];
+    parts[0].store(rows, stride, lane);
+  }
+};
+
 // f32 in plain multiply-adds: four lanes share an expert's row, each with every token at its own columns.
 template <int kTokenTiles, int kExpertTiles>
-struct WarpSums<float, kTokenTiles, kExpertTiles> {
+struct WarpSums<float, float, kTokenTiles, kExpertTiles> {
   static constexpr int kTokens = 16 * kTokenTiles;
   float sums[kExpertTiles][kTokens] = {};
 
@@ -188,12 +256,13 @@ __device__ __forceinline__ bool needs_softmax(const Scoring& scoring) {
 }
 
 // kTokenTiles: of 16 tokens; kExpertTiles: of 8 experts; kChunks, of 128 experts, hold all, and kFullChunks are full.
-template <class T, int kTokenTiles, int kExpertTiles, KeyMode kMode, int kChunks, int kFullChunks>
+template <class X, class W, int kTokenTiles, int kExpertTiles, KeyMode kMode, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_router_few_tokens(const Product product, const __grid_constant__ DenseRouter op) {
   constexpr int kTokens = 16 * kTokenTiles;
   constexpr int kExperts = 8 * kExpertTiles;
-  constexpr int kStageBytes = (kTokens + kExperts) * kFewStepBytes;
+  constexpr int kTimes = sizeof(W) / sizeof(X);  // as many bytes of the weight as of x
+  constexpr int kStageBytes = (kTokens + kTimes * kExperts) * kFewStepBytes;
   constexpr int kStride = kExperts + (kExperts % 16 == 8 ? 0 : 8);  // of sums in shared memory
   static_assert(kTokens * kStride * 4 <= kFewStages * kStageBytes);
   constexpr int kExpertsOfThread = (128 * kChunks + kThreads - 1) / kThreads;
@@ -219,32 +288,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int end = static_cast<int>((split + 1) * steps / kFewSplits);
     int step = static_cast<int>(split * steps / kFewSplits) + warp;
     int next = step;
-    // A lane copies 16 bytes of every fourth row.
-    const int row = lane / 8;
+    // A lane copies 16 bytes of every fourth row, or of every second one of a weight with twice the bytes.
+    constexpr int kAtOnce = 4;
+    constexpr int kWeightAtOnce = kAtOnce / kTimes;
+    const int row = lane * kAtOnce / 32;
+    const int weight_row = lane * kWeightAtOnce / 32;
+    const int piece = lane % (32 / kAtOnce);
+    const int weight_piece = lane % (32 / kWeightAtOnce);
     const int tokens = min(product.rows - first_token, kTokens) - row;
-    const int experts = min(product.experts - first_expert, kExperts) - row;
-    const uint32_t column = lane % 8 * 16;
-    const char* weight = product.weight + static_cast<uint64_t>(first_expert + row) * row_bytes + column;
-    const char* x = product.x + static_cast<uint64_t>(first_token + row) * row_bytes + column;
-    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stages)) + place_of(row, lane % 8);
+    const int experts = min(product.experts - first_expert, kExperts) - weight_row;
+    const char* weight =
+        product.weight + static_cast<uint64_t>(first_expert + weight_row) * (kTimes * row_bytes) + 16 * weight_piece;
+    const char* x = product.x + static_cast<uint64_t>(first_token + row) * row_bytes + 16 * piece;
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
+    uint32_t x_to = to + place_of(row, piece);
+    uint32_t weight_to = to + kTokens * kFewStepBytes + place_of<kTimes * kFewStepBytes>(weight_row, weight_piece);
     // Values to keep: the compiler would make them anew for each copy.
-    asm volatile("" : "+l"(weight), "+l"(x), "+r"(to));
+    asm volatile("" : "+l"(weight), "+l"(x), "+r"(x_to), "+r"(weight_to));
     int stage = 0;
     const auto copy = [&] {
       if (next < end) {
-        const uint32_t offset = next * kFewStepBytes;
-        const bool exists = offset + column < row_bytes;
-        const uint32_t x_to = to + stage * kStageBytes;
-        const uint32_t w_to = x_to + kTokens * kFewStepBytes;
+        uint32_t offset = kTimes * next * kFewStepBytes;
+        bool exists = offset + 16 * weight_piece < kTimes * row_bytes;
         const char* from = weight + (exists ? offset : 0);
 #pragma unroll
-        for (int i = 0; i < kExperts; i += 4, from += 4 * row_bytes) {
-          if (i < experts) copy_piece(w_to + i * kFewStepBytes, from, exists);
+        for (int i = 0; i < kExperts; i += kWeightAtOnce, from += kAtOnce * row_bytes) {
+          const int place = stage * kStageBytes + i * kTimes * kFewStepBytes;
+          if (i < experts) copy_piece(weight_to + place, from, exists);
         }
+        offset = next * kFewStepBytes;
+        exists = offset + 16 * piece < row_bytes;
         from = x + (exists ? offset : 0);
 #pragma unroll
-        for (int i = 0; i < kTokens; i += 4, from += 4 * row_bytes) {
-          if (i < tokens) copy_piece(x_to + i * kFewStepBytes, from, exists);
+        for (int i = 0; i < kTokens; i += kAtOnce, from += kAtOnce * row_bytes) {
+          if (i < tokens) copy_piece(x_to + stage * kStageBytes + i * kFewStepBytes, from, exists);
         }
       }
       asm volatile("cp.async.commit_group;" ::: "memory");
@@ -253,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 #pragma unroll
     for (int s = 0; s < kFewStages; ++s) copy();
-    WarpSums<T, kTokenTiles, kExpertTiles> sums;
+    WarpSums<X, W, kTokenTiles, kExpertTiles> sums;
 #pragma unroll 1
     while (step < end) {
       asm volatile("cp.async.wait_group %0;" ::"n"(kFewStages - 1) : "memory");
@@ -429,11 +506,11 @@ uint64_t new_tag() {
   return tag == kNoTag ? new_tag() : tag;
 }
 
-template <class T, KeyMode kMode>
+template <class X, class W, KeyMode kMode>
 cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet* packets, cudaStream_t stream) {
   return with_index<kFewTileCount>(plan.few, [&](auto index) {
     constexpr FewTile kTile = kFewTiles[decltype(index)::value];
-    if constexpr (kTile.token_tiles == 1 || sizeof(T) == 2) {
+    if constexpr (takes(kTile, dtype_of(X{}), dtype_of(W{}))) {
       const int rows = static_cast<int>(op.select.rows);
       const int experts = op.select.selection.experts;
       LaunchShape shape{ceil_div(experts, kTile.experts()), kThreads, plan.shared_bytes};
@@ -443,11 +520,11 @@ cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet*
                             static_cast<const char*>(op.weight),
                             packets,
                             new_tag(),
-                            op.hidden * static_cast<uint32_t>(sizeof(T)),
+                            op.hidden * static_cast<uint32_t>(sizeof(X)),
                             rows,
                             experts};
       return launch_kernel(
-          dense_router_few_tokens<T, kTile.token_tiles, kTile.expert_tiles, kMode, kTile.chunks, kTile.full_chunks>,
+          dense_router_few_tokens<X, W, kTile.token_tiles, kTile.expert_tiles, kMode, kTile.chunks, kTile.full_chunks>,
           shape, stream, product, op);
     }
     return cudaErrorInvalidValue;
@@ -457,19 +534,22 @@ cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet*
 }  // namespace
 
 cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream) {
-  auto* packets = static_cast<Packet*>(op.workspace.data);
-  return with_type(op.operand_dtype, [&](auto type) {
-    using T = decltype(type);
+  const auto run_types = [&](auto x, auto weight) {
+    using X = decltype(x);
+    using W = decltype(weight);
+    auto* packets = static_cast<Packet*>(op.workspace.data);
     switch (key_mode(op.select)) {
       case KeyMode::kLogits:
-        return run_mode<T, KeyMode::kLogits>(op, plan, packets, stream);
+        return run_mode<X, W, KeyMode::kLogits>(op, plan, packets, stream);
       case KeyMode::kScores:
-        return run_mode<T, KeyMode::kScores>(op, plan, packets, stream);
+        return run_mode<X, W, KeyMode::kScores>(op, plan, packets, stream);
       case KeyMode::kGroups:
-        return run_mode<T, KeyMode::kGroups>(op, plan, packets, stream);
+        return run_mode<X, W, KeyMode::kGroups>(op, plan, packets, stream);
     }
     return cudaErrorInvalidValue;
-  });
+  };
+  if (op.operand_dtype != op.weight_dtype) return run_types(__nv_bfloat16{}, float{});
+  return with_type(op.operand_dtype, [&](auto type) { return run_types(type, type); });
 }
 
 }  // namespace jax_router::cuda
