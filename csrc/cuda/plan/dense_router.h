@@ -17,7 +17,7 @@ namespace jax_router::cuda {
 constexpr int kFewTokens = 128;  // at most
 constexpr int kFewSplits = 8;
 constexpr int kFewWarps = 8;
-constexpr int kFewStepBytes = 128;  // of every row, for one warp
+constexpr int kFewStepBytes = 128;  // of every expert's row, for one warp
 constexpr int kFewStages = 2;       // steps of a warp that are under way at once
 constexpr int kPacketBytes = 16;    // of the workspace, for two partial logits
 // Offsets within a few rows are 32 bits wide.
@@ -33,8 +33,7 @@ struct FewTile {
   constexpr int tokens() const { return 16 * token_tiles; }
   constexpr int experts() const { return 8 * expert_tiles; }
   constexpr int shared_bytes(DType x, DType weight) const {
-    const int weight_step = kFewStepBytes / size_of(x) * size_of(weight);
-    return kFewWarps * kFewStages * (tokens() * kFewStepBytes + experts() * weight_step);
+    return kFewWarps * kFewStages * kFewStepBytes * (tokens() * size_of(x) / size_of(weight) + experts());
   }
   // Of what the kernel declares as __shared__: a row of logits above all.
   constexpr int static_bytes() const { return 4 * 256 * ((chunks + 1) / 2) + 1024; }
@@ -47,23 +46,15 @@ struct FewTile {
 constexpr FewTile kFewTiles[] = {{4, 4, 2, 0}, {4, 6, 3, 2}, {4, 2, 2, 0}, {4, 3, 3, 2},
                                  {4, 4, 8, 3}, {1, 2, 2, 0}, {1, 3, 3, 2}, {1, 3, 8, 3}};
 constexpr int kFewTileCount = static_cast<int>(std::size(kFewTiles));
-// The most shared memory that any device grants a block.
-constexpr int kMostSharedBytes = 227 * 1024;
-
 // Those of x and weight that there are kernels for.
 struct OperandDTypes {
   DType x, weight;
 };
-constexpr OperandDTypes kOperandDTypes[] = {{DType::kF32, DType::kF32},
-                                            {DType::kBF16, DType::kBF16},
-                                            {DType::kF16, DType::kF16},
-                                            {DType::kBF16, DType::kF32}};
+constexpr OperandDTypes kOperandDTypes[] = {
+    {DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kF16, DType::kF16}, {DType::kBF16, DType::kF32}};
 
-// Whether there is a kernel. Products of f32 with f32 take no tensor core, and few tokens a block.
-constexpr bool takes(const FewTile& tile, DType x, DType weight) {
-  return (tile.token_tiles == 1 || x != DType::kF32) &&
-         tile.shared_bytes(x, weight) + tile.static_bytes() <= kMostSharedBytes;
-}
+// Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block.
+constexpr bool takes(const FewTile& tile, DType x) { return tile.token_tiles == 1 || x != DType::kF32; }
 
 // Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
 // the hidden axis.
@@ -144,8 +135,8 @@ inline std::string why_not_fused(const DenseRouter& op) {
   const Selection& selection = op.select.selection;
   const auto text = [](const char* wanted, int64_t got) { return wanted + (", got " + std::to_string(got)); };
   if (op.hidden <= 0 || op.hidden % 8 != 0) return text("a hidden size that is a multiple of 8", op.hidden);
-  if (op.hidden * int64_t{size_of(op.operand_dtype)} > kMostRowBytes) {
-    return text("at most 2^29 bytes of a hidden state, so many elements", op.hidden);
+  if (op.hidden * int64_t{size_of(op.weight_dtype)} > kMostRowBytes) {
+    return text("at most 2^29 bytes of an expert's row, so many elements", op.hidden);
   }
   if (op.weight_dtype != op.operand_dtype && op.operand_dtype != DType::kBF16) {
     return "x in bf16 where the weight is in f32, got f16";
@@ -166,7 +157,7 @@ inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& de
   // The blocks that select wait for all others: each must be running.
   const int64_t waiting = std::min(op.select.rows, few_blocks(op, tile));
   return op.select.rows <= kFewTokens && waiting <= device.multiprocessors && 128 * tile.full_chunks <= experts &&
-         experts <= 128 * tile.chunks && takes(tile, op.operand_dtype, op.weight_dtype) &&
+         experts <= 128 * tile.chunks && takes(tile, op.operand_dtype) &&
          tile.shared_bytes(op.operand_dtype, op.weight_dtype) + tile.static_bytes() <= device.shared_bytes &&
          few_workspace_bytes(op) <= op.workspace.bytes;
 }
@@ -252,10 +243,11 @@ constexpr Needs needs(const DenseRouterPlan& plan) {
   return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
 }
 
-// Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of those whose
-// memory is small enough.
+// Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of 16 tokens, and
+// for one of more.
 inline bool all_run_at_once(const DenseRouterPlan& plan, const Device& device) {
-  const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), 2);
+  const int64_t most = kFewTiles[plan.few].token_tiles == 1 ? 2 : 1;
+  const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), most);
   return plan.blocks <= of_multiprocessor * device.multiprocessors;
 }
 
@@ -304,7 +296,7 @@ inline std::vector<std::string> instances(const DenseRouter&, const Device& devi
     for (KeyMode mode : kKeyModes) {
       for (const FewTile& tile : kFewTiles) {
         const bool fits = tile.shared_bytes(x, weight) + tile.static_bytes() <= device.shared_bytes;
-        if (fits && takes(tile, x, weight)) all.push_back(instance_name(x, weight, mode, tile));
+        if (fits && takes(tile, x)) all.push_back(instance_name(x, weight, mode, tile));
       }
       for (const ManyTile& tile : kManyTiles) {
         if (!device.has_hopper_kernels || weight == DType::kF32) continue;
