@@ -34,7 +34,8 @@ template <>
 constexpr uint32_t kMinusInfinities<__half> = 0xFC00FC00u;
 
 // A row in the registers of a block: its whole vectors of 16 bytes, and the elements before and after these, the edges,
-// one a thread. Vectors that do not exist hold -inf.
+// one a thread. Vectors that do not exist hold -inf. `place` is the thread's among those that have vectors side by
+// side.
 template <typename T, int kThreads, int kVectors>
 struct RegisterRow {
   static constexpr int kElements = 16 / sizeof(T);
@@ -49,11 +50,11 @@ struct RegisterRow {
   bool has_edge;        // whether this thread has one
   bool has_edges;       // whether the row has
 
-  __device__ __forceinline__ RegisterRow(const T* row, uint32_t length) {
+  __device__ __forceinline__ RegisterRow(const T* row, uint32_t length, uint32_t place = threadIdx.x) {
     const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
     head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
     end = length - (length - head) % kElements;
-    first = head + threadIdx.x * kElements;
+    first = head + place * kElements;
     row += first;
     asm("" : "+l"(row));  // one address with constant offsets
 #pragma unroll
@@ -95,56 +96,46 @@ struct RegisterRow {
     return mask;
   }
 
-  // The same for the pairs that reach a bound; small rather than fast.
-  __device__ __forceinline__ uint32_t mask_of_pairs(uint64_t bound) const {
-    uint32_t mask = 0;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll 1
-      for (int e = 0; e < kElements; ++e) {
-        if (exists(v) && pair(v, e) >= bound) mask |= 1u << (v * kElements + e);
-      }
-    }
-    return mask;
-  }
-
   static __device__ __forceinline__ uint32_t key(float x) {
     return static_cast<uint32_t>(PairFormat<T>{kIndexBits}.pair(x, 0) >> kIndexBits);
   }
-
-  // A bound that at least k and at most `most` of the row's pairs reach, where the row has more than `most`. The k-th
-  // largest has a key between the least and the largest that any thread gives. For all threads together; `counts` is
-  // shared memory.
-  __device__ __forceinline__ uint64_t bisect(uint32_t key_min, uint32_t key_max, uint32_t k, uint32_t most,
-                                             uint32_t (&counts)[2][kThreads / 32]) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    key_max = __reduce_max_sync(kFullWarp, key_max);
-    key_min = __reduce_min_sync(kFullWarp, key_min);
-    if (lane == 0) counts[0][warp] = key_max;
-    if (lane == 0) counts[1][warp] = key_min;
-    __syncthreads();
-    key_max = __reduce_max_sync(kFullWarp, counts[0][lane % (kThreads / 32)]);
-    key_min = __reduce_min_sync(kFullWarp, counts[1][lane % (kThreads / 32)]);
-    __syncthreads();
-    // Many equal elements are the usual reason to come here: only indices that exist are divided.
-    constexpr uint32_t kLastIndex = 0xFFFFFFFFu - (kThreads * kVectors * kElements - 1);
-    uint64_t low = static_cast<uint64_t>(key_min) << kIndexBits | kLastIndex;
-    uint64_t high = static_cast<uint64_t>(key_max) << kIndexBits | 0xFFFFFFFFu;
-    if (high != ~uint64_t{0}) ++high;
-#pragma unroll 1
-    for (int round = 0;; round ^= 1) {
-      if (high - low == 1) return high;  // which no pair exceeds
-      const uint64_t middle = low + (high - low) / 2;
-      const uint32_t own = __popc(mask_of_pairs(middle)) + (has_edge && edge_pair() >= middle ? 1 : 0);
-      const uint32_t of_warp = __reduce_add_sync(kFullWarp, own);
-      if (lane == 0) counts[round][warp] = of_warp;
-      __syncthreads();
-      const uint32_t count = __reduce_add_sync(kFullWarp, lane < kThreads / 32 ? counts[round][lane] : 0);
-      (count < k ? high : low) = middle;
-      if (count >= k && count <= most) return low;
-    }
-  }
 };
+
+// A bound that at least k and at most `most` of a row's pairs reach, where the row has more than `most`. The k-th
+// largest has a key between the least and the largest that any thread gives. The row is read again for each step: it is
+// in the caches, and there are no registers for its pairs. For all threads together; `counts` is shared memory.
+template <typename T, int kThreads>
+__device__ __noinline__ uint64_t bisect(const T* row, uint32_t length, uint32_t key_min, uint32_t key_max, uint32_t k,
+                                        uint32_t most, uint32_t (&counts)[2][kThreads / 32]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const PairFormat<T> format = {kIndexBits};
+  key_max = __reduce_max_sync(kFullWarp, key_max);
+  key_min = __reduce_min_sync(kFullWarp, key_min);
+  if (lane == 0) counts[0][warp] = key_max;
+  if (lane == 0) counts[1][warp] = key_min;
+  __syncthreads();
+  key_max = __reduce_max_sync(kFullWarp, counts[0][lane % (kThreads / 32)]);
+  key_min = __reduce_min_sync(kFullWarp, counts[1][lane % (kThreads / 32)]);
+  __syncthreads();
+  // Many equal elements are the usual reason to come here: only indices that exist are divided.
+  uint64_t low = static_cast<uint64_t>(key_min) << kIndexBits | ~(length - 1);
+  uint64_t high = static_cast<uint64_t>(key_max) << kIndexBits | 0xFFFFFFFFu;
+  if (high != ~uint64_t{0}) ++high;
+#pragma unroll 1
+  for (int round = 0;; round ^= 1) {
+    if (high - low == 1) return high;  // which no pair exceeds
+    const uint64_t middle = low + (high - low) / 2;
+    uint32_t own = 0;
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < length; i += kThreads) own += format.pair(load_one(row + i), i) >= middle;
+    const uint32_t of_warp = __reduce_add_sync(kFullWarp, own);
+    if (lane == 0) counts[round][warp] = of_warp;
+    __syncthreads();
+    const uint32_t count = __reduce_add_sync(kFullWarp, lane < kThreads / 32 ? counts[round][lane] : 0);
+    (count < k ? high : low) = middle;
+    if (count >= k && count <= most) return low;
+  }
+}
 
 template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 768
@@ -153,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
                                                 kThreads) topk_select_few(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32;
-  constexpr uint32_t kMost = kThreads;  // candidates
+  constexpr uint32_t kMost = kThreads;                // candidates
+  constexpr uint32_t kMostRanked = 5 * kThreads / 8;  // of them, to be compared each with all
   __shared__ alignas(16) uint64_t pairs[kMost];
   __shared__ alignas(16) int chosen_indices[kMaxFewK];
   __shared__ alignas(16) float warp_bounds[kWarps];
@@ -166,7 +158,9 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   const PairFormat<T> format = {kIndexBits};
-  const Row row(data, length);
+  // Warps take turns of 128 bytes where all have some: each has its part of the best of a sorted row.
+  const bool takes_turns = length >= (kThreads + 1) * Row::kElements;
+  const Row row(data, length, takes_turns ? (lane / 8 * kWarps + warp) * 8 + lane % 8 : threadIdx.x);
   pairs[threadIdx.x] = 0;
   if (threadIdx.x < kMaxFewK) chosen_indices[threadIdx.x] = INT_MAX;
   if (threadIdx.x == 0) count = 0;
@@ -175,45 +169,62 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   const uint32_t full_warps = min((row.end - row.head) / (32 * Row::kElements), static_cast<uint32_t>(kWarps));
   const uint32_t share = max((k + full_warps - 1) / max(full_warps, 1u), 1u);
   // A NaN is above +inf, and so is a thread that has one.
-  const float maximum = row.maximum();
-  const float sorted = sort_descending<32>(maximum != maximum ? INFINITY : maximum);
-  const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
-  if (lane == 0) warp_bounds[warp] = bound_of_warp;
-  __syncthreads();
-  float bound = full_warps == 0 ? -INFINITY : warp_bounds[0];
+  const auto least_of_best = [&](float x, uint32_t share, uint32_t warps) {
+    const float sorted = sort_descending<32>(x != x ? INFINITY : x);
+    const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
+    if (lane == 0) warp_bounds[warp] = bound_of_warp;
+    __syncthreads();
+    float bound = warps == 0 ? -INFINITY : warp_bounds[0];
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) {
-    if (w < full_warps) bound = fminf(bound, warp_bounds[w]);
-  }
+    for (int w = 1; w < kWarps; ++w) {
+      if (w < warps) bound = fminf(bound, warp_bounds[w]);
+    }
+    return bound;
+  };
+  const float maximum = row.maximum();
+  const float bound = least_of_best(maximum, share, full_warps);
   uint32_t mask = row.mask_of([&](int v, int e) { return !(row.element(v, e) < bound); });
   bool edge_reaches = row.has_edge && !(row.edge < bound);
 
-  uint32_t candidates;
+  const uint32_t own = __popc(mask) + (edge_reaches ? 1 : 0);
+  const uint32_t sum = inclusive_sum_of_lanes(own);
+  uint32_t free_place = 0;
+  if (lane == 31 && sum != 0) free_place = atomicAdd(&count, sum);
+  free_place = __shfl_sync(kFullWarp, free_place, 31) + sum - own;
 #pragma unroll 1
-  while (true) {
-    const uint32_t own = __popc(mask) + (edge_reaches ? 1 : 0);
-    const uint32_t sum = inclusive_sum_of_lanes(own);
-    uint32_t place = 0;
-    if (lane == 31 && sum != 0) place = atomicAdd(&count, sum);
-    place = __shfl_sync(kFullWarp, place, 31) + sum - own;
-#pragma unroll 1
-    for (; mask != 0 && place < kMost; ++place, mask &= mask - 1) {
-      const int i = __ffs(mask) - 1;
-      const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
-      pairs[place] = format.pair(load_one(data + index), index);
-    }
-    if (edge_reaches && place < kMost) pairs[place] = row.edge_pair();
-    __syncthreads();
-    candidates = count;
-    if (candidates <= kMost) break;
-    const uint64_t exact_bound = row.bisect(row.key(bound), row.key(maximum), k, kMost, counts);
-    mask = row.mask_of_pairs(exact_bound);
-    edge_reaches = row.has_edge && row.edge_pair() >= exact_bound;
-    pairs[threadIdx.x] = 0;
+  for (; mask != 0 && free_place < kMost; ++free_place, mask &= mask - 1) {
+    const int i = __ffs(mask) - 1;
+    const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
+    pairs[free_place] = format.pair(load_one(data + index), index);
+  }
+  if (edge_reaches && free_place < kMost) pairs[free_place] = row.edge_pair();
+  __syncthreads();
+  uint32_t candidates = count;
+  if (candidates > kMost) {
+    const uint64_t exact_bound =
+        bisect<T, kThreads>(data, length, row.key(bound), row.key(maximum), k, kMostRanked, counts);
+    pairs[threadIdx.x] = kNoPair;
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
+      const uint64_t pair = format.pair(load_one(data + i), i);
+      if (pair >= exact_bound) pairs[atomicAdd(&count, 1)] = pair;
+    }
+    __syncthreads();
+    candidates = count;
+  } else if (candidates > kMostRanked) {
+    // More than chance brings, as of a sorted row: a bound from these, again of all warps.
+    const uint64_t pair = pairs[lane * kWarps + warp];
+    const float x = pair == kNoPair ? -INFINITY : format.element(pair);
+    const float higher_bound = least_of_best(x, (k + kWarps - 1) / kWarps, kWarps);
+    pairs[threadIdx.x] = kNoPair;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    if (pair != kNoPair && !(x < higher_bound)) pairs[atomicAdd(&count, 1)] = pair;
+    __syncthreads();
+    candidates = count;
   }
-
   const uint64_t pair = pairs[threadIdx.x];
   int place = 32 * warp < candidates ? count_larger(pair, pairs, candidates) : 0;
   const bool chosen = threadIdx.x < candidates && place < k;
@@ -312,20 +323,14 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       }
     } else {
       uint32_t key_min = 0xFFFFFFFFu, key_max = 0;
-      const auto add = [&](float x) {
-        if (bin_of(x) != found.bin) return;
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
+        const float x = load_one(data + i);
+        if (bin_of(x) != found.bin) continue;
         key_min = min(key_min, row.key(x));
         key_max = max(key_max, row.key(x));
-      };
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll 1
-        for (int e = 0; e < Row::kElements; ++e) {
-          if (row.exists(v)) add(row.element(v, e));
-        }
       }
-      if (row.has_edge) add(row.edge);
-      const uint64_t bound = row.bisect(key_min, key_max, k, k, counts);
+      const uint64_t bound = bisect<T, kThreads>(data, length, key_min, key_max, k, k, counts);
       if (threadIdx.x == 0) exact_bound = bound;
     }
     if (threadIdx.x == 0) count = 0;
@@ -387,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       __syncthreads();
       varying = Select::shared().key_varying;
       best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
-      Select::template order<true>(k, bound, best, varying, k, format.index_bits, pairs + op.k, write);
+      Select::template order<true>(k, bound, best, varying, k, format.index_bits, length, pairs + op.k, write);
     } else {
       const uint32_t mask = row.mask_of([&](int v, int e) { return row.pair(v, e) >= bound; });
       const auto mask_of_vector = [&](int v) { return mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };

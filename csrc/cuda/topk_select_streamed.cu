@@ -120,6 +120,37 @@ struct Stream {
   }
 };
 
+// A bound that about the k best of a row reach, from single elements that lie evenly over the block's part, each of
+// which is fetched for this alone. The part has at least 2 * kThreads of them. A function of its own, as it
+// is seldom called and the others need the registers.
+template <typename T, int kThreads>
+__device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads> stream, PairFormat<T> format, uint32_t k,
+                                                      uint32_t length, uint32_t capacity) {
+  using Select = PairSelect<kThreads, kStreamedBins>;
+  constexpr uint32_t kElements = Stream<T, kThreads>::kElements;
+  const uint32_t elements = stream.own_vectors() * kElements;
+  // As few of them as do not let through more candidates than there is room for.
+  const uint32_t most = min(elements / 2, kSampled * kThreads);
+  uint32_t size = 0, rank;
+  do {
+    size += kThreads;
+    const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
+    rank = static_cast<uint32_t>(expected + 4 * fast_sqrt(expected)) + 2;
+  } while (size + kThreads <= most &&
+           static_cast<float>(rank) * static_cast<float>(length) > 0.7f * capacity * static_cast<float>(size));
+  // If each vector gives one at most, another of its elements each time.
+  const float spacing = __fdividef(static_cast<float>(elements), static_cast<float>(size));
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+    const uint32_t number = min(static_cast<uint32_t>((static_cast<float>(i) + 0.5f) * spacing), elements - 1);
+    const uint32_t element = spacing >= kElements ? threadIdx.x % kElements : number % kElements;
+    const uint32_t index = stream.index_of_own(number / kElements) + element;
+    Select::pairs()[i] = format.pair(load_one(stream.row + index), index);
+  }
+  __syncthreads();
+  return Select::kth_largest(size, rank, format.index_bits, rank / 8).pair;
+}
+
 template <typename T, int kThreads, bool kInCluster>
 __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     topk_select_streamed(TopkSelect op, Rows rows) {
@@ -127,6 +158,7 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
   __shared__ uint32_t sample_size, unevenness, start;
+  __shared__ uint32_t most_of_least, least_of_most;  // keys of the samples of warps of which each thread has some
 
   const uint32_t blocks = kInCluster ? rows.blocks : 1;
   const int64_t row_index = blockIdx.x / blocks;
@@ -143,6 +175,8 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
   if (threadIdx.x == 0) {
     sample_size = 0;
     unevenness = 0;
+    most_of_least = 0;
+    least_of_most = 0xFFFFFFFFu;
     gathering.count = 0;
     if (kInCluster) {
       init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
@@ -174,28 +208,6 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     if (threadIdx.x % 32 == 0) atomicAdd(&unevenness, static_cast<uint32_t>(difference * difference));
     __syncthreads();
     return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
-  };
-  // From single elements that lie evenly over the block's part, each of which is fetched for this alone; or `otherwise`
-  // where the row is too short for them.
-  const auto bound_of_even_sample = [&](uint64_t otherwise) {
-    // As few of them as do not let through more candidates than there is room for.
-    uint32_t size = 0, rank;
-    do {
-      size += kThreads;
-      const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
-      rank = static_cast<uint32_t>(expected + 4 * fast_sqrt(expected)) + 2;
-    } while (size < kSampled * kThreads &&
-             static_cast<float>(rank) * static_cast<float>(length) > 0.7f * rows.capacity * static_cast<float>(size));
-    if (rank >= size || stream.own_vectors() < 2 * size) return otherwise;
-    const float spacing = __fdividef(static_cast<float>(stream.own_vectors()), static_cast<float>(size));
-#pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
-      const uint32_t number = static_cast<uint32_t>((static_cast<float>(i) + 0.5f) * spacing);
-      const uint32_t index = stream.index_of_own(min(number, stream.own_vectors() - 1)) + threadIdx.x % kElements;
-      pairs[i] = format.pair(load_one(row + index), index);
-    }
-    __syncthreads();
-    return Select::kth_largest(size, rank, format.index_bits, rank / 8).pair;
   };
 
   uint64_t bound = kLowestPair;
@@ -233,7 +245,13 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
         }
         if (group != 0) pairs[threadIdx.x] = largest;
         sampled = __reduce_add_sync(kFullWarp, sampled);
-        if (threadIdx.x % 32 == 0) atomicAdd(&sample_size, sampled);
+        const uint32_t key = static_cast<uint32_t>(largest >> format.index_bits);
+        const uint32_t most = __reduce_max_sync(kFullWarp, key), least = __reduce_min_sync(kFullWarp, key);
+        if (threadIdx.x % 32 == 0) {
+          atomicAdd(&sample_size, sampled);
+          if (least != 0) atomicMax(&most_of_least, least);
+          if (least != 0) atomicMin(&least_of_most, most);
+        }
         __syncthreads();
         const float groups = static_cast<float>(sample_size) / static_cast<float>(max(group, 1u));
         const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
@@ -242,11 +260,15 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
         const float wanted = expected + 6 * fast_sqrt(expected);
         const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
         const uint32_t rank = static_cast<uint32_t>(reached) + 2;
-        if (rank < static_cast<uint32_t>(groups)) {
+        // The whole sample of one warp below that of another is no chance.
+        const bool is_long = stream.own_vectors() * kElements >= 2 * kThreads;
+        bool uneven = is_long && most_of_least > least_of_most;
+        if (!uneven && rank < static_cast<uint32_t>(groups)) {
           bound =
               Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8).pair;
-          if (is_uneven(bound, group == 0 ? kSampled : 1, rank, groups)) bound = bound_of_even_sample(bound);
+          uneven = is_long && is_uneven(bound, group == 0 ? kSampled : 1, rank, groups);
         }
+        if (uneven) bound = bound_of_even_sample(stream, format, k, length, rows.capacity);
         __syncthreads();
       }
       // The other blocks may use what was set up above, and this block's pairs, which the sample needs no more.
@@ -397,9 +419,9 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted) {
-      Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, spare, write);
+      Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     } else {
-      Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, spare, write);
+      Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }
   }
   if (block == 0) {

@@ -41,8 +41,8 @@ template <int kThreads, int kBinsOfThread>
 struct alignas(16) PairSelect {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = kBinsOfThread * kThreads;
-  static constexpr int kMostMembers = 64;  // of a bin, to be ranked by comparing each with all
-  static constexpr int kMostOfBin = 12;    // of a bin, to be put in order so
+  static constexpr int kMostMembers = 64;     // of a bin, to be ranked by comparing each with all
+  static constexpr uint32_t kMostOfBin = 16;  // of a bin, to be put in order so
   static constexpr int kBinBits = (kThreads == 1024 ? 10 : kThreads == 512 ? 9 : 8) + kBinsOfThread / 2;
   static_assert(kBins == 1 << kBinBits);
 
@@ -88,9 +88,11 @@ struct alignas(16) PairSelect {
     return exclusive_sum_of_block<kThreads>(x, shared().warp_sums);
   }
 
-  // a[i] becomes the sum of a[0..i). `a` has room for an even number of words. Ends with a barrier.
-  static __device__ __noinline__ void scan(uint32_t* a, uint32_t size) {
+  // a[i] becomes the sum of a[0..i). `a` has room for an even number of words. Whether one of them was above
+  // kMostOfBin. Ends with a barrier.
+  static __device__ __noinline__ bool scan(uint32_t* a, uint32_t size) {
     uint32_t carry = 0;
+    int crowded = 0;
 #pragma unroll 1
     for (uint32_t first = 0; first < size; first += 2 * kThreads) {
       const uint32_t i = first + 2 * threadIdx.x;
@@ -99,9 +101,10 @@ struct alignas(16) PairSelect {
       const uint32_t before = carry + exclusive_sum(two.x + two.y);
       if (i < size) *reinterpret_cast<uint2*>(a + i) = make_uint2(before, before + two.x);
       if (threadIdx.x == kThreads - 1) shared().found.before = before + two.x + two.y;
-      __syncthreads();
+      crowded = __syncthreads_or(crowded | (max(two.x, two.y) > kMostOfBin));
       carry = shared().found.before;
     }
+    return crowded != 0;
   }
 
   // Which of the bins holds number k of what was counted into them, in `found`. With `starts`, each bin becomes the
@@ -213,63 +216,44 @@ struct alignas(16) PairSelect {
 
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in
   // descending order if kByKey, else in ascending order of the index. Exactly `size` pairs are no smaller, and none is
-  // larger than `best`. Of their keys, only bits in `varying` differ. `spare` has room for ordering_bytes(size).
+  // larger than `best`. Of their keys, only bits in `varying` differ, and their indices are below `length`. `spare` has
+  // room for ordering_bytes(size).
   template <bool kByKey, class Write>
   static __device__ __forceinline__ void order(uint32_t count, uint64_t bound, uint64_t best, uint32_t varying,
-                                               uint32_t size, int index_bits, uint64_t* spare, Write write) {
+                                               uint32_t size, int index_bits, uint32_t length, uint64_t* spare,
+                                               Write write) {
     const auto for_each_chosen = [&](auto body) {
       for_each(count, bound, best, body);
       __syncthreads();
     };
-    // Values with few bits, as those that were rounded to bf16, lie far apart, and many on one place. For these the
-    // bits that no key differs in are left out of its distance from the best.
-    const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
-    const int unused = kByKey && varying != 0 ? __ffs(varying) - 1 : 0;
-    if (unused != 0) {
-      const auto closer = [&](uint64_t pair) {
-        const uint64_t between = best - pair;
-        return best - (between >> index_bits >> unused << index_bits | (between & last_index));
-      };
-#pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-        const uint64_t pair = pairs()[i];
-        if (pair >= bound) pairs()[i] = closer(pair);
-      }
-      bound = closer(bound);
-    }
-    const auto original = [&](uint64_t pair) {
-      if (unused == 0) return pair;
-      const uint64_t between = best - pair;
-      return best - (between >> index_bits << unused << index_bits | (between & last_index));
-    };
-    // Distance from the front.
+    // Distance from the front. Values with few bits, as those that were rounded to bf16, lie far apart, and many on one
+    // place: bits that no two keys differ in are left out, and so are those that no index has.
     using Distance = std::conditional_t<kByKey, uint64_t, uint32_t>;
-    const auto distance = [&](uint64_t pair) -> Distance { return kByKey ? best - pair : ~pair & last_index; };
-    const int shift = shift_for(kByKey ? best - bound : last_index);
+    const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
+    const uint32_t best_key = static_cast<uint32_t>(best >> index_bits);
+    const int unused_bits = varying != 0 ? __ffs(varying) - 1 : 0;
+    const int used_index_bits = 32 - __clz(length - 1);
+    const auto distance = [&](uint64_t pair) -> Distance {
+      const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
+      if constexpr (!kByKey) return index;
+      const uint32_t between = best_key - static_cast<uint32_t>(pair >> index_bits) >> unused_bits;
+      return static_cast<uint64_t>(between) << used_index_bits | index;
+    };
+    const int shift = shift_for(kByKey ? distance(bound) : length - 1);
     uint32_t* bins = shared().bins;
     uint32_t* fine = reinterpret_cast<uint32_t*>(spare + size);
     clear_bins();
     __syncthreads();
     for_each_chosen([&](uint64_t pair) { atomicAdd(&bins[distance(pair) >> shift], 1); });
-    scan(bins, kBins);
-    // Where a bin holds many pairs, all are divided again, into half as many parts as pairs. Indices are spread well
-    // enough.
-    bool divide = false;
-    if constexpr (kByKey) {
-      uint32_t most = 0;
-#pragma unroll
-      for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
-        most = max(most, (bin + 1 < kBins ? bins[bin + 1] : size) - bins[bin]);
-      }
-      divide = __syncthreads_or(most > kMostOfBin) != 0;
-    }
+    // Where a bin holds many pairs, all are divided again, into half as many parts as pairs.
+    const bool divide = scan(bins, kBins);
     uint32_t* starts = divide ? fine : bins;
     const auto part = [&](uint64_t pair) -> uint32_t {
       const uint32_t bin = distance(pair) >> shift;
       if (!divide) return bin;
       const uint32_t start = bins[bin];
       const uint32_t end = bin + 1 < kBins ? bins[bin + 1] : size;
-      const uint64_t rest = distance(pair) & ((uint64_t{1} << shift) - 1);
+      const Distance rest = distance(pair) & ((Distance{1} << shift) - 1);
       const uint32_t fraction = static_cast<uint32_t>(shift > 16 ? rest >> (shift - 16) : rest << (16 - shift));
       return (start + (fraction * (end - start) >> 16)) / 2;
     };
@@ -280,16 +264,17 @@ struct alignas(16) PairSelect {
       scan(fine, size / 2 + 1);
     }
     for_each_chosen([&](uint64_t pair) { spare[atomicAdd(&starts[part(pair)], 1)] = pair; });
-    // Now starts[p] is where part p ends, and the next begins.
+    // Now starts[p] is where part p ends, and the next begins. Of two pairs the larger comes first, or of their
+    // indices, which are inverted, the larger.
+    const auto rest_of = [&](uint64_t pair) { return kByKey ? pair : pair & last_index; };
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
       const uint64_t pair = spare[i];
       const uint32_t p = part(pair);
       uint32_t rank = p == 0 ? 0 : starts[p - 1];
 #pragma unroll 4
-      for (uint32_t other = rank, end = starts[p]; other < end; ++other)
-        rank += distance(spare[other]) < distance(pair);
-      write(rank, original(pair));
+      for (uint32_t other = rank, end = starts[p]; other < end; ++other) rank += rest_of(spare[other]) > rest_of(pair);
+      write(rank, pair);
     }
   }
 };
