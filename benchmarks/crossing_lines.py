@@ -86,7 +86,7 @@ def _activation_topk() -> Iterator[Line]:
         is_plain = dtype == "f32" and not bias
         # Up to 256 experts without a bias have halves of warps however few the rows.
         for experts in (64, 256, 384, 512):
-            is_timed = dtype == "f32" and experts >= (256 if bias else 384)
+            is_timed = (dtype == "f32" and experts >= (256 if bias else 384)) or (dtype == "bf16" and experts == 256)
             yield line("rows", 1, 70000, is_timed, dtype=dtype, bias=bias, experts=experts, k=6)
         for rows in (256, 16384):
             yield line("experts", 8, 4096, is_plain and rows > 256, dtype=dtype, bias=bias, rows=rows, k=6)

@@ -56,9 +56,9 @@ class Sizes {
   size_t taken_ = 0;
 };
 
-// Plans look at whether there is such an operand, not at it.
+// Plans look at whether there is such an operand, and whether it can be read in quads, as those of XLA can; not at it.
 inline const float* an_operand(bool given) {
-  static const float number = 0.0f;
+  alignas(16) static const float number = 0.0f;
   return given ? &number : nullptr;
 }
 
