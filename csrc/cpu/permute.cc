@@ -1,8 +1,7 @@
 // permute, and combine's cotangents, which are a permute with products beside it: a token's row is read once from
 // memory, and goes to its slots. Who clears the slots without a choice is instruction_set.cc.
-#include <cstring>
-
 #include "dispatched.h"
+#include "result_rows.h"
 #include "rows.h"
 
 namespace jax_router::cpu::JR_ISA {
@@ -10,13 +9,13 @@ namespace jax_router::cpu::JR_ISA {
 void rows(const Permute& op, int64_t begin, int64_t end) {
   const DispatchedRows rows = op.rows;
   const int64_t hidden = rows.hidden, row_bytes = hidden * op.element_bytes;
+  const ResultRows out(op.out, rows.slot_rows(), row_bytes);
   for (int64_t row = begin; row < end; ++row) {
     const Token token(rows, op.weights, row);
     token.for_choices(rows, [&](int32_t j, int64_t slot, float weight) {
       if (!lies_in(rows, token.problem, token.number, token.slots[j])) return;
       if (op.weights == nullptr) {
-        std::memcpy(static_cast<char*>(op.out) + slot * row_bytes, static_cast<const char*>(op.x) + row * row_bytes,
-                    row_bytes);
+        out.copy(static_cast<const char*>(op.x) + row * row_bytes, slot);
         return;
       }
       with_type(op.dtype, [&](auto type) {
