@@ -11,7 +11,7 @@ namespace jax_router::cpu {
 namespace {
 
 constexpr int64_t kChoicesPerChunk = 32768;
-constexpr int64_t kFewChoices = 4096;
+constexpr int64_t kFewChoices = 1024;
 constexpr int64_t kCopies = 4;
 constexpr int64_t kAhead = 1024;  // ids that are asked for before their turn: a page, where the hardware stops asking
 
@@ -37,12 +37,13 @@ void count_few(const ExpertCounts& op, int64_t problem, int64_t begin, int64_t e
 }
 
 void count_many(const ExpertCounts& op, int64_t problem, int64_t begin, int64_t end, int32_t* counts) {
-  const auto experts = static_cast<uint32_t>(op.experts);
-  const int64_t buckets = int64_t{op.experts} + 1;  // the last one for ids outside
+  const auto experts = static_cast<uint64_t>(op.experts);
+  const int64_t buckets = op.experts + int64_t{1};  // the last one for ids outside
   std::vector<int32_t> copies(kCopies * buckets);
   int32_t* first = copies.data();
   int32_t *second = first + buckets, *third = second + buckets, *fourth = third + buckets;
-  const auto bucket_of = [experts](int32_t id) { return std::min(static_cast<uint32_t>(id), experts); };
+  // In 64 bits, as what it indexes: one instruction less a choice.
+  const auto bucket_of = [experts](int32_t id) { return std::min<uint64_t>(static_cast<uint32_t>(id), experts); };
   for_choices(op, problem, begin, end, [=](const int32_t* ids, int64_t n) {
     int64_t i = 0;
     for (; i + kCopies <= n; i += kCopies) {
