@@ -1,6 +1,6 @@
-// expert_counts: each thread counts chunks of tokens. A chunk has its counts several times over, and neighbouring choices
-// count in different ones: an addition that follows one to the same number would wait for it. They are added up at the
-// end of the chunk, those of the chunks by the caller. Few choices are counted where their result lies.
+// expert_counts: each thread counts chunks of tokens. A chunk has its counts several times over, and neighbouring
+// choices count in different ones: an addition that follows one to the same number would wait for it. They are added up
+// at the end of the chunk, those of the chunks by the caller. Few choices are counted where their result lies.
 #include <algorithm>
 #include <vector>
 

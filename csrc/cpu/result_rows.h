@@ -1,5 +1,5 @@
-// The rows of a result. Those of a large one go past the caches: a store that does not would first fetch the line that it
-// overwrites, and push out what is still to be read.
+// The rows of a result. Those of a large one go past the caches: a store that does not would first fetch the line that
+// it overwrites, and push out what is still to be read.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,23 @@
 #include <immintrin.h>
 #endif
 
+#include "scratch.h"
+
 namespace jax_router::cpu::JR_ISA {
+
+// From how many bytes on a result is large: sooner if a core has nothing to do for it but copy.
+constexpr int64_t kLargeCopied = int64_t{1} << 22;
+constexpr int64_t kLargeComputed = int64_t{1} << 24;
 
 // Other threads see the rows once this is gone.
 class ResultRows {
  public:
-  ResultRows(void* data, int64_t rows, int64_t row_bytes)
+  ResultRows(void* data, int64_t rows, int64_t row_bytes, int64_t large)
       : data_(static_cast<char*>(data)),
         row_bytes_(row_bytes),
-        past_caches_(rows * row_bytes >= kLarge &&
-                     (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(row_bytes)) % kLine == 0) {}
+        past_caches_(rows * row_bytes >= large &&
+                     (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(row_bytes)) % kLine == 0),
+        buffer_(past_caches_ ? row_bytes : 0) {}
 #ifdef __SSE2__
   ~ResultRows() {
     if (past_caches_) _mm_sfence();
@@ -26,10 +33,10 @@ class ResultRows {
   ResultRows(const ResultRows&) = delete;
   ResultRows& operator=(const ResultRows&) = delete;
 
-  // Where to make a row before it is copied: in the buffer, or where it belongs.
+  // Where to make a row before it is copied: where it belongs, if caches may hold it, and copying it does nothing.
   template <typename T>
-  T* place(int64_t row, T* buffer) const {
-    return past_caches_ ? buffer : reinterpret_cast<T*>(at(row));
+  T* place(int64_t row) const {
+    return reinterpret_cast<T*>(past_caches_ ? static_cast<char*>(buffer_) : at(row));
   }
 
   void copy(const void* from, int64_t row) const {
@@ -44,7 +51,6 @@ class ResultRows {
   char* at(int64_t row) const { return data_ + row * row_bytes_; }
 
   static constexpr int64_t kLine = 64;
-  static constexpr int64_t kLarge = int64_t{1} << 22;  // bytes
 
   // Whole lines.
   static void copy_past_caches(const char* from, int64_t bytes, char* to) {
@@ -70,6 +76,7 @@ class ResultRows {
   char* const data_;
   const int64_t row_bytes_;
   const bool past_caches_;
+  const Scratch<char> buffer_;
 };
 
 }  // namespace jax_router::cpu::JR_ISA
