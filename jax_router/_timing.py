@@ -220,7 +220,7 @@ def wall_timings(
         if turn >= turns and time.perf_counter() > end:
             break
         for place, (name, run) in enumerate(runs.items()):
-            # At every time far from the others: who comes second to a copy would find it in the cache.
+            # Always far from the others' copies: who comes second to one would find it in the cache.
             first = place * len(copies[name]) // len(runs)
             inputs = copies[name][(first + turn) % len(copies[name])]
             start = time.perf_counter()
