@@ -195,7 +195,7 @@ def test_no_contender_finds_the_copy_of_another_in_the_cache(names):
     """Between two uses of a copy there are calls with others."""
     used = []
     copies = {name: [(number,) for number in range(12)] for name in names}
-    _timing.wall_timings({name: used.append for name in names}, copies, seconds=0.0, turns=24)
+    _timing.wall_timings(dict.fromkeys(names, used.append), copies, seconds=0.0, turns=24)
     assert sorted(used) == sorted([*range(12)] * 2 * len(names))
     for number in range(12):
         (places,) = np.nonzero(np.array(used) == number)
