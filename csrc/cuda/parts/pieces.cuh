@@ -24,6 +24,29 @@ __device__ __forceinline__ Bits load_piece(const Bits* p) {
   return __ldg(p);
 }
 
+// The same, of a piece that no other block reads: it leaves the L2 before what others read or what is still to be
+// written.
+__device__ __forceinline__ uint4 load_piece_once(const uint4* p) {
+  uint4 piece;
+  asm volatile(
+      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy; }"
+      : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+      : "l"(p));
+  return piece;
+}
+template <class Bits>
+__device__ __forceinline__ Bits load_piece_once(const Bits* p) {
+  return __ldg(p);
+}
+
+// A copy to shared memory that passes by the registers, and is there after wait_for_copies.
+__device__ __forceinline__ void copy_piece(uint4* shared, const uint4* p) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 template <class Bits>
 __device__ __forceinline__ void store_piece(Bits* p, Bits piece) {
   __stcs(p, piece);
@@ -69,6 +92,13 @@ struct Piece {
         floats[2 * i] = two.x, floats[2 * i + 1] = two.y;
       }
     }
+  }
+
+  static __device__ __forceinline__ Bits pack_all(float number) {
+    Floats floats;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) floats[i] = number;
+    return pack(floats);
   }
 
   // Rounds.
