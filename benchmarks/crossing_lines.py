@@ -86,7 +86,7 @@ def _activation_topk() -> Iterator[Line]:
         is_plain = dtype == "f32" and not bias
         # Up to 256 experts without a bias have halves of warps however few the rows.
         for experts in (64, 256, 384, 512):
-            is_timed = dtype == "f32" and experts >= (256 if bias else 384)
+            is_timed = (dtype == "f32" and experts >= (256 if bias else 384)) or (dtype == "bf16" and experts == 256)
             yield line("rows", 1, 70000, is_timed, dtype=dtype, bias=bias, experts=experts, k=6)
         for rows in (256, 16384):
             yield line("experts", 8, 4096, is_plain and rows > 256, dtype=dtype, bias=bias, rows=rows, k=6)
@@ -139,6 +139,9 @@ def _dense_router() -> Iterator[Line]:
         grouped = {"num_groups": 12 if experts == 384 else 8}  # of powers of two, or no kernel takes them
         key: dict[str, Any] = {"logits": {}, "scores": {"bias": True}, "groups": grouped}[keys]
         yield line("rows", 1, 16384, case in timed, dtype=dtype, **key, hidden=4096, experts=experts, k=8)
+        if dtype == "bf16":
+            mixed = {"dtype": dtype, "weight_dtype": "f32"}
+            yield line("rows", 1, 16384, False, **mixed, **key, hidden=4096, experts=experts, k=8)
     for rows in (1, 32, 100, 1024):
         yield line("experts", 16, 1024, True, dtype="bf16", hidden=4096, rows=rows, k=8)
 
@@ -212,7 +215,15 @@ def _bias(experts: int, has_bias: bool) -> tuple[Spec, ...]:
 
 
 def _product_and_selection(
-    plan: str, rows: int, hidden: int, experts: int, k: int, dtype: str, bias: bool = False, num_groups: int = 1
+    plan: str,
+    rows: int,
+    hidden: int,
+    experts: int,
+    k: int,
+    dtype: str,
+    weight_dtype: str | None = None,
+    bias: bool = False,
+    num_groups: int = 1,
 ) -> Program:
     options = _options(k, num_groups)
 
@@ -221,7 +232,7 @@ def _product_and_selection(
 
     inputs = (
         Spec((rows, hidden), DTYPES[dtype]),
-        Spec((experts, hidden), DTYPES[dtype], scale=hidden**-0.5),
+        Spec((experts, hidden), DTYPES[weight_dtype or dtype], scale=hidden**-0.5),
         *_bias(experts, bias),
     )
     return Contender(unfused if plan == UNFUSED else partial(dense_router, **options)), inputs

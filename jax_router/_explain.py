@@ -132,7 +132,7 @@ def _cuda_plan(
     """The name of the plan, or why there is none."""
     module = _native.native_module("cuda")
     # Whether dense_router pays is a question of the device, and may be asked of one that is described.
-    asks_device = device is not None and op.name == "dense_router" and avals["x"].dtype == avals["weight"].dtype
+    asks_device = device is not None and op.name == "dense_router" and params["precision"] is None
     if not asks_device and (reason := op.reason_against_kernels("cuda", avals, partitioned=False, **params)):
         return None, reason
     if (sizes := _plan_sizes(op.name, avals, params)) is None:

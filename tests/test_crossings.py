@@ -55,6 +55,18 @@ NUMBERS = {
         "activation_topk/rows/f32/groups8/E256/k8",
         ("f32 groups tile 32x2", "f32 groups tile 16x4"),
     ),
+    "ActivationTopkNumbers.quarter_warps, logits": (
+        "activation_topk/rows/bf16/E256/k6",
+        ("bf16 logits tile 16x4", "bf16 logits tile 8x8"),
+    ),
+    "ActivationTopkNumbers.quarter_warps, scores": (
+        "activation_topk/rows/bf16/bias/E256/k6",
+        ("bf16 scores tile 16x4", "bf16 scores tile 8x8"),
+    ),
+    "ActivationTopkNumbers.quarter_warps, groups": (
+        "activation_topk/rows/f32/groups8/E256/k8",
+        ("f32 groups tile 16x4", "f32 groups tile 8x8"),
+    ),
     "TopkSelectNumbers.half_warps": ("topk_select/rows/f32/L512/k6/sorted", ("f32 tile 32x4", "f32 tile 16x8")),
     "TopkSelectNumbers.warp_rows": ("topk_select/rows/f32/L512/k64", ("f32 many 256x1", "f32 warp 32x4")),
     "TopkSelectNumbers.long_warp_rows": ("topk_select/rows/f32/L1024/k64", ("f32 many 256x1", "f32 warp 32x8")),
@@ -175,7 +187,13 @@ NUMBERS = {
     "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
     "warps of a multiprocessor": (
         "permute/tokens/bf16/D2048/k8",
-        ("copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
+        (
+            "copy 16 bytes of a slot",
+            "copy 16 bytes x1",
+            "copy 16 bytes x2",
+            "copy 16 bytes x4",
+            "copy 16 bytes x8",
+        ),
     ),
     "CombineNumbers.reads_of_row": ("combine/tokens/bf16/slots256/D2048/k8", ("bf16 wide", "bf16 table")),
     "CombineCotangentNumbers.multiprocessors_a_block": (

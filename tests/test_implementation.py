@@ -118,8 +118,9 @@ def test_fusing():
         "native, does not pay": ["activation_topk"],
         "native, unsupported, nor is the selection": "at most 4096 experts, got 5000",
         "native, of float32 at another precision": ["activation_topk"],
-        "4 tokens in bfloat16, weight in float32": ["dense_router"],
-        "65 tokens in bfloat16, weight in float32": ["activation_topk"],
+        "weight in float32": ["dense_router"],
+        "4 tokens, unsupported weight in float32": ["dense_router"],  # with x in f32
+        "65 tokens, unsupported weight in float32": ["activation_topk"],
     }
 
 

@@ -1,8 +1,9 @@
 // activation_topk: scores, selection and weights of tokens whose logits lie in device memory.
 //
-// A tile of 16 or 32 lanes owns one token: it reads the row once into registers, 4 logits a lane at a time, and selects
-// there (parts/token.cuh). Rows too long or with too many choices for that are kept in shared memory, one warp a token.
-// Floor: the logits are read once, and k weights and ids are written: rows * (experts * sizeof(logit) + 8 k) bytes.
+// A tile of 8, 16 or 32 lanes owns one token: it reads the row once into registers, 4 logits a lane at a time, and
+// selects there (parts/token.cuh). Rows too long or with too many choices for that are kept in shared memory, one warp
+// a token. Floor: the logits are read once, and k weights and ids are written: rows * (experts * sizeof(logit) + 8 k)
+// bytes.
 #include "kernels.h"
 #include "parts/launch.cuh"
 #include "parts/long_token.cuh"
@@ -21,6 +22,11 @@ struct GlobalRow {
 // The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
 // generous with registers for scores.
 constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
+  if (lanes == 8) {
+    if (mode == KeyMode::kGroups) return 6;
+    if (mode == KeyMode::kScores) return chunks <= 4 ? 9 : 6;
+    return chunks <= 4 ? 10 : 8;
+  }
   if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
   if (chunks > 4) return chunks <= 6 ? 7 : 5;
   if (mode == KeyMode::kScores) return 9;
@@ -32,22 +38,28 @@ template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChunks, sizeof(T)))
     activation_topk_tiles(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
-  __shared__ SelectScratch<kLanes> scratch[kTileThreads / kLanes];
-  const unsigned tile = threadIdx.x / kLanes;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + tile;
-  const bool exists = token < op.rows;
+  constexpr int kTokens = kTileThreads / kLanes;
+  __shared__ SelectScratch<kLanes> scratch[kTokens];
+  // What a whole block shares is kept apart: it is computed once for all lanes, and leaves them numbers of 32 bits.
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
+  const int left = static_cast<int>(min(op.rows - first, static_cast<int64_t>(kTokens)));
+  const int tile = static_cast<int>(threadIdx.x / kLanes);
+  const bool exists = tile < left;
   // Where there is no token the last one's row is loaded, so that the loads need no condition; and a masked token's
   // before it is known that it is masked.
-  const int64_t loaded = exists ? token : op.rows - 1;
-  const T* row = static_cast<const T*>(op.logits) + loaded * op.selection.experts;
+  const int loaded = exists ? tile : left - 1;
+  const T* row = static_cast<const T*>(op.logits) + first * op.selection.experts + loaded * op.selection.experts;
+  asm("" : "+l"(row));  // one address, where the compiler would keep its parts
 
   using Logits =
       std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>, float[kElements]>;
   Logits logits;
-  load_tile<kLanes, kFullChunks>(row, op.selection.experts, quads, logits);
-  const bool wanted = exists && !is_masked(op, loaded);
-  const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, exists ? token * op.selection.k : -1};
-  const float* bias = op.bias == nullptr ? nullptr : op.bias + (exists ? token * op.bias_stride : 0);
+  load_tile<kLanes, kFullChunks>(row, op.selection.experts, kLanes == 8 || quads, logits);
+  const bool wanted = exists & !is_masked(op, first + loaded);
+  const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, first * op.selection.k,
+                           exists ? tile * op.selection.k : -1};
+  const float* bias = op.bias;
+  if (bias != nullptr) bias += first * op.bias_stride + loaded * static_cast<int>(op.bias_stride);
   select_token<kMode, kLanes, kFullChunks>(op.selection, logits, wanted, bias, GlobalRow<T>{row}, output,
                                            scratch[tile]);
 }

@@ -1,7 +1,8 @@
 // combine: the weighted sum of the rows of its slots for each token.
 //
-// A warp owns 32 pieces of a token's row, one a lane: it loads those of eight slots before it adds the first one, in
-// the order of the choices. Floor: a row read for each choice that has a slot, and tokens * hidden elements written.
+// A block owns some columns of a token, or all those of a few, and a lane a piece of them: it loads that of eight slots
+// before it adds the first one, in the order of the choices. Floor: a row read for each choice that has a slot, and
+// tokens * hidden elements written.
 //
 // Where many tokens share few rows, a block has 32 pieces of all rows in shared memory, the choices of a batch of
 // tokens beside them, and a warp adds up a token's. Floor: tokens * hidden elements written.
@@ -12,36 +13,35 @@
 namespace jax_router::cuda {
 namespace {
 
+// A multiprocessor has as many blocks as leave each lane registers for eight pieces.
 template <class P>
-__global__ void __launch_bounds__(32 * kMoveWarps) combine_rows(const Combine op, const CombinePlan plan) {
+__global__ void __launch_bounds__(32 * kCombineWarps, (P::kElements > 1 ? 32 : 48) / kCombineWarps)
+    combine_rows(const Combine op, const CombinePlan plan) {
   using Bits = typename P::Bits;
   const DispatchedRows& rows = op.rows;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * plan.warps + threadIdx.x / 32;
-  if (warp >= plan.token_warps) return;
-  const Token token(rows, warp / plan.segments);
-  const int64_t piece = (warp - token.row * plan.segments) * 32 + threadIdx.x % 32;
+  const auto [number, piece, is_there] = LaneOfRow(plan.row_blocks);
+  if (!is_there) return;
+  const Token token(rows, number, plan.problem_of(number));
   const bool inside = piece < plan.pieces;
-  const Bits* from = static_cast<const Bits*>(op.y) + piece;
+  const Bits* from = static_cast<const Bits*>(op.y) + token.problem * plan.problem_pieces + (inside ? piece : 0);
   typename P::Floats sums = {};
-  for (int first = 0; first < rows.k; first += 32) {
-    const Choices choices = token.choices(rows, op.weights, first);
-    const uint32_t have_slots = __ballot_sync(kFullWarp, choices.slot >= 0);
-    for (int j = 0; j < 32 && first + j < rows.k; j += 8) {
-      Bits held[8] = {};
+  for (int first = 0; first < rows.k; first += 8) {
+    Choices choices = token.choices(rows, op.weights, first);
+    if (choices.slot < 0) choices.weight = -0.0f;  // times 0 it is -0, which changes no sum
+    Bits held[8] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int64_t row = token.slot_row(rows, choices.slot_of(j + i));
-        if ((have_slots >> (j + i) & 1) != 0 && inside) held[i] = load_piece(from + row * plan.pieces);
-      }
+    for (int i = 0; i < 8; ++i) {
+      const int slot = choices.slot_of(i);
+      const Bits* place = from + static_cast<uint64_t>(static_cast<uint32_t>(slot)) * plan.pieces;
+      if (slot >= 0) held[i] = load_cached_piece(place);
+    }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float weight = choices.weight_of(j + i);
-        if ((have_slots >> (j + i) & 1) == 0) continue;
-        typename P::Floats floats;
-        P::unpack(held[i], floats);
+    for (int i = 0; i < 8; ++i) {
+      const float weight = choices.weight_of(i);
+      typename P::Floats floats;
+      P::unpack(held[i], floats);
 #pragma unroll
-        for (int e = 0; e < P::kElements; ++e) sums[e] = __fmaf_rn(weight, floats[e], sums[e]);
-      }
+      for (int e = 0; e < P::kElements; ++e) sums[e] = __fmaf_rn(weight, floats[e], sums[e]);
     }
   }
   if (inside) store_piece(static_cast<Bits*>(op.out) + token.row * plan.pieces + piece, P::pack(sums));
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
 
     const uint4* from = static_cast<const uint4*>(op.y) + piece;
     for (uint32_t row = warp; row < slots && inside; row += kWarps) {
-      copy_piece(table + row * 32 + lane, from + row * plan.pieces);
+      copy_piece(table + row * 32 + lane, from + static_cast<uint64_t>(row) * plan.pieces);
     }
     load_choices(batch);
     store_choices(batch % 2);
@@ -145,7 +145,7 @@ cudaError_t run(const Combine& op, const CombinePlan& plan, cudaStream_t stream)
     });
   }
   return with_piece(op.dtype, plan.wide, [&](auto piece) {
-    return launch_kernel(combine_rows<decltype(piece)>, {plan.blocks, dim3(32 * plan.warps)}, stream, op, plan);
+    return launch_kernel(combine_rows<decltype(piece)>, {plan.blocks, threads_of(plan.row_blocks)}, stream, op, plan);
   });
 }
 

@@ -375,8 +375,8 @@ __device__ __forceinline__ void select_for_rows(const DenseRouter& op, const Man
       add_parts<4, kLanes>(op, parts, row, exists, logits);
     }
     __syncwarp();
-    const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
-                             exists ? token * select.selection.k : -1};
+    const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits, token * select.selection.k,
+                             exists ? 0 : -1};
     const float* bias = select.bias == nullptr ? nullptr : select.bias + (exists ? token * select.bias_stride : 0);
     select_token<kMode, kLanes>(
         select.selection, logits, wanted, bias,

@@ -40,12 +40,12 @@ class Sizes {
     ++taken_;
     return nb::cast<T>(values_[name]);
   }
-  DType dtype() {
-    const auto name = take<std::string>("dtype");
+  DType dtype(const char* of = "dtype", std::optional<std::string> otherwise = std::nullopt) {
+    const auto name = take<std::string>(of, otherwise);
     for (DType dtype : cuda::kDTypes) {
       if (cuda::name(dtype) == name) return dtype;
     }
-    throw std::invalid_argument("dtype must be f32, bf16 or f16, got " + name);
+    throw std::invalid_argument(std::string(of) + " must be f32, bf16 or f16, got " + name);
   }
   void finish() const {
     if (taken_ != values_.size()) throw std::invalid_argument("sizes that the op does not have");
@@ -56,9 +56,9 @@ class Sizes {
   size_t taken_ = 0;
 };
 
-// Plans look at whether there is such an operand, not at it.
+// Plans look at whether there is such an operand, and whether it can be read in quads, as those of XLA can; not at it.
 inline const float* an_operand(bool given) {
-  static const float number = 0.0f;
+  alignas(16) static const float number = 0.0f;
   return given ? &number : nullptr;
 }
 
@@ -74,6 +74,7 @@ inline void take_sizes(Sizes& sizes, DenseRouter& op) {
   op.hidden = sizes.take<int32_t>("hidden");
   take_sizes(sizes, op.select);
   op.operand_dtype = std::exchange(op.select.dtype, DType::kF32);
+  op.weight_dtype = sizes.dtype("weight_dtype", cuda::name(op.operand_dtype));
 }
 inline void take_sizes(Sizes& sizes, TopkSelect& op) {
   op.rows = sizes.take<int64_t>("rows");

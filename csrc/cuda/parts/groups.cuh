@@ -123,22 +123,25 @@ __device__ __forceinline__ bool is_best_group(const Selection& selection, float 
   return best;
 }
 
-// Makes every expert outside the top_groups best groups ineligible. The result is the largest of the keys that are
-// left. kExact: all is decided; kFine: `doubtful`, see is_best_group, says if not.
+// Makes every expert outside the top_groups best groups ineligible. The result is the largest of the lane's keys that
+// are left. kExact: all is decided; kFine: `doubtful`, see is_best_group, says if not.
 template <Accuracy kAccuracy, int kLanes, int kElements>
-__device__ __forceinline__ float keep_best_groups(const Selection& selection, const float (&keys)[kElements],
-                                                  bool wanted, uint32_t& eligible, SelectScratch<kLanes>& scratch,
-                                                  bool& doubtful) {
+__device__ __forceinline__ LaneMaxima<kLanes> keep_best_groups(const Selection& selection,
+                                                               const float (&keys)[kElements], bool wanted,
+                                                               uint32_t& eligible, SelectScratch<kLanes>& scratch,
+                                                               bool& doubtful) {
   static_assert(kAccuracy != Accuracy::kRough);
   constexpr int kChunks = kElements / 4;
   BestTwo quads[kChunks];
-  float maxima[kChunks];
+  LaneMaxima<kLanes> maxima[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const float* quad = keys + 4 * c;
-    quads[c] = {max_nan(quad[0], quad[1]), fminf(quad[0], quad[1])};
-    quads[c].merge({max_nan(quad[2], quad[3]), fminf(quad[2], quad[3])});
-    maxima[c] = quads[c].best;
+    quads[c] = {max_nan(quad[0], quad[2]), fminf(quad[0], quad[2])};
+    const BestTwo odd = {max_nan(quad[1], quad[3]), fminf(quad[1], quad[3])};
+    if constexpr (kLanes == 8) maxima[c] = make_float2(quads[c].best, odd.best);
+    quads[c].merge(odd);
+    if constexpr (kLanes > 8) maxima[c] = quads[c].best;
   }
   const float extreme = score_groups<kLanes>(selection, quads, scratch);
   bool best;
@@ -156,20 +159,21 @@ __device__ __forceinline__ float keep_best_groups(const Selection& selection, co
     best = is_best_group(selection, margin, scratch, doubtful);
   }
   uint32_t kept = __ballot_sync(kFullWarp, best);
-  if constexpr (kLanes < 32) kept >>= threadIdx.x & 16;
+  if constexpr (kLanes < 32) kept >>= threadIdx.x & 31 & ~(kLanes - 1);
   const int shift = group_shift(selection);
   kept >>= tile_lane<kLanes>() >> shift;
-  float maximum = -INFINITY;
+  LaneMaxima<kLanes> largest;
+  set_lowest(largest);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int group = c * kLanes >> shift;  // of lane 0; beyond 31 for quads that do not exist
     if ((kept >> (group & 31) & 1) != 0) {
-      maximum = max_nan(maximum, maxima[c]);
+      include(largest, maxima[c]);
     } else {
       eligible &= ~(0xFu << (4 * c));
     }
   }
-  return maximum;
+  return largest;
 }
 
 }  // namespace jax_router::cuda

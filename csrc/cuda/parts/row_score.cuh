@@ -55,7 +55,12 @@ __device__ __forceinline__ RowScore softmax_of_tile(const float (&logits)[kEleme
     const float4 quad = make_float4(logits[i], logits[i + 1], logits[i + 2], logits[i + 3]);
     sums[i / 4 % kFold] = __fadd_rn(sums[i / 4 % kFold], sum_of_quad(quad, shift));
   }
-  return softmax_of_sums<kLanes>(kFold == 1 ? sums[0] : __fadd_rn(sums[0], sums[kFold - 1]), shift);
+#pragma unroll
+  for (int step = kFold / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < step; ++i) sums[i] = __fadd_rn(sums[i], sums[i + step]);
+  }
+  return softmax_of_sums<kLanes>(sums[0], shift);
 }
 
 // The same by a whole warp for a row of any length: quad_at(e) gives the logits e .. e + 3.

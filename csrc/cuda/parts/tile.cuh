@@ -1,13 +1,13 @@
 // What a tile of lanes does with a row of keys that it holds in registers: loading it, and finding the k best.
 //
-// A tile of kLanes neighbouring lanes of a warp (kLanes = 16 or 32) owns one row, in quads of neighbours: element i of
-// lane l is expert_of<kLanes>(l, i) = (i / 4) * 4 * kLanes + 4 * l + i % 4. (The row of a token has an element an
+// A tile of kLanes neighbouring lanes of a warp (kLanes = 8, 16 or 32) owns one row, in quads of neighbours: element i
+// of lane l is expert_of<kLanes>(l, i) = (i / 4) * 4 * kLanes + 4 * l + i % 4. (The row of a token has an element an
 // expert; that of topk_select has others, in the same layout.)
 //
 // The k best are found by a bound and a ranking. Each lane takes the largest of its keys; at least k elements have a
 // key no smaller than the k-th largest of these, and only slightly more than k do. Those few go to shared memory, one
-// lane each, and every lane counts how many of them beat its own. The bound is tightened where more than the lanes
-// reach it. Rows with NaN or many equal keys take k rounds of an exact maximum instead.
+// lane each (with 8 lanes, two), and every lane counts how many of them beat its own. The bound is tightened where
+// there is no room for as many as reach it. Rows with NaN or many equal keys take k rounds of an exact maximum instead.
 #pragma once
 
 #include <cmath>
@@ -25,13 +25,32 @@ namespace jax_router::cuda {
 // How often a bound that too many keys reach is tightened.
 constexpr int kMostAttempts = 16;
 
+// How many candidates a tile has room for: one a lane, but never fewer than 16.
+template <int kLanes>
+constexpr int kSlots = kLanes < 16 ? 16 : kLanes;
+
 // Shared memory of one tile.
 template <int kLanes>
 struct alignas(16) SelectScratch {
-  uint64_t pairs[kLanes];
-  int candidates[kLanes];
+  uint64_t pairs[kSlots<kLanes>];
+  int candidates[kSlots<kLanes>];
   float values[kLanes];
 };
+
+// The largest of a lane's keys; with 8 lanes that of its even elements and that of its odd ones, as a bound goes by 16
+// of them at least.
+template <int kLanes>
+using LaneMaxima = std::conditional_t<kLanes == 8, float2, float>;
+
+__device__ __forceinline__ float largest_of(float maximum) { return maximum; }
+__device__ __forceinline__ float largest_of(float2 maxima) { return max_nan(maxima.x, maxima.y); }
+__device__ __forceinline__ void set_lowest(float& maximum) { maximum = -INFINITY; }
+__device__ __forceinline__ void set_lowest(float2& maxima) { maxima = make_float2(-INFINITY, -INFINITY); }
+__device__ __forceinline__ void include(float& maximum, float other) { maximum = max_nan(maximum, other); }
+__device__ __forceinline__ void include(float2& maxima, float2 others) {
+  include(maxima.x, others.x);
+  include(maxima.y, others.y);
+}
 
 template <int kLanes>
 __device__ __forceinline__ int tile_lane() {
@@ -182,38 +201,54 @@ using RankedPair = uint64_t;
 __device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) { return order_pair(key, index); }
 #endif
 
-// At least the largest of the counts of a warp's tiles, each of them at most kLanes, and the same in the whole warp.
-// With tiles of 16 lanes it is 8 or 16, as rank_of tells no more apart.
+// At least the largest of the counts of a warp's tiles, each of them at most kSlots, and the same in the whole warp.
+// With several tiles it is 8 or 16, as rank_of tells no more apart.
 template <int kLanes>
 __device__ __forceinline__ int most_of_tiles(int count) {
   if constexpr (kLanes == 32) return count;
-  return __any_sync(kFullWarp, count > 8) ? kLanes : 8;
+  return __any_sync(kFullWarp, count > 8) ? 16 : 8;
 }
 
 // How many of the tile's keys (of uint32_t, uint64_t or double), of which at most `most` are not 0, are larger than
-// this one. `most` is the same in the whole warp, and had best be known early: nothing waits for the keys then.
-template <int kLanes, class Key>
-__device__ __forceinline__ int rank_of(Key key, const Key (&keys)[kLanes], int most) {
+// each of the lane's own. `most` is the same in the whole warp, and had best be known early: nothing waits for the keys
+// then. Where it is at most 8, only the first of the lane's own is looked at.
+template <int kOwn, int kCount, class Key>
+__device__ __forceinline__ void ranks_of(const Key (&own)[kOwn], const Key (&keys)[kCount], int most,
+                                         int (&ranks)[kOwn]) {
   struct alignas(16) Vector {
     Key keys[16 / sizeof(Key)];
   };
   constexpr int kStep = sizeof(Vector) / sizeof(Key);
-  SumOfTrue ranks[2];  // two short sums in place of a long one
-  const auto count = [&](int begin, auto at_once) {
+  SumOfTrue sums[kOwn][2];  // two short sums in place of a long one
+  const auto count = [&](int begin, auto at_once, auto of_own) {
 #pragma unroll
     for (int i = begin; i < begin + decltype(at_once)::value; i += kStep) {
       const Vector others = *reinterpret_cast<const Vector*>(keys + i);
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) ranks[j % 2].add_if_greater(others.keys[j], key);
+      for (int j = 0; j < kStep; ++j) {
+#pragma unroll
+        for (int o = 0; o < decltype(of_own)::value; ++o) sums[o][j % 2].add_if_greater(others.keys[j], own[o]);
+      }
     }
   };
+  constexpr std::integral_constant<int, kOwn> kAll;
   if (most <= 8) {
-    count(0, std::integral_constant<int, 8>{});
+    count(0, std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
   } else {
-    count(0, std::integral_constant<int, 16>{});
-    if (kLanes > 16 && most > 16) count(16, std::integral_constant<int, kLanes - 16>{});
+    count(0, std::integral_constant<int, 16>{}, kAll);
+    if (kCount > 16 && most > 16) count(16, std::integral_constant<int, kCount - 16>{}, kAll);
   }
-  return static_cast<int>(ranks[0].value() + ranks[1].value());
+#pragma unroll
+  for (int o = 0; o < kOwn; ++o) ranks[o] = static_cast<int>(sums[o][0].value() + sums[o][1].value());
+}
+
+// The same of one key.
+template <int kCount, class Key>
+__device__ __forceinline__ int rank_of(Key key, const Key (&keys)[kCount], int most) {
+  const Key own[1] = {key};
+  int rank[1];
+  ranks_of(own, keys, most, rank);
+  return rank[0];
 }
 
 // Sorts one value a lane within each kRun neighbouring lanes, the largest first, with a bitonic network.
@@ -231,6 +266,17 @@ __device__ __forceinline__ float sort_descending(float value) {
   return value;
 }
 
+// Sorts within each kRun neighbouring lanes values that rise and then fall, or the reverse.
+template <int kRun>
+__device__ __forceinline__ float merge_descending(float value) {
+#pragma unroll
+  for (int step = kRun / 2; step > 0; step /= 2) {
+    const float other = __shfl_xor_sync(kFullWarp, value, step);
+    value = (threadIdx.x & step) == 0 ? fmaxf(value, other) : fminf(value, other);
+  }
+  return value;
+}
+
 // A bound that at least k of the tile's keys reach, but not many more: the k-th largest of 16 or 32 maxima of them.
 template <int kLanes>
 __device__ __forceinline__ float bound_of_best(float lane_maximum, int k) {
@@ -239,6 +285,13 @@ __device__ __forceinline__ float bound_of_best(float lane_maximum, int k) {
   }
   if constexpr (kLanes == 32) lane_maximum = fmaxf(lane_maximum, __shfl_xor_sync(kFullWarp, lane_maximum, 16));
   return __shfl_sync(kFullWarp, sort_descending<16>(lane_maximum), k - 1, 16);
+}
+template <int kLanes>
+__device__ __forceinline__ float bound_of_best(float2 maxima, int k) {
+  static_assert(kLanes == 8);
+  // The 8 best of two runs in order: the larger of each number of one and the mirror image of the other, to be sorted.
+  const float mirrored = __shfl_xor_sync(kFullWarp, sort_descending<8>(maxima.y), 7);
+  return __shfl_sync(kFullWarp, merge_descending<8>(fmaxf(sort_descending<8>(maxima.x), mirrored)), k - 1, 8);
 }
 
 // The exact k best of the eligible keys, best first, into candidates.
@@ -301,25 +354,71 @@ __device__ __forceinline__ uint32_t reaching(const PackedTile<T, kElements>& key
   return kElements <= 16 ? low : low | (halves[1] | halves[1] << 16) & 0xFFFF0000;
 }
 
-template <class T, int kElements>
-__device__ __forceinline__ float largest_of(const PackedTile<T, kElements>& keys) {
+template <int kLanes, int kElements>
+__device__ __forceinline__ LaneMaxima<kLanes> lane_maxima(const float (&keys)[kElements]) {
+  if constexpr (kLanes > 8) {
+    return largest_of(keys);
+  } else {
+    float2 maxima = make_float2(keys[0], keys[1]);
+#pragma unroll
+    for (int i = 2; i < kElements; i += 2) include(maxima, make_float2(keys[i], keys[i + 1]));
+    return maxima;
+  }
+}
+template <int kLanes, class T, int kElements>
+__device__ __forceinline__ LaneMaxima<kLanes> lane_maxima(const PackedTile<T, kElements>& keys) {
   uint32_t largest = keys.words[0];
 #pragma unroll
   for (int i = 1; i < kElements / 2; ++i) largest = max_of_words(largest, keys.words[i], T{});
-  const float2 two = unpack_two(largest, T{});
-  return max_nan(two.x, two.y);
+  const float2 maxima = unpack_two(largest, T{});
+  if constexpr (kLanes > 8) {
+    return largest_of(maxima);
+  } else {
+    return maxima;
+  }
+}
+
+// The sum of x over the tile's earlier lanes, and that over all of them: more than kSlots, but not exact, where that or
+// some x above 7 makes it so.
+template <int kLanes>
+__device__ __forceinline__ int exclusive_sum_of_tile(int x, int& all) {
+  if constexpr (kLanes > 8) {
+    // Bit by bit of the numbers: more instructions than below, of which fewer wait for each other.
+    const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
+    const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
+    int sum = 0;
+    all = 0;
+#pragma unroll
+    for (int bit = 1; bit <= 4; bit *= 2) {
+      const uint32_t lanes = __ballot_sync(kFullWarp, (x & bit) != 0);
+      sum += bit * __popc(lanes & before);
+      all += bit * __popc(lanes & tile);
+    }
+    if ((__ballot_sync(kFullWarp, x >= 8) & tile) != 0) all = kSlots<kLanes> + 1;
+    return sum;
+  } else {
+    int sum = x;
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      // __shfl_up_sync, which says itself whether there is a lane so far below.
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 other; shfl.sync.up.b32 other|p, %0, %1, %2, -1; @p add.s32 %0, %0, other; }"
+          : "+r"(sum)
+          : "r"(step), "r"((32 - kLanes) << 8));
+    }
+    all = __shfl_sync(kFullWarp, sum, kLanes - 1, kLanes);
+    return sum - x;
+  }
 }
 
 // Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
-// counts them: at least `needed`, at most kLanes. False, for the whole warp, where that fails: too many nearly equal
+// counts them: at least `needed`, at most kSlots. False, for the whole warp, where that fails: too many nearly equal
 // keys.
 template <int kLanes, class Keys>
-__device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, float lane_maximum, int k,
+__device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, LaneMaxima<kLanes> maxima, int k,
                                                 int needed, float margin, int* candidates, int& count) {
   const int lane = tile_lane<kLanes>();
-  const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
-  const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
-  float bound = bound_of_best<kLanes>(lane_maximum, k);
+  float bound = bound_of_best<kLanes>(maxima, k);
   uint32_t low = 0;
   uint32_t high = 0;
   bool probing = false;  // whether it is open that at least `needed` keys reach the bound
@@ -329,22 +428,13 @@ __device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligi
   for (int attempt = 0;; ++attempt) {
     const float threshold = margin == 0.0f || probing ? bound : bound - margin - fabsf(bound) * kKeyMargin;
     reach = reaching(keys, threshold) & eligible;
-    // Where the lane's own start in the list: the sum of the counts of the lanes before it, bit by bit of these counts.
-    const int own = __popc(reach);
-    position = 0;
-    count = 0;
-#pragma unroll
-    for (int bit = 1; bit <= 4; bit *= 2) {
-      const uint32_t lanes = __ballot_sync(kFullWarp, (own & bit) != 0);
-      position += bit * __popc(lanes & before);
-      count += bit * __popc(lanes & tile);
-    }
-    const bool crowded = (__ballot_sync(kFullWarp, own >= 8) & tile) != 0 || count > kLanes;
+    position = exclusive_sum_of_tile<kLanes>(__popc(reach), count);
+    const bool crowded = count > kSlots<kLanes>;
     const bool fits = !crowded && count >= needed;
     if (!__any_sync(kFullWarp, probing || !fits)) break;
     if (attempt == 0) {
       low = order_key(bound);
-      high = order_key(tile_max_nan<kLanes>(lane_maximum));
+      high = order_key(tile_max_nan<kLanes>(largest_of(maxima)));
     }
     // It is equal keys that are too many if the next larger bound, which is the first to be tried, is too large.
     const bool tied = attempt == 1 && probing && !crowded && !fits;
@@ -358,9 +448,9 @@ __device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligi
       probing = true;
     }
   }
-  while (reach != 0) {
+  for (int* place = candidates + position; reach != 0; ++place) {
     const int element = 31 - __clz(reach);
-    candidates[position++] = expert_of<kLanes>(lane, element);
+    *place = 4 * lane + element + (element & ~3) * (kLanes - 1);  // expert_of<kLanes>(lane, element)
     reach ^= 1u << element;
   }
   return true;

@@ -16,18 +16,20 @@
 
 namespace jax_router::cuda {
 
-// Where a token's results go: its k values start at `place` of each array. place < 0: nowhere, the tile has no token
-// and only keeps its warp company. chosen_logits is optional.
+// Where a token's results go: its k values start at first + place of each array, of which `first` had best be the same
+// for a whole block. place < 0: nowhere, the tile has no token and only keeps its warp company. chosen_logits is
+// optional.
 struct TokenOutput {
   float* weights;
   int32_t* expert_ids;
   float* chosen_logits;
-  int64_t place = 0;
+  int64_t first;
+  int place = 0;
 
   __device__ __forceinline__ void store(int j, float weight, int expert, float logit) const {
-    weights[place + j] = weight;
-    expert_ids[place + j] = expert;
-    if (chosen_logits != nullptr) chosen_logits[place + j] = logit;
+    (weights + first)[place + j] = weight;
+    (expert_ids + first)[place + j] = expert;
+    if (chosen_logits != nullptr) (chosen_logits + first)[place + j] = logit;
   }
 };
 
@@ -37,7 +39,7 @@ template <Accuracy kAccuracy, int kLanes, int kFullChunks, int kElements>
 __device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
                                            uint32_t eligible, const float* bias, float (&keys)[kElements]) {
   const bool biased = kAccuracy == Accuracy::kRough || bias != nullptr;
-  if (biased) load_tile<kLanes, kFullChunks>(bias, experts, rows_have_quads(bias, experts, 4), keys);
+  if (biased) load_tile<kLanes, kFullChunks>(bias, experts, kLanes == 8 || rows_have_quads(bias, experts, 4), keys);
   with_score<kAccuracy>(score, [&](auto score_of) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
@@ -64,39 +66,72 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
   const int most = most_of_tiles<kLanes>(count);
   __syncwarp();  // the candidates are there, and what else was in the scratch has been read
 
-  const bool candidate = lane < count;
-  int expert = 0;
-  float logit = 0.0f;
-  float s = 0.0f;
+  constexpr int kOwn = kSlots<kLanes> / kLanes;  // candidates of a lane
   using Pair = std::conditional_t<kNarrow && kMode == KeyMode::kLogits, uint32_t, RankedPair>;
-  Pair pair = 0;
-  if (candidate) {
-    expert = scratch.candidates[lane];
-    logit = logit_at(expert);
-    float key = logit;
-    if constexpr (kMode != KeyMode::kLogits) {
-      const bool biased = kMode == KeyMode::kScores || bias != nullptr;
-      const float offset = biased ? __ldg(bias + expert) : 0.0f;
-      s = score(logit);
-      key = biased ? __fadd_rn(s, offset) : s;
+  int experts[kOwn] = {};
+  float logits[kOwn] = {};
+  float scores[kOwn] = {};
+  Pair own[kOwn] = {};
+  Pair(&pairs)[kSlots<kLanes>] = reinterpret_cast<Pair(&)[kSlots<kLanes>]>(scratch.pairs);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (i > 0 && most <= 8) break;
+    const int slot = lane + i * kLanes;
+    if (slot < count) {
+      const int expert = scratch.candidates[slot];
+      const float logit = logit_at(expert);
+      float key = logit;
+      if constexpr (kMode != KeyMode::kLogits) {
+        const bool biased = kMode == KeyMode::kScores || bias != nullptr;
+        const float offset = biased ? __ldg(bias + expert) : 0.0f;
+        scores[i] = score(logit);
+        key = biased ? __fadd_rn(scores[i], offset) : scores[i];
+      }
+      if constexpr (sizeof(Pair) == 4) {
+        // The lowest 13 bits of the key of a 16-bit number follow from the others: there is room for the expert.
+        constexpr uint32_t kRoom = 0x1FFF;
+        static_assert(kMaxExperts <= kRoom);
+        own[i] = (order_key(key) & ~kRoom) | (static_cast<uint32_t>(expert) ^ kRoom);
+      } else {
+        own[i] = ranked_pair(order_key(key), static_cast<uint32_t>(expert));
+      }
+      experts[i] = expert;
+      logits[i] = logit;
     }
-    if constexpr (sizeof(Pair) == 4) {
-      // The lowest 13 bits of the key of a 16-bit number follow from the others: there is room for the expert.
-      constexpr uint32_t kRoom = 0x1FFF;
-      static_assert(kMaxExperts <= kRoom);
-      pair = (order_key(key) & ~kRoom) | (static_cast<uint32_t>(expert) ^ kRoom);
-    } else {
-      pair = ranked_pair(order_key(key), static_cast<uint32_t>(expert));
-    }
+    pairs[slot] = own[i];
   }
-  Pair(&pairs)[kLanes] = reinterpret_cast<Pair(&)[kLanes]>(scratch.pairs);
-  pairs[lane] = pair;
   scratch.values[lane] = 0.0f;
   __syncwarp();
-  const int rank = rank_of(pair, pairs, most);
+  int ranks[kOwn];
+  ranks_of(own, pairs, most, ranks);
 
+  int expert = experts[0];
+  float logit = logits[0];
+  float s = scores[0];
+  int rank = ranks[0];
+  bool chosen = lane < count && rank < k;
+  if constexpr (kOwn > 1) {
+    // The choices go to the lanes of their ranks, so that a lane has one from here on.
+    __syncwarp();
+    int2* choices = reinterpret_cast<int2*>(scratch.pairs);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (i > 0 && most <= 8) break;
+      if (lane + i * kLanes < count && ranks[i] < k) {
+        choices[ranks[i]] = make_int2(experts[i], static_cast<int>(float_bits(logits[i])));
+        if constexpr (kMode != KeyMode::kLogits) scratch.values[ranks[i]] = scores[i];
+      }
+    }
+    __syncwarp();
+    chosen = wanted && lane < k;
+    rank = lane;
+    if (chosen) {
+      expert = choices[lane].x;
+      logit = bits_float(static_cast<uint32_t>(choices[lane].y));
+      if constexpr (kMode != KeyMode::kLogits) s = scratch.values[lane];
+    }
+  }
   if constexpr (kMode == KeyMode::kLogits) s = score(logit);
-  const bool chosen = candidate && rank < k;
   const float weight = finish_weight<kMode == KeyMode::kLogits>(scoring, k, chosen, rank, logit, s, scratch.values,
                                                                 [] { __syncwarp(); });
   if (chosen) {
@@ -121,7 +156,7 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
   constexpr int kElements = kElementsOf<Logits>;
   constexpr bool kPacked = !std::is_array_v<Logits>;
   static_assert(kMode == KeyMode::kLogits || !kPacked);
-  static_assert(kElements % 4 == 0 && kElements <= 32 && (kLanes == 16 || kLanes == 32));
+  static_assert(kElements % 4 == 0 && kElements <= 32 && (kLanes == 8 || kLanes == 16 || kLanes == 32));
   const int lane = tile_lane<kLanes>();
   const int k = selection.k;
   const Scoring& scoring = selection.scoring;
@@ -132,7 +167,7 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
     score = softmax_of_tile<kLanes>(as_floats(logits).values);
   }
   [[maybe_unused]] float keys[kElements];
-  float maximum;
+  LaneMaxima<kLanes> maxima;
   float margin = 0.0f;
   bool failed;  // whether the keys are not good enough, or one of them is NaN
   if constexpr (kMode != KeyMode::kLogits) {
@@ -141,13 +176,14 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
     score_keys<kAccuracy, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
   }
   if constexpr (kMode == KeyMode::kGroups) {
-    maximum = keep_best_groups<Accuracy::kFine>(selection, keys, wanted, eligible, scratch, failed);
+    maxima = keep_best_groups<Accuracy::kFine>(selection, keys, wanted, eligible, scratch, failed);
   } else if constexpr (kMode == KeyMode::kScores) {
-    maximum = largest_of(keys);
-    failed = !(maximum < INFINITY);
+    maxima = lane_maxima<kLanes>(keys);
+    failed = !(largest_of(maxima) < INFINITY);
   } else {
-    maximum = largest_of(logits);
-    failed = maximum != maximum;
+    maxima = lane_maxima<kLanes>(logits);
+    const float largest = largest_of(maxima);
+    failed = largest != largest;
   }
   failed = __any_sync(kFullWarp, wanted && failed);
 
@@ -155,9 +191,9 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
   const int needed = wanted ? k : 0;
   const auto list = [&] {
     // Whatever the logits of a token that is not wanted are, they must not slow its neighbour down.
-    if (!wanted) maximum = -INFINITY;
+    if (!wanted) set_lowest(maxima);
     const auto list_those_of = [&](const auto& row) {
-      return list_candidates<kLanes>(row, eligible, maximum, k, needed, margin, scratch.candidates, count);
+      return list_candidates<kLanes>(row, eligible, maxima, k, needed, margin, scratch.candidates, count);
     };
     if constexpr (kMode == KeyMode::kLogits) return list_those_of(logits);
     return list_those_of(keys);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,18 +14,26 @@ namespace jax_router::cuda {
 
 struct ActivationTopkNumbers {
   HalfWarpRows half_warps[3];  // by KeyMode
+  // And from how many on tiles of 8 lanes are faster than those of 16: rows of up to 512 bytes, and longer ones.
+  int64_t quarter_warps[2];
 };
-// Measured on an H100 alone, for up to 512 experts and 8192 rows: there, with a bias, tiles of 16 lanes are slower for
-// 512 experts. With more rows they are taken unmeasured.
-constexpr auto kActivationTopkNumbers =
-    everywhere(ActivationTopkNumbers{{{{1, 1, 512, 2048}}, {{1, 512, 1536, 16384}}, {{4096, 4096, 4096, 4096}}}});
+// Measured on an H100 alone: half warps for up to 512 experts and 8192 rows, where with a bias they are slower for 512
+// experts, and with more rows they are taken unmeasured; quarters for 128 and 256 experts and up to 65536 rows.
+constexpr auto kActivationTopkNumbers = everywhere(
+    ActivationTopkNumbers{{{{1, 1, 512, 2048}}, {{1, 512, 1536, 16384}}, {{4096, 4096, 4096, 4096}}}, {16384, 49152}});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
-constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4}, {16, 8, 6},
-                                            {16, 4, 4}, {32, 2, 0}, {32, 3, 2}, {32, 4, 2}, {32, 8, 4}};
+constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4},
+                                            {16, 8, 6}, {16, 4, 4}, {32, 2, 0}, {32, 3, 2}, {32, 4, 2},
+                                            {32, 8, 4}, {8, 4, 4},  {8, 8, 8}};
 
 // Whether a tile was compiled for logits of a type and a way to make keys.
 constexpr bool has_tile(const RowTile& tile, DType dtype, KeyMode mode) {
+  if (tile.lanes == 8) {
+    // Not with 32 logits of 32 bits a lane, unless there is much to compute: too few warps have room to wait for them.
+    if (dtype == DType::kF16) return false;
+    return mode == KeyMode::kGroups ? tile.chunks == 8 : tile.chunks <= 4 || dtype == DType::kBF16;
+  }
   const bool for_groups = tile.lanes == 16 && tile.full_chunks == tile.chunks;
   if (mode == KeyMode::kGroups) return for_groups || (tile.lanes == 32 && tile.chunks != 3);
   if (dtype == DType::kF16) return tile.lanes == 32 && tile.chunks != 3;
@@ -50,9 +59,12 @@ constexpr int64_t long_token_bytes(int experts, int num_groups) {
   return 4 * (words + (num_groups > 1 ? round_up(num_groups, 128) : 0));
 }
 
-constexpr bool can_use(const ActivationTopk& op, const RowTile& tile) {
+inline bool can_use(const ActivationTopk& op, const RowTile& tile) {
   const Selection& selection = op.selection;
   const KeyMode mode = key_mode(op);
+  // Tiles of 8 lanes read nothing but quads.
+  const auto has_quads = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % (4 * bytes) == 0; };
+  if (tile.lanes == 8 && !(has_quads(op.logits, size_of(op.dtype)) && has_quads(op.bias, 4))) return false;
   return has_tile(tile, op.dtype, mode) && tile.holds(selection.experts) && selection.k <= max_tile_k(tile.lanes) &&
          (mode != KeyMode::kGroups || tile_can_group(tile.lanes, selection.experts, selection.groups.num_groups));
 }
@@ -71,12 +83,17 @@ inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
 }
 
 inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const Device& device) {
-  const HalfWarpRows& half_warps = kActivationTopkNumbers.of(device).half_warps[static_cast<int>(key_mode(op))];
-  for (int lanes : {16, 32}) {
+  const ActivationTopkNumbers& numbers = kActivationTopkNumbers.of(device);
+  const int mode = static_cast<int>(key_mode(op));
+  const auto pays = [&](const RowTile& tile) {
+    const bool is_long = op.selection.experts * size_of(op.dtype) > 512;
+    if (tile.lanes == 8) return op.rows >= device.scaled(numbers.quarter_warps[is_long]);
+    return tile.lanes == 32 || numbers.half_warps[mode].pay(op.rows, tile.chunks, device);
+  };
+  for (int lanes : {8, 16, 32}) {
     for (int i = 0; i < kActivationTopkTileCount; ++i) {
       const RowTile& tile = kActivationTopkTiles[i];
-      if (tile.lanes != lanes || !can_use(op, tile)) continue;
-      if (lanes == 32 || half_warps.pay(op.rows, tile.chunks, device)) return tile_plan(op, i);
+      if (tile.lanes == lanes && can_use(op, tile) && pays(tile)) return tile_plan(op, i);
     }
   }
   return long_plan(op);

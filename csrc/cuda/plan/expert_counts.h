@@ -10,6 +10,7 @@
 #include "../../common/ops.h"
 #include "choices.h"
 #include "names.h"
+#include "quotient.h"
 
 namespace jax_router::cuda {
 
@@ -32,8 +33,8 @@ constexpr auto kExpertCountsNumbers = everywhere(ExpertCountsNumbers{/*lone_bloc
 
 // How the ids of one problem are laid over thread blocks.
 struct CountLayout {
-  uint32_t choices;  // of one problem
-  TokenOfChoice token_of;
+  uint32_t choices;   // of one problem
+  Quotient token_of;  // of the number of a choice
   uint32_t experts;
   uint32_t copies;    // of a block's counts, a power of two: neighbouring lanes count in different ones
   uint32_t clusters;  // that share a problem
@@ -52,7 +53,7 @@ struct ExpertCountsPlan {
 inline std::optional<ExpertCountsPlan> counts_plan(const ExpertCounts& op, int64_t clusters, uint32_t cluster_blocks) {
   CountLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  layout.token_of = TokenOfChoice::of(op.k);
+  layout.token_of = Quotient::by(op.k);
   layout.experts = op.experts;
   layout.copies = 32;
   while (layout.copies > kCopiesOfPiece && int64_t{4} * layout.copies * op.experts > kCountTableBytes)

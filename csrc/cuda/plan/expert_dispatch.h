@@ -10,13 +10,14 @@
 #include "../../common/macros.h"
 #include "choices.h"
 #include "names.h"
+#include "quotient.h"
 
 namespace jax_router::cuda {
 
 // How one sort is laid over thread blocks.
 struct SortLayout {
-  uint32_t choices;  // of one sort
-  TokenOfChoice token_of;
+  uint32_t choices;   // of one sort
+  Quotient token_of;  // of the number of a choice
   uint32_t experts;
   uint32_t slots;           // of one sort
   uint32_t align;           // groups begin at its multiples
@@ -114,7 +115,7 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
                                                    const Device& device) {
   SortLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  layout.token_of = TokenOfChoice::of(op.k);
+  layout.token_of = Quotient::by(op.k);
   layout.experts = op.experts;
   layout.slots = static_cast<uint32_t>(slots_of(op));
   layout.align = op.align;

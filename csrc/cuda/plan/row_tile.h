@@ -10,7 +10,7 @@ namespace jax_router::cuda {
 
 // `chunks` quads of 4 neighbours a lane, of which the first `full_chunks` are known to be within the row.
 struct RowTile {
-  int lanes;  // 16 or 32
+  int lanes;  // 8, 16 or 32
   int chunks;
   int full_chunks;
 
@@ -20,7 +20,7 @@ struct RowTile {
 };
 
 // A tile selects up to this many.
-JR_HOST_DEVICE constexpr int max_tile_k(int lanes) { return lanes / 2; }
+JR_HOST_DEVICE constexpr int max_tile_k(int lanes) { return lanes == 8 ? 8 : lanes / 2; }
 
 // What the keys that select are made of.
 enum class KeyMode {
