@@ -366,13 +366,31 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
               if (pair_of(bit) < bound) mask ^= 1u << bit;
             }
           }
-          uint32_t place = reserve(__popc(mask));
-#pragma unroll 1
-          for (; mask != 0 && place < rows.capacity; mask &= mask - 1) {
-            placed |= mask & -mask;
-            const uint64_t pair = pair_of(__ffs(mask) - 1);
+          const int own = __popc(mask);
+          uint32_t place = reserve(own);
+          const auto keep = [&](uint32_t bit, uint64_t pair) {
+            mask ^= 1u << bit;
+            placed |= 1u << bit;
             pairs[place++] = pair;
             best_key = max(best_key, format.key(pair));
+          };
+          if (__any_sync(kFullWarp, own > kElements)) {
+            // Many, as of a sorted row: without waiting for one before the next.
+#pragma unroll 1
+            for (uint32_t v = 0; v < kBatch; ++v) {
+              const uint4 vector = *stream.slot(first_vector + v);
+              const uint32_t index = stream.index(first_vector + v);
+#pragma unroll
+              for (uint32_t e = 0; e < kElements; ++e) {
+                const uint32_t bit = v * kElements + e;
+                if ((mask >> bit & 1) != 0 && place < rows.capacity) {
+                  keep(bit, format.pair(element_of(vector, e, T{}), index + e));
+                }
+              }
+            }
+          } else {
+#pragma unroll 1
+            while (mask != 0 && place < rows.capacity) keep(__ffs(mask) - 1, pair_of(__ffs(mask) - 1));
           }
           if (!kInCluster && __any_sync(kFullWarp, mask != 0)) break;
         }
