@@ -238,13 +238,13 @@ __device__ void find_slots(const SortLayout& layout, const Shared& shared, Count
   }
 }
 
-// {sum of load(i) over i < mine, over i < size}. All loads are under way before the first is needed; where they may be
-// so many that registers run out, there are none but those below `size`.
-template <int kMaxSize, typename Load>
+// {sum of load(i) over i < mine, over i < size}. All loads are under way before the first is needed: kMaxSize of them,
+// of which the last may be one and the same, or `size` where so many cost too much.
+template <int kMaxSize, bool kNoMore, typename Load>
 __device__ uint2 sum_before_and_all(uint32_t mine, uint32_t size, Load load) {
   uint32_t counts[kMaxSize];
 #pragma unroll
-  for (uint32_t i = 0; i < kMaxSize; ++i) counts[i] = kMaxSize <= 16 || i < size ? load(min(i, size - 1)) : 0;
+  for (uint32_t i = 0; i < kMaxSize; ++i) counts[i] = !kNoMore || i < size ? load(min(i, size - 1)) : 0;
   uint2 sum = {0, 0};
 #pragma unroll
   for (uint32_t i = 0; i < kMaxSize; ++i) {
@@ -298,18 +298,15 @@ class OthersOfCluster {
   // Calls body(counts), where counts(bin) = {choices of the bin in earlier blocks, in all}.
   template <typename Body>
   __device__ void with_counts(Body body) const {
-    const auto sum = [&](auto load) {
-      return sum_before_and_all<kMaxSortBlocks>(block_of_cluster(), layout_.cluster_blocks, load);
-    };
     if (layout_.cluster_blocks == 1) {
       body([&](uint32_t bin) { return uint2{0, shared_.counts[bin]}; });
     } else if (layout_.sends) {
       body([&](uint32_t bin) {
-        return sum([&](uint32_t block) { return shared_.received[block * layout_.columns + bin]; });
+        return sum<false>([&](uint32_t block) { return shared_.received[block * layout_.columns + bin]; });
       });
     } else {
       body([&](uint32_t bin) {
-        return sum([&](uint32_t block) { return remote_load(address_in_block(shared_.counts + bin, block)); });
+        return sum<true>([&](uint32_t block) { return remote_load(address_in_block(shared_.counts + bin, block)); });
       });
     }
   }
@@ -323,6 +320,10 @@ class OthersOfCluster {
 
  private:
   __device__ bool is_read() const { return layout_.cluster_blocks > 1 && !layout_.sends; }
+  template <bool kNoMore, typename Load>
+  __device__ uint2 sum(Load load) const {
+    return sum_before_and_all<kMaxSortBlocks, kNoMore>(block_of_cluster(), layout_.cluster_blocks, load);
+  }
 
   const SortLayout& layout_;
   const Shared& shared_;
@@ -449,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, kLongSortThreads / kThreads)
       wait_for_earlier_kernel();
       const auto counts = [&](uint32_t bin) {
         const uint32_t before_in_cluster = chunk_counts[bin];
-        uint2 sum = sum_before_and_all<kClusters>(
+        uint2 sum = sum_before_and_all<kClusters, (kClusters > 16)>(
             chunk / layout.cluster_blocks, layout.clusters(),
             [&](uint32_t cluster) { return cluster_counts[cluster * layout.bins() + bin]; });
         sum.x += before_in_cluster;
