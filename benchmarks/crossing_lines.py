@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_router import (
+    Dispatch,
     activation_topk,
     combine,
     dense_router,
@@ -138,6 +139,9 @@ def _dense_router() -> Iterator[Line]:
         grouped = {"num_groups": 12 if experts == 384 else 8}  # of powers of two, or no kernel takes them
         key: dict[str, Any] = {"logits": {}, "scores": {"bias": True}, "groups": grouped}[keys]
         yield line("rows", 1, 16384, case in timed, dtype=dtype, **key, hidden=4096, experts=experts, k=8)
+        if dtype == "bf16":
+            mixed = {"dtype": dtype, "weight_dtype": "f32"}
+            yield line("rows", 1, 16384, False, **mixed, **key, hidden=4096, experts=experts, k=8)
     for rows in (1, 32, 100, 1024):
         yield line("experts", 16, 1024, True, dtype="bf16", hidden=4096, rows=rows, k=8)
 
@@ -147,6 +151,7 @@ def _expert_dispatch() -> Iterator[Line]:
         yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8})
     for tokens in (512, 16384):
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
+    yield Line("expert_dispatch", "tokens", 1, 4096, {"experts": 256, "k": 8, "align": 128})
     yield Line("expert_counts", "tokens", 1, 200000, {"experts": 256, "k": 8})
 
 
@@ -163,6 +168,8 @@ def _moved() -> Iterator[Line]:
         yield line("combine", hidden, False, dtype=dtype)
         yield line("permute_cotangent", hidden, False, dtype=dtype)
         yield line("combine_cotangent", hidden, is_timed, dtype=dtype)
+    for dtype in DTYPES:
+        yield line("combine", 2048, dtype == "bf16", dtype=dtype, slots=256)
     yield line("permute", 2047, False, dtype="f16", element_bytes=1)
 
 
@@ -208,7 +215,15 @@ def _bias(experts: int, has_bias: bool) -> tuple[Spec, ...]:
 
 
 def _product_and_selection(
-    plan: str, rows: int, hidden: int, experts: int, k: int, dtype: str, bias: bool = False, num_groups: int = 1
+    plan: str,
+    rows: int,
+    hidden: int,
+    experts: int,
+    k: int,
+    dtype: str,
+    weight_dtype: str | None = None,
+    bias: bool = False,
+    num_groups: int = 1,
 ) -> Program:
     options = _options(k, num_groups)
 
@@ -217,7 +232,7 @@ def _product_and_selection(
 
     inputs = (
         Spec((rows, hidden), DTYPES[dtype]),
-        Spec((experts, hidden), DTYPES[dtype], scale=hidden**-0.5),
+        Spec((experts, hidden), DTYPES[weight_dtype or dtype], scale=hidden**-0.5),
         *_bias(experts, bias),
     )
     return Contender(unfused if plan == UNFUSED else partial(dense_router, **options)), inputs
@@ -228,8 +243,8 @@ def _top_k(plan: str, rows: int, length: int, k: int, sorted: bool, dtype: str) 
     return Contender(select), (Spec((rows, length), DTYPES[dtype]),)
 
 
-def _dispatch(plan: str, tokens: int, experts: int, k: int) -> Program:
-    sort = partial(expert_dispatch, num_experts=experts, implementation="native")
+def _dispatch(plan: str, tokens: int, experts: int, k: int, align: int = 1) -> Program:
+    sort = partial(expert_dispatch, num_experts=experts, align=align, implementation="native")
     return Contender(sort), (Spec((tokens, k), jnp.int32, bound=experts),)
 
 
@@ -248,10 +263,13 @@ def _permuted(
     return Contender(run, prepare), _moved_inputs(tokens, hidden, k, of_bytes)
 
 
-def _moved_program(plan: str, tokens: int, hidden: int, k: int, dtype: str, op: str) -> Program:
-    """A combine, or the cotangents of a weighted permute or combine."""
+def _moved_program(plan: str, tokens: int, hidden: int, k: int, dtype: str, op: str, slots: int = 0) -> Program:
+    """A combine, of slots that tokens share if their number is given, or the cotangents of a permute or combine."""
 
     def prepare(x, expert_ids, weights):
+        if slots:
+            shared = Dispatch(jnp.full(slots, -1), expert_ids % slots, jnp.zeros(slots, jnp.int32))
+            return x, jnp.resize(x, (slots, hidden)), weights, shared
         dispatch = expert_dispatch(expert_ids, 256)
         return x, x[dispatch.token_index], weights, dispatch
 

@@ -173,13 +173,12 @@ def plan_sizes(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
         "k": selection.top_k,
         "num_groups": selection.num_groups,
         "dtype": NATIVE_DTYPES[x.dtype.name],
+        "weight_dtype": NATIVE_DTYPES[avals["weight"].dtype.name],
     }
 
 
 def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, precision: Any, **_: Any) -> str | None:
-    if avals["weight"].dtype != avals["x"].dtype:
-        return "the fused kernels take x and weight of one dtype"
-    if precision is not None and avals["x"].dtype == np.float32:
+    if precision is not None and avals["weight"].dtype == np.float32:
         return "the fused kernels multiply f32 operands to f32 accuracy"
     return native_module(platform).dense_router_unsupported(**plan_sizes(avals, selection)) or None
 
@@ -219,6 +218,11 @@ _DENSE_ROUTER = Op(
 @_DENSE_ROUTER.def_jvp
 def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
     scoring = params["selection"].scoring
-    logits_of = partial(router_logits, precision=params["precision"], token_mask=primals.get("token_mask"))
+    logits_of = partial(
+        router_logits,
+        precision=params["precision"],
+        token_mask=primals.get("token_mask"),
+        implementation=params["implementation"],
+    )
     factors = ("x", "weight", "logit_bias")
     return selecting_jvp(_DENSE_ROUTER, primals, tangents, scoring, logits_of, factors, **params)

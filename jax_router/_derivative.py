@@ -50,7 +50,7 @@ def selecting_jvp(
     primals: dict[str, Any],
     tangents: dict[str, Any],
     how: Scoring,
-    logits_of: Callable[..., Array] = lambda logits: logits,
+    logits_of: Callable[..., Array] = lambda logits, **_: logits,
     factors: Sequence[str] = ("logits",),
     /,
     *,
@@ -60,9 +60,9 @@ def selecting_jvp(
 ):
     """The derivative rule of an op that routes: its results are weights, ids and, if `return_chosen`, chosen logits.
 
-    The logits are `logits_of(**operands)` of the operands that `factors` names. Nothing flows through the selection, or
-    to another operand. The backward pass needs the ids and the chosen logits; for softmax without renormalisation,
-    all logits.
+    The logits are `logits_of(**operands, expert_ids=...)` of the operands that `factors` names; all logits but those at
+    the ids get no gradient, where there are ids. Nothing flows through the selection, or to another operand. The
+    backward pass needs the ids and the chosen logits; for softmax without renormalisation, all logits.
     """
     whole_row = how.needs_whole_row
     weights, expert_ids, *chosen = checkpoint_name(
@@ -74,7 +74,8 @@ def selecting_jvp(
     if not moving:
         return results, [zero_tangent(result) for result in results]
     at = {name: given[name] for name in moving}
-    logits, logits_dot = jax.jvp(lambda moved: logits_of(**{**given, **moved}), (at,), (moving,))
+    of_moved = partial(logits_of, expert_ids=None if whole_row else expert_ids)
+    logits, logits_dot = jax.jvp(lambda moved: of_moved(**{**given, **moved}), (at,), (moving,))
 
     def tangent_of(residual: Array | None, scoring: Scoring) -> Array:
         return weights_tangent(logits_dot, residual, expert_ids, scoring, implementation)

@@ -331,7 +331,7 @@ _MENDS = {
     "multiple of 8": "pad hidden states and weight with zeros, to a multiple of 8",
     "top_k = 16": "16 choices or fewer are fused",
     "groups of": "groups of other sizes are not fused",
-    "of one dtype": "a weight in the dtype of x is fused, but a weight in f32 is not rounded",
+    "in bf16 where": "hidden states in bf16 are fused with a weight in f32, which is not rounded",
     "at most": "within that limit there is a kernel; the reference has none",
 }
 

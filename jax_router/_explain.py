@@ -79,16 +79,28 @@ def explain(
 
 
 def _calls(jaxpr: Jaxpr) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
-    """The ops in a program, each with the avals of its operands and its parameters."""
+    """The ops in a program, each with the avals of its operands and its parameters.
+
+    One that has kernels nowhere, because it is made of others, is these.
+    """
     for equation in jaxpr.eqns:
         if op := _OPS.get(equation.primitive):
             params = dict(equation.params)
-            yield op, dict(zip(params.pop("names"), (var.aval for var in equation.invars))), params
+            avals = dict(zip(params.pop("names"), (var.aval for var in equation.invars)))
+            if op.composed and not op.platforms:
+                yield from _calls(_made_of(op, avals, **params))
+            else:
+                yield op, avals, params
             continue
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(inner, (Jaxpr, ClosedJaxpr)):
                     yield from _calls(inner if isinstance(inner, Jaxpr) else inner.jaxpr)
+
+
+def _made_of(op: Op, avals: dict[str, Any], **params: Any) -> Jaxpr:
+    structs = {name: jax.ShapeDtypeStruct(aval.shape, aval.dtype) for name, aval in avals.items()}
+    return jax.make_jaxpr(lambda of: op.reference(**of, **params))(structs).jaxpr
 
 
 def _answer(op: Op, avals: dict[str, Any], platform: str, device: Mapping[str, int] | None, **params: Any) -> Answer:
@@ -120,7 +132,7 @@ def _cuda_plan(
     """The name of the plan, or why there is none."""
     module = _native.native_module("cuda")
     # Whether dense_router pays is a question of the device, and may be asked of one that is described.
-    asks_device = device is not None and op.name == "dense_router" and avals["x"].dtype == avals["weight"].dtype
+    asks_device = device is not None and op.name == "dense_router" and params["precision"] is None
     if not asks_device and (reason := op.reason_against_kernels("cuda", avals, partitioned=False, **params)):
         return None, reason
     if (sizes := _plan_sizes(op.name, avals, params)) is None:

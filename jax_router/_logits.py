@@ -11,8 +11,10 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from ._product import Axes, bf16_parts, product
+from ._routed_product import routed_product
 from ._shapes import with_rank
 from ._sharding import product_sharding, shard_as, shard_last_axis_as
+from ._types import Implementation
 
 
 def router_logits(
@@ -22,6 +24,8 @@ def router_logits(
     *,
     precision: lax.PrecisionLike = None,
     token_mask: Array | None = None,
+    expert_ids: Array | None = None,
+    implementation: Implementation = "reference",
 ) -> Array:
     """`x @ weight.T + logit_bias` in f32.
 
@@ -30,24 +34,39 @@ def router_logits(
     So are their derivatives, but for 2^-16 of each product where an operand is bf16.
 
     What x holds where `token_mask` is False reaches no gradient. The logits there are what they are without the mask.
+
+    With `expert_ids`, the gradient of x is that for a cotangent which is zero but at these ids of each token.
     """
     is_mixed = x.dtype != weight.dtype
     if precision is None and not is_mixed and x.dtype == jnp.float32:
         precision = lax.Precision.HIGHEST
     if token_mask is not None:
         token_mask = shard_as(x, token_mask)
-    logits = _product(x, weight, token_mask, precision, is_mixed and precision is None)
+    is_sharded = any(any(jax.typeof(factor).sharding.spec) for factor in (x, weight))
+    if is_mixed or is_sharded:
+        expert_ids = None  # the gradient is that for any cotangent
+    in_parts = is_mixed and precision is None
+    logits = _product(x, weight, token_mask, expert_ids, precision, in_parts, implementation)
     return logits if logit_bias is None else logits + with_rank(shard_last_axis_as(logits, logit_bias), logits.ndim)
 
 
-def _product(x: Array, weight: Array, token_mask: Array | None, precision: Any, in_parts: bool) -> Array:
-    if token_mask is None and not in_parts:
+def _product(x: Array, weight: Array, token_mask: Array | None, expert_ids: Array | None, *options: Any) -> Array:
+    precision, in_parts, _ = options
+    if token_mask is None and expert_ids is None and not in_parts:
         return _dot(x, weight, precision)
-    return _product_with_rule(x, weight, token_mask, precision, in_parts)
+    return _product_with_rule(x, weight, token_mask, expert_ids, *options)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _product_with_rule(x: Array, weight: Array, token_mask: Array | None, precision: Any, in_parts: bool) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def _product_with_rule(
+    x: Array,
+    weight: Array,
+    token_mask: Array | None,
+    expert_ids: Array | None,
+    precision: Any,
+    in_parts: bool,
+    implementation: Implementation,
+) -> Array:
     if in_parts:
         # On a CPU one product in f32 is faster than three in bf16.
         return lax.platform_dependent(
@@ -57,12 +76,15 @@ def _product_with_rule(x: Array, weight: Array, token_mask: Array | None, precis
 
 
 @partial(_product_with_rule.defjvp, symbolic_zeros=True)
-def _product_jvp(precision, in_parts, primals, tangents):
-    (x, weight, token_mask), (x_dot, weight_dot, _) = primals, tangents
-    logits = _product_with_rule(x, weight, token_mask, precision, in_parts)
+def _product_jvp(precision, in_parts, implementation, primals, tangents):
+    (x, weight, token_mask, expert_ids), (x_dot, weight_dot, *_) = primals, tangents
+    logits = _product_with_rule(x, weight, token_mask, expert_ids, precision, in_parts, implementation)
     terms = []
     if not isinstance(x_dot, SymbolicZero):
-        terms.append(_product(x_dot, weight, token_mask, precision, False))
+        if expert_ids is None:
+            terms.append(_product(x_dot, weight, token_mask, None, precision, False, implementation))
+        else:
+            terms.append(routed_product(x_dot, weight, expert_ids, precision, implementation))
     if not isinstance(weight_dot, SymbolicZero):
         # The gradient of the weight sums over tokens, and 0 * NaN is NaN. x is masked when that is computed, not
         # before: else a masked copy of it would wait for the backward pass.

@@ -70,24 +70,34 @@ def _dot_in_f32(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding:
 
 
 def _dot_in_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding: Any) -> Array:
-    """The product of an f32 lhs and a bf16 rhs. The parts go before the last axis of lhs, that of the experts.
+    """The product of an f32 lhs and a bf16 rhs. The parts go behind the last axis of lhs, that of the experts.
 
     Where that stays, so do they, and are added in the end. Else they are summed over, with rhs once for each. So the
     parts multiply the few numbers, those of the weight or of its gradient, and both gradients take the same ones.
     """
     last = lhs.ndim - 1
-    parts = bf16_parts(lhs, _PARTS, last)
-    moved = partial(_moved, before=last)
+    parts = lax.platform_dependent(lhs, cuda=_halves, default=partial(bf16_parts, count=_PARTS, axis=last + 1))
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = axes
-    if last not in axes.kept(0, lhs.ndim):
-        contracted = ((last, *moved(lhs_contracted)), (0, *(axis + 1 for axis in rhs_contracted)))
-        batch = (moved(lhs_batch), tuple(axis + 1 for axis in rhs_batch))
-        copies = jnp.stack([rhs] * _PARTS)
-        return _dot(parts, copies, axes=Axes(contracted, batch), dtype=dtype, out_sharding=out_sharding)
-    at = len(lhs_batch) + axes.kept(0, lhs.ndim).index(last)
-    in_parts = Axes((moved(lhs_contracted), rhs_contracted), (moved(lhs_batch), rhs_batch))
-    by_part = _with_axis(out_sharding, at, None)
-    return _dot(parts, rhs, axes=in_parts, dtype=jnp.float32, out_sharding=by_part).sum(at).astype(dtype)
+    if last in axes.kept(0, lhs.ndim):
+        at = len(lhs_batch) + axes.kept(0, lhs.ndim).index(last) + 1
+        by_part = _with_axis(out_sharding, at, None)
+        return _dot(parts, rhs, axes=axes, dtype=jnp.float32, out_sharding=by_part).sum(at).astype(dtype)
+    copied = dict(zip((*lhs_contracted, *lhs_batch), (*rhs_contracted, *rhs_batch)))[last] + 1
+    moved = partial(_moved, before=copied)
+    contracted = ((*lhs_contracted, last + 1), (*moved(rhs_contracted), copied))
+    shape = (*rhs.shape[:copied], _PARTS, *rhs.shape[copied:])
+    # Behind a barrier, lest XLA add up the parts, rounded, in place of the copies.
+    copies = lax.optimization_barrier(jnp.broadcast_to(jnp.expand_dims(rhs, copied), shape))
+    in_parts = Axes(contracted, (lhs_batch, moved(rhs_batch)))
+    return _dot(parts, copies, axes=in_parts, dtype=dtype, out_sharding=out_sharding)
+
+
+def _halves(values: Array) -> Array:
+    """`bf16_parts(values, 2, -1)` as the halves of words, which XLA writes on a GPU at the speed of a copy."""
+    high = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    rest = jnp.where(jnp.isinf(values), 0.0, values - lax.bitcast_convert_type(high, jnp.float32))
+    low = lax.bitcast_convert_type(rest.astype(jnp.bfloat16), jnp.uint16)
+    return lax.bitcast_convert_type(high >> 16 | low.astype(jnp.uint32) << 16, jnp.bfloat16)
 
 
 def _dot_of_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding: Any) -> Array:

@@ -14,7 +14,7 @@ from jax import lax
 cuda = types.ModuleType("jax_router._cuda")
 cuda.__spec__ = importlib.machinery.ModuleSpec(cuda.__name__, loader=None)
 sys.modules[cuda.__name__] = cuda
-answers = {"unsupported": "", "pays": True}
+answers = {"unsupported": "", "unsupported weight in float32": "", "pays": True}
 
 
 def declarations():
@@ -27,8 +27,10 @@ cuda.ffi_api_version = (0, 0)
 cuda.max_experts, cuda.max_top_k = 4096, 64
 cuda.targets = dict
 cuda.declarations = declarations
-cuda.dense_router_unsupported = lambda *, rows, hidden, experts, k, num_groups, dtype: answers["unsupported"]
-cuda.dense_router_pays = lambda *, rows, hidden, experts, k, num_groups, dtype: answers["pays"]
+cuda.dense_router_unsupported = lambda *, dtype, weight_dtype, **sizes: answers[
+    "unsupported" if dtype == weight_dtype else "unsupported weight in float32"
+]
+cuda.dense_router_pays = lambda **sizes: answers["pays"]
 cuda.workspace_bytes = lambda op, **sizes: 4096
 
 import jax_router  # noqa: E402
@@ -53,8 +55,8 @@ answers.update(unsupported="", pays=False)
 printed |= {f"{implementation}, does not pay": calls(implementation) for implementation in ("auto", "native")}
 answers["pays"] = True
 printed["native, of float32 at another precision"] = calls("native", dtype=jnp.float32, precision=lax.Precision.DEFAULT)
-for tokens in (4, 65):
-    printed[f"{tokens} tokens in bfloat16, weight in float32"] = calls(
-        "native", weight_dtype=jnp.float32, tokens=tokens
-    )
+mixed = functools.partial(calls, "native", weight_dtype=jnp.float32)
+printed["weight in float32"] = mixed(tokens=65)
+answers["unsupported weight in float32"] = "no kernel takes an x in another dtype"
+printed |= {f"{tokens} tokens, unsupported weight in float32": mixed(tokens=tokens) for tokens in (4, 65)}
 print(json.dumps(printed))

@@ -18,6 +18,7 @@ MOVES = {
     "tiles": (100, 6, 128, 32, 16),
     "many tokens": (2100, 2, 48, 9, 1),
     "three segments": (40, 8, 3000, 16, 8),
+    "more than caches hold": (2100, 2, 2048, 9, 1),
 }  # fmt: skip
 
 

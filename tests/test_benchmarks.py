@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jax_router import _timing
 from jax_router._timing import Kernel, Peaks, Pool, Spec, Timing
 
 ROOT = Path(__file__).parents[1]
@@ -187,6 +188,18 @@ def test_wall_clock_in_jit():
     assert ran == (["a"] * 4 + ["b"] * 4) * in_jit.TURNS
     assert len(quick) == len(slow) == in_jit.TURNS
     assert min(slow) >= 2000 > statistics.median(quick)
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")])
+def test_no_contender_finds_the_copy_of_another_in_the_cache(names):
+    """Between two uses of a copy there are calls with others."""
+    used = []
+    copies = {name: [(number,) for number in range(12)] for name in names}
+    _timing.wall_timings(dict.fromkeys(names, used.append), copies, seconds=0.0, turns=24)
+    assert sorted(used) == sorted([*range(12)] * 2 * len(names))
+    for number in range(12):
+        (places,) = np.nonzero(np.array(used) == number)
+        assert np.diff(places).min() >= 12 / len(names)
 
 
 def test_a_failure_in_jit_costs_no_other_figure(gpu, monkeypatch):

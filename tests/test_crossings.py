@@ -171,6 +171,10 @@ NUMBERS = {
         "expert_dispatch/experts/N512/k8",
         ("cluster of 512 threads, 16 chunks", "cluster of 512 threads, 2 chunks"),
     ),
+    "ExpertDispatchNumbers.lone_block_unused": (
+        "expert_dispatch/tokens/E256/k8/align128",
+        ("cluster of 512 threads, 1 chunks", "cluster of 512 threads, 16 chunks"),
+    ),
     "kClusterRounds": (
         "expert_dispatch/tokens/E384/k8",
         (
@@ -183,8 +187,15 @@ NUMBERS = {
     "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
     "warps of a multiprocessor": (
         "permute/tokens/bf16/D2048/k8",
-        ("copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
+        (
+            "copy 16 bytes of a slot",
+            "copy 16 bytes x1",
+            "copy 16 bytes x2",
+            "copy 16 bytes x4",
+            "copy 16 bytes x8",
+        ),
     ),
+    "CombineNumbers.reads_of_row": ("combine/tokens/bf16/slots256/D2048/k8", ("bf16 wide", "bf16 table")),
     "CombineCotangentNumbers.multiprocessors_a_block": (
         "combine_cotangent/tokens/bf16/D2048/k8",
         ("bf16 wide, choices apart", "bf16 wide, choices together"),

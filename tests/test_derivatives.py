@@ -70,6 +70,22 @@ def test_gradient_has_the_dtype_of_the_logits(dtype, rng):
     np.testing.assert_allclose(f64(got), f64(want), rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_of_more_logits_than_caches_hold(dtype, rng):
+    """Row by row that of a few."""
+    logits = jnp.asarray(rng.normal(0, 1, (33000, 256)), dtype)
+    cotangent = rng.normal(0, 1, (33000, 6)).astype(np.float32)
+
+    @jax.jit
+    def gradient(logits, cotangent):
+        route = partial(jax_router.activation_topk, top_k=6, implementation="native")
+        return jax.vjp(lambda x: route(x).weights, logits)[1](cotangent)[0]
+
+    got = gradient(logits, cotangent)
+    for rows in (slice(0, 100), slice(-100, None)):
+        np.testing.assert_array_equal(got[rows], gradient(logits[rows], cotangent[rows]))
+
+
 @pytest.mark.parametrize(("score_fn", "renormalize"), SCORINGS)
 def test_vjp_of_vjp(score_fn, renormalize, rng):
     """The second derivative, in the logits and in the cotangent, against the reference's."""

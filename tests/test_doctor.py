@@ -101,12 +101,12 @@ def test_why_it_is_not_fused(options, reason):
 
 
 @needs_cuda
-def test_few_tokens_and_a_weight_in_f32_are_fused_in_f32():
+def test_few_tokens_and_a_weight_in_f32_are_fused():
     config = RouterConfig(hidden_size=4096, num_experts=256, top_k=6)
     few = Case(config, 8, jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
     first = _doctor.ops(few, "H100")[0]
     assert first.level == "ok"
-    assert re.fullmatch(r"native: f32 scores few .*; with x in f32: the fused kernels take .* one dtype", first.text)
+    assert re.fullmatch(r"native: bf16xf32 scores few .*", first.text)
 
 
 @pytest.mark.parametrize(

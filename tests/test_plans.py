@@ -100,19 +100,19 @@ TAKEN_BY_AN_H100 = {
     "scored_hash_router/V129280/E256/k6/N1": "f32 choices",
     "scored_hash_router/V129280/E256/k6/N64": "f32 choices",
     "scored_hash_router/V129280/E256/k6/N65536": "f32 choices",
-    "dense_router/bf16xf32/D4096/E256/k6/N1": "unfused",
-    "dense_router/bf16xf32/D4096/E256/k6/N16": "f32 logits few 16x16 of 256",
-    "dense_router/bf16xf32/D4096/E256/k6/N64": "f32 logits few 16x16 of 256",
+    "dense_router/bf16xf32/D4096/E256/k6/N1": "bf16xf32 logits few 16x16 of 256",
+    "dense_router/bf16xf32/D4096/E256/k6/N16": "bf16xf32 logits few 16x16 of 256",
+    "dense_router/bf16xf32/D4096/E256/k6/N64": "bf16xf32 logits few 64x16 of 256",
     "dense_router/bf16xf32/D4096/E256/k6/N4096": "unfused",
-    "permute/bf16/D2048/k8/N8192": "copy 16 bytes x4",
+    "permute/bf16/D2048/k8/N8192": "copy 16 bytes x8",
     "permute_grad/bf16/D2048/k8/N8192": "bf16 wide",
     "combine/bf16/D2048/k8/N8192": "bf16 wide",
     "combine_grad/bf16/D2048/k8/N8192": "bf16 wide, choices together",
-    "permute/bf16/D4096/k6/N8192": "copy 16 bytes x4",
+    "permute/bf16/D4096/k6/N8192": "copy 16 bytes x8",
     "permute_grad/bf16/D4096/k6/N8192": "bf16 wide",
     "combine/bf16/D4096/k6/N8192": "bf16 wide",
     "combine_grad/bf16/D4096/k6/N8192": "bf16 wide, choices together",
-    "permute/bf16/D7168/k8/N8192": "copy 16 bytes x4",
+    "permute/bf16/D7168/k8/N8192": "copy 16 bytes x8",
     "permute_grad/bf16/D7168/k8/N8192": "bf16 wide",
     "combine/bf16/D7168/k8/N8192": "bf16 wide",
     "combine_grad/bf16/D7168/k8/N8192": "bf16 wide, choices together",
@@ -135,7 +135,9 @@ def sizes_of(case_id):
     if op in ("expert_dispatch", "expert_counts", "permute", "combine", "combine_cotangent"):
         sizes["tokens"] = sizes.pop("rows")
     if op not in ("expert_dispatch", "expert_counts", "hash_router"):
-        sizes["dtype"] = "bf16" if "bf16" in parts else "f32"  # x in bf16 is cast for a weight in f32
+        sizes["dtype"], *weight_dtype = next((part for part in parts if "f16" in part), "f32").split("x")
+        if weight_dtype:
+            (sizes["weight_dtype"],) = weight_dtype
     if op == "route_at":
         del sizes["experts"]
     if op == "topk_select":
@@ -219,7 +221,9 @@ class Draw:
         return sizes | {"bias": self._flag(), "dtype": self._dtype()}
 
     def dense_router(self):
-        return self.activation_topk() | {"hidden": self._size(16384)}
+        sizes = self.activation_topk() | {"hidden": self._size(16384)}
+        is_mixed = sizes["dtype"] == "bf16" and self._flag()
+        return sizes | ({"weight_dtype": "f32"} if is_mixed else {})
 
     def topk_select(self):
         length = self._size(2**22)
@@ -341,7 +345,7 @@ def test_twice_the_multiprocessors_take_twice_the_rows_alike(op, device):
         sizes = draw()
         rows = "rows" if "rows" in sizes else "tokens"
         sizes[rows] = 8 * sizes[rows]  # whole blocks of tokens
-        more = sizes | {rows: 2 * sizes[rows]}
+        more = sizes | {name: 2 * sizes[name] for name in (rows, "slots") if name in sizes}
         assert CUDA.plans(op, device, **sizes)[0] == CUDA.plans(op, twice, **more)[0], sizes
 
 
@@ -357,7 +361,7 @@ def blocks_of_row(plan):
 FINENESS = {
     "activation_topk": lanes_of_row,
     "topk_select": blocks_of_row,
-    "permute": lambda plan: -int(plan.rpartition("x")[2]),
+    "permute": lambda plan: 0 if plan.endswith("of a slot") else -int(plan.rpartition("x")[2]),
     "combine_cotangent": lambda plan: "apart" in plan,
 }
 

@@ -190,7 +190,7 @@ def products(function, *operands, platform):
     return re.findall(r"dot_general.*tensor<([0-9x]*x\w+)>, tensor<([0-9x]*x\w+)>\) ->", text)
 
 
-IN_PARTS = {("200x2x16xbf16", "2x16x64xbf16"), ("200x2x16xbf16", "200x64xbf16")}
+IN_PARTS = {("200x16x2xbf16", "16x2x64xbf16"), ("200x16x2xbf16", "200x64xbf16")}
 
 
 def test_products_of_the_platforms():
@@ -215,3 +215,12 @@ def test_dense_router_multiplies_its_gradient_in_parts():
 
     found = products(jax.grad(loss, (0, 1)), x, weight, platform="tpu")
     assert set(found) >= IN_PARTS
+
+
+def test_parts_as_halves_of_words_are_the_parts(rng):
+    values = np.ldexp(rng.normal(size=1000), rng.integers(-100, 100, 1000)).astype(np.float32)
+    values = np.concatenate([values, np.float32([0.0, -0.0, np.inf, -np.inf, 3e38])])
+    found, want = (
+        jax.jit(parts)(values) for parts in (_product._halves, partial(_product.bf16_parts, count=2, axis=1))
+    )
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), np.asarray(want).view(np.uint16))

@@ -247,7 +247,8 @@ struct CombineCotangent {
 
 // logits = x @ weight^T (+ logit_bias) in f32, and ActivationTopk on them.
 struct DenseRouter {
-  DType operand_dtype;  // of x and weight
+  DType operand_dtype;  // of x
+  DType weight_dtype;   // that of x, or f32
   int32_t hidden;
   const void* x;            // [rows, hidden]
   const void* weight;       // [experts, hidden]

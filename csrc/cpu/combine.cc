@@ -1,6 +1,7 @@
 // combine, and permute's cotangents, which are a combine with products beside it: a stretch of a token's row is summed
 // in f32 over the rows of its slots.
 #include "dispatched.h"
+#include "result_rows.h"
 #include "rows.h"
 
 namespace jax_router::cpu::JR_ISA {
@@ -10,15 +11,18 @@ void rows(const Combine& op, int64_t begin, int64_t end) {
   const int64_t hidden = rows.hidden;
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
+    const ResultRows out(op.out, rows.token_rows(), hidden * sizeof(T), kLargeComputed);
     for (int64_t row = begin; row < end; ++row) {
+      T* const sum = out.place<T>(row);
       const Token token(rows, op.weights, row);
       for_stretches(hidden, [&](int64_t first, int64_t count) {
         alignas(64) float sums[kStretch] = {};
         token.for_choices(rows, [&](int32_t, int64_t slot, float weight) {
           add_row(weight, static_cast<const T*>(op.y) + slot * hidden + first, count, sums);
         });
-        round_row(sums, count, static_cast<T*>(op.out) + row * hidden + first);
+        round_row(sums, count, sum + first);
       });
+      out.copy(sum, row);
     }
   });
 }

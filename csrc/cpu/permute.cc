@@ -1,8 +1,7 @@
 // permute, and combine's cotangents, which are a permute with products beside it: a token's row is read once from
 // memory, and goes to its slots. Who clears the slots without a choice is instruction_set.cc.
-#include <cstring>
-
 #include "dispatched.h"
+#include "result_rows.h"
 #include "rows.h"
 
 namespace jax_router::cpu::JR_ISA {
@@ -10,20 +9,21 @@ namespace jax_router::cpu::JR_ISA {
 void rows(const Permute& op, int64_t begin, int64_t end) {
   const DispatchedRows rows = op.rows;
   const int64_t hidden = rows.hidden, row_bytes = hidden * op.element_bytes;
+  const ResultRows out(op.out, rows.slot_rows(), row_bytes, op.weights == nullptr ? kLargeCopied : kLargeComputed);
   for (int64_t row = begin; row < end; ++row) {
     const Token token(rows, op.weights, row);
     token.for_choices(rows, [&](int32_t j, int64_t slot, float weight) {
       if (!lies_in(rows, token.problem, token.number, token.slots[j])) return;
       if (op.weights == nullptr) {
-        std::memcpy(static_cast<char*>(op.out) + slot * row_bytes, static_cast<const char*>(op.x) + row * row_bytes,
-                    row_bytes);
+        out.copy(static_cast<const char*>(op.x) + row * row_bytes, slot);
         return;
       }
       with_type(op.dtype, [&](auto type) {
         using T = decltype(type);
         const T* const from = static_cast<const T*>(op.x) + row * hidden;
-        T* const to = static_cast<T*>(op.out) + slot * hidden;
+        T* const to = out.place<T>(slot);
         for (int64_t i = 0; i < hidden; ++i) to[i] = from_f32<T>(weight * to_f32(from[i]));
+        out.copy(to, slot);
       });
     });
   }
@@ -34,6 +34,7 @@ void rows(const CombineCotangent& op, int64_t begin, int64_t end) {
   const int64_t hidden = rows.hidden;
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
+    const ResultRows rows_of_grad_y(op.grad_y, rows.slot_rows(), hidden * sizeof(T), kLargeComputed);
     for (int64_t row = begin; row < end; ++row) {
       const T* const grad = static_cast<const T*>(op.grad) + row * hidden;
       float* const grad_weights = op.grad_weights + row * rows.k;
@@ -41,7 +42,7 @@ void rows(const CombineCotangent& op, int64_t begin, int64_t end) {
       const Token token(rows, op.weights, row);
       token.for_choices(rows, [&](int32_t j, int64_t slot, float weight) {
         const T* const y = static_cast<const T*>(op.y) + slot * hidden;
-        T* const grad_y = static_cast<T*>(op.grad_y) + slot * hidden;
+        T* const grad_y = rows_of_grad_y.place<T>(slot);
         const bool mine = lies_in(rows, token.problem, token.number, token.slots[j]);
         Product product;
         for_stretches(hidden, [&](int64_t first, int64_t count) {
@@ -49,6 +50,7 @@ void rows(const CombineCotangent& op, int64_t begin, int64_t end) {
           if (!mine) return;
           for (int64_t i = first; i < first + count; ++i) grad_y[i] = from_f32<T>(weight * to_f32(grad[i]));
         });
+        if (mine) rows_of_grad_y.copy(grad_y, slot);
         grad_weights[j] = product.sum();
       });
     }

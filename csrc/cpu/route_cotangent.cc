@@ -5,6 +5,7 @@
 
 #include "chosen.h"
 #include "convert.h"
+#include "result_rows.h"
 #include "rows.h"
 #include "scratch.h"
 
@@ -52,10 +53,12 @@ void pull_back(const Scoring& scoring, int64_t k, ChosenRows& chosen, const PerC
 
 // Writes a row of the gradient that is zero but where sums was touched, and clears sums.
 template <typename T>
-void write_sparse(const Choices& choices, float* sums, T* grad_logits) {
-  std::memset(static_cast<void*>(grad_logits), 0, sizeof(T) * choices.experts);
-  choices.for_each([&](int64_t, int32_t expert) { grad_logits[expert] = from_f32<T>(sums[expert]); });
+void write_sparse(const Choices& choices, float* sums, int64_t row, const ResultRows& grad_logits) {
+  T* const made = grad_logits.place<T>(row);
+  std::memset(static_cast<void*>(made), 0, sizeof(T) * choices.experts);
+  choices.for_each([&](int64_t, int32_t expert) { made[expert] = from_f32<T>(sums[expert]); });
   choices.for_each([&](int64_t, int32_t expert) { sums[expert] = 0.0f; });
+  grad_logits.copy(made, row);
 }
 
 // Softmax over all experts. A row without a valid choice, a masked one say, may hold anything and has no gradient.
@@ -92,6 +95,7 @@ void rows(const RouteCotangent& op, int64_t begin, int64_t end) {
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     T* const grad_logits = static_cast<T*>(op.grad_logits);
+    const ResultRows sparse_rows(op.grad_logits, op.rows, op.experts * sizeof(T), kLargeComputed);
     for (int64_t first = begin; first < end; first += kRowsPerBlock) {
       const int64_t count = end - first < kRowsPerBlock ? end - first : kRowsPerBlock;
       if (op.scoring.needs_whole_row()) {
@@ -119,7 +123,7 @@ void rows(const RouteCotangent& op, int64_t begin, int64_t end) {
         choices.for_each([&](int64_t j, int32_t expert) {
           sums[expert] += identity ? op.scoring.scale * grad[j] : cotangents[j][r];
         });
-        write_sparse(choices, sums, grad_logits + (first + r) * op.experts);
+        write_sparse<T>(choices, sums, first + r, sparse_rows);
       }
     }
   });

@@ -31,29 +31,33 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
   const int first_choice = plan.apart ? static_cast<int>(number - token.row * parts) : 0;
   const int last_choice = !is_there ? first_choice : plan.apart ? first_choice + 1 : rows.k;
 
+  // All lanes of a warp come along to the end of the row. Unsigned: a row may have almost 2^31 pieces.
+  const uint32_t lane = threadIdx.x % 32, end = is_there ? plan.pieces : 0;
+  const Bits* row = static_cast<const Bits*>(op.grad) + token.row * plan.pieces;
+  uint32_t piece = threadIdx.x;
+  Bits of_grad = piece < end ? load_piece(row + piece) : Bits{};  // on its way while slots are looked up
+
   Choices all[2];
-  uint32_t here[2], mine[2];  // which of them have slots, and which have these for themselves
+  uint32_t here[2];  // which of them have slots
+  bool is_mine[2];   // whether this lane's has it for itself: needed for stores, so that loads do not wait for it
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     all[h] = token.choices(rows, op.weights, 32 * h);
     const int j = 32 * h + static_cast<int>(threadIdx.x % 32);
     const bool is_here = all[h].slot >= 0 && j >= first_choice && j < last_choice;
     here[h] = __ballot_sync(kFullWarp, is_here);
-    mine[h] = __ballot_sync(kFullWarp, is_here && lies_in(rows, token.problem, token.number, all[h].slot));
+    is_mine[h] = is_here && lies_in(rows, token.problem, token.number, all[h].slot);
   }
   ChoiceProducts sums;
-  // All lanes of a warp come along to the end of the row. Unsigned: a row may have almost 2^31 pieces.
-  const uint32_t lane = threadIdx.x % 32, end = is_there ? plan.pieces : 0;
-  for (uint32_t piece = threadIdx.x; piece - lane < end; piece += 32 * plan.warps) {
+  while (piece - lane < end) {
     const bool inside = piece < end;
     typename P::Floats grad;
-    const Bits* row = static_cast<const Bits*>(op.grad) + token.row * plan.pieces;
-    P::unpack(inside ? load_piece(row + piece) : Bits{}, grad);
+    P::unpack(of_grad, grad);
     for (int eight = first_choice / 8; 8 * eight < last_choice; ++eight) {
       const bool low = eight < 4;
       const Choices choices = low ? all[0] : all[1];
       const int j = 8 * (eight % 4);
-      const uint32_t have_slots = (low ? here[0] : here[1]) >> j, are_mine = (low ? mine[0] : mine[1]) >> j;
+      const uint32_t have_slots = (low ? here[0] : here[1]) >> j;
       float products[8] = {};
 #pragma unroll
       for (int half = 0; half < 8; half += kHeldRows) {
@@ -61,8 +65,10 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
 #pragma unroll
         for (int i = half; i < half + kHeldRows; ++i) {
           const int64_t at = token.slot_row(rows, choices.slot_of(j + i)) * plan.pieces + piece;
-          if ((have_slots >> i & 1) != 0 && inside) held[i - half] = load_piece(static_cast<const Bits*>(op.y) + at);
+          if ((have_slots >> i & 1) != 0 && inside)
+            held[i - half] = load_piece_once(static_cast<const Bits*>(op.y) + at);
         }
+        const uint32_t are_mine = __ballot_sync(kFullWarp, low ? is_mine[0] : is_mine[1]) >> j;
 #pragma unroll
         for (int i = half; i < half + kHeldRows; ++i) {
           const int64_t at = token.slot_row(rows, choices.slot_of(j + i)) * plan.pieces + piece;
@@ -77,6 +83,8 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
       }
       sums.add(eight, products);
     }
+    piece += 32 * plan.warps;
+    of_grad = piece < end ? load_piece(row + piece) : Bits{};
   }
   sums.store(threadIdx.y * plan.warps, plan.warps, first_choice, last_choice, op.grad_weights + token.row * rows.k);
 }

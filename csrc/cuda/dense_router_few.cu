@@ -1,11 +1,14 @@
 // dense_router for up to 128 tokens: one kernel multiplies all tokens by the weight and selects each token's experts.
 //
 // A thread block owns 16 to 48 experts x one of kFewSplits slices of the hidden axis, for 16 or 64 tokens. Its warps
-// take turns along the slice, 128 bytes of every row at a time, each warp with its own copies to its own shared memory,
-// so that no warp waits for another before the sums. A lane then reads 16 bytes of a row, neighbouring hidden elements;
-// the tensor core instruction wants others, but any order of the inner axis gives the same sum as long as both operands
-// use it. The block's sums go to the workspace as packets, and the last blocks of the grid also select, a token each.
-// Sums are added up in the same order whatever the number of tokens.
+// take turns along the slice, 128 bytes of every expert's row at a time, each warp with its own copies to its own
+// shared memory, so that no warp waits for another before the sums. A lane then reads 16 bytes of a row, neighbouring
+// hidden elements; the tensor core instruction wants others, but any order of the inner axis gives the same sum as long
+// as both operands use it. The block's sums go to the workspace as packets, and the last blocks of the grid also
+// select, a token each. Sums are added up in the same order whatever the number of tokens.
+//
+// With x in bf16 an f32 weight is three parts in bf16, which a lane makes of it as it reads it: three products on
+// tensor cores take less time than one without them, and memory holds nothing but the weight.
 //
 // The hand-over: a packet is two partial logits and a tag, written and read as one 16-byte word, so that a reader who
 // sees the tag has the logits: no fence, no counter, nothing to initialise. A tag is a random number of this launch (of
@@ -75,11 +78,21 @@ struct Product {
   int experts;
 };
 
-// Where 16 bytes of a row lie in a stage of shared memory: rows of 128 bytes, halves swapped in every second row so
-// that 8 lanes that read 64 bytes of two rows each meet no bank twice.
-__device__ __forceinline__ int place_of(int row, int piece) {
-  return row * kFewStepBytes + ((piece ^ (row & 1) * 4) * 16);
-}
+// A step is 128 bytes of every row of the weight, and as many elements of x. Where 16 bytes of a row lie in a stage of
+// shared memory: in every second row of 128 bytes halves are swapped, or neighbours where a lane reads two, so that 8
+// lanes that read as many pieces of two rows meet no bank twice.
+template <class X, class W>
+struct Layout {
+  static constexpr int kTimes = sizeof(W) / sizeof(X);  // as many bytes of the weight as of x
+  static constexpr int kXBytes = kFewStepBytes / kTimes;
+
+  static __device__ __forceinline__ int x_place(int row, int piece) {
+    return row * kXBytes + (kTimes == 1 ? piece ^ (row & 1) * 4 : piece) * 16;
+  }
+  static __device__ __forceinline__ int weight_place(int row, int piece) {
+    return row * kFewStepBytes + (piece ^ (row & 1) * (kTimes == 1 ? 4 : 1)) * 16;
+  }
+};
 
 __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
@@ -102,7 +115,7 @@ __device__ __forceinline__ void multiply_16x8x16(__half, float (&d)[4], uint32_t
 }
 
 // A warp's sums, 16 * kTokenTiles tokens by 8 * kExpertTiles experts, as the tensor cores lay them out.
-template <class T, int kTokenTiles, int kExpertTiles>
+template <class X, class W, int kTokenTiles, int kExpertTiles>
 struct WarpSums {
   float sums[kTokenTiles][kExpertTiles][4] = {};
 
@@ -111,21 +124,22 @@ struct WarpSums {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto piece = [&](const char* rows, int row) {
-        return *reinterpret_cast<const uint4*>(rows + place_of(row, half * 4 + lane % 4));
+        return *reinterpret_cast<const uint4*>(rows + Layout<X, W>::x_place(row + lane / 4, half * 4 + lane % 4));
       };
       uint4 b[kExpertTiles];
 #pragma unroll
-      for (int n = 0; n < kExpertTiles; ++n) b[n] = piece(weight, 8 * n + lane / 4);
+      for (int n = 0; n < kExpertTiles; ++n) b[n] = piece(weight, 8 * n);
 #pragma unroll
-      for (int m = 0; m < kTokenTiles; ++m) {
-        const uint4 low = piece(x, 16 * m + lane / 4);
-        const uint4 high = piece(x, 16 * m + 8 + lane / 4);
+      for (int m = 0; m < kTokenTiles; ++m) add_tile(m, piece(x, 16 * m), piece(x, 16 * m + 8), b);
+    }
+  }
+
+  // Those of one tile of tokens, in half a step.
+  __device__ __forceinline__ void add_tile(int m, uint4 low, uint4 high, const uint4 (&b)[kExpertTiles]) {
 #pragma unroll
-        for (int n = 0; n < kExpertTiles; ++n) {
-          multiply_16x8x16(T{}, sums[m][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y);
-          multiply_16x8x16(T{}, sums[m][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w);
-        }
-      }
+    for (int n = 0; n < kExpertTiles; ++n) {
+      multiply_16x8x16(X{}, sums[m][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y);
+      multiply_16x8x16(X{}, sums[m][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w);
     }
   }
 
@@ -142,9 +156,59 @@ struct WarpSums {
   }
 };
 
+// Two neighbours of an f32 weight in three parts of bf16, the largest first, that add up to it: bf16 has the exponents
+// of f32 and 8 of its 24 bits.
+struct Parts {
+  uint32_t of[3];
+
+  __device__ __forceinline__ Parts(float low, float high) {
+    of[0] = upper_halves(low, high);
+    // Infinity leaves no rest, and NaN itself.
+    low = fabsf(low) == INFINITY ? 0.0f : rest_of(low);
+    high = fabsf(high) == INFINITY ? 0.0f : rest_of(high);
+    of[1] = upper_halves(low, high);
+    of[2] = upper_halves(rest_of(low), rest_of(high));
+  }
+  static __device__ __forceinline__ uint32_t upper_halves(float low, float high) {
+    return __byte_perm(float_bits(low), float_bits(high), 0x7632);
+  }
+  static __device__ __forceinline__ float rest_of(float x) { return x - bits_float(float_bits(x) & 0xFFFF0000u); }
+};
+
+// x in bf16 and a weight in f32, to the accuracy of f32: a product for each part of the weight.
+template <int kTokenTiles, int kExpertTiles>
+struct WarpSums<__nv_bfloat16, float, kTokenTiles, kExpertTiles>
+    : WarpSums<__nv_bfloat16, __nv_bfloat16, kTokenTiles, kExpertTiles> {
+  __device__ __forceinline__ void add(const char* x, const char* weight, int lane) {
+    using Places = Layout<__nv_bfloat16, float>;
+    uint4 b[3][kExpertTiles];
+#pragma unroll
+    for (int n = 0; n < kExpertTiles; ++n) {
+      const auto quad = [&](int i) {
+        return *reinterpret_cast<const float4*>(weight + Places::weight_place(8 * n + lane / 4, lane % 4 * 2 + i));
+      };
+      const float4 first = quad(0);
+      const float4 second = quad(1);
+      const Parts pairs[4] = {{first.x, first.y}, {first.z, first.w}, {second.x, second.y}, {second.z, second.w}};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) b[i][n] = {pairs[0].of[i], pairs[1].of[i], pairs[2].of[i], pairs[3].of[i]};
+    }
+#pragma unroll
+    for (int m = 0; m < kTokenTiles; ++m) {
+      const auto piece = [&](int row) {
+        return *reinterpret_cast<const uint4*>(x + Places::x_place(row + lane / 4, lane % 4));
+      };
+      const uint4 low = piece(16 * m);
+      const uint4 high = piece(16 * m + 8);
+#pragma unroll
+      for (int i = 2; i >= 0; --i) this->add_tile(m, low, high, b[i]);
+    }
+  }
+};
+
 // f32 in plain multiply-adds: four lanes share an expert's row, each with every token at its own columns.
 template <int kTokenTiles, int kExpertTiles>
-struct WarpSums<float, kTokenTiles, kExpertTiles> {
+struct WarpSums<float, float, kTokenTiles, kExpertTiles> {
   static constexpr int kTokens = 16 * kTokenTiles;
   float sums[kExpertTiles][kTokens] = {};
 
@@ -152,7 +216,7 @@ struct WarpSums<float, kTokenTiles, kExpertTiles> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto piece = [&](const char* rows, int row) {
-        return *reinterpret_cast<const float4*>(rows + place_of(row, half * 4 + lane % 4));
+        return *reinterpret_cast<const float4*>(rows + Layout<float, float>::x_place(row, half * 4 + lane % 4));
       };
       float4 a[kExpertTiles];
 #pragma unroll
@@ -188,12 +252,14 @@ __device__ __forceinline__ bool needs_softmax(const Scoring& scoring) {
 }
 
 // kTokenTiles: of 16 tokens; kExpertTiles: of 8 experts; kChunks, of 128 experts, hold all, and kFullChunks are full.
-template <class T, int kTokenTiles, int kExpertTiles, KeyMode kMode, int kChunks, int kFullChunks>
+template <class X, class W, int kTokenTiles, int kExpertTiles, KeyMode kMode, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_router_few_tokens(const Product product, const __grid_constant__ DenseRouter op) {
   constexpr int kTokens = 16 * kTokenTiles;
   constexpr int kExperts = 8 * kExpertTiles;
-  constexpr int kStageBytes = (kTokens + kExperts) * kFewStepBytes;
+  using Places = Layout<X, W>;
+  constexpr int kXBytes = Places::kXBytes;
+  constexpr int kStageBytes = kTokens * kXBytes + kExperts * kFewStepBytes;
   constexpr int kStride = kExperts + (kExperts % 16 == 8 ? 0 : 8);  // of sums in shared memory
   static_assert(kTokens * kStride * 4 <= kFewStages * kStageBytes);
   constexpr int kExpertsOfThread = (128 * kChunks + kThreads - 1) / kThreads;
@@ -215,36 +281,44 @@ __global__ void __launch_bounds__(kThreads, 1)
   char* stages = shared + warp * kFewStages * kStageBytes;
   {
     const uint32_t row_bytes = product.row_bytes;
-    const uint32_t steps = (row_bytes + kFewStepBytes - 1) / kFewStepBytes;
+    const uint32_t steps = (row_bytes + kXBytes - 1) / kXBytes;
     const int end = static_cast<int>((split + 1) * steps / kFewSplits);
     int step = static_cast<int>(split * steps / kFewSplits) + warp;
     int next = step;
-    // A lane copies 16 bytes of every fourth row.
-    const int row = lane / 8;
-    const int tokens = min(product.rows - first_token, kTokens) - row;
+    // A lane copies 16 bytes of every fourth row of the weight, and of as many bytes of x.
+    constexpr int kAtOnce = 32 * 16 / kFewStepBytes;
+    constexpr int kXAtOnce = 32 * 16 / kXBytes;
+    const int row = lane * kAtOnce / 32;
+    const int x_row = lane * kXAtOnce / 32;
+    const int piece = lane % (32 / kAtOnce);
+    const int x_piece = lane % (32 / kXAtOnce);
     const int experts = min(product.experts - first_expert, kExperts) - row;
-    const uint32_t column = lane % 8 * 16;
-    const char* weight = product.weight + static_cast<uint64_t>(first_expert + row) * row_bytes + column;
-    const char* x = product.x + static_cast<uint64_t>(first_token + row) * row_bytes + column;
-    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stages)) + place_of(row, lane % 8);
+    const int tokens = min(product.rows - first_token, kTokens) - x_row;
+    const uint32_t weight_row_bytes = row_bytes * Places::kTimes;
+    const char* weight = product.weight + static_cast<uint64_t>(first_expert + row) * weight_row_bytes + 16 * piece;
+    const char* x = product.x + static_cast<uint64_t>(first_token + x_row) * row_bytes + 16 * x_piece;
+    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stages)) + Places::x_place(x_row, x_piece);
+    const uint32_t between = kTokens * kXBytes + Places::weight_place(row, piece) - Places::x_place(x_row, x_piece);
     // Values to keep: the compiler would make them anew for each copy.
     asm volatile("" : "+l"(weight), "+l"(x), "+r"(to));
     int stage = 0;
     const auto copy = [&] {
       if (next < end) {
-        const uint32_t offset = next * kFewStepBytes;
-        const bool exists = offset + column < row_bytes;
         const uint32_t x_to = to + stage * kStageBytes;
-        const uint32_t w_to = x_to + kTokens * kFewStepBytes;
+        const uint32_t weight_to = x_to + between;
+        uint32_t offset = next * kFewStepBytes;
+        bool exists = offset + 16 * piece < weight_row_bytes;
         const char* from = weight + (exists ? offset : 0);
 #pragma unroll
-        for (int i = 0; i < kExperts; i += 4, from += 4 * row_bytes) {
-          if (i < experts) copy_piece(w_to + i * kFewStepBytes, from, exists);
+        for (int i = 0; i < kExperts; i += kAtOnce, from += kAtOnce * weight_row_bytes) {
+          if (i < experts) copy_piece(weight_to + i * kFewStepBytes, from, exists);
         }
+        offset = next * kXBytes;
+        exists = offset + 16 * x_piece < row_bytes;
         from = x + (exists ? offset : 0);
 #pragma unroll
-        for (int i = 0; i < kTokens; i += 4, from += 4 * row_bytes) {
-          if (i < tokens) copy_piece(x_to + i * kFewStepBytes, from, exists);
+        for (int i = 0; i < kTokens; i += kXAtOnce, from += kXAtOnce * row_bytes) {
+          if (i < tokens) copy_piece(x_to + i * kXBytes, from, exists);
         }
       }
       asm volatile("cp.async.commit_group;" ::: "memory");
@@ -253,12 +327,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 #pragma unroll
     for (int s = 0; s < kFewStages; ++s) copy();
-    WarpSums<T, kTokenTiles, kExpertTiles> sums;
+    WarpSums<X, W, kTokenTiles, kExpertTiles> sums;
 #pragma unroll 1
     while (step < end) {
       asm volatile("cp.async.wait_group %0;" ::"n"(kFewStages - 1) : "memory");
       __syncwarp();
-      sums.add(stages + stage * kStageBytes, stages + stage * kStageBytes + kTokens * kFewStepBytes, lane);
+      const char* arrived = stages + stage * kStageBytes;
+      sums.add(arrived, arrived + kTokens * kXBytes, lane);
       __syncwarp();
       step += kFewWarps;
       if (step < end) copy();
@@ -429,11 +504,11 @@ uint64_t new_tag() {
   return tag == kNoTag ? new_tag() : tag;
 }
 
-template <class T, KeyMode kMode>
+template <class X, class W, KeyMode kMode>
 cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet* packets, cudaStream_t stream) {
   return with_index<kFewTileCount>(plan.few, [&](auto index) {
     constexpr FewTile kTile = kFewTiles[decltype(index)::value];
-    if constexpr (kTile.token_tiles == 1 || sizeof(T) == 2) {
+    if constexpr (takes(kTile, dtype_of(X{}))) {
       const int rows = static_cast<int>(op.select.rows);
       const int experts = op.select.selection.experts;
       LaunchShape shape{ceil_div(experts, kTile.experts()), kThreads, plan.shared_bytes};
@@ -443,11 +518,11 @@ cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet*
                             static_cast<const char*>(op.weight),
                             packets,
                             new_tag(),
-                            op.hidden * static_cast<uint32_t>(sizeof(T)),
+                            op.hidden * static_cast<uint32_t>(sizeof(X)),
                             rows,
                             experts};
       return launch_kernel(
-          dense_router_few_tokens<T, kTile.token_tiles, kTile.expert_tiles, kMode, kTile.chunks, kTile.full_chunks>,
+          dense_router_few_tokens<X, W, kTile.token_tiles, kTile.expert_tiles, kMode, kTile.chunks, kTile.full_chunks>,
           shape, stream, product, op);
     }
     return cudaErrorInvalidValue;
@@ -457,19 +532,22 @@ cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet*
 }  // namespace
 
 cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream) {
-  auto* packets = static_cast<Packet*>(op.workspace.data);
-  return with_type(op.operand_dtype, [&](auto type) {
-    using T = decltype(type);
+  const auto run_types = [&](auto x, auto weight) {
+    using X = decltype(x);
+    using W = decltype(weight);
+    auto* packets = static_cast<Packet*>(op.workspace.data);
     switch (key_mode(op.select)) {
       case KeyMode::kLogits:
-        return run_mode<T, KeyMode::kLogits>(op, plan, packets, stream);
+        return run_mode<X, W, KeyMode::kLogits>(op, plan, packets, stream);
       case KeyMode::kScores:
-        return run_mode<T, KeyMode::kScores>(op, plan, packets, stream);
+        return run_mode<X, W, KeyMode::kScores>(op, plan, packets, stream);
       case KeyMode::kGroups:
-        return run_mode<T, KeyMode::kGroups>(op, plan, packets, stream);
+        return run_mode<X, W, KeyMode::kGroups>(op, plan, packets, stream);
     }
     return cudaErrorInvalidValue;
-  });
+  };
+  if (op.operand_dtype != op.weight_dtype) return run_types(__nv_bfloat16{}, float{});
+  return with_type(op.operand_dtype, [&](auto type) { return run_types(type, type); });
 }
 
 }  // namespace jax_router::cuda

@@ -12,6 +12,8 @@
 // beyond a group's capacity. Every block knows where all groups end, so the slots without a choice are shared out over
 // the blocks of a sort: behind the choices of a group by one warp of one block, behind the last group by all threads.
 //
+// Most code runs once a block, and has to be fetched for that: loops there are unrolled no further than pays.
+//
 // Floor: 8 bytes a choice (id in, slot out) and 4 bytes a slot (token_index).
 #include <cstdint>
 
@@ -31,6 +33,7 @@ struct Shared {
   uint32_t* tile_start;  // [columns] the same within the tile
   uint32_t* ordered;     // [threads * rounds] bin << 16 | choice within the tile, ordered by bin
   uint16_t* ranks;       // [warps][columns] choices of each bin so far, then in earlier warps
+  uint16_t* received;    // [cluster_blocks][columns] the counts of the cluster's blocks, where these send them
   uint32_t* kept_end;    // [experts] slot behind the last choice that a group keeps; in the place of ranks, of which
                          // nobody knows any more when a tile is ranked, and known where may_drop() alone
 };
@@ -44,6 +47,7 @@ __device__ Shared carve_shared(const SortLayout& layout, int threads) {
   shared.tile_start = shared.next_slot + layout.columns;
   shared.ordered = shared.tile_start + layout.columns;
   shared.ranks = reinterpret_cast<uint16_t*>(shared.ordered + threads * layout.rounds);
+  shared.received = shared.ranks + threads / 32 * layout.columns;
   shared.kept_end = reinterpret_cast<uint32_t*>(shared.ranks);  // two warps or more have as much
   return shared;
 }
@@ -73,15 +77,16 @@ __device__ uint32_t place_in_tile(const SortLayout& layout, int round) {
 
 __device__ void clear_masks(const SortLayout& layout, const Shared& shared, int threads) {
   uint4* masks = reinterpret_cast<uint4*>(shared.masks);
+#pragma unroll 2
   for (uint32_t i = threadIdx.x; i < threads / 32 * layout.mask_bins / 4; i += threads)
     masks[i] = make_uint4(0, 0, 0, 0);
 }
 
 // Loads and ranks the choices [begin, end) and leaves counts, tile_start and ordered in shared memory. Needs clear
-// masks, and leaves them clear. Calls counted() when this thread has written its part of counts.
-template <int kThreads, uint32_t kRounds, typename Counted>
+// masks, and leaves them clear. Tells `others` of the counts.
+template <int kThreads, uint32_t kRounds, class Others>
 __device__ TileChoices<kRounds> rank_tile(const SortLayout& layout, const Shared& shared, const int32_t* expert_ids,
-                                          uint32_t begin, uint32_t end, Counted counted) {
+                                          uint32_t begin, uint32_t end, const Others& others) {
   constexpr int kWarps = kThreads / 32;
   const uint32_t past_end = layout.bins();
   TileChoices<kRounds> tile;
@@ -93,6 +98,7 @@ __device__ TileChoices<kRounds> rank_tile(const SortLayout& layout, const Shared
   }
   uint32_t* rank_words = reinterpret_cast<uint32_t*>(shared.ranks);
   const uint32_t words = layout.columns / 2;
+#pragma unroll 2
   for (uint32_t i = threadIdx.x; i < kWarps * words; i += kThreads) rank_words[i] = 0;
   __syncthreads();
 
@@ -124,6 +130,7 @@ __device__ TileChoices<kRounds> rank_tile(const SortLayout& layout, const Shared
   __syncthreads();
 
   // A warp's counts become the sums over earlier warps, two bins a word; the sums over all warps are the tile's.
+  others.wait_to_tell();
   for (uint32_t word = threadIdx.x; word < words; word += kThreads) {
     uint32_t counts[kWarps];
 #pragma unroll
@@ -136,9 +143,10 @@ __device__ TileChoices<kRounds> rank_tile(const SortLayout& layout, const Shared
     }
     shared.counts[2 * word] = sum & 0xFFFF;
     shared.counts[2 * word + 1] = sum >> 16;
+    others.tell(word, sum);
   }
-  __syncwarp();  // counted() may hold a barrier that a warp's lanes must reach together
-  counted();
+  __syncwarp();  // there may be a barrier next that a warp's lanes must reach together
+  others.end_telling();
   __syncthreads();
   uint32_t carry = 0;
   for (uint32_t first = 0; first < layout.bins(); first += kThreads) {
@@ -195,6 +203,7 @@ __device__ void clear_slots(bool mine, uint32_t begin, uint32_t end, int32_t* to
   for (uint32_t lanes = __ballot_sync(kFullWarp, mine && begin < end); lanes != 0; lanes &= lanes - 1) {
     const int lane = __ffs(lanes) - 1;
     const uint32_t last = __shfl_sync(kFullWarp, end, lane);
+#pragma unroll 1
     for (uint32_t slot = __shfl_sync(kFullWarp, begin, lane) + threadIdx.x % 32; slot < last; slot += 32) {
       token_index[slot] = -1;
     }
@@ -223,17 +232,19 @@ __device__ void find_slots(const SortLayout& layout, const Shared& shared, Count
     if (layout.align > 1) clear_slots(bin % layout.chunks == chunk, begin + kept, begin + size, token_index);
     carry += total;
   }
+#pragma unroll 1
   for (uint32_t slot = carry + chunk * kThreads + threadIdx.x; slot < layout.slots; slot += layout.chunks * kThreads) {
     token_index[slot] = -1;
   }
 }
 
-// {sum of load(i) over i < mine, over i < size}. All loads are under way before the first is needed.
+// {sum of load(i) over i < mine, over i < size}. All loads are under way before the first is needed; where they may be
+// so many that registers run out, there are none but those below `size`.
 template <int kMaxSize, typename Load>
 __device__ uint2 sum_before_and_all(uint32_t mine, uint32_t size, Load load) {
   uint32_t counts[kMaxSize];
 #pragma unroll
-  for (uint32_t i = 0; i < kMaxSize; ++i) counts[i] = load(min(i, size - 1));
+  for (uint32_t i = 0; i < kMaxSize; ++i) counts[i] = kMaxSize <= 16 || i < size ? load(min(i, size - 1)) : 0;
   uint2 sum = {0, 0};
 #pragma unroll
   for (uint32_t i = 0; i < kMaxSize; ++i) {
@@ -243,18 +254,88 @@ __device__ uint2 sum_before_and_all(uint32_t mine, uint32_t size, Load load) {
   return sum;
 }
 
-template <int kMaxSize>
-__device__ uint2 sum_over_cluster(const uint32_t* counts, uint32_t bin) {
-  return sum_before_and_all<kMaxSize>(block_of_cluster(), blocks_of_cluster(), [&](uint32_t block) {
-    return remote_load(address_in_block(counts + bin, block));
-  });
-}
+// A block that nobody waits for.
+struct NoOthers {
+  __device__ void wait_to_tell() const {}
+  __device__ void tell(uint32_t, uint32_t) const {}
+  __device__ void end_telling() const {}
+};
+
+// The blocks of a cluster, each of which needs the counts of all: they send them where there is room for so many, and
+// read each other's elsewhere.
+class OthersOfCluster {
+ public:
+  __device__ OthersOfCluster(const SortLayout& layout, const Shared& shared, TransferBarrier* all_sent)
+      : layout_(layout), shared_(shared), all_sent_(all_sent) {
+    if (!layout.sends) return;
+    if (threadIdx.x == 0) init_transfers(all_sent, 1);
+    cluster_arrive_relaxed();
+  }
+  // Behind a barrier of the block.
+  __device__ void wait_to_tell() const {
+    if (!layout_.sends) return;
+    if (threadIdx.x == 0) {
+      announce(address_of(all_sent_), layout_.cluster_blocks * layout_.columns * sizeof(uint16_t));
+    }
+    cluster_wait();  // every block has its barrier
+  }
+  // Of the bins 2 * word and 2 * word + 1, a half of `counts` each.
+  __device__ void tell(uint32_t word, uint32_t counts) const {
+    if (!layout_.sends) return;
+    const uint32_t* place =
+        reinterpret_cast<const uint32_t*>(shared_.received + block_of_cluster() * layout_.columns) + word;
+    for (uint32_t block = 0; block < layout_.cluster_blocks; ++block) {
+      send(address_in_block(place, block), counts, address_in_block(all_sent_, block));
+    }
+  }
+  __device__ void end_telling() const {
+    if (is_read()) cluster_arrive();
+  }
+  __device__ void wait_for_counts() const {
+    if (layout_.sends) wait_for_transfers(all_sent_, 0);
+    if (is_read()) cluster_wait();
+  }
+  // Calls body(counts), where counts(bin) = {choices of the bin in earlier blocks, in all}.
+  template <typename Body>
+  __device__ void with_counts(Body body) const {
+    const auto sum = [&](auto load) {
+      return sum_before_and_all<kMaxSortBlocks>(block_of_cluster(), layout_.cluster_blocks, load);
+    };
+    if (layout_.cluster_blocks == 1) {
+      body([&](uint32_t bin) { return uint2{0, shared_.counts[bin]}; });
+    } else if (layout_.sends) {
+      body([&](uint32_t bin) {
+        return sum([&](uint32_t block) { return shared_.received[block * layout_.columns + bin]; });
+      });
+    } else {
+      body([&](uint32_t bin) {
+        return sum([&](uint32_t block) { return remote_load(address_in_block(shared_.counts + bin, block)); });
+      });
+    }
+  }
+  // No block may leave while another reads its counts.
+  __device__ void end_reading() const {
+    if (is_read()) cluster_arrive_relaxed();
+  }
+  __device__ void wait_to_leave() const {
+    if (is_read()) cluster_wait();
+  }
+
+ private:
+  __device__ bool is_read() const { return layout_.cluster_blocks > 1 && !layout_.sends; }
+
+  const SortLayout& layout_;
+  const Shared& shared_;
+  TransferBarrier* all_sent_;
+};
 
 // One cluster a sort, one tile a block.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     expert_dispatch_in_cluster(SortLayout layout, ExpertDispatch op) {
+  __shared__ TransferBarrier all_sent;
   const Shared shared = carve_shared(layout, kThreads);
+  const OthersOfCluster others(layout, shared, &all_sent);
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = block_of_cluster();
   const int64_t offset = sort * layout.choices;
@@ -263,33 +344,40 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
 
   clear_masks(layout, shared, kThreads);
-  const auto tile =
-      rank_tile<kThreads, kClusterRounds>(layout, shared, op.expert_ids + offset, begin, end, [] { cluster_arrive(); });
-  cluster_wait();
-  find_slots<kThreads>(
-      layout, shared, [&](uint32_t bin) { return sum_over_cluster<kMaxSortBlocks>(shared.counts, bin); }, chunk,
-      op.group_sizes + sort * layout.experts, token_index);
+  const auto tile = rank_tile<kThreads, kClusterRounds>(layout, shared, op.expert_ids + offset, begin, end, others);
+  others.wait_for_counts();
+  others.with_counts([&](auto counts) {
+    find_slots<kThreads>(layout, shared, counts, chunk, op.group_sizes + sort * layout.experts, token_index);
+  });
   __syncthreads();
-  cluster_arrive_relaxed();
+  others.end_reading();
   write_tile<kThreads>(layout, shared, tile, begin, end, token_index, op.slot + offset);
-  cluster_wait();  // no block may leave while another reads its counts
+  others.wait_to_leave();
 }
 
 // Long sorts, first kernel. Workspace: the choices of each bin in earlier chunks of the same cluster [batch, chunks,
-// bins], and in each cluster [batch, clusters, bins].
+// bins], and in each cluster [batch, clusters, bins]. Each block adds up some bins, whose counts the others send it.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     expert_dispatch_count(SortLayout layout, ExpertDispatch op, uint32_t* chunk_counts, uint32_t* cluster_counts) {
   let_later_kernel_start();
-  extern __shared__ uint32_t counts[];
+  __shared__ TransferBarrier all_sent;
+  extern __shared__ uint32_t counts[];                    // [bins + 1]
+  uint32_t* const received = counts + layout.bins() + 1;  // [cluster_blocks][2^owned_bits]
   const int64_t sort = blockIdx.x / layout.chunks;
   const uint32_t chunk = blockIdx.x % layout.chunks;
   const uint32_t begin = min(chunk * layout.chunk_choices, layout.choices);
   const uint32_t end = min(begin + layout.chunk_choices, layout.choices);
   const int32_t* expert_ids = op.expert_ids + sort * layout.choices;
+  const bool alone = layout.cluster_blocks == 1;
+  const uint32_t first_owned = block_of_cluster() << layout.owned_bits;
+  const uint32_t owned = min(1u << layout.owned_bits, layout.bins() - min(first_owned, layout.bins()));
+  if (threadIdx.x == 0 && !alone) init_transfers(&all_sent, 1);
+  cluster_arrive_relaxed();
 
   for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) counts[bin] = 0;
   __syncthreads();
+  if (threadIdx.x == 0 && !alone) announce(address_of(&all_sent), layout.cluster_blocks * owned * sizeof(uint32_t));
   constexpr int kLoads = 4;
   for (uint32_t first = begin + threadIdx.x; first < end; first += kLoads * kThreads) {
     uint32_t bin[kLoads];
@@ -299,19 +387,33 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
       bin[r] = choice < end ? min(static_cast<uint32_t>(expert_ids[choice]), layout.experts) : layout.bins();
     }
 #pragma unroll
-    for (int r = 0; r < kLoads; ++r) {
-      if (bin[r] < layout.bins()) atomicAdd(&counts[bin[r]], 1);
+    for (int r = 0; r < kLoads; ++r) add_one(address_of(counts) + bin[r] * sizeof(uint32_t));
+  }
+  __syncthreads();
+  cluster_wait();  // every block has its barrier
+
+  chunk_counts += static_cast<int64_t>(blockIdx.x - block_of_cluster()) * layout.bins();
+  cluster_counts += static_cast<int64_t>(blockIdx.x / layout.cluster_blocks) * layout.bins();
+  for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) {
+    if (alone) {
+      chunk_counts[bin] = 0;
+      cluster_counts[bin] = counts[bin];
+    } else {
+      const uint32_t owner = bin >> layout.owned_bits;
+      const uint32_t place = ((block_of_cluster() - owner) << layout.owned_bits) + bin;
+      send(address_in_block(received + place, owner), counts[bin], address_in_block(&all_sent, owner));
     }
   }
-  cluster_arrive();
-  cluster_wait();
-  for (uint32_t bin = threadIdx.x; bin < layout.bins(); bin += kThreads) {
-    const uint2 sum = sum_over_cluster<kCountBlocks>(counts, bin);
-    chunk_counts[static_cast<int64_t>(blockIdx.x) * layout.bins() + bin] = sum.x;
-    if (block_of_cluster() == 0) cluster_counts[blockIdx.x / layout.cluster_blocks * layout.bins() + bin] = sum.y;
+  if (alone || owned == 0) return;
+  wait_for_transfers(&all_sent, 0);
+  for (uint32_t i = threadIdx.x; i < owned; i += kThreads) {
+    uint32_t sum = 0;
+    for (uint32_t block = 0; block < layout.cluster_blocks; ++block) {
+      chunk_counts[block * layout.bins() + first_owned + i] = sum;
+      sum += received[(block << layout.owned_bits) + i];
+    }
+    cluster_counts[first_owned + i] = sum;
   }
-  cluster_arrive_relaxed();
-  cluster_wait();
 }
 
 // Of the long sorts' second kernel, on a multiprocessor at once: with 64 registers each, but before compute
@@ -342,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, kLongSortThreads / kThreads)
   uint32_t begin = chunk_begin;
   do {
     const uint32_t end = min(begin + tile_choices, chunk_end);
-    const auto tile = rank_tile<kThreads, kRounds>(layout, shared, op.expert_ids + offset, begin, end, [] {});
+    const auto tile = rank_tile<kThreads, kRounds>(layout, shared, op.expert_ids + offset, begin, end, NoOthers());
     if (begin == chunk_begin) {
       wait_for_earlier_kernel();
       const auto counts = [&](uint32_t bin) {
@@ -397,7 +499,7 @@ cudaError_t run_counted(const ExpertDispatch& op, const ExpertDispatchPlan& plan
   const auto sort = expert_dispatch_sort<kThreads, kClusters, kRounds>;
   uint32_t* chunk_counts = static_cast<uint32_t*>(op.workspace.data);
   uint32_t* cluster_counts = chunk_counts + plan.blocks * layout.bins();
-  const LaunchShape count_shape{plan.blocks, kThreads, 4 * int64_t{layout.bins()},
+  const LaunchShape count_shape{plan.blocks, kThreads, count_shared_bytes(layout),
                                 static_cast<int>(layout.cluster_blocks)};
   LaunchShape sort_shape{plan.blocks, kThreads, plan.shared_bytes};
   sort_shape.overlaps = layout.cluster_blocks > 1;  // which the devices can that have clusters

@@ -1,9 +1,13 @@
 // permute: the rows of tokens to the slots of their choices.
 //
-// A warp owns a segment of a token's row: it loads that once, 16 bytes a lane and up to four at a time, and stores it
-// to each slot of the token, so that every access of a warp is to 512 bytes in a row. Warps behind those look at a few
-// slots each, and clear the rows of those that no choice is in. A slot has one owner: the token that it names, if that
-// names the slot too, and else the warp that looks. Floor: tokens * hidden elements read, and slots * hidden written.
+// A warp owns a segment of a token's row: it loads that once, 16 bytes a lane and up to eight at a time, and stores it
+// to each slot of the token, so that a warp writes up to 4 KB in a row: the memory takes those best. Blocks behind
+// those look at a few slots a warp, and clear the rows of those that no choice is in. A slot has one owner: the token
+// that it names, if that names the slot too, and else the warp that looks. Floor: tokens * hidden elements read, and
+// slots * hidden written.
+//
+// Where there are few slots, a block owns a part of a slot's row, or those of a few slots, and looks up whose it is:
+// then a store waits for two loads, and for no other store.
 #include "kernels.h"
 #include "parts/launch.cuh"
 #include "parts/pieces.cuh"
@@ -33,43 +37,83 @@ struct Weighted {
   Bits bits;
 };
 
+// Warps own tokens.
 template <class Content, int kDepth>
-__global__ void __launch_bounds__(32 * kMoveWarps) permute_rows(const Permute op, const PermutePlan plan) {
+__global__ void __launch_bounds__(32 * kMoveWarps) permute_tokens(const Permute op, const PermutePlan plan) {
   using Bits = typename Content::Bits;
   const DispatchedRows& rows = op.rows;
-  const int lane = threadIdx.x % 32;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * plan.warps + threadIdx.x / 32;
   Bits* out = static_cast<Bits*>(op.out);
-  if (warp >= plan.token_warps) return clear_unused(rows, warp - plan.token_warps, plan.pieces, out);
-  const Token token(rows, warp / plan.segments);
-  const int64_t first = (warp - token.row * plan.segments) * (32 * kDepth) + lane;
-  const Bits* row = static_cast<const Bits*>(op.x) + token.row * plan.pieces;
+  const int64_t behind = blockIdx.x - plan.row_blocks.blocks;
+  if (behind >= 0) {
+    const int64_t warp = (behind * blockDim.y + threadIdx.y) * plan.row_blocks.warps + threadIdx.x / 32;
+    return clear_unused(rows, warp, plan.pieces, out);
+  }
+  const auto [number, lane, is_there] = LaneOfRow(plan.row_blocks);
+  if (!is_there) return;
+  const Token token(rows, number, plan.problem_of(number));
+  const uint32_t first = lane / 32 * (32 * kDepth) + lane % 32;
+  const Bits* row = static_cast<const Bits*>(op.x) + token.row * plan.pieces + first;
   Bits held[kDepth] = {};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    if (first + 32 * i < plan.pieces) held[i] = load_piece(row + first + 32 * i);
+    if (first + 32 * i < plan.pieces) held[i] = load_piece(row + 32 * i);
   }
+  out += token.problem * plan.problem_pieces + first;
   for (int j = 0; j < rows.k; j += 32) {
     Choices choices = token.choices(rows, op.weights, j);
     if (!lies_in(rows, token.problem, token.number, choices.slot)) choices.slot = -1;
     for (uint32_t left = __ballot_sync(kFullWarp, choices.slot >= 0); left != 0; left &= left - 1) {
       const int choice = __ffs(static_cast<int>(left)) - 1;
-      Bits* to = out + token.slot_row(rows, choices.slot_of(choice)) * plan.pieces;
+      Bits* to = out + static_cast<uint64_t>(static_cast<uint32_t>(choices.slot_of(choice))) * plan.pieces;
       const float weight = choices.weight_of(choice);
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
-        if (first + 32 * i < plan.pieces) store_piece(to + first + 32 * i, Content(held[i]).weighed(weight));
+        if (first + 32 * i < plan.pieces) store_piece(to + 32 * i, Content(held[i]).weighed(weight));
       }
     }
   }
 }
 
+// Or slots.
+template <class Content>
+__global__ void __launch_bounds__(32 * kMoveWarps) permute_slots(const Permute op, const PermutePlan plan) {
+  using Bits = typename Content::Bits;
+  const DispatchedRows& rows = op.rows;
+  const auto [slot_row, piece, is_there] = LaneOfRow(plan.row_blocks);
+  if (!is_there) return;
+  const bool inside = piece < plan.pieces;
+  const int64_t problem = plan.problem_of(slot_row);
+  const int slot = static_cast<int>(slot_row - problem * rows.slots);
+  const int number = __ldg(rows.token_index + slot_row);
+  Bits held = {};
+  if (number >= 0 && number < rows.tokens) {
+    const Token token(rows, problem * rows.tokens + number, problem);
+    if (inside) held = load_piece(static_cast<const Bits*>(op.x) + token.row * plan.pieces + piece);
+    bool is_in_use = false;
+    float weight = 1.0f;
+#pragma unroll 1
+    for (int j = 0; j < rows.k; j += 32) {
+      const Choices choices = token.choices(rows, op.weights, j);
+      const uint32_t here = __ballot_sync(kFullWarp, choices.slot == slot);
+      if (here == 0) continue;
+      is_in_use = true;
+      weight = choices.weight_of(31 - __clz(static_cast<int>(here)));
+    }
+    held = is_in_use ? Content(held).weighed(weight) : Bits{};
+  }
+  if (inside) store_piece(static_cast<Bits*>(op.out) + int64_t{slot_row} * plan.pieces + piece, held);
+}
+
 template <class Content>
 cudaError_t launch_permute(const Permute& op, const PermutePlan& plan, cudaStream_t stream) {
-  const auto kernel = plan.depth == 4   ? permute_rows<Content, 4>
-                      : plan.depth == 2 ? permute_rows<Content, 2>
-                                        : permute_rows<Content, 1>;
-  return launch_kernel(kernel, {plan.blocks, dim3(32 * plan.warps)}, stream, op, plan);
+  auto kernel = plan.depth == 4   ? permute_tokens<Content, 4>
+                : plan.depth == 2 ? permute_tokens<Content, 2>
+                : plan.depth == 1 ? permute_tokens<Content, 1>
+                                  : permute_slots<Content>;
+  if constexpr (has_depth(sizeof(typename Content::Bits) == kPieceBytes, 8)) {
+    if (plan.depth == 8) kernel = permute_tokens<Content, 8>;
+  }
+  return launch_kernel(kernel, {plan.blocks, threads_of(plan.row_blocks)}, stream, op, plan);
 }
 
 }  // namespace

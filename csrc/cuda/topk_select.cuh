@@ -67,10 +67,11 @@ struct PairFormat {
   __device__ __forceinline__ uint32_t index(uint64_t pair) const {
     return last_index() - (static_cast<uint32_t>(pair) & last_index());
   }
-  __device__ __forceinline__ bool is_nan(uint64_t pair) const { return pair >> index_bits == kNaN; }
+  __device__ __forceinline__ uint32_t key(uint64_t pair) const { return static_cast<uint32_t>(pair >> index_bits); }
+  __device__ __forceinline__ bool is_nan(uint64_t pair) const { return key(pair) == kNaN; }
   // The element, or some NaN.
   __device__ __forceinline__ float element(uint64_t pair) const {
-    const uint32_t key = static_cast<uint32_t>(pair >> index_bits) << kKeyShift;
+    const uint32_t key = this->key(pair) << kKeyShift;
     return float_of_key(key >> 31 != 0 ? key : key | ((1u << kKeyShift) - 1));
   }
 };

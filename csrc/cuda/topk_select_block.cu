@@ -6,8 +6,9 @@
 // many more: those go to shared memory, where every thread counts how many of them beat its own.
 //
 // Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
-// ranked, which gives the k-th pair, and all pairs no smaller are written, already in ascending order of the index.
-// Best first, the bins are in order too, and each element's place is its rank in its bin.
+// ranked, which gives the k-th pair; of the others their bin says whether they are chosen. They are counted in the
+// order of the row, and go out by way of shared memory, in whole lines. Best first, the bins are in order too, and each
+// element's place is its rank in its bin.
 //
 // Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection over the
 // pairs (key, index) and PairSelect::order take over: slower, but the same for any row.
@@ -78,6 +79,25 @@ struct RegisterRow {
   }
   __device__ __forceinline__ uint64_t edge_pair() const { return PairFormat<T>{kIndexBits}.pair(edge, edge_index); }
 
+  // Of number i of the thread's elements, of which the edge is the last.
+  __device__ __forceinline__ uint64_t pair_at(int i) const {
+    if (i == kVectors * kElements) return edge_pair();
+    uint4 vector = vectors[0];
+#pragma unroll
+    for (int v = 1; v < kVectors; ++v) {
+      if (i >= v * kElements) vector = vectors[v];
+    }
+    const uint32_t index = first + i / kElements * kStep + i % kElements;
+    return PairFormat<T>{kIndexBits}.pair(element_of(vector, i % kElements, T{}), index);
+  }
+
+  // An element's bits as they are in memory.
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  __device__ __forceinline__ Bits bits(int v, int e) const {
+    constexpr int kOfWord = sizeof(uint32_t) / sizeof(T);
+    return static_cast<Bits>(word_of(vectors[v], e / kOfWord) >> (e % kOfWord * 8 * sizeof(T)));
+  }
+
   // The thread's largest element, NaN if one is.
   __device__ __forceinline__ float maximum() const { return max_nan(largest_element<T>(vectors), edge); }
 
@@ -147,7 +167,6 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   constexpr uint32_t kMost = kThreads;                // candidates
   constexpr uint32_t kMostRanked = 5 * kThreads / 8;  // of them, to be compared each with all
   __shared__ alignas(16) uint64_t pairs[kMost];
-  __shared__ alignas(16) int chosen_indices[kMaxFewK];
   __shared__ alignas(16) float warp_bounds[kWarps];
   __shared__ uint32_t counts[2][kWarps];
   __shared__ uint32_t count;
@@ -162,7 +181,6 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   const bool takes_turns = length >= (kThreads + 1) * Row::kElements;
   const Row row(data, length, takes_turns ? (lane / 8 * kWarps + warp) * 8 + lane % 8 : threadIdx.x);
   pairs[threadIdx.x] = 0;
-  if (threadIdx.x < kMaxFewK) chosen_indices[threadIdx.x] = INT_MAX;
   if (threadIdx.x == 0) count = 0;
 
   // Of the warps all of whose threads have an element, each owes its share of the bound.
@@ -229,30 +247,34 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   int place = 32 * warp < candidates ? count_larger(pair, pairs, candidates) : 0;
   const bool chosen = threadIdx.x < candidates && place < k;
   if (!op.sorted) {
-    const int index = static_cast<int>(format.index(pair));
-    if (chosen) chosen_indices[place] = index;
+    // A bit for each element of the row, whether it is chosen, and how many are before each word of bits, both where
+    // the pairs were.
+    constexpr int kWordsOfLane = Row::kStep * kVectors / 1024, kWords = 32 * kWordsOfLane;
+    static_assert(2 * kWords * sizeof(uint32_t) <= sizeof pairs && kWords <= kThreads);
+    uint32_t* bits = reinterpret_cast<uint32_t*>(pairs);
+    uint32_t* before = bits + kWords;
+    const uint32_t index = format.index(pair), word = index / 32, bit = 1u << index % 32;
     __syncthreads();
-    place = 0;
-    if (32 * warp < candidates) {
-#pragma unroll 4
-      for (int begin = 0; begin < k; begin += 4) {
-        const int4 others = *reinterpret_cast<const int4*>(chosen_indices + begin);
-        place += (others.x < index) + (others.y < index) + (others.z < index) + (others.w < index);
+    if (threadIdx.x < kWords) bits[threadIdx.x] = 0;
+    __syncthreads();
+    if (chosen) atomicOr(&bits[word], bit);
+    __syncthreads();
+    if (warp == 0) {
+      uint32_t own = 0;
+#pragma unroll
+      for (int i = 0; i < kWordsOfLane; ++i) own += __popc(bits[lane * kWordsOfLane + i]);
+      uint32_t sum = inclusive_sum_of_lanes(own) - own;
+#pragma unroll
+      for (int i = 0; i < kWordsOfLane; ++i) {
+        before[lane * kWordsOfLane + i] = sum;
+        sum += __popc(bits[lane * kWordsOfLane + i]);
       }
     }
+    __syncthreads();
+    if (chosen) place = before[word] + __popc(bits[word] & (bit - 1));
   }
   if (chosen) write_result(op, row_index, data, place, format, pair);
   if (threadIdx.x >= k && threadIdx.x < op.k) write_nothing<T>(op, row_index, threadIdx.x);
-}
-
-// The element's own bits.
-__device__ __forceinline__ void set_element(float* value, uint4 vector, int e) {
-  *value = bits_float(word_of(vector, e));
-}
-template <typename Half>
-__device__ __forceinline__ void set_element(Half* value, uint4 vector, int e) {
-  const uint32_t word = word_of(vector, e / 2);
-  *reinterpret_cast<unsigned short*>(value) = static_cast<unsigned short>(e % 2 == 0 ? word : word >> 16);
 }
 
 template <int kThreads>
@@ -260,16 +282,27 @@ using BlockSelect = PairSelect<kThreads, kBlockRowBins>;
 static_assert(sizeof(BlockSelect<256>) == pair_select_bytes(256, kBlockRowBins));
 static_assert(sizeof(BlockSelect<1024>) == pair_select_bytes(1024, kBlockRowBins));
 
+// Ascending bins hold descending elements. Two bins in the halves of a word.
+template <int kBinBits>
+__device__ __forceinline__ uint32_t bins_of_two(float low, float high) {
+  const __half2 rounded = __floats2half2_rn(low, high);
+  const uint32_t halves = *reinterpret_cast<const uint32_t*>(&rounded);
+  const uint32_t signs = halves & 0x80008000u;
+  const uint32_t ascending = halves ^ 0x7FFF7FFFu ^ (signs - (signs >> 15));
+  return ascending >> (16 - kBinBits) & (0xFFFFu >> (16 - kBinBits)) * 0x10001u;
+}
+
 template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads)
     topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   using Select = BlockSelect<kThreads>;
-  constexpr int kWarps = kThreads / 32;
+  constexpr int kWarps = kThreads / 32, kHalf = Row::kElements / 2, kEdge = kVectors * Row::kElements;
+  constexpr int kWords = (kVectors + 1) / 2;  // of numbers of a vector each, two in a word
   __shared__ uint32_t counts[2][kWarps];
-  __shared__ uint32_t sizes[1 + kVectors * kWarps];  // how many are chosen: of the head, then by vector and warp
+  __shared__ uint32_t sizes[kWords][kWarps];  // how many are chosen of a warp's vectors
   __shared__ uint64_t exact_bound;
-  __shared__ uint32_t count;
+  __shared__ uint32_t count, head_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const int64_t row_index = blockIdx.x;
@@ -286,34 +319,55 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
   __syncthreads();
 
   if (k != 0) {
-    // Ascending bins hold descending elements.
-    const auto bin_of = [](float x) {
-      const uint32_t half = __half_as_ushort(__float2half_rn(x));
-      return (half >> 15 != 0 ? half : half ^ 0x7FFFu) >> (16 - Select::kBinBits);
-    };
+    const auto bin_of = [](float x) { return bins_of_two<Select::kBinBits>(x, x) & 0xFFFF; };
+    uint32_t bins_of[kVectors][kHalf];  // of a vector's element e, and e + kHalf
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int e = 0; e < kHalf; ++e) {
+        bins_of[v][e] = bins_of_two<Select::kBinBits>(row.element(v, e), row.element(v, e + kHalf));
+      }
       if (!row.exists(v)) continue;
 #pragma unroll
-      for (int e = 0; e < Row::kElements; ++e) atomicAdd(&bins[bin_of(row.element(v, e))], 1);
-    }
-    if (row.has_edge) atomicAdd(&bins[bin_of(row.edge)], 1);
-    __syncthreads();
-    const bool crowded = Select::find_bin(k, op.sorted);
-    const auto found = Select::shared().found;
-
-    const auto append = [&](uint64_t pair) {
-      const uint32_t place = atomicAdd(&count, 1);
-      if (place < kThreads) pairs[place] = pair;
-    };
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int e = 0; e < Row::kElements; ++e) {
-        if (row.exists(v) && bin_of(row.element(v, e)) == found.bin) append(row.pair(v, e));
+      for (int e = 0; e < kHalf; ++e) {
+        atomicAdd(&bins[bins_of[v][e] & 0xFFFF], 1);
+        atomicAdd(&bins[bins_of[v][e] >> 16], 1);
       }
     }
-    if (row.has_edge && bin_of(row.edge) == found.bin) append(row.edge_pair());
+    const uint32_t edge_bin = bin_of(row.edge);
+    if (row.has_edge) atomicAdd(&bins[edge_bin], 1);
+    __syncthreads();
+    bool crowded = false;
+    if (op.sorted) {
+      crowded = Select::find_bin_and_starts(k);
+    } else {
+      Select::find_bin(k);
+    }
+    const auto found = Select::shared().found;
+
+    // Bit i for number i of the thread's elements, if it lies in the bins up to one; -1 for none. Half of a difference
+    // has its highest bit then.
+    const auto mask_up_to = [&](int bin) {
+      const uint32_t two = (0x8000u + bin) * 0x10001u;
+      uint32_t mask = row.has_edge && static_cast<int>(edge_bin) <= bin ? 1u << kEdge : 0;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t halves = 0;
+#pragma unroll
+        for (int e = 0; e < kHalf; ++e) halves |= ((two - bins_of[v][e]) & 0x80008000u) >> (15 - e);
+        const uint32_t of_vector = (halves | halves >> (16 - kHalf)) & ((1u << Row::kElements) - 1);
+        if (row.exists(v)) mask |= of_vector << (v * Row::kElements);
+      }
+      return mask;
+    };
+    const int kth_bin = static_cast<int>(found.bin);
+    uint32_t chosen = mask_up_to(kth_bin - 1);
+    const uint32_t members = mask_up_to(kth_bin) & ~chosen;  // of the bin of the k-th
+    if (members != 0 && found.count <= kThreads) {
+      uint32_t place = atomicAdd(&count, __popc(members));
+#pragma unroll 1
+      for (uint32_t rest = members; rest != 0; rest &= rest - 1) pairs[place++] = row.pair_at(__ffs(rest) - 1);
+    }
     if (threadIdx.x == 0 && found.count <= kThreads) pairs[found.count] = kNoPair;
     __syncthreads();
     if (found.count <= kThreads) {
@@ -336,25 +390,29 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
     const uint64_t bound = exact_bound;
+#pragma unroll 1
+    for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
+      if (row.pair_at(__ffs(rest) - 1) >= bound) chosen |= rest & -rest;
+    }
+    const bool edge_chosen = (chosen >> kEdge & 1) != 0;
+    const auto is_chosen = [&](int v, int e) { return (chosen >> (v * Row::kElements + e) & 1) != 0; };
 
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, data, place, format, pair); };
     if (op.sorted && !crowded) {
       // Several places are asked for before the first is used.
-      constexpr uint32_t kNowhere = 0xFFFFFFFFu;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         uint32_t places[Row::kElements];
 #pragma unroll
         for (int e = 0; e < Row::kElements; ++e) {
-          places[e] =
-              row.exists(v) && row.pair(v, e) >= bound ? atomicAdd(&bins[bin_of(row.element(v, e))], 1) : kNowhere;
+          if (is_chosen(v, e)) places[e] = atomicAdd(&bins[bins_of[v][e % kHalf] >> (e / kHalf * 16) & 0xFFFF], 1);
         }
 #pragma unroll
         for (int e = 0; e < Row::kElements; ++e) {
-          if (places[e] != kNowhere) pairs[places[e]] = row.pair(v, e);
+          if (is_chosen(v, e)) pairs[places[e]] = row.pair(v, e);
         }
       }
-      if (row.has_edge && row.edge_pair() >= bound) pairs[atomicAdd(&bins[bin_of(row.edge)], 1)] = row.edge_pair();
+      if (edge_chosen) pairs[atomicAdd(&bins[edge_bin], 1)] = row.edge_pair();
       __syncthreads();
       // Now bins[b] is where bin b ends, and the next begins.
 #pragma unroll 1
@@ -371,7 +429,6 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       uint32_t varying = 0;
       const auto keep = [&](uint64_t pair) {
         best = max(best, pair);
-        if (pair < bound) return;
         varying |= static_cast<uint32_t>((pair ^ bound) >> format.index_bits);
         pairs[atomicAdd(&count, 1)] = pair;
       };
@@ -379,10 +436,10 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
         for (int e = 0; e < Row::kElements; ++e) {
-          if (row.exists(v)) keep(row.pair(v, e));
+          if (is_chosen(v, e)) keep(row.pair(v, e));
         }
       }
-      if (row.has_edge) keep(row.edge_pair());
+      if (edge_chosen) keep(row.edge_pair());
       const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(best >> format.index_bits));
       varying = __reduce_or_sync(kFullWarp, varying);
       if (lane == 0) {
@@ -394,39 +451,56 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
       Select::template order<true>(k, bound, best, varying, k, format.index_bits, length, pairs + op.k, write);
     } else {
-      const uint32_t mask = row.mask_of([&](int v, int e) { return row.pair(v, e) >= bound; });
-      const auto mask_of_vector = [&](int v) { return mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };
-      uint32_t sums[kVectors];
+      // In ascending order of the index: by vector, warp and lane. They go to shared memory first, since whole lines
+      // are faster to write.
+      using Bits = typename Row::Bits;
+      struct alignas(8) Result {
+        Bits bits;
+        uint32_t index;
+      };
+      Result* results = reinterpret_cast<Result*>(pairs);
+      const auto mask_of_vector = [&](int v) { return chosen >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };
+      uint32_t own[kWords], sums[kWords];
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        sums[v] = inclusive_sum_of_lanes(__popc(mask_of_vector(v)));
-        if (lane == 31) sizes[1 + v * kWarps + warp] = sums[v];
+      for (int w = 0; w < kWords; ++w) {
+        own[w] = __popc(mask_of_vector(2 * w));
+        if (2 * w + 1 < kVectors) own[w] |= __popc(mask_of_vector(2 * w + 1)) << 16;
+        sums[w] = inclusive_sum_of_lanes(own[w]);
+        if (lane == 31) sizes[w][warp] = sums[w];
       }
       // The edges belong to the first warp.
-      const uint32_t edges = __ballot_sync(kFullWarp, row.has_edge && row.edge_pair() >= bound);
-      if (threadIdx.x == 0) sizes[0] = __popc(edges & ((1u << row.head) - 1));
+      const uint32_t edges = __ballot_sync(kFullWarp, edge_chosen);
+      if (threadIdx.x == 0) head_size = __popc(edges & ((1u << row.head) - 1));
       __syncthreads();
-      T* values = static_cast<T*>(op.values) + row_index * op.k;
-      int32_t* indices = op.indices + row_index * op.k;
+      uint32_t start = head_size;  // of a vector of all threads
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        uint32_t before = 0;
-        for (int i = lane; i < 1 + v * kWarps + warp; i += 32) before += sizes[i];
-        uint32_t place = __reduce_add_sync(kFullWarp, before) + sums[v] - __popc(mask_of_vector(v));
+      for (int w = 0; w < kWords; ++w) {
+        const uint32_t size = lane < kWarps ? sizes[w][lane] : 0;
+        const uint32_t all = __reduce_add_sync(kFullWarp, size);
+        const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? size : 0) + sums[w] - own[w];
 #pragma unroll
-        for (int e = 0; e < Row::kElements; ++e) {
-          if ((mask_of_vector(v) >> e & 1) != 0) {
-            set_element(values + place, row.vectors[v], e);
-            indices[place] = static_cast<int32_t>(row.index(v) + e);
-            ++place;
+        for (int v = 2 * w; v < 2 * w + 2 && v < kVectors; ++v) {
+          uint32_t place = start + (before >> (v % 2 * 16) & 0xFFFF);
+          start += all >> (v % 2 * 16) & 0xFFFF;
+#pragma unroll
+          for (int e = 0; e < Row::kElements; ++e) {
+            if (is_chosen(v, e)) results[place++] = {row.bits(v, e), row.index(v) + e};
           }
         }
       }
-      if ((edges >> lane & 1) != 0 && warp == 0) {
+      if (edge_chosen) {
         const uint32_t earlier = edges & ((1u << lane) - 1);
-        const uint32_t place = lane < row.head ? __popc(earlier) : k - __popc(edges & ~earlier);
-        values[place] = data[row.edge_index];
-        indices[place] = static_cast<int32_t>(row.edge_index);
+        const auto edge_bits = reinterpret_cast<const Bits*>(data)[row.edge_index];
+        results[lane < row.head ? __popc(earlier) : k - __popc(edges & ~earlier)] = {edge_bits, row.edge_index};
+      }
+      __syncthreads();
+      Bits* values = static_cast<Bits*>(op.values) + row_index * op.k;
+      int32_t* indices = op.indices + row_index * op.k;
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
+        const Result result = results[i];
+        values[i] = result.bits;
+        indices[i] = static_cast<int32_t>(result.index);
       }
     }
   }

@@ -7,6 +7,9 @@
 // in the shared memory of the cluster's first block, which selects exactly k of them, puts them in order and writes
 // them.
 //
+// The order of the index is found by a bit an index, set for those that are chosen, as long as shared memory has room
+// for a row's bits; the order by value, and that of longer rows, by PairSelect::order.
+//
 // Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others.
 // Where the sample differs from warp to warp by more than chance, the row has a trend, and another sample is taken,
 // evenly from all of the block's part. Where a block that is alone finds more candidates than it has room for, it keeps
@@ -42,7 +45,7 @@ constexpr uint32_t kMostBeside = kSampled * 256 / 4;  // candidates beside k tha
 
 // How the rows are laid over the device, as the kernel needs to know.
 struct Rows {
-  int blocks;         // a row; more than one form a cluster
+  int block_bits;     // a row has 2^block_bits blocks; more than one form a cluster
   uint32_t capacity;  // candidates that a block can hold, and a sample
 };
 
@@ -50,7 +53,8 @@ struct Rows {
 struct Gathering {
   TransferBarrier sent;                // what the others sent to the first block, or it to this one
   uint64_t doubts[kMaxClusterBlocks];  // in the first block: below this a block may have left candidates out
-  uint64_t counts[kMaxClusterBlocks];  // in the first block: its count just after a block added to it
+  uint64_t counts[kMaxClusterBlocks];  // in the first block: its count just after a block added to it, and above it the
+                                       // largest key of that block's candidates
   uint64_t next_bound;                 // for reading the row again, or 0 if there is no need
   uint32_t count;                      // of candidates, those that found no room included
 };
@@ -72,21 +76,20 @@ struct Stream {
 
   const T* row;
   uint32_t head, end;
-  uint32_t block, blocks;
+  uint32_t block, block_bits;
   uint32_t steps;  // of whole vectors
   uint32_t first;  // index in the row of this thread's first vector; the next lie 32 vectors of the block further each
   uint32_t edge;   // index of this thread's element outside whole vectors, or length
   bool has_edges;
   uint4* ring;  // kRing vectors, kThreads apart
 
-  __device__ __forceinline__ Stream(const T* row, uint32_t length, uint32_t block, uint32_t blocks, uint4* ring)
-      : row(row), block(block), blocks(blocks), ring(ring + threadIdx.x) {
+  __device__ __forceinline__ Stream(const T* row, uint32_t length, uint32_t block, uint32_t block_bits, uint4* ring)
+      : row(row), block(block), block_bits(block_bits), ring(ring + threadIdx.x) {
     const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
     head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
     end = length - (length - head) % kElements;
-    const uint32_t piece = 32 * kElements * kBatch * blocks;  // of a step of a warp of each block
-    constexpr uint32_t kWarps = kThreads / 32;
-    steps = ((end - head + piece - 1) / piece + kWarps - 1) / kWarps;
+    constexpr uint32_t kOfStep = kThreads * kElements * kBatch;
+    steps = head == end ? 0 : ((end - head - 1) / kOfStep >> block_bits) + 1;
     first = index_of_own(threadIdx.x / 32 * steps * kBatch * 32 + threadIdx.x % 32);
     edge = min(threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head, length);
     has_edges = block == 0 && head + length - end != 0;
@@ -94,26 +97,37 @@ struct Stream {
 
   // The index in the row of the block's own vector of this number, and how many there are in whole turns.
   __device__ __forceinline__ uint32_t index_of_own(uint32_t number) const {
-    return head + ((number / kTurn * blocks + block) * kTurn + number % kTurn) * kElements;
+    return head + (((number / kTurn << block_bits) + block) * kTurn + number % kTurn) * kElements;
   }
   __device__ __forceinline__ uint32_t own_vectors() const {
-    return (end - head) / (kElements * kTurn * blocks) * kTurn;
+    return ((end - head) / (kElements * kTurn) >> block_bits) * kTurn;
+  }
+
+  // How many of the block's vectors are among the first so many of a thread.
+  __device__ __forceinline__ uint32_t vectors_of_first(uint32_t of_thread) const {
+    const uint32_t whole_turns = own_vectors();
+    const int32_t rest = (end - head) / kElements - (whole_turns << block_bits) - block * kTurn;
+    const uint32_t all = whole_turns + min(max(rest, 0), static_cast<int32_t>(kTurn));
+    const uint32_t of_warp = 32 * kBatch * steps;
+    return all / of_warp * 32 * of_thread + min(all % of_warp, 32 * of_thread);
   }
 
   // Of this thread's vectors, counted through all steps.
   __device__ __forceinline__ uint32_t index(uint32_t vector) const {
-    return first + vector * (32 * kElements * blocks);
+    return first + (vector * (32 * kElements) << block_bits);
   }
   __device__ __forceinline__ uint4* slot(uint32_t vector) const { return ring + vector % kRing * kThreads; }
 
   __device__ __forceinline__ void fetch(uint32_t step) const {
+    if (step < steps) {
 #pragma unroll
-    for (uint32_t vector = step * kBatch; vector < step * kBatch + kBatch; ++vector) {
-      if (step < steps && index(vector) < end) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                         static_cast<uint32_t>(__cvta_generic_to_shared(slot(vector)))),
-                     "l"(row + index(vector))
-                     : "memory");
+      for (uint32_t vector = step * kBatch; vector < step * kBatch + kBatch; ++vector) {
+        if (index(vector) < end) {
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                           static_cast<uint32_t>(__cvta_generic_to_shared(slot(vector)))),
+                       "l"(row + index(vector))
+                       : "memory");
+        }
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -152,37 +166,24 @@ __device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads> stream
 }
 
 template <typename T, int kThreads, bool kInCluster>
-__global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
+__global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / kThreads)
     topk_select_streamed(TopkSelect op, Rows rows) {
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
-  __shared__ uint32_t sample_size, unevenness, start;
+  __shared__ uint32_t unevenness, start;
   __shared__ uint32_t most_of_least, least_of_most;  // keys of the samples of warps of which each thread has some
 
-  const uint32_t blocks = kInCluster ? rows.blocks : 1;
-  const int64_t row_index = blockIdx.x / blocks;
-  const uint32_t block = blockIdx.x % blocks;
+  const uint32_t block_bits = kInCluster ? rows.block_bits : 0, blocks = 1u << block_bits;
+  const int64_t row_index = blockIdx.x >> block_bits;
+  const uint32_t block = blockIdx.x & (blocks - 1);
   const T* row = static_cast<const T*>(op.scores) + row_index * op.length;
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint64_t* pairs = Select::pairs();
   uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity);
-  const Stream<T, kThreads> stream(row, length, block, blocks, ring);
+  const Stream<T, kThreads> stream(row, length, block, block_bits, ring);
   const auto format = PairFormat<T>::of(op);
-
-  Select::init();
-  if (threadIdx.x == 0) {
-    sample_size = 0;
-    unevenness = 0;
-    most_of_least = 0;
-    least_of_most = 0xFFFFFFFFu;
-    gathering.count = 0;
-    if (kInCluster) {
-      init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
-      if (block == 0) cluster_fence();
-    }
-  }
 
   // Room for `own` more candidates of each lane: the first one's place. Called by whole warps.
   const auto reserve = [&](uint32_t own) {
@@ -210,7 +211,12 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
   };
 
+  // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
+  static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint32_t)) <= kRing * sizeof(uint4));
+  const bool uses_bits = !op.sorted && block == 0 && Select::has_bits(format.index_bits);
+
   uint64_t bound = kLowestPair;
+  uint32_t best_key = kNoKey;  // of this thread's candidates
   typename Select::Kth kth = {0, 0, 0};
   uint32_t count = 0;
   uint32_t reading = 0;
@@ -220,56 +226,88 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
 
     const bool first_reading = reading == 0;
     if (first_reading) {
+      // The fence takes long: not by the first warp, which has more to do than the others, and while elements arrive.
+      const bool sets_up = threadIdx.x == kThreads - 32;
+      Select::init();
+      if (sets_up) {
+        unevenness = 0;
+        most_of_least = 0;
+        least_of_most = 0xFFFFFFFFu;
+        gathering.count = 0;
+        if (kInCluster) init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
+      }
       __syncthreads();
+      if (kInCluster && block == 0 && sets_up) cluster_fence();
       if (length > k + max(2 * k, kSampled * kThreads)) {
-        wait_for_fetches<0>();
         // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
-        const uint32_t group = min(length / (2 * kElements * k), static_cast<uint32_t>(kSampled));
-        const auto exists = [&](uint32_t vector) {
-          return vector < stream.steps * kBatch && stream.index(vector) < stream.end;
-        };
-        uint32_t sampled = 0;  // vectors
-        uint64_t largest = kNoPair;
-#pragma unroll 1
-        for (uint32_t vector = 0; vector < (group == 0 ? kSampled : group); ++vector) {
-          uint64_t pair = kNoPair;
-          if (exists(vector)) {
-            const uint4 elements[1] = {*stream.slot(vector)};
-            const float x =
-                group == 0 ? element_of(elements[0], threadIdx.x % kElements, T{}) : largest_element<T>(elements);
-            pair = format.pair(x, stream.index(vector));
-            ++sampled;
-          }
-          largest = max(largest, pair);
-          if (group == 0) pairs[vector * kThreads + threadIdx.x] = pair;
-        }
-        if (group != 0) pairs[threadIdx.x] = largest;
-        sampled = __reduce_add_sync(kFullWarp, sampled);
-        const uint32_t key = static_cast<uint32_t>(largest >> format.index_bits);
-        const uint32_t most = __reduce_max_sync(kFullWarp, key), least = __reduce_min_sync(kFullWarp, key);
-        if (threadIdx.x % 32 == 0) {
-          atomicAdd(&sample_size, sampled);
-          if (least != 0) atomicMax(&most_of_least, least);
-          if (least != 0) atomicMin(&least_of_most, most);
-        }
-        __syncthreads();
-        const float groups = static_cast<float>(sample_size) / static_cast<float>(max(group, 1u));
+        uint32_t group = 0;  // of so many
+#pragma unroll
+        for (uint32_t more = 1; more <= kSampled; ++more) group += length >= more * 2 * kElements * k;
+        const uint32_t sample_size = stream.vectors_of_first(group == 0 ? kSampled : group);
+        const float groups = __fdividef(static_cast<float>(sample_size), static_cast<float>(max(group, 1u)));
         const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
         const float expected = __fdividef(static_cast<float>(k) * elements, static_cast<float>(length));
         // Six standard deviations are left for chance. A group may hold several of those that are wanted.
         const float wanted = expected + 6 * fast_sqrt(expected);
         const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
         const uint32_t rank = static_cast<uint32_t>(reached) + 2;
-        // The whole sample of one warp below that of another is no chance.
+
+        wait_for_fetches<0>();
+        const auto exists = [&](uint32_t vector) {
+          return vector < stream.steps * kBatch && stream.index(vector) < stream.end;
+        };
+        uint64_t largest = kNoPair;
+        uint32_t least_key = 0xFFFFFFFFu;
+        if (group != 0) {
+          float x = -INFINITY;
+#pragma unroll
+          for (uint32_t vector = 0; vector < kSampled; ++vector) {
+            if (vector < group && exists(vector)) {
+              const uint4 elements[1] = {*stream.slot(vector)};
+              x = max_nan(x, largest_element<T>(elements));
+            }
+          }
+          if (exists(0)) {
+            largest = format.pair(x, stream.index(0));
+            least_key = format.key(largest);
+          }
+          pairs[threadIdx.x] = largest;
+        } else {
+#pragma unroll 1
+          for (uint32_t vector = 0; vector < kSampled; ++vector) {
+            uint64_t pair = kNoPair;
+            if (exists(vector)) {
+              pair = format.pair(element_of(*stream.slot(vector), threadIdx.x % kElements, T{}), stream.index(vector));
+              least_key = min(least_key, format.key(pair));
+            }
+            largest = max(largest, pair);
+            pairs[vector * kThreads + threadIdx.x] = pair;
+          }
+        }
+        const uint32_t key = format.key(largest);
+        const uint32_t most = __reduce_max_sync(kFullWarp, key), least = __reduce_min_sync(kFullWarp, key);
+        least_key = __reduce_min_sync(kFullWarp, least_key);
+        if (threadIdx.x % 32 == 0) {
+          atomicMax(&Select::shared().key_max, most);
+          atomicMin(&Select::shared().key_min, least_key);
+          if (kInCluster && least != 0) {
+            atomicMax(&most_of_least, least);
+            atomicMin(&least_of_most, most);
+          }
+        }
+        Select::clear_bins();
+        __syncthreads();
+        // The whole sample of one warp below that of another is no chance. To look at that, too, slows blocks down
+        // which share a multiprocessor with others.
         const bool is_long = stream.own_vectors() * kElements >= 2 * kThreads;
-        bool uneven = is_long && most_of_least > least_of_most;
+        bool uneven = kInCluster && is_long && most_of_least > least_of_most;
         if (!uneven && rank < static_cast<uint32_t>(groups)) {
-          bound =
-              Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8).pair;
+          bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8,
+                                      Select::shared().key_min, Select::shared().key_max)
+                      .pair;
           uneven = is_long && is_uneven(bound, group == 0 ? kSampled : 1, rank, groups);
         }
         if (uneven) bound = bound_of_even_sample(stream, format, k, length, rows.capacity);
-        __syncthreads();
       }
       // The other blocks may use what was set up above, and this block's pairs, which the sample needs no more.
       if (kInCluster) cluster_arrive_relaxed();
@@ -279,7 +317,10 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     if (stream.has_edges && stream.edge < length) {
       const uint64_t pair = format.pair(load_one(row + stream.edge), stream.edge);
       const uint32_t place = pair >= bound ? atomicAdd(&gathering.count, 1) : rows.capacity;
-      if (place < rows.capacity) pairs[place] = pair;
+      if (place < rows.capacity) {
+        pairs[place] = pair;
+        best_key = format.key(pair);
+      }
     }
     bool is_certain = !first_reading;
     uint32_t step = 0;
@@ -325,11 +366,31 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
               if (pair_of(bit) < bound) mask ^= 1u << bit;
             }
           }
-          uint32_t place = reserve(__popc(mask));
+          const int own = __popc(mask);
+          uint32_t place = reserve(own);
+          const auto keep = [&](uint32_t bit, uint64_t pair) {
+            mask ^= 1u << bit;
+            placed |= 1u << bit;
+            pairs[place++] = pair;
+            best_key = max(best_key, format.key(pair));
+          };
+          if (__any_sync(kFullWarp, own > kElements)) {
+            // Many, as of a sorted row: without waiting for one before the next.
 #pragma unroll 1
-          for (; mask != 0 && place < rows.capacity; mask &= mask - 1) {
-            placed |= mask & -mask;
-            pairs[place++] = pair_of(__ffs(mask) - 1);
+            for (uint32_t v = 0; v < kBatch; ++v) {
+              const uint4 vector = *stream.slot(first_vector + v);
+              const uint32_t index = stream.index(first_vector + v);
+#pragma unroll
+              for (uint32_t e = 0; e < kElements; ++e) {
+                const uint32_t bit = v * kElements + e;
+                if ((mask >> bit & 1) != 0 && place < rows.capacity) {
+                  keep(bit, format.pair(element_of(vector, e, T{}), index + e));
+                }
+              }
+            }
+          } else {
+#pragma unroll 1
+            while (mask != 0 && place < rows.capacity) keep(__ffs(mask) - 1, pair_of(__ffs(mask) - 1));
           }
           if (!kInCluster && __any_sync(kFullWarp, mask != 0)) break;
         }
@@ -337,10 +398,13 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
         stream.fetch(step + kStages);
         has_room = kInCluster || known_count <= rows.capacity;
       }
+      Select::prepare(best_key);
       if (kInCluster || __syncthreads_or(step < stream.steps) == 0) break;
 
       // No more room: the k best so far, and few beside them, are all that matters of what has been read.
-      bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside)).pair;
+      bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside), format.key(bound),
+                                  Select::shared().key_max)
+                  .pair;
       is_certain = true;
       if (threadIdx.x == 0) gathering.count = 0;
 #pragma unroll 1
@@ -355,6 +419,12 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
       __syncthreads();
     }
     if (kInCluster) __syncthreads();
+    if (uses_bits) {
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < Select::vectors_of_bits(format.index_bits); i += kThreads) {
+        ring[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
 
     // Only the bound of a sample is uncertain. Of what is below it, some are candidates and some are not.
     const uint64_t doubt = first_reading ? sampled_bound : 0;
@@ -370,7 +440,8 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
           announce(address_of(&gathering.sent), sizeof(uint64_t));
           announce(sent, (places + 2) * sizeof(uint64_t));
           send(address_in_block(&gathering.doubts[block], 0), size < gathering.count ? kNoRoom : doubt, sent);
-          send(address_in_block(&gathering.counts[block], 0), start + size, sent);
+          send(address_in_block(&gathering.counts[block], 0),
+               static_cast<uint64_t>(Select::shared().key_max) << 32 | (start + size), sent);
         }
         const uint32_t first_place = address_in_block(pairs + start, 0);
 #pragma unroll 1
@@ -385,14 +456,18 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     if (block == 0) {
       const int other = threadIdx.x % 32;
       // Whoever was the last to add, this block or another, knows them all.
-      const uint32_t known = other != 0 && other < blocks ? static_cast<uint32_t>(gathering.counts[other])
-                                                          : *const_cast<volatile uint32_t*>(&gathering.count);
-      const uint32_t all = __reduce_max_sync(kFullWarp, known);
+      const uint64_t known = other != 0 && other < blocks ? gathering.counts[other]
+                                                          : static_cast<uint64_t>(Select::shared().key_max) << 32 |
+                                                                *const_cast<volatile uint32_t*>(&gathering.count);
+      const uint32_t all = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known));
       count = min(all, rows.capacity);
       bound = kLowestPair;
       if (count >= k) {
-        kth = Select::kth_largest(count, k, format.index_bits, 0);
         const uint64_t its_doubt = other == 0 ? doubt : other < blocks ? gathering.doubts[other] : 0;
+        const uint32_t key = its_doubt == kNoRoom ? kNoKey : format.key(its_doubt);
+        kth = Select::kth_largest(count, k, format.index_bits, 0,
+                                  __reduce_min_sync(kFullWarp, other < blocks ? key : 0xFFFFFFFFu),
+                                  __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known >> 32)));
         const bool exact = kth.pair >= its_doubt;
         bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth.pair;
       }
@@ -420,6 +495,8 @@ __global__ void __launch_bounds__(kThreads, kStreamedThreads / kThreads)
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted) {
       Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
+    } else if (uses_bits) {
+      Select::in_order_of_index(count, kth.pair, format.index_bits, ring, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }
@@ -438,7 +515,9 @@ static_assert(sizeof(PairSelect<512, kStreamedBins>) == pair_select_bytes(512, k
 
 cudaError_t run_streamed(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream) {
   const LaunchShape shape{plan.blocks, plan.threads, plan.shared_bytes, plan.cluster};
-  const Rows rows{plan.cluster, plan.capacity};
+  int block_bits = 0;
+  while (1 << block_bits < plan.cluster) ++block_bits;
+  const Rows rows{block_bits, plan.capacity};
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = plan.threads == 256 ? plan.cluster > 1 ? topk_select_streamed<T, 256, true>

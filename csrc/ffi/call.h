@@ -314,8 +314,9 @@ T Argument::size(size_t axis_from_last, const Range& range) const {
 }
 
 inline void* Argument::numbers(ffi::DataType dtype, int64_t rows, std::initializer_list<int64_t> own) const {
+  if (!given_) return nullptr;
   const size_t rank = sizes_.size();
-  bool fits = given_ && dtype_ == dtype && rank >= own.size() && this->rows(own.size()) == rows;
+  bool fits = dtype_ == dtype && rank >= own.size() && this->rows(own.size()) == rows;
   for (size_t i = 0; fits && i < own.size(); ++i) fits = sizes_[rank - own.size() + i] == own.begin()[i];
   if (fits) return data_;
   std::string wanted = text(dtype) + " [...";

@@ -126,11 +126,12 @@ struct Target<DenseRouter> {
     const Argument x = call.operand("x");
     const Argument weight = call.operand("weight");
     op.operand_dtype = x.float_dtype();
+    op.weight_dtype = weight.float_dtype() == DType::kF32 ? DType::kF32 : op.operand_dtype;
     op.hidden = x.size<int32_t>(0, {1, kMaxInt32});
     op.x = x.data();
     op.weight = weight.data();
     op.select.rows = x.rows(1);
-    op.select.selection.experts = weight.table<int32_t>(wire(op.operand_dtype), op.hidden, {1, kMaxExperts});
+    op.select.selection.experts = weight.table<int32_t>(wire(op.weight_dtype), op.hidden, {1, kMaxExperts});
     op.select.dtype = DType::kF32;
     op.select.logits = nullptr;
     op.logit_bias = call.optional_operand("logit_bias").numbers<float>(1, {op.select.selection.experts});

@@ -40,12 +40,12 @@ class Sizes {
     ++taken_;
     return nb::cast<T>(values_[name]);
   }
-  DType dtype() {
-    const auto name = take<std::string>("dtype");
+  DType dtype(const char* of = "dtype", std::optional<std::string> otherwise = std::nullopt) {
+    const auto name = take<std::string>(of, otherwise);
     for (DType dtype : cuda::kDTypes) {
       if (cuda::name(dtype) == name) return dtype;
     }
-    throw std::invalid_argument("dtype must be f32, bf16 or f16, got " + name);
+    throw std::invalid_argument(std::string(of) + " must be f32, bf16 or f16, got " + name);
   }
   void finish() const {
     if (taken_ != values_.size()) throw std::invalid_argument("sizes that the op does not have");
@@ -74,6 +74,7 @@ inline void take_sizes(Sizes& sizes, DenseRouter& op) {
   op.hidden = sizes.take<int32_t>("hidden");
   take_sizes(sizes, op.select);
   op.operand_dtype = std::exchange(op.select.dtype, DType::kF32);
+  op.weight_dtype = sizes.dtype("weight_dtype", cuda::name(op.operand_dtype));
 }
 inline void take_sizes(Sizes& sizes, TopkSelect& op) {
   op.rows = sizes.take<int64_t>("rows");
@@ -89,7 +90,10 @@ void take_choices(Sizes& sizes, Op& op) {
   op.k = sizes.take<int32_t>("k");
   op.experts = sizes.take<int32_t>("experts");
 }
-inline void take_sizes(Sizes& sizes, ExpertDispatch& op) { take_choices(sizes, op); }
+inline void take_sizes(Sizes& sizes, ExpertDispatch& op) {
+  take_choices(sizes, op);
+  op.align = sizes.take<int32_t>("align", 1);
+}
 inline void take_sizes(Sizes& sizes, DispatchedRows& rows) {
   rows.batch = sizes.take<int64_t>("batch", 1);
   rows.tokens = sizes.take<int64_t>("tokens");

@@ -304,8 +304,9 @@ inline Call activation_topk(Maker& make, DType dtype, int64_t rows, int32_t expe
 
 inline Call dense_router(Maker& make, const DenseRouter& sizes, Keys keys, Content content) {
   const ActivationTopk& select = sizes.select;
+  const bool is_mixed = sizes.weight_dtype != sizes.operand_dtype;
   make.name("dense_router", sizes.operand_dtype, content,
-            {{"N", select.rows},
+            {{is_mixed ? "f32 weight N" : "N", select.rows},
              {"D", sizes.hidden},
              {"E", select.selection.experts},
              {"k", select.selection.k},
@@ -315,7 +316,7 @@ inline Call dense_router(Maker& make, const DenseRouter& sizes, Keys keys, Conte
   op.select = selection(make, select.rows, select.selection.experts, select.selection.k, keys,
                         select.selection.groups.num_groups, content);
   op.x = make.floats(op.operand_dtype, select.rows * op.hidden, content);
-  op.weight = make.floats(op.operand_dtype, static_cast<int64_t>(select.selection.experts) * op.hidden, content);
+  op.weight = make.floats(op.weight_dtype, static_cast<int64_t>(select.selection.experts) * op.hidden, content);
   if (make.pick({false, true})) op.logit_bias = make.floats(select.selection.experts, content);
   const auto set = [](DenseRouter& op, const Results& results) { set_results(op.select, results); };
   Call call = Maker::with_ids(make.finish(op, result_bytes(op.select), set), 1, select.selection.experts);
@@ -323,10 +324,11 @@ inline Call dense_router(Maker& make, const DenseRouter& sizes, Keys keys, Conte
   return call;
 }
 
-inline DenseRouter dense_sizes(DType dtype, int64_t rows, int32_t hidden, int32_t experts, int32_t k,
+inline DenseRouter dense_sizes(DType x, DType weight, int64_t rows, int32_t hidden, int32_t experts, int32_t k,
                                int32_t num_groups) {
   DenseRouter op{};
-  op.operand_dtype = dtype;
+  op.operand_dtype = x;
+  op.weight_dtype = weight;
   op.hidden = hidden;
   op.select.rows = rows;
   op.select.selection.experts = experts;
@@ -443,7 +445,7 @@ struct MovedSizes {
   int64_t batch, tokens;
   int32_t k;
   int64_t hidden;
-  int64_t padding;       // slots besides those that the choices need
+  int64_t padding;       // slots besides those that the choices need; fewer than none, and choices share them
   bool hostile = false;  // tokens and slots that do not know of each other, and numbers that are neither's
 };
 
@@ -458,8 +460,9 @@ inline DispatchedRows dispatched_rows(Maker& make, const MovedSizes& sizes) {
     for (int64_t choice = 0; choice < tokens * k; ++choice) {
       const bool wrong = choice % 7 == 3;
       const int32_t nowhere = hostile ? make.pick({INT32_MIN, -2, static_cast<int32_t>(rows.slots), INT32_MAX}) : -1;
-      slot[problem * tokens * k + choice] = wrong ? nowhere : places[choice];
-      if (!wrong) token_index[problem * rows.slots + places[choice]] = static_cast<int32_t>(choice / k);
+      const int32_t place = places[choice % rows.slots];
+      slot[problem * tokens * k + choice] = wrong ? nowhere : place;
+      if (!wrong) token_index[problem * rows.slots + place] = static_cast<int32_t>(choice / k);
     }
   }
   rows.slot = make.operand(slot);

@@ -120,15 +120,15 @@ void topk_select_cases(const Visit& visit) {
 
 void dense_router_cases(const Visit& visit) {
   Maker make;
-  for (DType dtype : kDTypes) {
+  for (const auto& [x, weight] : cuda::kOperandDTypes) {
     for (Keys keys : kKeys) {
       for (int64_t rows : {make.pick({1, 2, 16}), make.pick({17, 64, 65, 128})}) {
         for (auto [experts, num_groups] :
              {Experts{36, 9}, {256, 8}, {257, 0}, {384, 12}, {512, 8}, {1023, 0}, {1024, 32}}) {
           if (keys == Keys::kGroups && num_groups == 0) continue;
           // One step for one warp, several warps, and several steps a warp.
-          const int32_t hidden = make.pick({8, 1032, experts > 512 ? 264 : dtype == DType::kF32 ? 5128 : 10248});
-          const DenseRouter sizes = dense_sizes(dtype, rows, hidden, experts, make.pick({1, 6, 8, 16}),
+          const int32_t hidden = make.pick({8, 1032, experts > 512 ? 264 : x == DType::kF32 ? 5128 : 10248});
+          const DenseRouter sizes = dense_sizes(x, weight, rows, hidden, experts, make.pick({1, 6, 8, 16}),
                                                 keys == Keys::kGroups ? num_groups : 1);
           visit(dense_router(make, sizes, keys, make.pick(kContents)));
         }
@@ -137,7 +137,7 @@ void dense_router_cases(const Visit& visit) {
       for (int64_t rows : {make.pick({129, 250}), make.pick({500, 3000})}) {
         for (auto [experts, num_groups] : {Experts{121, 0}, {250, 0}, {256, 8}}) {
           if (keys == Keys::kGroups && num_groups == 0) continue;
-          const DenseRouter sizes = dense_sizes(dtype, rows, make.pick({8, 136, 1032}), experts,
+          const DenseRouter sizes = dense_sizes(x, weight, rows, make.pick({8, 136, 1032}), experts,
                                                 make.pick({1, 6, 8, 16}), keys == Keys::kGroups ? num_groups : 1);
           visit(dense_router(make, sizes, keys, make.pick(kContents)));
         }
@@ -203,6 +203,14 @@ void combine_cases(const Visit& visit) {
   moved_cases([&](DType dtype, const MovedSizes& sizes, Content content) {
     visit(combine(make, dtype, make.pick({false, true}), sizes, content));
   });
+  // Few rows, each for many tokens: batches of them, and blocks that own the end of a segment and the begin of the
+  // next.
+  for (DType dtype : kDTypes) {
+    for (const MovedSizes& sizes :
+         {MovedSizes{1, 700, 6, 2056, -4000}, MovedSizes{1, 260, 16, 1040, -4000}, MovedSizes{1, 129, 1, 8, -100},
+          MovedSizes{1, 3000, 7, 4096, -20800}, MovedSizes{1, 300, 0, 64, 10}})
+      visit(combine(make, dtype, true, sizes, make.pick(kContents)));
+  }
 }
 
 void permute_cotangent_cases(const Visit& visit) {
@@ -374,6 +382,11 @@ int run_stress() {
   constexpr int kLaunches = 100, kRounds = 20;
   Maker make;
   std::vector<Call> calls;
+  const auto add_dense = [&](DType weight, int64_t rows, int32_t hidden, int32_t experts) {
+    const DenseRouter sizes = dense_sizes(DType::kBF16, weight, rows, hidden, experts, 6, 1);
+    Call call = dense_router(make, sizes, Keys::kBias, Content::kOrdinary);
+    if (!call.ways.empty()) calls.push_back(std::move(call));
+  };
   for (auto [rows, hidden, experts] : {std::array{1, 4096, 256},
                                        {64, 7168, 384},
                                        {128, 7168, 384},
@@ -381,11 +394,11 @@ int run_stress() {
                                        {8, 4096, 512},
                                        {1000, 2048, 256},
                                        {4096, 1024, 256}}) {
-    const DenseRouter sizes = dense_sizes(DType::kBF16, rows, hidden, experts, 6, 1);
-    Call call = dense_router(make, sizes, Keys::kBias, Content::kOrdinary);
-    if (!call.ways.empty()) calls.push_back(std::move(call));
+    add_dense(DType::kBF16, rows, hidden, experts);
   }
-  calls.push_back(dense_router(make, dense_sizes(DType::kF32, 5, 1024, 64, 4, 1), Keys::kLogits, Content::kOrdinary));
+  add_dense(DType::kF32, 64, 7168, 384);
+  const DenseRouter of_f32 = dense_sizes(DType::kF32, DType::kF32, 5, 1024, 64, 4, 1);
+  calls.push_back(dense_router(make, of_f32, Keys::kLogits, Content::kOrdinary));
   calls.push_back(topk_select(make, DType::kF32, 1, 262209, 2048, false, false, Content::kOrdinary));
   calls.push_back(topk_select(make, DType::kBF16, 4, 65536, 512, true, true, Content::kTies));
   calls.push_back(expert_dispatch(make, 1, 512, 6, 256));

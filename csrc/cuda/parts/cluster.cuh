@@ -65,6 +65,11 @@ __device__ __forceinline__ uint32_t remote_load(uint32_t address) {
   return value;
 }
 
+// To a variable in shared memory: what atomicAdd does, without its address as a generic one.
+__device__ __forceinline__ void add_one(uint32_t shared) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(shared) : "memory");
+}
+
 // A barrier in shared memory (PTX calls it mbarrier). It opens when as many threads have arrived as it was made for,
 // and when all bytes that they announced have been stored. Whoever has waited for it sees those bytes without a fence.
 using TransferBarrier = uint64_t;
@@ -89,6 +94,11 @@ __device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
 __device__ __forceinline__ void send(uint32_t address, uint64_t value, uint32_t barrier) {
   JR_CLUSTER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
                  "l"(value), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t address, uint32_t value, uint32_t barrier) {
+  JR_CLUSTER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+                 "r"(value), "r"(barrier) : "memory");
 }
 
 // Until all have arrived and all bytes are there, for time number `phase`.

@@ -4,8 +4,8 @@
 // Both go by histograms whose bins divide the range of pairs that is really there, and divide it again where too many
 // fell into one bin. Narrow ranges, equal keys and outliers therefore cost at most a few more rounds.
 //
-// A kernel that runs for microseconds spends much of its time on fetching instructions for the first time: loops are
-// not unrolled, and what is needed twice is one function.
+// Between two barriers a block waits for its loads from shared memory: some are under way at once. Other loops are not
+// unrolled, and what is needed twice is one function.
 #pragma once
 
 #include <cstddef>
@@ -107,44 +107,78 @@ struct alignas(16) PairSelect {
     return crowded != 0;
   }
 
-  // Which of the bins holds number k of what was counted into them, in `found`. With `starts`, each bin becomes the
-  // number of what lies in earlier ones, and the result is whether a bin up to the k-th's holds more than kMostMembers.
-  // Ends with a barrier.
-  static __device__ __forceinline__ bool find_bin(uint32_t k, bool starts) {
+  struct Bins {
     uint32_t counts[kBinsOfThread];
-    uint2* own = reinterpret_cast<uint2*>(shared().bins + kBinsOfThread * threadIdx.x);
-    uint32_t sum = 0, most = 0;
+    uint32_t sum;
+  };
+  static __device__ __forceinline__ Bins own_bins() {
+    Bins own = {{}, 0};
 #pragma unroll
     for (int i = 0; i < kBinsOfThread; i += 2) {
-      const uint2 two = own[i / 2];
-      counts[i] = two.x;
-      counts[i + 1] = two.y;
-      sum += two.x + two.y;
-      most = max(most, max(two.x, two.y));
+      const uint2 two = reinterpret_cast<const uint2*>(shared().bins + kBinsOfThread * threadIdx.x)[i / 2];
+      own.counts[i] = two.x;
+      own.counts[i + 1] = two.y;
+      own.sum += two.x + two.y;
     }
-    uint32_t before = exclusive_sum(sum);
-    const bool crowded = before < k && most > kMostMembers;
-    if (starts || (before < k && k <= before + sum)) {
+    return own;
+  }
+  // Where the bins of one thread begin, and those that hold number k end: it says so in `found`.
+  static __device__ __forceinline__ void find_among(const Bins& own, uint32_t before, uint32_t k) {
 #pragma unroll
-      for (uint32_t i = 0; i < kBinsOfThread; ++i) {
-        const uint32_t bin = kBinsOfThread * threadIdx.x + i;
-        if (before < k && k <= before + counts[i]) shared().found = {bin, before, counts[i]};
-        if (starts) shared().bins[bin] = before;
-        before += counts[i];
+    for (uint32_t i = 0; i < kBinsOfThread; ++i) {
+      if (before < k && k <= before + own.counts[i]) {
+        shared().found = {kBinsOfThread * threadIdx.x + i, before, own.counts[i]};
       }
+      before += own.counts[i];
     }
-    if (starts) return __syncthreads_or(crowded) != 0;
-    __syncthreads();
-    return false;
   }
 
-  // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`.
+  // Which of the bins holds number k of what was counted into them, in `found`. Ends with a barrier.
+  static __device__ __forceinline__ void find_bin(uint32_t k) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const Bins own = own_bins();
+    const uint32_t of_warp = __reduce_add_sync(kFullWarp, own.sum);
+    if (lane == 0) shared().warp_sums[warp] = of_warp;
+    __syncthreads();
+    const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0);
+    if (before < k && k <= before + of_warp) {
+      find_among(own, before + inclusive_sum_of_lanes(own.sum) - own.sum, k);
+    }
+    __syncthreads();
+  }
+
+  // The same, and each bin becomes the number of what lies in earlier ones. Whether a bin up to the k-th's holds more
+  // than kMostMembers.
+  static __device__ __forceinline__ bool find_bin_and_starts(uint32_t k) {
+    const Bins own = own_bins();
+    const uint32_t before = exclusive_sum(own.sum);
+    uint32_t start = before, most = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsOfThread; i += 2) {
+      most = max(most, max(own.counts[i], own.counts[i + 1]));
+      reinterpret_cast<uint2*>(shared().bins + kBinsOfThread * threadIdx.x)[i / 2] =
+          make_uint2(start, start + own.counts[i]);
+      start += own.counts[i] + own.counts[i + 1];
+    }
+    if (before < k && k <= before + own.sum) find_among(own, before, k);
+    return __syncthreads_or(before < k && most > kMostMembers) != 0;
+  }
+
+  // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`. Several are loaded at once.
   template <class Body>
   static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body) {
+    constexpr int kAtOnce = 3;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-      const uint64_t pair = pairs()[i];
-      if (pair >= worst && pair <= best) body(pair);
+    for (uint32_t first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+      uint64_t some[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        some[i] = first + i * kThreads < count ? pairs()[first + i * kThreads] : kNoPair;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (some[i] >= worst && some[i] <= best) body(some[i]);
+      }
     }
   }
 
@@ -157,42 +191,62 @@ struct alignas(16) PairSelect {
     uint32_t varying;  // bits of the keys, those that differ between any two of them among others
   };
 
+  // What kth_largest can be spared: the largest of the threads' keys is made known in shared().key_max, and the bins
+  // are cleared. For all threads together; a barrier must follow.
+  static __device__ __forceinline__ void prepare(uint32_t key) {
+    key = __reduce_max_sync(kFullWarp, key);
+    if (threadIdx.x % 32 == 0) atomicMax(&shared().key_max, key);
+    clear_bins();
+  }
+
   // The k-th largest of pairs()[0..count), whose indices have so many bits; at least k of them are not kNoPair, and
-  // k > 0. All threads get it.
-  static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, int index_bits, uint32_t slack) {
+  // k > 0. All threads get it. Who knows that the keys lie from key_min to key_max, and has cleared the bins, saves a
+  // look at all pairs.
+  static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, int index_bits, uint32_t slack,
+                                                 uint32_t key_min = kNoKey, uint32_t key_max = kNoKey) {
     uint64_t best = ~uint64_t{0}, worst = kLowestPair, overall_best = 0;
-    uint32_t overall_varying = 0;
 #pragma unroll 1
     while (true) {
-      uint32_t key_max = 0, key_min = 0xFFFFFFFFu, key_varying = 0;
-      const uint32_t some_key = static_cast<uint32_t>(pairs()[0] >> index_bits);
-      for_each(count, worst, best, [&](uint64_t pair) {
-        const uint32_t key = static_cast<uint32_t>(pair >> index_bits);
-        key_max = max(key_max, key);
-        key_min = min(key_min, key);
-        key_varying |= key ^ some_key;
-      });
-      clear_bins();
-      key_max = __reduce_max_sync(kFullWarp, key_max);
-      key_min = __reduce_min_sync(kFullWarp, key_min);
-      key_varying = __reduce_or_sync(kFullWarp, key_varying);
-      if (threadIdx.x % 32 == 0) {
-        atomicMax(&shared().key_max, key_max);
-        atomicMin(&shared().key_min, key_min);
-        atomicOr(&shared().key_varying, key_varying);
+      if (key_min == kNoKey) {
+        key_max = 0;
+        key_min = 0xFFFFFFFFu;
+        for_each(count, worst, best, [&](uint64_t pair) {
+          const uint32_t key = static_cast<uint32_t>(pair >> index_bits);
+          key_max = max(key_max, key);
+          key_min = min(key_min, key);
+        });
+        clear_bins();
+        key_max = __reduce_max_sync(kFullWarp, key_max);
+        key_min = __reduce_min_sync(kFullWarp, key_min);
+        if (threadIdx.x % 32 == 0) {
+          atomicMax(&shared().key_max, key_max);
+          atomicMin(&shared().key_min, key_min);
+        }
+        __syncthreads();
+        key_max = shared().key_max;
+        key_min = shared().key_min;
       }
-      __syncthreads();
-      best = min(best, (static_cast<uint64_t>(shared().key_max) + 1 << index_bits) - 1);
-      worst = max(worst, static_cast<uint64_t>(shared().key_min) << index_bits);
-      if (overall_best == 0) {
-        overall_best = best;
-        overall_varying = shared().key_varying;
-      }
+      best = min(best, (static_cast<uint64_t>(key_max) + 1 << index_bits) - 1);
+      worst = max(worst, static_cast<uint64_t>(key_min) << index_bits);
+      key_min = kNoKey;
+      if (overall_best == 0) overall_best = best;
       const int shift = shift_for(best - worst);
-      for_each(count, worst, best, [&](uint64_t pair) { atomicAdd(&shared().bins[(best - pair) >> shift], 1); });
+      const uint32_t some_key = static_cast<uint32_t>(overall_best >> index_bits);
+      uint32_t key_varying = 0;
+      for_each(count, worst, best, [&](uint64_t pair) {
+        atomicAdd(&shared().bins[(best - pair) >> shift], 1);
+        key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
+      });
+      key_varying = __reduce_or_sync(kFullWarp, key_varying);
+      if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
       __syncthreads();
-      init();
-      find_bin(k, false);
+      const uint32_t overall_varying = shared().key_varying;
+      if (threadIdx.x == 0) {
+        shared().key_max = 0;
+        shared().key_min = 0xFFFFFFFFu;
+        shared().members = 0;
+      }
+      find_bin(k);
       k -= shared().found.before;
       best -= static_cast<uint64_t>(shared().found.bin) << shift;
       const uint64_t last = (uint64_t{1} << shift) - 1;
@@ -212,6 +266,65 @@ struct alignas(16) PairSelect {
       __syncthreads();
       return {shared().kth, overall_best, overall_varying};
     }
+  }
+
+  // For in_order_of_index: a bit an index, in vectors of 16 bytes, and behind these a word a vector. A thread can see
+  // to few vectors.
+  static constexpr int kMostVectors = 4;
+  static __device__ __forceinline__ uint32_t vectors_of_bits(int index_bits) { return 1u << max(index_bits - 7, 0); }
+  static __device__ __forceinline__ bool has_bits(int index_bits) {
+    return vectors_of_bits(index_bits) <= kMostVectors * kThreads;
+  }
+
+  // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in ascending
+  // order of the index. The bits are clear: then those of the chosen are set, and counted up to each vector.
+  template <class Write>
+  static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, int index_bits, uint4* bits,
+                                                           Write write) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
+    const uint32_t vectors = vectors_of_bits(index_bits);
+    uint32_t* before = reinterpret_cast<uint32_t*>(bits + vectors);
+    for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
+      const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
+      atomicOr(reinterpret_cast<uint32_t*>(bits) + index / 32, 1u << index % 32);
+    });
+    __syncthreads();
+    // Each warp has some vectors, of which its lanes take turns.
+    const uint32_t of_thread = (vectors + kThreads - 1) / kThreads;
+    const uint32_t first = 32 * of_thread * warp + lane;
+    uint32_t own_before[kMostVectors], of_warp = 0;
+#pragma unroll
+    for (int i = 0; i < kMostVectors; ++i) {
+      if (i >= of_thread) break;
+      const uint4 own = first + 32 * i < vectors ? bits[first + 32 * i] : make_uint4(0, 0, 0, 0);
+      const uint32_t size = __popc(own.x) + __popc(own.y) + __popc(own.z) + __popc(own.w);
+      const uint32_t sum = inclusive_sum_of_lanes(size);
+      own_before[i] = of_warp + sum - size;
+      of_warp += __shfl_sync(kFullWarp, sum, 31);
+    }
+    if (lane == 0) shared().warp_sums[warp] = of_warp;
+    __syncthreads();
+    const uint32_t start = __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0);
+#pragma unroll
+    for (int i = 0; i < kMostVectors; ++i) {
+      if (i < of_thread && first + 32 * i < vectors) before[first + 32 * i] = start + own_before[i];
+    }
+    __syncthreads();
+    for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
+      const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
+      const uint32_t word = index / 32 % 4, below = (1u << index % 32) - 1;
+      const uint4 vector = bits[index / 128];
+      const uint32_t place = before[index / 128] + __popc(vector.x & (word > 0 ? ~0u : below)) +
+                             __popc(vector.y & (word > 1    ? ~0u
+                                                : word == 1 ? below
+                                                            : 0)) +
+                             __popc(vector.z & (word > 2    ? ~0u
+                                                : word == 2 ? below
+                                                            : 0)) +
+                             __popc(vector.w & (word == 3 ? below : 0));
+      write(place, pair);
+    });
   }
 
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in

@@ -24,9 +24,46 @@ __device__ __forceinline__ Bits load_piece(const Bits* p) {
   return __ldg(p);
 }
 
+// The same, of a piece that no other block reads: it leaves the L2 before what others read or what is still to be
+// written.
+__device__ __forceinline__ uint4 load_piece_once(const uint4* p) {
+  uint4 piece;
+  asm volatile(
+      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy; }"
+      : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+      : "l"(p));
+  return piece;
+}
+template <class Bits>
+__device__ __forceinline__ Bits load_piece_once(const Bits* p) {
+  return __ldg(p);
+}
+
+// A copy to shared memory that passes by the registers, and is there after wait_for_copies.
+__device__ __forceinline__ void copy_piece(uint4* shared, const uint4* p) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 template <class Bits>
 __device__ __forceinline__ void store_piece(Bits* p, Bits piece) {
   __stcs(p, piece);
+}
+
+// As load_piece, but through the L1: where almost all that moves is loads, the memory then gives 3 % more, and what
+// several tokens share may be there.
+__device__ __forceinline__ uint4 load_cached_piece(const uint4* p) {
+  uint4 piece;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+               : "l"(p));
+  return piece;
+}
+template <class Bits>
+__device__ __forceinline__ Bits load_cached_piece(const Bits* p) {
+  return __ldg(p);
 }
 
 template <int kBytes>
@@ -57,6 +94,13 @@ struct Piece {
     }
   }
 
+  static __device__ __forceinline__ Bits pack_all(float number) {
+    Floats floats;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) floats[i] = number;
+    return pack(floats);
+  }
+
   // Rounds.
   static __device__ __forceinline__ Bits pack(const Floats& floats) {
     if constexpr (!kWide) {
@@ -79,6 +123,20 @@ struct Piece {
   }
 };
 
+inline dim3 threads_of(const RowBlocks& blocks) { return dim3(32 * blocks.warps, blocks.block_rows); }
+
+// Which row a thread has, if there is such a row, and which of the row's lanes it is.
+struct LaneOfRow {
+  __device__ __forceinline__ explicit LaneOfRow(const RowBlocks& blocks) {
+    const uint32_t group = blocks.by_parts(blockIdx.x);
+    row = group * blocks.block_rows + threadIdx.y;
+    lane = (blockIdx.x - group * blocks.parts) * blockDim.x + threadIdx.x;
+    is_there = row < blocks.all_rows;
+  }
+  uint32_t row, lane;
+  bool is_there;
+};
+
 // Up to 32 choices of a token, one a lane: its slot, or -1 where it has none, and its weight.
 struct Choices {
   int slot;
@@ -91,7 +149,9 @@ struct Choices {
 // A token, numbered over all problems and within its own.
 struct Token {
   __device__ __forceinline__ Token(const DispatchedRows& rows, int64_t row)
-      : row(row), problem(rows.batch == 1 ? 0 : row / rows.tokens), number(row - problem * rows.tokens) {}
+      : Token(rows, row, rows.batch == 1 ? 0 : row / rows.tokens) {}
+  __device__ __forceinline__ Token(const DispatchedRows& rows, int64_t row, int64_t problem)
+      : row(row), problem(problem), number(row - problem * rows.tokens) {}
 
   // The lanes' choices first .. first + 31.
   __device__ __forceinline__ Choices choices(const DispatchedRows& rows, const float* weights, int first) const {

@@ -17,7 +17,7 @@ namespace jax_router::cuda {
 constexpr int kFewTokens = 128;  // at most
 constexpr int kFewSplits = 8;
 constexpr int kFewWarps = 8;
-constexpr int kFewStepBytes = 128;  // of every row, for one warp
+constexpr int kFewStepBytes = 128;  // of every expert's row, for one warp
 constexpr int kFewStages = 2;       // steps of a warp that are under way at once
 constexpr int kPacketBytes = 16;    // of the workspace, for two partial logits
 // Offsets within a few rows are 32 bits wide.
@@ -32,7 +32,9 @@ struct FewTile {
 
   constexpr int tokens() const { return 16 * token_tiles; }
   constexpr int experts() const { return 8 * expert_tiles; }
-  constexpr int shared_bytes() const { return kFewWarps * kFewStages * (tokens() + experts()) * kFewStepBytes; }
+  constexpr int shared_bytes(DType x, DType weight) const {
+    return kFewWarps * kFewStages * kFewStepBytes * (tokens() * size_of(x) / size_of(weight) + experts());
+  }
   // Of what the kernel declares as __shared__: a row of logits above all.
   constexpr int static_bytes() const { return 4 * 256 * ((chunks + 1) / 2) + 1024; }
   // Twice the experts, so that the blocks of two tiles of tokens all run at once.
@@ -44,6 +46,15 @@ struct FewTile {
 constexpr FewTile kFewTiles[] = {{4, 4, 2, 0}, {4, 6, 3, 2}, {4, 2, 2, 0}, {4, 3, 3, 2},
                                  {4, 4, 8, 3}, {1, 2, 2, 0}, {1, 3, 3, 2}, {1, 3, 8, 3}};
 constexpr int kFewTileCount = static_cast<int>(std::size(kFewTiles));
+// Those of x and weight that there are kernels for.
+struct OperandDTypes {
+  DType x, weight;
+};
+constexpr OperandDTypes kOperandDTypes[] = {
+    {DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kF16, DType::kF16}, {DType::kBF16, DType::kF32}};
+
+// Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block.
+constexpr bool takes(const FewTile& tile, DType x) { return tile.token_tiles == 1 || x != DType::kF32; }
 
 // Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
 // the hidden axis.
@@ -124,8 +135,11 @@ inline std::string why_not_fused(const DenseRouter& op) {
   const Selection& selection = op.select.selection;
   const auto text = [](const char* wanted, int64_t got) { return wanted + (", got " + std::to_string(got)); };
   if (op.hidden <= 0 || op.hidden % 8 != 0) return text("a hidden size that is a multiple of 8", op.hidden);
-  if (op.hidden * int64_t{size_of(op.operand_dtype)} > kMostRowBytes) {
-    return text("at most 2^29 bytes of a hidden state, so many elements", op.hidden);
+  if (op.hidden * int64_t{size_of(op.weight_dtype)} > kMostRowBytes) {
+    return text("at most 2^29 bytes of an expert's row, so many elements", op.hidden);
+  }
+  if (op.weight_dtype != op.operand_dtype && op.operand_dtype != DType::kBF16) {
+    return "x in bf16 where the weight is in f32, got f16";
   }
   if (selection.k > max_tile_k(32)) return text("at most top_k = 16", selection.k);
   if (selection.groups.num_groups > 1 && !tile_can_group(32, selection.experts, selection.groups.num_groups)) {
@@ -140,16 +154,17 @@ constexpr int64_t few_workspace_bytes(const DenseRouter& op) {
 
 inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& device) {
   const int experts = op.select.selection.experts;
-  const bool many_tokens = tile.token_tiles > 1;
   // The blocks that select wait for all others: each must be running.
   const int64_t waiting = std::min(op.select.rows, few_blocks(op, tile));
   return op.select.rows <= kFewTokens && waiting <= device.multiprocessors && 128 * tile.full_chunks <= experts &&
-         experts <= 128 * tile.chunks && tile.shared_bytes() + tile.static_bytes() <= device.shared_bytes &&
-         !(many_tokens && op.operand_dtype == DType::kF32) && few_workspace_bytes(op) <= op.workspace.bytes;
+         experts <= 128 * tile.chunks && takes(tile, op.operand_dtype) &&
+         tile.shared_bytes(op.operand_dtype, op.weight_dtype) + tile.static_bytes() <= device.shared_bytes &&
+         few_workspace_bytes(op) <= op.workspace.bytes;
 }
 
 inline DenseRouterPlan few_plan(const DenseRouter& op, int tile) {
-  return {tile, {}, few_blocks(op, kFewTiles[tile]), kFewTiles[tile].shared_bytes(), few_workspace_bytes(op)};
+  const int64_t shared_bytes = kFewTiles[tile].shared_bytes(op.operand_dtype, op.weight_dtype);
+  return {tile, {}, few_blocks(op, kFewTiles[tile]), shared_bytes, few_workspace_bytes(op)};
 }
 
 // Divides the shared memory; returns the bytes that a block needs, or 0 if it has less.
@@ -170,7 +185,7 @@ constexpr int place_in_shared_memory(ManyTiling& tiling, int most) {
 
 inline std::optional<DenseRouterPlan> many_plan(const DenseRouter& op, const ManyTile& tile, const Device& device) {
   const Selection& selection = op.select.selection;
-  if (!device.has_hopper_kernels || op.operand_dtype == DType::kF32 || selection.experts > kManyExperts) {
+  if (!device.has_hopper_kernels || op.weight_dtype == DType::kF32 || selection.experts > kManyExperts) {
     return std::nullopt;
   }
   ManyTiling tiling{tile.tokens, selection.experts > kManyBlockExperts, tile.split_bits, false, 0, 0, false};
@@ -228,10 +243,11 @@ constexpr Needs needs(const DenseRouterPlan& plan) {
   return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
 }
 
-// Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of those whose
-// memory is small enough.
+// Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of 16 tokens, and
+// for one of more.
 inline bool all_run_at_once(const DenseRouterPlan& plan, const Device& device) {
-  const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), 2);
+  const int64_t most = kFewTiles[plan.few].token_tiles == 1 ? 2 : 1;
+  const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), most);
   return plan.blocks <= of_multiprocessor * device.multiprocessors;
 }
 
@@ -258,9 +274,10 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
   return plan.many.sharer_bits > 0 && rows <= wave && rows * 10 >= wave * numbers.filled_tenths;
 }
 
-inline std::string instance_name(DType dtype, KeyMode mode, const FewTile& tile) {
-  return name(dtype) + " " + name(mode) + " few " + std::to_string(tile.tokens()) + "x" +
-         std::to_string(tile.experts()) + " of " + std::to_string(128 * tile.chunks);
+inline std::string instance_name(DType x, DType weight, KeyMode mode, const FewTile& tile) {
+  return name(x) + (x == weight ? "" : "x" + name(weight)) + " " + name(mode) + " few " +
+         std::to_string(tile.tokens()) + "x" + std::to_string(tile.experts()) + " of " +
+         std::to_string(128 * tile.chunks);
 }
 inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int split_bits) {
   return name(dtype) + " " + name(mode) + " many " + std::to_string(many_tokens) + " by " +
@@ -269,21 +286,21 @@ inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int
 
 inline std::string name(const DenseRouter& op, const DenseRouterPlan& plan) {
   const KeyMode mode = key_mode(op.select);
-  if (plan.few >= 0) return instance_name(op.operand_dtype, mode, kFewTiles[plan.few]);
+  if (plan.few >= 0) return instance_name(op.operand_dtype, op.weight_dtype, mode, kFewTiles[plan.few]);
   return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits);
 }
 
 inline std::vector<std::string> instances(const DenseRouter&, const Device& device) {
   std::vector<std::string> all;
-  for (DType dtype : kDTypes) {
+  for (const auto& [x, weight] : kOperandDTypes) {
     for (KeyMode mode : kKeyModes) {
       for (const FewTile& tile : kFewTiles) {
-        const bool fits = tile.shared_bytes() + tile.static_bytes() <= device.shared_bytes;
-        if (fits && (tile.token_tiles == 1 || dtype != DType::kF32)) all.push_back(instance_name(dtype, mode, tile));
+        const bool fits = tile.shared_bytes(x, weight) + tile.static_bytes() <= device.shared_bytes;
+        if (fits && takes(tile, x)) all.push_back(instance_name(x, weight, mode, tile));
       }
       for (const ManyTile& tile : kManyTiles) {
-        if (!device.has_hopper_kernels || dtype == DType::kF32) continue;
-        all.push_back(instance_name(dtype, mode, tile.tokens, tile.split_bits));
+        if (!device.has_hopper_kernels || weight == DType::kF32) continue;
+        all.push_back(instance_name(x, mode, tile.tokens, tile.split_bits));
       }
     }
   }

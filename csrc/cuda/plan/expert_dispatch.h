@@ -10,13 +10,14 @@
 #include "../../common/macros.h"
 #include "choices.h"
 #include "names.h"
+#include "quotient.h"
 
 namespace jax_router::cuda {
 
 // How one sort is laid over thread blocks.
 struct SortLayout {
-  uint32_t choices;  // of one sort
-  TokenOfChoice token_of;
+  uint32_t choices;   // of one sort
+  Quotient token_of;  // of the number of a choice
   uint32_t experts;
   uint32_t slots;           // of one sort
   uint32_t align;           // groups begin at its multiples
@@ -27,6 +28,8 @@ struct SortLayout {
   uint32_t rounds;          // choices a thread holds
   uint32_t mask_bins;       // of a warp's table of lane masks
   uint32_t cluster_blocks;  // of the clusters that hold the sort or count its chunks
+  bool sends;               // whether the blocks of a cluster that holds a sort send each other their counts
+  uint32_t owned_bits;      // 2^this bins are those whose counts a block adds up for the cluster that counts
 
   JR_DEVICE_TOO constexpr uint32_t size_of_group(uint32_t kept) const {
     return align == 1 || kept == 0 ? kept : ((kept - 1) / align + 1) * align;
@@ -49,10 +52,11 @@ constexpr uint32_t kMaskBins = 512;
 struct ExpertDispatchNumbers {
   int few_experts;        // up to so many, blocks have 256 threads: each has one bin at most
   int two_block_experts;  // from so many on, a sort that two blocks can hold has no more
+  int lone_block_unused;  // slots without a choice that one block, or two, clear as fast as more do
 };
 // Measured on an H100 alone, one sort at a time.
 constexpr auto kExpertDispatchNumbers =
-    everywhere(ExpertDispatchNumbers{/*few_experts=*/255, /*two_block_experts=*/320});
+    everywhere(ExpertDispatchNumbers{/*few_experts=*/255, /*two_block_experts=*/320, /*lone_block_unused=*/4096});
 
 enum class SortKernel {
   kCluster,  // a sort is one cluster's work, each block's chunk one tile
@@ -90,9 +94,14 @@ struct ExpertDispatchPlan {
   int64_t workspace_bytes;
 };
 
-JR_HOST_DEVICE constexpr int64_t sort_shared_bytes(const SortLayout& layout, int threads) {
-  return int64_t{threads / 32} * (4 * layout.mask_bins + 2 * layout.columns) + 12 * layout.columns +
+constexpr int64_t sort_shared_bytes(const SortLayout& layout, int threads) {
+  const int64_t received = layout.sends ? int64_t{layout.cluster_blocks} * layout.columns : 0;
+  return int64_t{threads / 32} * (4 * layout.mask_bins + 2 * layout.columns) + 12 * layout.columns + 2 * received +
          4 * threads * layout.rounds;
+}
+constexpr int64_t count_shared_bytes(const SortLayout& layout) {
+  const int64_t received = layout.cluster_blocks == 1 ? 0 : int64_t{layout.cluster_blocks} << layout.owned_bits;
+  return 4 * (layout.bins() + 1 + received);
 }
 
 // Of workspace: the choices of each bin in every chunk, and in every cluster of chunks.
@@ -106,7 +115,7 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
                                                    const Device& device) {
   SortLayout layout{};
   layout.choices = static_cast<uint32_t>(op.tokens * op.k);
-  layout.token_of = TokenOfChoice::of(op.k);
+  layout.token_of = Quotient::by(op.k);
   layout.experts = op.experts;
   layout.slots = static_cast<uint32_t>(slots_of(op));
   layout.align = op.align;
@@ -119,6 +128,9 @@ inline std::optional<ExpertDispatchPlan> sort_plan(const ExpertDispatch& op, Sor
   const int64_t held = ceil_div(layout.chunk_choices, threads);
   if (kernel != SortKernel::kLonger && held > rounds) return std::nullopt;
   layout.rounds = static_cast<uint32_t>(std::min<int64_t>(held, rounds));
+  while (int64_t{cluster_blocks} << layout.owned_bits < layout.bins()) ++layout.owned_bits;
+  layout.sends = kernel == SortKernel::kCluster && cluster_blocks > 1;
+  layout.sends = layout.sends && sort_shared_bytes(layout, threads) + kSortStaticBytes <= device.shared_bytes;
   ExpertDispatchPlan plan{kernel, threads, layout, op.batch * chunks, sort_shared_bytes(layout, threads), 0};
   if (kernel != SortKernel::kCluster) plan.workspace_bytes = count_bytes(op, chunks, cluster_blocks);
   const bool fits = plan.shared_bytes + kSortStaticBytes <= device.shared_bytes && plan.blocks <= kMostBlocks &&
@@ -144,17 +156,20 @@ inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, Sort
 
 // Into how many chunks a sort is cut that one cluster holds, of `most` blocks at most. Every block adds up the counts
 // of all: one block does without, two are enough where there are many experts to add up, and else more blocks are
-// faster.
+// faster, as they are where many slots without a choice are to be cleared.
 constexpr int64_t cluster_chunks(const ExpertDispatch& op, int threads, int64_t most, const Device& device) {
   const int64_t choices = op.tokens * op.k;
   const int64_t held = threads * int64_t{kClusterRounds};
-  if (choices <= held) return 1;
-  if (op.batch * most > device.multiprocessors) {
+  const ExpertDispatchNumbers& numbers = kExpertDispatchNumbers.of(device);
+  const bool fills = op.batch * most > device.multiprocessors;
+  const bool clears = !fills && slots_of(op) - choices > numbers.lone_block_unused;
+  if (choices <= held && !clears) return 1;
+  if (fills) {
     int64_t chunks = 2;
     while (chunks < most && choices > chunks * threads) chunks *= 2;
     return chunks;
   }
-  const bool two = op.experts >= kExpertDispatchNumbers.of(device).two_block_experts && choices <= 2 * held;
+  const bool two = op.experts >= numbers.two_block_experts && choices <= 2 * held && !clears;
   return two ? 2 : most;
 }
 

@@ -5,10 +5,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "names.h"
+#include "quotient.h"
 
 namespace jax_router::cuda {
 
@@ -27,12 +30,29 @@ inline int64_t count_pieces(const DispatchedRows& rows, bool wide, int element_b
   return wide ? rows.hidden * element_bytes / kPieceBytes : rows.hidden;
 }
 
-// How many warps a block has, where each has work of its own: fewer where the blocks would not fill the device.
-inline int warps_of_block(int64_t warps, const Device& device) {
-  int of_block = kMoveWarps;
-  while (of_block > 1 && ceil_div(warps, of_block) < device.multiprocessors) of_block /= 2;
-  return of_block;
-}
+// How rows are shared out among blocks: one has a part of a row, or some whole rows.
+struct RowBlocks {
+  uint32_t all_rows;
+  uint32_t parts;       // of a row, each a block's
+  uint32_t block_rows;  // of a block
+  int warps;            // of a row in a block
+  Quotient by_parts;    // of the number of a block
+  int64_t blocks;
+  int64_t all_warps;  // of all rows
+
+  // None where numbers of rows or of blocks have more than 31 bits.
+  static std::optional<RowBlocks> of(int64_t all_rows, int64_t row_warps, int most_warps) {
+    RowBlocks shared{};
+    shared.all_rows = static_cast<uint32_t>(all_rows);
+    shared.warps = static_cast<int>(std::clamp<int64_t>(row_warps, 1, most_warps));
+    shared.parts = static_cast<uint32_t>(ceil_div(row_warps, shared.warps));
+    shared.block_rows = static_cast<uint32_t>(most_warps / shared.warps);
+    shared.by_parts = Quotient::by(shared.parts);
+    shared.blocks = ceil_div(all_rows, shared.block_rows) * shared.parts;
+    shared.all_warps = all_rows * row_warps;
+    return std::max(all_rows, shared.blocks) <= kMostBlocks ? std::optional(shared) : std::nullopt;
+  }
+};
 
 inline std::string pieces_name(DType dtype, bool wide) { return name(dtype) + (wide ? " wide" : ""); }
 

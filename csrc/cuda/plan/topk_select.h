@@ -121,9 +121,9 @@ constexpr int kStreamedThreads = 1536;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
 
-constexpr int64_t block_row_bytes(int threads, int64_t sorted) {
-  const int64_t ordering = 8 * sorted + ordering_bytes(sorted);
-  return pair_select_bytes(threads, kBlockRowBins) + std::max<int64_t>(8 * (threads + 2), ordering);
+constexpr int64_t block_row_bytes(int threads, int64_t k, bool sorted) {
+  const int64_t chosen = 8 * k + (sorted ? ordering_bytes(k) : 0);
+  return pair_select_bytes(threads, kBlockRowBins) + std::max<int64_t>(8 * (threads + 2), chosen);
 }
 
 constexpr int64_t streamed_bytes(int threads, uint32_t capacity, int64_t k) {
@@ -172,7 +172,7 @@ constexpr bool can_use(const TopkSelect& op, const TopkInstance& instance, const
       return op.length <= held && op.k <= kMaxFewK;
     case TopkKernel::kMany:
       return op.length <= held &&
-             block_row_bytes(instance.threads, op.sorted ? op.k : 0) + kStaticSharedBytes <= device.shared_bytes;
+             block_row_bytes(instance.threads, op.k, op.sorted) + kStaticSharedBytes <= device.shared_bytes;
     case TopkKernel::kStreamed:
       return op.length <= INT32_MAX && can_stream(op.k, instance.threads, device);
   }
@@ -250,7 +250,7 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
     plan.threads = kTileThreads;
     plan.blocks = tile_blocks(op.rows, kernel.threads);
   } else if (kernel.kernel == TopkKernel::kMany) {
-    plan.shared_bytes = block_row_bytes(kernel.threads, op.sorted ? op.k : 0);
+    plan.shared_bytes = block_row_bytes(kernel.threads, op.k, op.sorted);
   } else if (kernel.kernel == TopkKernel::kStreamed) {
     plan.cluster = cluster;
     plan.blocks = op.rows * cluster;

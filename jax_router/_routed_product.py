@@ -1,0 +1,129 @@
+"""The gate product where only k of a token's logits matter: as a tangent, and the other way as a cotangent.
+
+A selection gives all other logits no gradient, so that of the hidden states is a sum of k rows of the weight for each
+token: a `combine` of its experts' rows, and no product with all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.interpreters import ad, mlir
+
+from . import _native
+from ._primitive import Op, Operand, Result, may_be_partitioned, zero_tangent
+from ._product import Axes, product
+from ._slots import COMBINE
+
+
+def routed_product(x: Array, weight: Array, expert_ids: Array, precision: Any, implementation: str) -> Array:
+    """`x @ weight.T` in f32, of which only the logits at `expert_ids` `[..., k]` are read: distinct ids, or -1."""
+    operands = {"x": x, "weight": weight, "expert_ids": expert_ids}
+    return _LOGITS(operands, precision=precision, implementation=implementation)[0]
+
+
+def _logits(x: Array, weight: Array, expert_ids: Array, *, precision: Any, implementation: str) -> list[Array]:
+    return [_dot(x, weight, Axes(((x.ndim - 1,), (1,))), precision, jnp.float32)]
+
+
+def _rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str, **params: Any) -> list[Array]:
+    """`logits @ weight`, of logits that are zero but at the ids."""
+    sums = {}
+    if implementation != "reference" and weight.shape[0] >= _EXPERTS_A_CHOICE * expert_ids.shape[-1]:
+        with_kernels = [name for name in _native.PLATFORMS if not isinstance(_native.load(name), ImportError)]
+        sums = dict.fromkeys(with_kernels, partial(_sums_of_rows, implementation=implementation))
+    product_of_all = partial(_product_of_all, **params)
+    return lax.platform_dependent(logits, weight, expert_ids, **sums, default=product_of_all)
+
+
+# Of how many experts each choice must be one, for a sum of rows to be faster than a product.
+_EXPERTS_A_CHOICE = 24
+
+
+def _product_of_all(logits: Array, weight: Array, expert_ids: Array, *, precision: Any) -> list[Array]:
+    return [_dot(logits, weight, Axes(((logits.ndim - 1,), (0,))), precision, weight.dtype)]
+
+
+def _sums_of_rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str) -> list[Array]:
+    """From the chosen logits alone, to f32 accuracy."""
+    k, (num_experts, hidden) = expert_ids.shape[-1], weight.shape
+    chosen = jnp.take_along_axis(logits, jnp.maximum(expert_ids, 0), axis=-1)
+    operands = {
+        "y": weight,
+        "token_index": jnp.full(num_experts, -1, jnp.int32),  # which combine does not read
+        "slot": expert_ids.reshape(-1, k),
+        "weights": chosen.reshape(-1, k),
+    }
+    (rows,) = COMBINE(operands, implementation=implementation)
+    return [rows.reshape(*expert_ids.shape[:-1], hidden)]
+
+
+def _dot(lhs: Array, rhs: Array, axes: Axes, precision: Any, dtype: Any) -> Array:
+    if precision is None and jnp.bfloat16 in (lhs.dtype, rhs.dtype):
+        return product(lhs, rhs, axes, dtype=dtype)
+    lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+    precision = precision or lax.Precision.HIGHEST
+    return lax.dot_general(lhs, rhs, axes, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
+
+
+_LOGITS = Op(
+    name="routed_logits",
+    operands={"x": Operand(1), "weight": Operand(2, batched="never"), "expert_ids": Operand(1)},
+    results=("logits",),
+    result_types=lambda avals, **_: [Result(avals["weight"].shape[:1], jnp.float32)],
+    reference=_logits,
+    platforms=(),
+    composed=True,
+)
+
+_ROWS = Op(
+    name="routed_rows",
+    operands={"logits": Operand(1), "weight": Operand(2, batched="never"), "expert_ids": Operand(1)},
+    results=("rows",),
+    result_types=lambda avals, **_: [Result(avals["weight"].shape[1:], avals["weight"].dtype)],
+    reference=_rows,
+    platforms=(),
+    composed=True,
+)
+
+
+def _lower_rows(ctx: Any, *values: Any, names: Any, implementation: str, **params: Any) -> Any:
+    """XLA gets the product where it may split that over devices."""
+    way = "reference" if may_be_partitioned(ctx) else implementation
+    return mlir.lower_fun(partial(_rows, implementation=way, **params), multiple_results=True)(ctx, *values)
+
+
+mlir.register_lowering(_ROWS.primitive, _lower_rows)
+
+
+def _define_derivatives(op: Op, name: str, transposed: Op, transposed_name: str) -> None:
+    """Of an op that is linear in the operand `name` and in the weight."""
+
+    @op.def_jvp
+    def jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
+        (result,) = op(primals, **params)
+        moving = {key: tangent for key, tangent in tangents.items() if not isinstance(tangent, ad.Zero)}
+        terms = [op({**primals, key: tangent}, **params)[0] for key, tangent in moving.items()]
+        return [result], [sum(terms[1:], terms[0]) if terms else zero_tangent(result)]
+
+    @op.def_transpose
+    def transpose(cotangents: Sequence[Array], operands: dict[str, Any], *, precision: Any, implementation: str):
+        params = {"precision": precision, "implementation": implementation}
+        (cotangent,) = cotangents
+        if ad.is_undefined_primal(operands[name]):
+            rest = {key: value for key, value in operands.items() if key != name}
+            return {name: transposed({**rest, transposed_name: cotangent}, **params)[0]}
+        found = {name: operands[name], transposed_name: cotangent}
+        # A token without a choice may hold anything, and 0 * NaN is NaN.
+        has_choice = (operands["expert_ids"] >= 0).any(-1, keepdims=True)
+        x = jnp.where(has_choice, found["x"], jnp.zeros((), found["x"].dtype))
+        tokens = tuple(range(cotangent.ndim - 1))
+        return {"weight": _dot(found["logits"], x, Axes((tokens, tokens)), precision, operands["weight"].aval.dtype)}
+
+
+_define_derivatives(_LOGITS, "x", _ROWS, "logits")
+_define_derivatives(_ROWS, "logits", _LOGITS, "x")
