@@ -40,14 +40,22 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChu
   constexpr int kElements = 4 * kChunks;
   constexpr int kTokens = kTileThreads / kLanes;
   __shared__ SelectScratch<kLanes> scratch[kTokens];
-  // What a whole block shares is kept apart: it is computed once for all lanes, and leaves them numbers of 32 bits.
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-  const int left = static_cast<int>(min(op.rows - first, static_cast<int64_t>(kTokens)));
-  const int tile = static_cast<int>(threadIdx.x / kLanes);
-  const bool exists = tile < left;
+  const int index = static_cast<int>(threadIdx.x / kLanes);
   // Where there is no token the last one's row is loaded, so that the loads need no condition; and a masked token's
-  // before it is known that it is masked.
-  const int loaded = exists ? tile : left - 1;
+  // before it is known that it is masked. The token that is loaded is first + loaded.
+  int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
+  int loaded = 0;
+  bool exists;
+  if constexpr (kLanes == 32) {
+    exists = first + index < op.rows;
+    first = exists ? first + index : op.rows - 1;
+  } else {
+    // What a whole block shares is kept apart: it is computed once for all lanes, and leaves them numbers of 32 bits.
+    // But that takes longer, which few tokens wait for.
+    const int left = static_cast<int>(min(op.rows - first, static_cast<int64_t>(kTokens)));
+    exists = index < left;
+    loaded = exists ? index : left - 1;
+  }
   const T* row = static_cast<const T*>(op.logits) + first * op.selection.experts + loaded * op.selection.experts;
   asm("" : "+l"(row));  // one address, where the compiler would keep its parts
 
@@ -57,11 +65,11 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChu
   load_tile<kLanes, kFullChunks>(row, op.selection.experts, kLanes == 8 || quads, logits);
   const bool wanted = exists & !is_masked(op, first + loaded);
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, first * op.selection.k,
-                           exists ? tile * op.selection.k : -1};
+                           exists ? loaded * op.selection.k : -1};
   const float* bias = op.bias;
   if (bias != nullptr) bias += first * op.bias_stride + loaded * static_cast<int>(op.bias_stride);
   select_token<kMode, kLanes, kFullChunks>(op.selection, logits, wanted, bias, GlobalRow<T>{row}, output,
-                                           scratch[tile]);
+                                           scratch[index]);
 }
 
 template <class T>
