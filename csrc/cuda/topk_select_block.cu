@@ -137,8 +137,9 @@ __device__ __noinline__ uint64_t bisect(const T* row, uint32_t length, uint32_t 
   key_max = __reduce_max_sync(kFullWarp, counts[0][lane % (kThreads / 32)]);
   key_min = __reduce_min_sync(kFullWarp, counts[1][lane % (kThreads / 32)]);
   __syncthreads();
-  // Many equal elements are the usual reason to come here: only indices that exist are divided.
-  uint64_t low = static_cast<uint64_t>(key_min) << kIndexBits | ~(length - 1);
+  // Many equal elements are the usual reason to come here: only indices that exist are divided. The first `low` is
+  // never tried, so it lies below all of them: k may be their number.
+  uint64_t low = (static_cast<uint64_t>(key_min) << kIndexBits | ~(length - 1)) - 1;
   uint64_t high = static_cast<uint64_t>(key_max) << kIndexBits | 0xFFFFFFFFu;
   if (high != ~uint64_t{0}) ++high;
 #pragma unroll 1
