@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
@@ -76,7 +77,10 @@ def _dot_in_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_shardin
     parts multiply the few numbers, those of the weight or of its gradient, and both gradients take the same ones.
     """
     last = lhs.ndim - 1
-    parts = lax.platform_dependent(lhs, cuda=_halves, default=partial(bf16_parts, count=_PARTS, axis=last + 1))
+    # XLA takes no conversion into halves where sizes are symbolic.
+    by_platform = {} if any(map(is_symbolic_dim, lhs.shape)) else {"cuda": _halves}
+    in_general = partial(bf16_parts, count=_PARTS, axis=last + 1)
+    parts = lax.platform_dependent(lhs, **by_platform, default=in_general)
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = axes
     if last in axes.kept(0, lhs.ndim):
         at = len(lhs_batch) + axes.kept(0, lhs.ndim).index(last) + 1

@@ -97,13 +97,13 @@ def test_exported_programs_run_anywhere(cuda):
 
 
 def test_gradient_selects_once(cuda):
-    """Forward: the fused call, which leaves the ids and the chosen logits. Backward: the gradient's kernel."""
+    """Forward: the fused call, which leaves the ids and the chosen logits. Backward: their gradient, and sums of rows."""
 
     def loss(x, weight):
         return jax_router.dense_router(x, weight, top_k=6).weights.sum()
 
     found = calls(jax.grad(loss, argnums=(0, 1)), bf16(8, 4096), bf16(256, 4096))
-    assert found == [FUSED, "jax_router.route_cotangent"]
+    assert found == [FUSED, "jax_router.route_cotangent", "jax_router.combine"]
 
 
 def fused_tokens(cuda, counts, dtype, num_experts, hidden):

@@ -163,7 +163,7 @@ def test_changed_logits(change, implementation, rng):
     oracle.assert_routes((weights, ids), logits, selection_bias, top_k=3, score_fn="sigmoid", scale=2.5)
     plain = nnx.jit(Router.__call__)(router, x)
     np.testing.assert_array_equal(plain.expert_ids, ids)
-    np.testing.assert_array_equal(plain.weights, weights)
+    np.testing.assert_allclose(plain.weights, weights, rtol=2e-6)  # of another program of XLA's
 
 
 def test_rounded_logits_tie_to_the_lower_expert(rng):
