@@ -97,7 +97,7 @@ def test_exported_programs_run_anywhere(cuda):
 
 
 def test_gradient_selects_once(cuda):
-    """Forward: the fused call, which leaves the ids and the chosen logits. Backward: their gradient, and sums of rows."""
+    """Forward: the fused call, which leaves the ids and the chosen logits. Backward: their gradient, and sums."""
 
     def loss(x, weight):
         return jax_router.dense_router(x, weight, top_k=6).weights.sum()
