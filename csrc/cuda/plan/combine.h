@@ -33,7 +33,7 @@ struct CombinePlan {
 struct CombineNumbers {
   int64_t reads_of_row;  // on average, from which on its columns are worth a place in shared memory
 };
-constexpr auto kCombineNumbers = everywhere(CombineNumbers{/*reads_of_row=*/12});
+constexpr auto kCombineNumbers = everywhere(CombineNumbers{/*reads_of_row=*/96});
 
 inline std::optional<CombinePlan> rows_plan(const Combine& op) {
   const DispatchedRows& rows = op.rows;

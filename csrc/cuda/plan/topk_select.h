@@ -54,7 +54,7 @@ struct TopkSelectNumbers {
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
     /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*warp_length=*/64,
-    /*short_few_k=*/32, /*ordered_k=*/512, /*crowded_k=*/1000, /*long_block_k=*/950, /*narrow_length=*/32768,
+    /*short_few_k=*/32, /*ordered_k=*/512, /*crowded_k=*/1000, /*long_block_k=*/300, /*narrow_length=*/32768,
     /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048, /*part_length=*/4352,
     /*candidates=*/4096, /*lone_candidates=*/3072, /*most_candidates=*/12288});
 
