@@ -7,6 +7,7 @@
 // Where many tokens share few rows, a block has 32 pieces of all rows in shared memory, the choices of a batch of
 // tokens beside them, and a warp adds up a token's. Floor: tokens * hidden elements written.
 #include "kernels.h"
+#include "parts/async_copy.cuh"
 #include "parts/launch.cuh"
 #include "parts/pieces.cuh"
 
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps, (P::kElements > 1 ? 32 : 4
     for (int i = 0; i < 8; ++i) {
       const int slot = choices.slot_of(i);
       const Bits* place = from + static_cast<uint64_t>(static_cast<uint32_t>(slot)) * plan.pieces;
-      if (slot >= 0) held[i] = load_cached_piece(place);
+      if (slot >= 0) held[i] = load_piece<Reuse::kThroughL1>(place);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
 
     const uint4* from = static_cast<const uint4*>(op.y) + piece;
     for (uint32_t row = warp; row < slots && inside; row += kWarps) {
-      copy_piece(table + row * 32 + lane, from + static_cast<uint64_t>(row) * plan.pieces);
+      copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(table + row * 32 + lane)),
+                 from + static_cast<uint64_t>(row) * plan.pieces);
     }
     load_choices(batch);
     store_choices(batch % 2);

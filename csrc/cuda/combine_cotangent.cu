@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
         for (int i = half; i < half + kHeldRows; ++i) {
           const int64_t at = token.slot_row(rows, choices.slot_of(j + i)) * plan.pieces + piece;
           if ((have_slots >> i & 1) != 0 && inside)
-            held[i - half] = load_piece_once(static_cast<const Bits*>(op.y) + at);
+            held[i - half] = load_piece<Reuse::kNoBlock>(static_cast<const Bits*>(op.y) + at);
         }
         const uint32_t are_mine = __ballot_sync(kFullWarp, low ? is_mine[0] : is_mine[1]) >> j;
 #pragma unroll

@@ -28,6 +28,7 @@
 #include <random>
 
 #include "dense_router.h"
+#include "parts/async_copy.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
 #include "parts/token.cuh"
@@ -93,10 +94,6 @@ struct Layout {
     return row * kFewStepBytes + (piece ^ (row & 1) * (kTimes == 1 ? 4 : 1)) * 16;
   }
 };
-
-__device__ __forceinline__ void copy_piece(uint32_t to, const char* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
 
 __device__ __forceinline__ void multiply_16x8x16(__nv_bfloat16, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                                  uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -311,17 +308,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         const char* from = weight + (exists ? offset : 0);
 #pragma unroll
         for (int i = 0; i < kExperts; i += kAtOnce, from += kAtOnce * weight_row_bytes) {
-          if (i < experts) copy_piece(weight_to + i * kFewStepBytes, from, exists);
+          if (i < experts) copy_async_if(weight_to + i * kFewStepBytes, from, exists);
         }
         offset = next * kXBytes;
         exists = offset + 16 * x_piece < row_bytes;
         from = x + (exists ? offset : 0);
 #pragma unroll
         for (int i = 0; i < kTokens; i += kXAtOnce, from += kXAtOnce * row_bytes) {
-          if (i < tokens) copy_piece(x_to + i * kXBytes, from, exists);
+          if (i < tokens) copy_async_if(x_to + i * kXBytes, from, exists);
         }
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
       next += kFewWarps;
       stage ^= 1;
     };
@@ -330,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     WarpSums<X, W, kTokenTiles, kExpertTiles> sums;
 #pragma unroll 1
     while (step < end) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kFewStages - 1) : "memory");
+      wait_for_groups<kFewStages - 1>();
       __syncwarp();
       const char* arrived = stages + stage * kStageBytes;
       sums.add(arrived, arrived + kTokens * kXBytes, lane);
@@ -338,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       step += kFewWarps;
       if (step < end) copy();
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
     __syncwarp();
     sums.store(reinterpret_cast<float*>(stages), kStride, lane);
   }

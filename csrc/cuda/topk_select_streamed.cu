@@ -28,6 +28,7 @@
 #include <cstdint>
 
 #include "../common/score.h"
+#include "parts/async_copy.cuh"
 #include "parts/cluster.cuh"
 #include "parts/launch.cuh"
 #include "parts/pair_select.cuh"
@@ -59,12 +60,6 @@ struct Gathering {
   uint32_t count;                      // of candidates, those that found no room included
 };
 constexpr uint64_t kNoRoom = ~uint64_t{0};  // as a doubt: the block did leave candidates out
-
-// Until at most `kPending` of this thread's steps are under way.
-template <int kPending>
-__device__ __forceinline__ void wait_for_fetches() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end), and the blocks of a
 // cluster take 128 bytes of them in turns, so that each has the same part of every trend; what lies outside them is one
@@ -123,14 +118,11 @@ struct Stream {
 #pragma unroll
       for (uint32_t vector = step * kBatch; vector < step * kBatch + kBatch; ++vector) {
         if (index(vector) < end) {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                           static_cast<uint32_t>(__cvta_generic_to_shared(slot(vector)))),
-                       "l"(row + index(vector))
-                       : "memory");
+          copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(slot(vector))), row + index(vector));
         }
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   }
 };
 
@@ -252,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
         const uint32_t rank = static_cast<uint32_t>(reached) + 2;
 
-        wait_for_fetches<0>();
+        wait_for_groups<0>();
         const auto exists = [&](uint32_t vector) {
           return vector < stream.steps * kBatch && stream.index(vector) < stream.end;
         };
@@ -333,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       bool has_room = true;
 #pragma unroll 1
       for (; step < stream.steps && has_room; ++step) {
-        wait_for_fetches<kStages - 1>();
+        wait_for_groups<kStages - 1>();
         const uint32_t known_count = *const_cast<volatile uint32_t*>(&gathering.count);
         const uint32_t first_vector = step * kBatch;
         uint4 vectors[kBatch];

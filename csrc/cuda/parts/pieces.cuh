@@ -10,60 +10,43 @@
 
 namespace jax_router::cuda {
 
-// A piece that was read once is not read again: it stays out of the L1, and what is written leaves the L2 first.
+// What becomes of a piece that was read.
+enum class Reuse {
+  kNone,      // no lane nearby reads it again: it stays out of the L1
+  kNoBlock,   // nor does any other block: it leaves the L2 before what others read or what is still to be written
+  kThroughL1  // several tokens may share it; and where almost all that moves is loads, memory gives 3 % more so
+};
+
 // Volatile, so that no load is executed before the check that guards it.
-__device__ __forceinline__ uint4 load_piece(const uint4* p) {
-  uint4 piece;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
-               : "l"(p));
-  return piece;
-}
-template <class Bits>
+template <Reuse kReuse = Reuse::kNone, class Bits>
 __device__ __forceinline__ Bits load_piece(const Bits* p) {
-  return __ldg(p);
+  if constexpr (!std::is_same_v<Bits, uint4>) {
+    return __ldg(p);
+  } else {
+    uint4 piece;
+    if constexpr (kReuse == Reuse::kNone) {
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+                   : "l"(p));
+    } else if constexpr (kReuse == Reuse::kNoBlock) {
+      asm volatile(
+          "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+          "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy; }"
+          : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+          : "l"(p));
+    } else {
+      asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+                   : "l"(p));
+    }
+    return piece;
+  }
 }
 
-// The same, of a piece that no other block reads: it leaves the L2 before what others read or what is still to be
-// written.
-__device__ __forceinline__ uint4 load_piece_once(const uint4* p) {
-  uint4 piece;
-  asm volatile(
-      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy; }"
-      : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
-      : "l"(p));
-  return piece;
-}
-template <class Bits>
-__device__ __forceinline__ Bits load_piece_once(const Bits* p) {
-  return __ldg(p);
-}
-
-// A copy to shared memory that passes by the registers, and is there after wait_for_copies.
-__device__ __forceinline__ void copy_piece(uint4* shared, const uint4* p) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
+// What is written leaves the L2 first.
 template <class Bits>
 __device__ __forceinline__ void store_piece(Bits* p, Bits piece) {
   __stcs(p, piece);
-}
-
-// As load_piece, but through the L1: where almost all that moves is loads, the memory then gives 3 % more, and what
-// several tokens share may be there.
-__device__ __forceinline__ uint4 load_cached_piece(const uint4* p) {
-  uint4 piece;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
-               : "l"(p));
-  return piece;
-}
-template <class Bits>
-__device__ __forceinline__ Bits load_cached_piece(const Bits* p) {
-  return __ldg(p);
 }
 
 template <int kBytes>
