@@ -52,13 +52,18 @@ def bf16_parts(values: Array, count: int, axis: int = 0) -> Array:
     """Parts that add up to the values, the largest first, on a new axis. f32 has three, f16 two; fewer are rounded."""
     rest, parts = values.astype(jnp.float32), []
     for _ in range(count - 1):
-        # Bits, since XLA may take a conversion to bf16 and back for nothing.
-        part = lax.bitcast_convert_type(
-            lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
-        )
-        parts.append(part.astype(jnp.bfloat16))
-        rest = jnp.where(jnp.isinf(rest), 0.0, rest - part)
+        bits, rest = _part_and_rest(rest)
+        parts.append(lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16))
     return jnp.stack([*parts, rest.astype(jnp.bfloat16)], axis)
+
+
+def _part_and_rest(values: Array) -> tuple[Array, Array]:
+    """The first part of f32 values, as the bits of an f32, and what it leaves.
+
+    Bits, since XLA may take a conversion to bf16 and back for nothing.
+    """
+    bits = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    return bits, jnp.where(jnp.isinf(values), 0.0, values - lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def _dot(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding: Any) -> Array:
@@ -98,8 +103,7 @@ def _dot_in_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_shardin
 
 def _halves(values: Array) -> Array:
     """`bf16_parts(values, 2, -1)` as the halves of words, which XLA writes on a GPU at the speed of a copy."""
-    high = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
-    rest = jnp.where(jnp.isinf(values), 0.0, values - lax.bitcast_convert_type(high, jnp.float32))
+    high, rest = _part_and_rest(values)
     low = lax.bitcast_convert_type(rest.astype(jnp.bfloat16), jnp.uint16)
     return lax.bitcast_convert_type(high >> 16 | low.astype(jnp.uint32) << 16, jnp.bfloat16)
 
