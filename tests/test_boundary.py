@@ -317,6 +317,5 @@ def test_no_memory_on_the_cpu_is_an_error():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # The runtime may put words of its own between the two, by when it learns of the error.
-    assert done.stdout.startswith("RESOURCE_EXHAUSTED: "), done.stdout
-    assert "jax_router.route_cotangent: out of memory" in done.stdout
+    # Between the two the runtime may put words of its own, by when it learns of the error.
+    assert re.search("RESOURCE_EXHAUSTED: .*jax_router.route_cotangent: out of memory", done.stdout), done.stdout
