@@ -407,6 +407,14 @@ def test_no_rows_are_no_harm(op):
             CUDA.plans(op, H100, **(sizes | {name: 0}))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_no_plan_has_more_blocks_than_a_grid(op):
+    for sizes, *_ in answers(op, "H100")[:300]:
+        many = sizes | dict.fromkeys({"rows", "batch"} & {*sizes}, 2**36)
+        for plan, (*_, blocks) in CUDA.needs(op, H100, **many).items():
+            assert 0 <= blocks < 2**31, (plan, many)
+
+
 def test_sizes_are_checked():
     with pytest.raises(ValueError, match="no op is called softmax"):
         CUDA.plans("softmax", H100, rows=1)

@@ -6,7 +6,6 @@
 // jax_router/reference.py.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "macros.h"

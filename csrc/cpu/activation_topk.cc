@@ -33,9 +33,6 @@ void scores_of_row(ScoreFn score_fn, const Softmax& softmax, const T* logits, in
   }
 }
 
-// The float that has this order key.
-float float_of_key(uint32_t key) { return bits_float(key ^ (key >> 31 != 0 ? 0x80000000u : 0xFFFFFFFFu)); }
-
 // The sum of a group's two best keys, or its best.
 float score_of_group(const uint32_t* keys, int64_t n, GroupScore score) {
   constexpr int64_t kLanes = 8;

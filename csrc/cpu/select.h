@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif

@@ -14,8 +14,6 @@
 // pairs (key, index) and PairSelect::order take over: slower, but the same for any row.
 //
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
-#include <climits>
-
 #include "parts/launch.cuh"
 #include "parts/pair_select.cuh"
 #include "parts/tile.cuh"

@@ -24,7 +24,6 @@
 //
 // Nothing but the row is read from device memory, and nothing but the result is written.
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
-#include <algorithm>
 #include <cstdint>
 
 #include "../common/score.h"

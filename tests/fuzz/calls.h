@@ -64,7 +64,7 @@ class Calls {
   void dense_router() {
     const int64_t experts = some_experts(), hidden = pick(random_, Sizes{1, 2, 8, 33});
     const auto dtype = a_float();
-    call_.operands = {rows(dtype, {hidden}), shared(dtype, {experts, hidden})};
+    call_.operands = {rows(dtype, {hidden}), shared(chance(random_, 50) ? dtype : kF32, {experts, hidden})};
     if (optional("logit_bias")) call_.operands.push_back(shared(kF32, {experts}));
     select(experts);
     call_.results.insert(call_.results.begin() + 2, workspace());

@@ -12,7 +12,6 @@
 #include <chrono>
 #include <cinttypes>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -22,7 +21,6 @@
 #include <string>
 #include <thread>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "../../csrc/ffi/cpu_backend.h"
@@ -71,7 +69,7 @@ void touch(const jax_router::ActivationTopk& op) {
 
 void touch(const jax_router::DenseRouter& op) {
   look_at(op.x, width(op.operand_dtype) * op.select.rows * op.hidden);
-  look_at(op.weight, width(op.operand_dtype) * op.select.selection.experts * op.hidden);
+  look_at(op.weight, width(op.weight_dtype) * op.select.selection.experts * op.hidden);
   look_at(op.logit_bias, 4 * op.select.selection.experts);
   write_over(op.workspace.data, op.workspace.bytes);
   touch(op.select);

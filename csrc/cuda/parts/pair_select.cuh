@@ -1,5 +1,5 @@
 // What one thread block does with (key, index) pairs in its shared memory: find the k-th largest, and put the k largest
-// in order. Pairs (order_pair) are all distinct, so that ties are no special case anywhere.
+// in order. Pairs (PairFormat, in topk_select.cuh) are all distinct, so that ties are no special case anywhere.
 //
 // Both go by histograms whose bins divide the range of pairs that is really there, and divide it again where too many
 // fell into one bin. Narrow ranges, equal keys and outliers therefore cost at most a few more rounds.
@@ -8,7 +8,6 @@
 // unrolled, and what is needed twice is one function.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../plan/pieces.h"
 #include "dtype.cuh"
 #include "warp.cuh"
 
@@ -220,7 +221,7 @@ class ChoiceProducts {
   float sums_[2] = {0.0f, 0.0f};
 };
 
-// body(Bits{}, ...) as the pieces of a plan are.
+// body(Piece<T, wide>{}) as the pieces of a plan are.
 template <class Body>
 cudaError_t with_piece(DType dtype, bool wide, Body body) {
   return with_type(dtype, [&](auto type) {

@@ -66,6 +66,7 @@ inline bool can_use(const ActivationTopk& op, const RowTile& tile) {
   const auto has_quads = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % (4 * bytes) == 0; };
   if (tile.lanes == 8 && !(has_quads(op.logits, size_of(op.dtype)) && has_quads(op.bias, 4))) return false;
   return has_tile(tile, op.dtype, mode) && tile.holds(selection.experts) && selection.k <= max_tile_k(tile.lanes) &&
+         tile_blocks(op.rows, tile.lanes) <= kMostBlocks &&
          (mode != KeyMode::kGroups || tile_can_group(tile.lanes, selection.experts, selection.groups.num_groups));
 }
 
@@ -79,7 +80,8 @@ inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
   const int64_t bytes = long_token_bytes(op.selection.experts, op.selection.groups.num_groups);
   const int64_t warps = std::min<int64_t>(8, kUnaskedSharedBytes / bytes);
   if (warps == 0 || op.selection.k > kMaxTopK) return std::nullopt;
-  return ActivationTopkPlan{-1, static_cast<int>(32 * warps), ceil_div(op.rows, warps), static_cast<int>(bytes)};
+  const ActivationTopkPlan plan{-1, static_cast<int>(32 * warps), ceil_div(op.rows, warps), static_cast<int>(bytes)};
+  return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
 }
 
 inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const Device& device) {

@@ -3,7 +3,6 @@
 // The products are the same: each is the sum of one choice's row.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
