@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       if (kInCluster || __syncthreads_or(step < stream.steps) == 0) break;
 
       // No more room: the k best so far, and few beside them, are all that matters of what has been read.
-      bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside), format.key(bound),
+      bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside), format.least_key(bound),
                                   Select::shared().key_max)
                   .pair;
       is_certain = true;
@@ -456,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       bound = kLowestPair;
       if (count >= k) {
         const uint64_t its_doubt = other == 0 ? doubt : other < blocks ? gathering.doubts[other] : 0;
-        const uint32_t key = its_doubt == kNoRoom ? kNoKey : format.key(its_doubt);
+        const uint32_t key = its_doubt == kNoRoom ? kNoKey : format.least_key(its_doubt);
         kth = Select::kth_largest(count, k, format.index_bits, 0,
                                   __reduce_min_sync(kFullWarp, other < blocks ? key : 0xFFFFFFFFu),
                                   __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known >> 32)));

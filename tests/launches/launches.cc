@@ -117,6 +117,9 @@ void topk_select_cases(const Visit& visit) {
     for (auto [rows, length, k] : kSizes)
       for (Content content : kContents)
         visit(topk_select(make, dtype, rows, length, k, make.pick({false, true}), make.pick({false, true}), content));
+  // Zeros of which a block's sample promises more than there are.
+  for (DType dtype : kDTypes)
+    visit(topk_select(make, dtype, 3, 40960, 512, make.pick({false, true}), false, Content::kZeros));
 }
 
 void dense_router_cases(const Visit& visit) {
