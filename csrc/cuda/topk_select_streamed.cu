@@ -306,14 +306,17 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     }
 
     const uint64_t sampled_bound = bound;
-    if (stream.has_edges && stream.edge < length) {
+    // Whether the element outside whole vectors is done with: it is below the bound, or there was room for it.
+    const auto keep_edge = [&] {
       const uint64_t pair = format.pair(load_one(row + stream.edge), stream.edge);
-      const uint32_t place = pair >= bound ? atomicAdd(&gathering.count, 1) : rows.capacity;
-      if (place < rows.capacity) {
-        pairs[place] = pair;
-        best_key = format.key(pair);
-      }
-    }
+      if (pair < bound) return true;
+      best_key = max(best_key, format.key(pair));
+      const uint32_t place = atomicAdd(&gathering.count, 1);
+      if (place < rows.capacity) pairs[place] = pair;
+      return place < rows.capacity;
+    };
+    // While this thread waited for its element, others may have taken all room.
+    bool edge_waits = stream.has_edges && stream.edge < length && !keep_edge();
     bool is_certain = !first_reading;
     uint32_t step = 0;
     uint32_t placed = 0;  // of this thread's elements of a step for which there was no more room: those that had some
@@ -408,6 +411,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const uint32_t place = reserve(stays ? 1 : 0);
         if (stays) pairs[place] = pair;
       }
+      if (edge_waits) edge_waits = !keep_edge();
       __syncthreads();
     }
     if (kInCluster) __syncthreads();

@@ -120,6 +120,11 @@ void topk_select_cases(const Visit& visit) {
   // Zeros of which a block's sample promises more than there are.
   for (DType dtype : kDTypes)
     visit(topk_select(make, dtype, 3, 40960, 512, make.pick({false, true}), false, Content::kZeros));
+  // So many choices that a block takes no sample and has no room for its whole row, whose largest elements are those
+  // behind the last whole vector.
+  for (DType dtype : kDTypes)
+    for (auto [length, k] : {std::array{12285, 4096}, {24573, 8192}})
+      visit(topk_select(make, dtype, 140, length, k, make.pick({false, true}), false, Content::kRising));
 }
 
 void dense_router_cases(const Visit& visit) {
