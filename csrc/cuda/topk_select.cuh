@@ -60,7 +60,7 @@ struct PairFormat {
   int index_bits;  // from 1 to 32
 
   __device__ __forceinline__ uint32_t last_index() const { return 0xFFFFFFFFu >> (32 - index_bits); }
-  static __device__ __forceinline__ PairFormat of(const TopkSelect& op) { return {64 - __clzll(op.length - 1)}; }
+  static __device__ __forceinline__ PairFormat of(const TopkSelect& op) { return {64 - __clzll((op.length - 1) | 1)}; }
 
   __device__ __forceinline__ uint64_t pair(float x, uint32_t index) const {
     return static_cast<uint64_t>(order_key(x) >> kKeyShift) << index_bits | (last_index() - index);
