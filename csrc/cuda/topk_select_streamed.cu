@@ -329,7 +329,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 #pragma unroll 1
       for (; step < stream.steps && has_room; ++step) {
         wait_for_groups<kStages - 1>();
-        const uint32_t known_count = *const_cast<volatile uint32_t*>(&gathering.count);
+        // Not each lane need see the same.
+        const bool is_full = !kInCluster && *const_cast<volatile uint32_t*>(&gathering.count) > rows.capacity;
         const uint32_t first_vector = step * kBatch;
         uint4 vectors[kBatch];
 #pragma unroll
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const float largest = largest_element<T>(vectors);
         const bool reaches = stream.index(first_vector) < stream.end && !(largest < bound_element) &&
                              !(largest == bound_element && stream.index(first_vector) > bound_index);
-        if (__any_sync(kFullWarp, reaches)) {
+        if (__any_sync(kFullWarp, reaches || is_full)) {
           const auto pair_of = [&](uint32_t bit) {
             const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
             const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
@@ -388,10 +389,10 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
             while (mask != 0 && place < rows.capacity) keep(__ffs(mask) - 1, pair_of(__ffs(mask) - 1));
           }
           if (!kInCluster && __any_sync(kFullWarp, mask != 0)) break;
+          has_room = kInCluster || __any_sync(kFullWarp, is_full) == 0;
         }
         placed = 0;
         stream.fetch(step + kStages);
-        has_room = kInCluster || known_count <= rows.capacity;
       }
       Select::prepare(best_key);
       if (kInCluster || __syncthreads_or(step < stream.steps) == 0) break;
