@@ -360,6 +360,20 @@ def test_rows_of_a_narrow_range(name, length, k, rng):
     np.testing.assert_array_equal(values, want_values)
 
 
+def test_zeros_of_both_signs(rng):
+    """Rows of -1 with stretches of -0 and a few 0, which promise more than k of these to a sample of the stretches.
+
+    A comparison of floats lets -0 pass for 0, and the order does not.
+    """
+    x = np.full((100, 40960), -1, np.float32)
+    stretches = np.arange(x.shape[1]) % 2560 < 512
+    x[:, stretches] = np.where(rng.random((len(x), stretches.sum())) < 0.02, 0.0, -0.0)
+    want_values, want_indices = select(x, 512)
+    values, indices = op("topk_select", k=512, implementation="native")(x)
+    np.testing.assert_array_equal(indices, want_indices)
+    np.testing.assert_array_equal(np.signbit(values), np.signbit(want_values))
+
+
 # Both ends of the range
 
 

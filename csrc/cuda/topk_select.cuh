@@ -55,11 +55,12 @@ template <typename T>
 struct PairFormat {
   static constexpr int kKeyShift = std::is_same_v<T, float> ? 0 : std::is_same_v<T, __half> ? 13 : 16;
   static constexpr uint32_t kNaN = 0xFFFFFFFFu >> kKeyShift;
+  static constexpr uint32_t kZero = 0x80000000u >> kKeyShift;
 
   int index_bits;  // from 1 to 32
 
   __device__ __forceinline__ uint32_t last_index() const { return 0xFFFFFFFFu >> (32 - index_bits); }
-  static __device__ __forceinline__ PairFormat of(const TopkSelect& op) { return {64 - __clzll(op.length - 1)}; }
+  static __device__ __forceinline__ PairFormat of(const TopkSelect& op) { return {64 - __clzll((op.length - 1) | 1)}; }
 
   __device__ __forceinline__ uint64_t pair(float x, uint32_t index) const {
     return static_cast<uint64_t>(order_key(x) >> kKeyShift) << index_bits | (last_index() - index);
@@ -69,6 +70,12 @@ struct PairFormat {
   }
   __device__ __forceinline__ uint32_t key(uint64_t pair) const { return static_cast<uint32_t>(pair >> index_bits); }
   __device__ __forceinline__ bool is_nan(uint64_t pair) const { return key(pair) == kNaN; }
+  // The least key of an element that is not smaller than a pair's, as a comparison of floats has it: -0 is not smaller
+  // than 0, and nothing is smaller than NaN. kNoKey if it may be any.
+  __device__ __forceinline__ uint32_t least_key(uint64_t pair) const {
+    const uint32_t key = this->key(pair);
+    return key == kNaN ? kNoKey : key == kZero ? key - 1 : key;
+  }
   // The element, or some NaN.
   __device__ __forceinline__ float element(uint64_t pair) const {
     const uint32_t key = this->key(pair) << kKeyShift;

@@ -305,14 +305,17 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     }
 
     const uint64_t sampled_bound = bound;
-    if (stream.has_edges && stream.edge < length) {
+    // Whether the element outside whole vectors is done with: it is below the bound, or there was room for it.
+    const auto keep_edge = [&] {
       const uint64_t pair = format.pair(load_one(row + stream.edge), stream.edge);
-      const uint32_t place = pair >= bound ? atomicAdd(&gathering.count, 1) : rows.capacity;
-      if (place < rows.capacity) {
-        pairs[place] = pair;
-        best_key = format.key(pair);
-      }
-    }
+      if (pair < bound) return true;
+      best_key = max(best_key, format.key(pair));
+      const uint32_t place = atomicAdd(&gathering.count, 1);
+      if (place < rows.capacity) pairs[place] = pair;
+      return place < rows.capacity;
+    };
+    // While this thread waited for its element, others may have taken all room.
+    bool edge_waits = stream.has_edges && stream.edge < length && !keep_edge();
     bool is_certain = !first_reading;
     uint32_t step = 0;
     uint32_t placed = 0;  // of this thread's elements of a step for which there was no more room: those that had some
@@ -325,7 +328,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 #pragma unroll 1
       for (; step < stream.steps && has_room; ++step) {
         wait_for_groups<kStages - 1>();
-        const uint32_t known_count = *const_cast<volatile uint32_t*>(&gathering.count);
+        // Not each lane need see the same.
+        const bool is_full = !kInCluster && *const_cast<volatile uint32_t*>(&gathering.count) > rows.capacity;
         const uint32_t first_vector = step * kBatch;
         uint4 vectors[kBatch];
 #pragma unroll
@@ -334,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const float largest = largest_element<T>(vectors);
         const bool reaches = stream.index(first_vector) < stream.end && !(largest < bound_element) &&
                              !(largest == bound_element && stream.index(first_vector) > bound_index);
-        if (__any_sync(kFullWarp, reaches)) {
+        if (__any_sync(kFullWarp, reaches || is_full)) {
           const auto pair_of = [&](uint32_t bit) {
             const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
             const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
@@ -384,16 +388,16 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
             while (mask != 0 && place < rows.capacity) keep(__ffs(mask) - 1, pair_of(__ffs(mask) - 1));
           }
           if (!kInCluster && __any_sync(kFullWarp, mask != 0)) break;
+          has_room = kInCluster || __any_sync(kFullWarp, is_full) == 0;
         }
         placed = 0;
         stream.fetch(step + kStages);
-        has_room = kInCluster || known_count <= rows.capacity;
       }
       Select::prepare(best_key);
       if (kInCluster || __syncthreads_or(step < stream.steps) == 0) break;
 
       // No more room: the k best so far, and few beside them, are all that matters of what has been read.
-      bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside), format.key(bound),
+      bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside), format.least_key(bound),
                                   Select::shared().key_max)
                   .pair;
       is_certain = true;
@@ -407,6 +411,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const uint32_t place = reserve(stays ? 1 : 0);
         if (stays) pairs[place] = pair;
       }
+      if (edge_waits) edge_waits = !keep_edge();
       __syncthreads();
     }
     if (kInCluster) __syncthreads();
@@ -455,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       bound = kLowestPair;
       if (count >= k) {
         const uint64_t its_doubt = other == 0 ? doubt : other < blocks ? gathering.doubts[other] : 0;
-        const uint32_t key = its_doubt == kNoRoom ? kNoKey : format.key(its_doubt);
+        const uint32_t key = its_doubt == kNoRoom ? kNoKey : format.least_key(its_doubt);
         kth = Select::kth_largest(count, k, format.index_bits, 0,
                                   __reduce_min_sync(kFullWarp, other < blocks ? key : 0xFFFFFFFFu),
                                   __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known >> 32)));

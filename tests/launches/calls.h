@@ -114,8 +114,9 @@ enum class Content {
   kBits,    // any: NaN of both signs, infinities, denormals
   kTies,    // one of four
   kRising,  // neighbours in ascending order
+  kZeros,   // -1, but for stretches of -0 with a few 0
 };
-constexpr Content kContents[] = {Content::kOrdinary, Content::kBits, Content::kTies, Content::kRising};
+constexpr Content kContents[] = {Content::kOrdinary, Content::kBits, Content::kTies, Content::kRising, Content::kZeros};
 
 using cuda::kDTypes;
 using cuda::size_of;
@@ -131,7 +132,7 @@ class Maker {
   T pick(std::initializer_list<T> choices) {
     return choices.begin()[random_() % choices.size()];
   }
-  Content pick(const Content (&contents)[4]) { return contents[random_() % 4]; }
+  Content pick(const Content (&contents)[5]) { return contents[random_() % 5]; }
 
   // The name of the next call: an op and its sizes, and of floating-point operands the type and the content before
   // these.
@@ -142,7 +143,7 @@ class Maker {
     for (const auto& [what, size] : sizes) call_.name += std::string(" ") + what + std::to_string(size);
   }
   void name(const std::string& op, DType dtype, Content content, Sizes sizes) {
-    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising"};
+    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising", " zeros"};
     const char* type = dtype == DType::kF32 ? " f32" : dtype == DType::kBF16 ? " bf16" : " f16";
     name(op + type + kContentNames[static_cast<int>(content)], sizes);
   }
@@ -229,6 +230,8 @@ class Maker {
       } else if (content == Content::kRising) {
         const uint32_t rising = sizeof(T) == 4 ? 0x3F800000 + i % 0x400000 : 0x3C00 + i % 0x4000;
         std::memcpy(static_cast<void*>(&values[i]), &rising, sizeof(T));
+      } else if (content == Content::kZeros) {
+        values[i] = T(i % 2560 >= 512 ? -1.0f : bits % 50 == 0 ? 0.0f : -0.0f);
       } else {
         values[i] = T(content == Content::kTies ? static_cast<float>(bits % 4) : (bits >> 8) * 0x1p-21f - 4.0f);
       }
