@@ -201,6 +201,8 @@ def _exchange(arguments: argparse.Namespace, console: Console, device: str, comm
     path = arguments.out or RESULTS / f"{slug(device)}-exchange.json"
     sizes = (exchange.tiny_sizes if arguments.tiny else exchange.real_sizes)(**_given(tokens=arguments.tokens))
     if arguments.draw or arguments.paper:
+        if not path.exists():
+            raise SystemExit(f"there are no records of {device}, {path}: --device-kind names another device")
         layers, measured = exchange.read(path)
         if arguments.draw:
             picture = IMAGES / f"{slug(device)}-exchange.png"

@@ -508,23 +508,26 @@ def links_table(found: Sequence[LinkRecord], device: str) -> Table:
 
 
 def markdown(records: dict[str, Record], links: dict[int, LinkRecord], sizes: Sizes) -> str:
-    """The tables of docs/expert_parallel.md: the links, and a layer on most devices, forward and backward."""
+    """The tables of docs/expert_parallel.md: the links, then the layer and what moves alone, forward and backward."""
     lines = ["| devices | all-to-all | all-gather | reduce-scatter | latency |", "|---:|---:|---:|---:|---:|"]
     for devices, link in sorted(links.items()):
         speeds = (link.all_to_all, link.all_gather, link.reduce_scatter)
         cells = " | ".join(f"{speed / 1e9:.0f} GB/s" for speed in speeds)
         lines.append(f"| {devices} | {cells} | {1e6 * link.latency:.0f} us |")
-    devices = max(links)
-    for what, title in (("experts", "the layer"), ("moved", "what moves alone")):
-        heads = " | ".join((*LOADS, "efficiency", "temporary memory"))
-        lines += ["", f"| {title}, {devices} devices, {sizes.tokens} tokens each | {heads} |", "|---|" + 5 * "---:|"]
+    most_first = sorted(links, reverse=True)
+    tables = [("experts", "the layer", devices) for devices in most_first] + [("moved", "what moves alone", max(links))]
+    for what, title, devices in tables:
+        columns = (*LOADS, *(["efficiency"] if what == "experts" else []), "temporary memory")
+        head = f"| {title}, {devices} devices, {sizes.tokens} tokens each | {' | '.join(columns)} |"
+        lines += ["", head, "|---|" + len(columns) * "---:|"]
         for way in WAYS:
             program = Program(sizes, devices, sizes.tokens, way, what, DIRECTIONS[1])
             of_loads = [records.get(Case(program, load).id) for load in LOADS]
             cells = [_milliseconds(record) for record in of_loads]
             if first := of_loads[0]:
                 part = efficiency(first, records)
-                cells += ["" if part is None else f"{part:.2f}", f"{first.temporary / 2**30:.1f} GiB"]
+                cells += ["" if part is None else f"{part:.2f}"] if what == "experts" else []
+                cells.append(f"{first.temporary / 2**30:.1f} GiB")
             lines.append(f"| {way} | {' | '.join(cells)} |")
         least = records.get(share_id(Case(program, LOADS[0]).id))
         if least is not None:

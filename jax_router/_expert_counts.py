@@ -52,6 +52,8 @@ def expert_counts(
         NotImplementedError: `implementation="native"` where no kernel can run.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import expert_counts
         >>> expert_counts(jnp.array([[0, 2], [2, -1], [1, 2]]), 4, token_mask=jnp.array([True, True, False]))
         Array([1, 0, 2, 0], dtype=int32)
     """

@@ -122,6 +122,8 @@ def block_experts(dispatch: Dispatch, align: int) -> Array:
         ValueError: align is below 1, or does not divide the number of slots.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router import block_experts, expert_dispatch
         >>> dispatch = expert_dispatch(jnp.array([[2], [0], [2], [2]]), 3, align=2)
         >>> dispatch.token_index, dispatch.group_sizes
         (Array([ 1, -1,  0,  2,  3, -1], dtype=int32), Array([2, 0, 4], dtype=int32))

@@ -31,7 +31,7 @@ def grouped_matmul(
     unused_rows: UnusedRows = "zeros",
     implementation: Implementation = "auto",
 ) -> Array:
-    """`out[s] = lhs[s] @ rhs[g]` for the rows s of group g: `jax.lax.ragged_dot`, also fast on a GPU.
+    """`out[s] = lhs[s] @ rhs[g]` for the rows s of group g: `jax.lax.ragged_dot`, but fast on an H100 or H200.
 
     The groups lie one after another from row 0 on, as `expert_dispatch` has them. Rows behind the last group are zeros
     in the result, and nothing that lhs or a cotangent holds there, NaN or infinite, reaches any result or gradient.

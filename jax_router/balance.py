@@ -85,6 +85,8 @@ def load_balancing_loss(
     Source: Switch Transformer, arXiv 2101.03961; its global batch form: arXiv 2501.11873.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.balance import load_balancing_loss
         >>> logits, expert_ids = jnp.zeros((4, 2)), jnp.array([[0], [1], [0], [1]])
         >>> load_balancing_loss(logits, expert_ids)
         Array(1., dtype=float32)
@@ -165,6 +167,8 @@ def z_loss(logits: Array, *, token_mask: Array | None = None, axis_name: AxisNam
     Source: ST-MoE, arXiv 2202.08906.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.balance import z_loss
         >>> z_loss(jnp.zeros((3, 1)))
         Array(0., dtype=float32)
     """
@@ -198,6 +202,8 @@ def update_expert_bias(bias: Array, counts: Array, *, rate: float | Array = 1e-3
     Source: arXiv 2408.15664; centred: torchtitan, pull request 1506.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.balance import update_expert_bias
         >>> update_expert_bias(jnp.zeros(3), jnp.array([5, 3, 1]), rate=0.5)
         Array([-0.5,  0. ,  0.5], dtype=float32)
     """
@@ -286,6 +292,8 @@ def load_statistics(counts: Array) -> LoadStatistics:
         TypeError, ValueError: a wrong dtype or shape.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.balance import load_statistics
         >>> load_statistics(jnp.array([2, 2, 0, 0])).max_violation
         Array(1., dtype=float32)
     """

@@ -193,7 +193,9 @@ def _lecun_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array
 
 
 class MoE(nnx.Module):
-    """A mixture-of-experts layer: a Router, SwiGLU experts, and an expert that all tokens share. No token is dropped.
+    """A mixture-of-experts layer: a Router, SwiGLU experts, and an expert that all tokens share.
+
+    No token is dropped, unless `expert_options` have limits.
 
     `y = sum over j of weights[j] * f_{expert_ids[j]}(x)`, plus `shared_expert(x)` where there is one, times
     `sigmoid(x @ shared_expert_gate)` where that has a gate. Null experts add `x` times their weights.

@@ -19,8 +19,8 @@ def run(monkeypatch, tmp_path):
 
     path = tmp_path / "records.json"
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmarks", "exchange", "--tiny", "--out", str(path), *arguments])
+    def call(*arguments, options=("--tiny", "--out", str(path))):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "exchange", *options, *arguments])
         assert __main__.main() == 0
         return path
 
@@ -60,6 +60,20 @@ def test_records_picture_and_paper(run, devices, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sweep, "IMAGES", tmp_path)
     run("--tokens", "16", "--draw")
     assert len([*tmp_path.glob("*-exchange.png")]) == 1
+
+
+def test_the_page_has_the_tables_of_the_records(run, capsys):
+    run("--device-kind", "NVIDIA H200", "--paper", options=())
+    page = (ROOT / "docs" / "expert_parallel.md").read_text(encoding="utf-8")
+    links, *layers, paper = capsys.readouterr().out.strip().split("\n\n")
+    assert len(layers) == 3
+    for table in (links, *layers, paper):
+        assert table in page
+
+
+def test_a_device_without_records(run):
+    with pytest.raises(SystemExit, match="no records of an abacus"):
+        run("--device-kind", "an abacus", "--paper")
 
 
 def test_cases(run, devices, capsys):

@@ -8,6 +8,9 @@ A page may say to these tests, in comments that a reader does not see:
 The blocks of a page share their names, as the cells of a notebook do.
 """
 
+import ast
+import builtins
+import doctest
 import inspect
 import re
 from pathlib import Path
@@ -92,10 +95,25 @@ def test_the_reference_has_it(name):
     )
 
 
+def names_from_elsewhere(code):
+    """What code uses that it neither imports nor makes."""
+    nodes = [*ast.walk(ast.parse(code))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    made = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    made |= {node.name for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    made |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    return {name.id for name in names} - made - {*dir(builtins)}
+
+
 @pytest.mark.parametrize(("name", "value"), [pytest.param(*pair, id=pair[0]) for pair in with_docstrings()])
 def test_everything_public_has_an_example(name, value):
+    """One that runs as it is copied; `pytest --doctest-modules` runs it among the names of its module."""
     text = inspect.getdoc(value)
     assert ">>> " in text or text.startswith("See `jax_router."), f"the docstring of {name} has no Example"
+    code = "".join(example.source for example in doctest.DocTestParser().get_examples(text))
+    missing = names_from_elsewhere(code)
+    assert not missing, f"the Example of {name} lacks imports of {missing}"
 
 
 FOLDERS = ("benchmarks", "csrc", "jax_router", "support", "tests")
