@@ -108,6 +108,16 @@ struct Call {
   const Way& way() const { return ways[chosen]; }
 };
 
+inline void check_ids(const Call& call, const std::vector<std::vector<char>>& bits) {
+  if (call.ids < 0) return;
+  const std::vector<char>& bytes = bits[call.ids];
+  std::vector<int32_t> ids(bytes.size() / sizeof(int32_t));
+  if (!ids.empty()) std::memcpy(ids.data(), bytes.data(), bytes.size());
+  for (int32_t id : ids) {
+    if (id < -1 || id >= call.ids_below) return fail(call.name, "id " + std::to_string(id));
+  }
+}
+
 // What the floating-point numbers of an operand are.
 enum class Content {
   kOrdinary,

@@ -1,0 +1,132 @@
+// Runs the cases of tests/launches by emulation: every plan once, at least, and in random order until the time is up.
+// All plans of a case must give the same bits, and ids that are within their range.
+//
+//   emulate [--seconds 60] [--seed 1] [prefix]   of all ops, or of the cases whose name begins so
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../launches/cases.h"
+#include "emulation.h"
+
+namespace jax_router {
+namespace cuda {
+
+// Has tensor cores; nothing here calls it.
+cudaError_t run(const DenseRouter&, const DenseRouterPlan&, cudaStream_t) { return cudaErrorNotSupported; }
+
+}  // namespace cuda
+
+namespace launches {
+namespace {
+
+constexpr size_t kMostBytes = 1 << 20;  // of a call's operands and results: larger ones take minutes
+
+using Bits = std::vector<std::vector<char>>;
+
+// A GPU has one NaN that arithmetic gives, a host has many.
+Bits with_one_nan(Bits bits) {
+  for (std::vector<char>& bytes : bits) {
+    for (size_t i = 0; i + 4 <= bytes.size(); i += 4) {
+      uint32_t word;
+      std::memcpy(&word, &bytes[i], 4);
+      if ((word & 0x7FFFFFFF) > 0x7F800000) std::memset(&bytes[i], 0x7F, 4);
+    }
+  }
+  return bits;
+}
+
+size_t bytes_of(const Call& call) {
+  size_t bytes = 0;
+  for (const auto& operand : call.operands) bytes += operand->read().size();
+  for (size_t of_result : call.result_bytes) bytes += of_result;
+  return bytes;
+}
+
+// Launches every plan of the case, with a seed of its own each. Adds their kernels to `seen`.
+void run_case(const Call& call, uint64_t seed, std::set<std::string>& seen) {
+  const Results results(call.result_bytes);
+  Bits of_first;
+  for (const Way& way : call.ways) {
+    const std::string what = call.name + " by " + way.plan + ", seed " + std::to_string(seed);
+    const Buffer workspace(way.workspace_bytes);
+    workspace.fill(0xA5);
+    results.fill(0x5A);
+    emulation::begin(what.c_str(), seed++);
+    must(way.launch(results, workspace.data(), cudaStreamPerThread), what);
+    Bits bits = results.read();
+    check_ids(call, bits);
+    bits = with_one_nan(std::move(bits));
+    if (of_first.empty()) of_first = bits;
+    if (call.is_exact && bits != of_first) fail(what, "other bits than by " + call.ways.front().plan);
+    seen.insert(way.plan.substr(0, way.plan.find(',')));
+  }
+}
+
+using Clock = std::chrono::steady_clock;
+
+// Each op has the same part of the time. The calls of its cases are made anew for every round, in another order.
+int emulate(double seconds, uint64_t seed, const std::string& prefix) {
+  const auto begins = [](const std::string& text, const std::string& with) { return text.rfind(with, 0) == 0; };
+  std::vector<std::string> ops;
+  for (const auto& [op, of_op] : kOps) {
+    if (op != "dense_router" && (begins(op, prefix) || begins(prefix, op))) ops.push_back(op);
+  }
+  for (const std::string& op : ops) {
+    const OpCases& of_op = kOps.at(op);
+    const auto start = Clock::now();
+    std::vector<Call> calls;
+    of_op.visit([&](const Call& call) {
+      if (begins(call.name, prefix) && bytes_of(call) <= kMostBytes) calls.push_back(call);
+    });
+    std::shuffle(calls.begin(), calls.end(), std::mt19937_64(seed));
+    std::set<std::string> seen;
+    size_t plans = 0, done = 0;
+    const std::chrono::duration<double> part(seconds / ops.size());
+    for (; done < calls.size() && Clock::now() - start < part; ++done) {
+      run_case(calls[done], seed + 1000 * done, seen);
+      plans += calls[done].ways.size();
+    }
+    const std::chrono::duration<double> taken = Clock::now() - start;
+    std::printf("%-20s %4zu of %4zu cases, %5zu plans, %4.1f s\n", op.c_str(), done, calls.size(), plans, taken.count());
+    std::fflush(stdout);
+    if (done < calls.size() || !begins(op, prefix)) continue;
+    for (const std::string& instance : of_op.instances(*cuda::current_device())) {
+      if (seen.count(instance) == 0) fail(op + " " + instance, "no case has a plan with this kernel");
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace launches
+}  // namespace jax_router
+
+int main(int argc, char** argv) {
+  double seconds = 1e9;
+  uint64_t seed = 1;
+  std::string prefix;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--seconds" && i + 1 < argc) {
+      seconds = std::atof(argv[++i]);
+    } else if (argument == "--seed" && i + 1 < argc) {
+      seed = std::strtoull(argv[++i], nullptr, 10);
+    } else if (argument[0] != '-' && prefix.empty()) {
+      prefix = argument;
+    } else {
+      std::fprintf(stderr, "usage: emulate [--seconds S] [--seed N] [prefix]\n");
+      return 2;
+    }
+  }
+  return jax_router::launches::emulate(seconds, seed, prefix);
+}
