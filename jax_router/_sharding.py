@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def align(values: Sequence[Array], core_ranks: Sequence[int]) -> list[Array]:
@@ -69,6 +70,18 @@ def whole(value: Array) -> Array:
     """An array that is not split over devices."""
     sharding = jax.typeof(value).sharding
     return _reshard(value, sharding.update(spec=(None,) * value.ndim)) if any(sharding.spec) else value
+
+
+def where_none_is_split(*values: Array) -> NamedSharding | None:
+    """The sharding of a result for which JAX has no rule: where no operand is split over Explicit axes, not split.
+
+    None where there are no such axes, which needs none, and where an operand is split, which JAX refuses.
+    """
+    shardings = [jax.typeof(value).sharding for value in values]
+    meshes = [*(sharding.mesh for sharding in shardings), jax.sharding.get_abstract_mesh()]
+    explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+    is_any_split = any(any(sharding.spec) for sharding in shardings)
+    return NamedSharding(explicit[0], PartitionSpec()) if explicit and not is_any_split else None
 
 
 def with_rows_as(model: Array, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from . import _check, expert_parallel
@@ -118,12 +119,13 @@ def sum_of_experts(
 def _sharded_as(x: Array, weights: ExpertWeights) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """In meshes with Explicit axes: a function whose result is sharded as x, and in which XLA decides about the rest.
 
-    JAX has no rule for products of groups there.
+    JAX has no rule for products of groups there, not even for those of arrays that are whole on every device.
     """
-    sharding = jax.typeof(x).sharding
-    if not any(axis for value in (x, *weights) for axis in jax.typeof(value).sharding.spec):
+    sharding, mesh = jax.typeof(x).sharding, jax.sharding.get_abstract_mesh()
+    is_split = any(axis for value in (x, *weights) for axis in jax.typeof(value).sharding.spec)
+    if not is_split and set(mesh.axis_types) != {AxisType.Explicit}:
         return lambda function: function
-    return jax.sharding.auto_axes(out_sharding=sharding)
+    return jax.sharding.auto_axes(out_sharding=sharding if mesh.empty else sharding.spec)
 
 
 def experts_of_rows(

@@ -273,6 +273,13 @@ def test_sharded_tokens(mode, devices):
     assert_close(results, want)
 
 
+def test_whole_tokens_in_an_explicit_mesh(devices):
+    """As those of a decode step may be: JAX has no rule for products of groups there."""
+    batch, want = on_one_device()
+    with jax.set_mesh(jax.make_mesh((len(devices),), ("d",), (AxisType.Explicit,), devices=devices)):
+        assert_close(nnx.jit(gradients)(make(*FIRST), *batch), want)
+
+
 def test_in_shard_map(devices):
     """Each device sorts its own tokens, and gradients are the sums over devices."""
     batch, want = on_one_device()
