@@ -245,6 +245,36 @@ def test_rules_on_several_devices(mode, rng, devices):
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.parametrize("bins", [1000, None])
+@pytest.mark.parametrize(
+    ("scores_spec", "bias_spec"), [(P("d"), P()), (P(None, None, "d"), P()), (P(), P("d")), (P("d"), P("d"))], ids=str
+)
+def test_quantile_bias_of_sharded_operands(scores_spec, bias_spec, bins, rng, devices):
+    """In a mesh with Explicit axes, where JAX selects and sorts along whole axes alone."""
+    logits, _, mask = draw(rng, (16, 32))
+    s, bias = np.array(jax.nn.sigmoid(logits)), rng.normal(0, 0.1, E).astype(np.float32)
+    rule = jax.jit(partial(balance.quantile_bias, top_k=K, bins=bins))
+    want = rule(s, bias, token_mask=mask)
+    mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Explicit,), devices=devices)
+    with jax.set_mesh(mesh):
+        (s,), (bias,) = place(mesh, (s,), scores_spec), place(mesh, (bias,), bias_spec)
+        np.testing.assert_array_equal(rule(s, bias, token_mask=mask), want)
+
+
+@pytest.mark.parametrize("sharded", [(0,), (0, 1), (1,), (2,)], ids=str)
+@over_losses
+def test_losses_of_operands_that_are_sharded_differently(name, sharded, rng, devices):
+    """As where the mask is a constant."""
+    values = draw(rng, (16, 24))
+    loss = jax.jit(partial(loss_of, name))
+    want = loss(*values)
+    mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Explicit,), devices=devices)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, values, P("d"))
+        got = loss(*(placed[i] if i in sharded else value for i, value in enumerate(values)))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 # Statistics and errors
 
 
