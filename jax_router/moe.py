@@ -25,8 +25,19 @@ from .router import Initializer, Router, Unset, null_experts_output
 Activation = Callable[[Array], Array]
 Product = Callable[[Array, Array], Array]
 GroupedMatmul = Callable[[Array, Array, Array], Array]
-# Between permute and combine nobody reads the rows behind the last group.
-_of_used_rows = partial(grouped_matmul, unused_rows="undefined")
+
+
+def _of_used_rows(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    """Between permute and combine nobody reads the rows behind the last group.
+
+    As a function of this module, and so is the activation, a copy of a layer has the same one, and pickle knows it by
+    name: of a partial, and of `jax.nn.silu`, copies are others.
+    """
+    return grouped_matmul(lhs, rhs, group_sizes, unused_rows="undefined")
+
+
+def _silu(gate: Array) -> Array:
+    return jax.nn.silu(gate)
 
 
 class ExpertWeights(NamedTuple):
@@ -48,7 +59,7 @@ def sum_of_experts(
     routing: Routing,
     weights: ExpertWeights,
     *,
-    activation: Activation = jax.nn.silu,
+    activation: Activation = _silu,
     matmul: GroupedMatmul = _of_used_rows,
     align: int = 1,
     weigh: Weigh = "output",
@@ -92,8 +103,9 @@ def sum_of_experts(
         >>> sum_of_experts(x, routing, weights, activation=lambda gate: gate)
         Array([[12., 12.]], dtype=float32)
     """
-    x = _check.float_array("x", x)
-    _check.instance("routing", routing, Routing, "router(x)")
+    x = _check.float_array("x", x, min_rank=2)
+    routing = _check.routing_arrays("routing", routing)
+    _check.instance("weights", weights, ExpertWeights, "ExpertWeights(gate_proj, up_proj, down_proj)")
     tokens = routing.expert_ids.shape[:-1]
     if x.shape[:-1] != tokens:
         raise ValueError(f"x must have shape {(*tokens, 'D')}, with the tokens of routing.expert_ids; got {x.shape}")
@@ -133,7 +145,7 @@ def experts_of_rows(
     rows: Array,
     group_sizes: Array,
     *,
-    activation: Activation = jax.nn.silu,
+    activation: Activation = _silu,
     matmul: GroupedMatmul = _of_used_rows,
 ) -> Array:
     """What experts give for rows that lie sorted by expert: the part of `sum_of_experts` between the permutations.
@@ -267,7 +279,7 @@ class MoE(nnx.Module):
         shared_intermediate_size: int | None = None,
         shared_expert_gate: bool = False,
         weigh: Weigh = "output",
-        activation: Activation = jax.nn.silu,
+        activation: Activation = _silu,
         matmul: GroupedMatmul = _of_used_rows,
         align: int = 1,
         expert_axis: str | None = None,
@@ -286,11 +298,16 @@ class MoE(nnx.Module):
             raise ValueError("shared_expert_gate must be False without shared_intermediate_size, got True")
         _check.choice("weigh", weigh, get_args(Weigh))
         self.weigh = weigh
+        _check.function("activation", activation, "jax.nn.silu")
+        _check.function("matmul", matmul, "jax.lax.ragged_dot")
         self.activation, self.matmul, self.align = activation, matmul, _check.concrete_int("align", align, 1)
-        if expert_options and expert_axis is None:
+        given = expert_options or {}
+        if given and expert_axis is None:
             raise ValueError(f"expert_options must be None without expert_axis, got {expert_options!r}")
         self.expert_axis = expert_axis
-        self.expert_options = tuple((expert_options or {}).items())  # what a module holds must be hashable
+        # What a module holds must be hashable.
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        self.expert_options = tuple(options.items())
         self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
         param_dtype = _check.float_dtype("param_dtype", param_dtype)
         if not isinstance(router, Router):
