@@ -388,11 +388,8 @@ def _share(num_experts: int, devices: int, axis: str) -> int:
 
 def _checked(x: Array, routing: Routing) -> tuple[Array, Array, Array]:
     """x, weights and ids, of the same tokens."""
-    _check.instance("routing", routing, Routing, "router(x)")
+    weights, expert_ids = _check.routing_arrays("routing", routing)
     x = _check.float_array("x", x, min_rank=2)
-    weights = _check.float32_array("routing.weights", routing.weights)
-    expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)
-    _check.same_shape("routing.weights", weights, expert_ids.shape)
     if x.shape[:-1] != expert_ids.shape[:-1]:
         raise ValueError(
             f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}"

@@ -654,8 +654,8 @@ def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Ar
     Differentiable in x and in the weights.
 
     Raises:
-        TypeError: x has a wrong dtype, or num_real_experts is no int.
-        ValueError: x and the routing are of different tokens.
+        TypeError: an operand has a wrong dtype, routing is none, or num_real_experts is no int.
+        ValueError: x, weights and ids are of different tokens.
 
     Example:
         >>> import jax.numpy as jnp
@@ -665,6 +665,7 @@ def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Ar
         Array([[3., 6.]], dtype=float32)
     """
     x = _check.float_array("x", x)
+    routing = _check.routing_arrays("routing", routing)
     tokens = routing.weights.shape[:-1]
     if x.shape[:-1] != tokens:
         raise ValueError(f"x without its last axis must have shape {tokens}, that of the routing, got {x.shape[:-1]}")
