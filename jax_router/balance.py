@@ -26,7 +26,7 @@ from . import _check, reference
 from ._expert_counts import expert_counts
 from ._shapes import numbers, with_rank
 from ._sharding import align, shard_as, whole
-from ._types import ScoreFn
+from ._types import ScoreFn, exportable
 
 AxisName = str | Sequence[str] | None
 
@@ -34,6 +34,7 @@ _EPSILON = 1e-20
 _SCORE_FNS = {"softmax": reference.softmax, "sigmoid": reference.sigmoid, "sqrtsoftplus": reference.sqrtsoftplus}
 
 
+@exportable
 class LoadStatistics(NamedTuple):
     """How the load lies on the experts.
 

@@ -39,13 +39,14 @@ from . import _check
 from ._expert_dispatch import expert_dispatch
 from ._ids import as_int32_ids
 from ._permute import combine, permute, through_experts
-from ._types import Dispatch, Implementation, Routing, Weigh
+from ._types import Dispatch, Implementation, Routing, Weigh, exportable
 
 Way = Literal["gather", "exchange"]
 # The rows of a device `[S, D]`, sorted by its experts, and how many each has `[E / n]`, to rows `[S, D]`.
 Experts = Callable[[Array, Array], Array]
 
 
+@exportable
 class ExpertSum(NamedTuple):
     """What the experts add up to.
 

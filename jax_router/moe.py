@@ -18,7 +18,7 @@ from ._expert_dispatch import expert_dispatch
 from ._grouped_matmul import grouped_matmul
 from ._permute import through_experts
 from ._sharding import shard_as
-from ._types import Implementation, Routing, Weigh
+from ._types import Implementation, Routing, Weigh, exportable
 from .config import RouterConfig
 from .router import Initializer, Router, Unset, null_experts_output
 
@@ -40,6 +40,7 @@ def _silu(gate: Array) -> Array:
     return jax.nn.silu(gate)
 
 
+@exportable
 class ExpertWeights(NamedTuple):
     """The weights of SwiGLU experts, input axis first as in `x @ w`: what `grouped_matmul` and `ragged_dot` take.
 
