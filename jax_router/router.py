@@ -251,13 +251,17 @@ class Router(nnx.Module):
     def load_state(self, path: checkpoints.Source, layer: int | None = None, *, preset: str | None = None) -> None:
         """Reads the variables of this router from a checkpoint, as `from_checkpoint` does.
 
-        They keep their dtypes and their shardings. A Router without values, from `nnx.eval_shape`, gets them. After an
-        error nothing has changed.
+        They keep their dtypes and their shardings. A Router without values, from `nnx.eval_shape`, gets them; its
+        counts, of which a checkpoint has none, are then 0. After an error nothing has changed.
 
         Args:
             path: as in `from_checkpoint`.
             layer: of the model; needed where there are several with routers.
             preset: whose names the tensors have; default all that are known.
+
+        Raises:
+            ImportError, OSError, ValueError: as of `from_checkpoint`; or this is a stack of layers.
+            TypeError: layer is no int.
 
         Example:
             >>> import jax.numpy as jnp
@@ -269,10 +273,12 @@ class Router(nnx.Module):
             12.0
         """
         kept: dict[str, Any] = {}
-        if self.config.has_weight:
-            weight = self.weight.get_value()
+        if (weight := checkpoints.variables_of(self).get("weight")) is not None:
             kept = {"dtype": weight.dtype, "sharding": _split(weight)}
-        self._set(checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept))
+        values = checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept)
+        if self.config.count_experts and isinstance(counts := self.counts.get_value(), jax.ShapeDtypeStruct):
+            values["counts"] = jnp.zeros(counts.shape, counts.dtype)
+        self._set(values)
 
     def save(self, path: str | PathLike[str], layer: int | None = None, *, preset: str | None = None) -> None:
         """Writes the variables to a safetensors file, from which `from_checkpoint` and `load_state` read them.
@@ -284,7 +290,9 @@ class Router(nnx.Module):
 
         Raises:
             ImportError: safetensors is missing.
-            ValueError: the preset has no name for a variable, or only one of layer and preset is given.
+            TypeError: layer is no int.
+            ValueError: the preset has no name for a variable, only one of layer and preset is given, or this is a stack
+                of layers.
 
         Example:
             >>> import tempfile
@@ -295,7 +303,7 @@ class Router(nnx.Module):
             ...     router.save(f"{folder}/router.safetensors")
             ...     router.load_state(folder)
         """
-        variables = {role: np.asarray(getattr(self, role)[...]) for role in checkpoints.roles_of(self.config)}
+        variables = {role: np.asarray(value) for role, value in checkpoints.variables_of(self).items()}
         checkpoints.save_router(path, variables, layer, preset)
 
     def _set(self, values: dict[str, Array]) -> None:
