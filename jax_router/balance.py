@@ -314,6 +314,8 @@ def load_statistics(counts: Array) -> LoadStatistics:
 def _checked(name: str, logits: Any, token_mask: Any | None) -> tuple[Array, Array | None]:
     """Logits in f32, and the mask."""
     logits = _check.float_array(name, logits, min_rank=2)
+    if logits.shape[-1] < 1:
+        raise ValueError(f"{name} must have at least one expert, got shape {logits.shape}")
     if token_mask is not None:
         token_mask = shard_as(logits, _check.mask_array("token_mask", token_mask, logits.shape[:-1]))
     return logits.astype(jnp.float32), token_mask
@@ -329,7 +331,9 @@ def _rate(rate: Any) -> Array:
     """A number, or a traced one, of a schedule."""
     if isinstance(rate, Array):
         _check.same_shape("rate", rate, ())
-        return _check.float_array("rate", rate, min_rank=0).astype(jnp.float32)
+        if not jnp.issubdtype(rate.dtype, jnp.floating):
+            raise TypeError(f"rate must have a float dtype, got {rate.dtype}")
+        return rate.astype(jnp.float32)  # from float64 too, where that is enabled
     return jnp.float32(_check.static_float("rate", rate))
 
 

@@ -137,7 +137,7 @@ class Router(nnx.Module):
 
     Raises:
         TypeError: config is no RouterConfig, rngs are no Rngs, or the initial table is not of integers.
-        ValueError: the initial table has a wrong shape.
+        ValueError: the initial weight or table has a wrong shape.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class Router(nnx.Module):
         if config.has_weight:
             shape = (config.num_experts, config.hidden_size)
             self.weight = nnx.Param(weight_init(rngs.params(), shape, config.param_dtype))
+            _check.same_shape("the result of weight_init", self.weight.get_value(), shape)
         if config.logit_bias:
             self.logit_bias = nnx.Param(jnp.zeros(config.num_experts, jnp.float32))
         if config.per_expert_scale:
@@ -446,7 +447,7 @@ class Router(nnx.Module):
 
         Raises:
             ValueError: this router does not count.
-            TypeError, ValueError: as of `balance.update_expert_bias`.
+            TypeError, ValueError: when is no bool `[]`; or as of `balance.update_expert_bias`.
 
         Example:
             >>> import jax.numpy as jnp
@@ -461,6 +462,7 @@ class Router(nnx.Module):
         """
         if not self.config.count_experts:
             raise ValueError("the configuration must have count_experts=True, got False")
+        when = _check.mask_array("when", when, ())
         counts = self.counts[...]
         if self.config.has_selection_bias:
             bias = self.bias[...]
@@ -620,7 +622,7 @@ def update_selection_biases(
 
     Raises:
         ValueError: no router in the model counts.
-        TypeError, ValueError: as of `balance.update_expert_bias`.
+        TypeError, ValueError: when is no bool `[]`; or as of `balance.update_expert_bias`.
     """
     counts = {
         ".".join(map(str, path)): module.update_selection_bias(rate=rate, centred=centred, when=when)

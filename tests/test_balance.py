@@ -172,6 +172,15 @@ def test_update_expert_bias(load, centred, rng):
     np.testing.assert_allclose(stacked, [want] * 2, rtol=1e-6, atol=1e-9)
 
 
+def test_rate_of_a_schedule_in_float64():
+    """As a Python number is that jax.jit traces where 64 bits are enabled."""
+    bias, load = jnp.zeros(2), jnp.array([1, 3])
+    with jax.enable_x64(True):
+        moved = jax.jit(lambda rate: balance.update_expert_bias(bias, load, rate=rate))(0.5)
+    assert moved.dtype == jnp.float32
+    np.testing.assert_array_equal(moved, [0.5, -0.5])
+
+
 def test_the_rule_balances(rng):
     """A skewed router: the most loaded expert comes from far above to near the mean."""
     logits = (rng.normal(0, 1, (4096, E)) + np.linspace(0, 2, E)).astype(np.float32)
@@ -292,6 +301,7 @@ def test_load_statistics(load):
 
 
 LOGITS, IDS = np.zeros((4, E), np.float32), np.zeros((4, K), np.int32)
+COUNTS = np.zeros(E, np.int32)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +314,13 @@ LOGITS, IDS = np.zeros((4, E), np.float32), np.zeros((4, K), np.int32)
         (lambda: balance.z_loss(LOGITS, token_mask=np.ones(4)), TypeError, "token_mask.*bool.*float"),
         (lambda: balance.update_expert_bias(LOGITS[0], IDS[0]), ValueError, r"counts.*\(8,\).*\(2,\)"),
         (lambda: balance.update_expert_bias(LOGITS[0], LOGITS[0]), TypeError, "counts.*integer.*float32"),
+        (
+            lambda: balance.update_expert_bias(LOGITS[0], COUNTS, rate=jnp.ones(8)),
+            ValueError,
+            r"rate.*\(\), got \(8,\)",
+        ),
+        (lambda: balance.update_expert_bias(LOGITS[0], COUNTS, rate=jnp.array(1)), TypeError, "rate.*float.*int32"),
+        (lambda: balance.z_loss(LOGITS[:, :0]), ValueError, r"logits.*one expert, got shape \(4, 0\)"),
         (lambda: balance.quantile_bias(LOGITS, LOGITS[0], top_k=E), ValueError, "top_k.*1 and 7.*8"),
         (lambda: balance.quantile_bias(LOGITS, LOGITS[0], top_k=1, bins=0), ValueError, "bins.*0"),
         (

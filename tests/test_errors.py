@@ -379,6 +379,12 @@ def test_router_config(change, error, words):
         ([None], {}, TypeError, "config RouterConfig None"),
         ([RouterConfig(**CONFIG)], {"rngs": 0}, TypeError, "rngs Rngs nnx.Rngs(0) 0"),
         ([RouterConfig(**CONFIG)], {"rngs": jax.random.key(0)}, TypeError, "rngs Rngs nnx.Rngs(0) Array"),
+        (
+            [RouterConfig(**CONFIG)],
+            {"weight_init": lambda key, shape, dtype: jnp.zeros(shape[::-1], dtype)},
+            ValueError,
+            "weight_init must have shape",
+        ),
     ],
 )
 def test_router(arguments, options, error, words):
