@@ -72,16 +72,20 @@ def whole(value: Array) -> Array:
     return _reshard(value, sharding.update(spec=(None,) * value.ndim)) if any(sharding.spec) else value
 
 
+def explicit_mesh(*values: Array) -> Any:
+    """The mesh with Explicit axes on which values lie or which is entered, or None."""
+    meshes = [*(jax.typeof(value).sharding.mesh for value in values), jax.sharding.get_abstract_mesh()]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
 def where_none_is_split(*values: Array) -> NamedSharding | None:
     """The sharding of a result for which JAX has no rule: where no operand is split over Explicit axes, not split.
 
     None where there are no such axes, which needs none, and where an operand is split, which JAX refuses.
     """
-    shardings = [jax.typeof(value).sharding for value in values]
-    meshes = [*(sharding.mesh for sharding in shardings), jax.sharding.get_abstract_mesh()]
-    explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
-    is_any_split = any(any(sharding.spec) for sharding in shardings)
-    return NamedSharding(explicit[0], PartitionSpec()) if explicit and not is_any_split else None
+    mesh = explicit_mesh(*values)
+    is_any_split = any(any(jax.typeof(value).sharding.spec) for value in values)
+    return None if mesh is None or is_any_split else NamedSharding(mesh, PartitionSpec())
 
 
 def with_rows_as(model: Array, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 
 from . import _check, expert_parallel
 from ._expert_dispatch import expert_dispatch
 from ._grouped_matmul import grouped_matmul
 from ._permute import through_experts
-from ._sharding import shard_as
+from ._sharding import explicit_mesh, shard_as
 from ._types import Implementation, Routing, Weigh, exportable
 from .config import RouterConfig
 from .router import Initializer, Router, Unset, null_experts_output
@@ -126,19 +126,20 @@ def sum_of_experts(
         how: dict[str, Any] = {"weigh": weigh, "implementation": implementation}
         return through_experts(x, dispatch, routing.weights, experts, **how)
 
-    return _sharded_as(x, weights)(compute)(x, routing, weights)
+    return _sharded_as(x, *weights)(compute)(x, routing, weights)
 
 
-def _sharded_as(x: Array, weights: ExpertWeights) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+def _sharded_as(x: Array, *weights: Array) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """In meshes with Explicit axes: a function whose result is sharded as x, and in which XLA decides about the rest.
 
-    JAX has no rule for products of groups there, not even for those of arrays that are whole on every device.
+    JAX has no rule for products of groups there, not even for those of arrays that are whole on every device, and
+    refuses products of weights that are sharded over the axes of the tokens.
     """
-    sharding, mesh = jax.typeof(x).sharding, jax.sharding.get_abstract_mesh()
-    is_split = any(axis for value in (x, *weights) for axis in jax.typeof(value).sharding.spec)
-    if not is_split and set(mesh.axis_types) != {AxisType.Explicit}:
+    mesh = explicit_mesh(x, *weights)
+    if mesh is None:
         return lambda function: function
-    return jax.sharding.auto_axes(out_sharding=sharding if mesh.empty else sharding.spec)
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+    return jax.sharding.auto_axes(axes=axes, out_sharding=NamedSharding(mesh, jax.typeof(x).sharding.spec))
 
 
 def experts_of_rows(
@@ -415,7 +416,11 @@ class MoE(nnx.Module):
         if token_mask is not None:  # what a masked row holds must not reach the gradients of products
             token_mask = _check.mask_array("token_mask", token_mask, x.shape[:-1])
             x = jnp.where(shard_as(x, token_mask)[..., None], x, 0)
-        y = _swiglu(x, expert.weights(x.dtype), self.activation, jnp.matmul)
-        if self.shared_expert_gate is not None:
-            y = y * jax.nn.sigmoid(x @ self.shared_expert_gate[...].astype(x.dtype))
-        return y
+        weights = expert.weights(x.dtype)
+        gate = None if self.shared_expert_gate is None else self.shared_expert_gate[...].astype(x.dtype)
+
+        def compute(x: Array, weights: ExpertWeights, gate: Array | None) -> Array:
+            y = _swiglu(x, weights, self.activation, jnp.matmul)
+            return y if gate is None else y * jax.nn.sigmoid(x @ gate)
+
+        return _sharded_as(x, *weights)(compute)(x, weights, gate)

@@ -293,6 +293,23 @@ def test_whole_tokens_in_an_explicit_mesh(devices):
         assert_close(nnx.jit(gradients)(make(*FIRST), *batch), want)
 
 
+def test_parameters_sharded_over_the_axis_of_the_tokens(devices):
+    """Over their last axis, in a mesh with Explicit axes, where a product by itself refuses it."""
+    batch, want = on_one_device()
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Explicit,), devices=devices[:2])
+    graph, state = nnx.split(make(*FIRST))
+
+    def place(array):
+        spec = P(*[None] * (array.ndim - 1), "d") if array.ndim > 1 and array.shape[-1] % 2 == 0 else P()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(array, NamedSharding(mesh, P("d"))) for array in batch]
+        moe = nnx.merge(graph, jax.tree.map(place, state))
+        assert moe.shared_expert.gate_proj[...].sharding.spec == P(None, "d")
+        assert_close(nnx.jit(gradients)(moe, *sharded), want)
+
+
 def test_in_shard_map(devices):
     """Each device sorts its own tokens, and gradients are the sums over devices."""
     batch, want = on_one_device()
