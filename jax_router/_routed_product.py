@@ -47,9 +47,9 @@ _EXPERTS_A_CHOICE = 24
 
 
 def _are_few(logits: Array, weight: Array, expert_ids: Array) -> bool:
-    """Whether a token's rows are so few that their sum is faster, and known to be, and on one device.
+    """Whether a token's experts are few enough for a sum of rows; not where sizes are unknown, or an axis is sharded.
 
-    A mapped axis may be sharded, of which nothing is seen where the derivative is taken.
+    A mapped axis may be sharded, which does not show where the derivative is taken.
     """
     num_experts, k = weight.shape[0], expert_ids.shape[-1]
     if any(any(jax.typeof(value).sharding.spec) for value in (logits, weight, expert_ids)):
