@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.export import is_symbolic_dim
 from jax.extend.core import InconclusiveDimensionOperation
 
-from ._types import Dispatch, GroupScore, Implementation, ScoreFn, Scoring, Selection
+from ._types import Dispatch, GroupScore, Implementation, Routing, ScoreFn, Scoring, Selection
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -50,7 +50,8 @@ def float_array(name: str, value: Any, *, min_rank: int = 1) -> Array:
 def rows_to_copy(name: str, value: Any) -> Array:
     """Rows of any float dtype of at most 32 bits."""
     values = array(name, value, min_rank=1)
-    if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize not in (1, 2, 4):
+    # Not by the size of an element, which is a byte of floats of 4 bits too.
+    if not jnp.issubdtype(values.dtype, jnp.floating) or jnp.finfo(values.dtype).bits not in (8, 16, 32):
         raise TypeError(
             f"{name} must have dtype float32, bfloat16 or float16, or a float dtype of 8 bits, got {values.dtype}"
             f"{_cast(values)}"
@@ -65,6 +66,16 @@ def dispatch_arrays(name: str, value: Any) -> Dispatch:
     if token_index.ndim != 1:
         raise ValueError(f"{name}.token_index must have one axis, that of the slots, got shape {token_index.shape}")
     return value._replace(token_index=token_index, slot=int_array(f"{name}.slot", value.slot, min_rank=1))
+
+
+def routing_arrays(name: str, value: Any) -> Routing:
+    """A Routing of weights and ids of the same shape."""
+    instance(name, value, Routing, "router(x)")
+    weights, expert_ids = value
+    weights = float32_array(f"{name}.weights", weights)
+    expert_ids = int_array(f"{name}.expert_ids", expert_ids, min_rank=1)
+    same_shape(f"{name}.weights", weights, expert_ids.shape)
+    return Routing(weights, expert_ids)
 
 
 def float32_array(name: str, value: Any) -> Array:
@@ -227,6 +238,11 @@ def instance(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be of type {kind.__name__}, {example} for example, got {value!r}")
 
 
+def function(name: str, value: Any, example: str) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, {example} for example, got {value!r}")
+
+
 def float_dtype(name: str, value: Any) -> np.dtype[Any]:
     """The dtype float32, bfloat16 or float16, however it is written."""
     try:
@@ -239,7 +255,7 @@ def float_dtype(name: str, value: Any) -> np.dtype[Any]:
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
 

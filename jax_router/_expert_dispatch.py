@@ -118,7 +118,7 @@ def block_experts(dispatch: Dispatch, align: int) -> Array:
         int32 `[S // align]`: `[0, num_experts)`, -1 behind the last group.
 
     Raises:
-        TypeError: align is no int.
+        TypeError: dispatch is none, or align is no int.
         ValueError: align is below 1, or does not divide the number of slots.
 
     Example:
@@ -130,6 +130,7 @@ def block_experts(dispatch: Dispatch, align: int) -> Array:
         >>> block_experts(dispatch, 2)
         Array([0, 2, 2], dtype=int32)
     """
+    _check.instance("dispatch", dispatch, Dispatch, "expert_dispatch(expert_ids, num_experts)")
     align = _check.concrete_int("align", align, 1)
     slots, num_experts = dispatch.token_index.shape[-1], dispatch.group_sizes.shape[-1]
     if isinstance(slots, int) and slots % align:

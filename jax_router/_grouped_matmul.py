@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import AxisType
 
 from . import _check
 from ._primitive import may_be_partitioned, vary_over_the_same_axes
+from ._sharding import where_none_is_split
 from ._types import Implementation
 
 UnusedRows = Literal["zeros", "undefined"]
@@ -44,7 +46,8 @@ def grouped_matmul(
     (H100, H200) this calls the Pallas kernels that JAX has among its examples (`jax.experimental.pallas.ops.gpu`,
     `ragged_dot_mgpu` and `transposed_ragged_dot_mgpu`), forward and for both gradients, for bf16 and f16 and D and F
     that are multiples of 64. That part of JAX is experimental; with other versions of it than 0.11 and 0.12, on other
-    devices, in programs that XLA may partition (use `jax.shard_map`) and in exported ones this is ragged_dot.
+    devices, in programs that XLA may partition (use `jax.shard_map`) and in exported ones this is ragged_dot. In meshes
+    with Explicit axes no operand may be split over them.
 
     The kernels sum a gradient of rhs in blocks of 64 rows. What NaN and infinity stand in a row *of a group* may reach
     the gradient of the groups beside it, where these share a block: never where groups begin at multiples of 64.
@@ -118,7 +121,14 @@ def _grouped(lhs: Array, rhs: Array, group_sizes: Array, **params: Any) -> Array
 
 
 def _reference(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, **how: str) -> Array:
-    return lax.ragged_dot_general(lhs, rhs, group_sizes, _DIMENSION_NUMBERS[form], preferred_element_type=lhs.dtype)
+    return lax.ragged_dot_general(
+        lhs,
+        rhs,
+        group_sizes,
+        _DIMENSION_NUMBERS[form],
+        preferred_element_type=lhs.dtype,
+        out_sharding=where_none_is_split(lhs, rhs, group_sizes),
+    )
 
 
 # The kernels
@@ -213,7 +223,9 @@ def _reason_against_kernels(ctx: Any, form: Form) -> str | None:
     widths = {lhs.shape[1], *(rhs.shape[1:])}
     if 0 in sizes or any(width % 64 for width in widths):
         return f"the kernels take D and F that are multiples of 64, got {' and '.join(map(str, sorted(widths)))}"
-    if may_be_partitioned(ctx):
+    mesh = lhs.sharding.mesh
+    is_spread = mesh.size > 1 and AxisType.Explicit in mesh.axis_types
+    if is_spread or may_be_partitioned(ctx):
         return "XLA may partition the program, or it is exported; use jax.shard_map"
     return _reason_against_device()
 

@@ -9,7 +9,7 @@ from jax import Array
 
 from . import _check
 from ._ids import as_int32_ids
-from ._sharding import shard_as, with_rows_as
+from ._sharding import shard_as, whole, with_rows_as
 
 
 def physical_expert_ids(expert_ids: Array, replicas: Array, *, token_index: Array | None = None) -> Array:
@@ -47,7 +47,7 @@ def physical_expert_ids(expert_ids: Array, replicas: Array, *, token_index: Arra
                [ 0, -1]], dtype=int32)
     """
     expert_ids = _check.int_array("expert_ids", expert_ids, min_rank=1)
-    replicas = _check.int_array("replicas", replicas)
+    replicas = whole(_check.int_array("replicas", replicas))
     if replicas.ndim != 2 or 0 in replicas.shape:
         raise ValueError(f"replicas must have shape [num_experts, at least 1], got {replicas.shape}")
     num_experts, most = replicas.shape

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.export import is_symbolic_dim
 from jax.interpreters import ad, mlir
 
 from . import _native
@@ -33,7 +35,7 @@ def _logits(x: Array, weight: Array, expert_ids: Array, *, precision: Any, imple
 def _rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str, **params: Any) -> list[Array]:
     """`logits @ weight`, of logits that are zero but at the ids."""
     sums = {}
-    if implementation != "reference" and weight.shape[0] >= _EXPERTS_A_CHOICE * expert_ids.shape[-1]:
+    if implementation != "reference" and _are_few(logits, weight, expert_ids):
         with_kernels = [name for name in _native.PLATFORMS if not isinstance(_native.load(name), ImportError)]
         sums = dict.fromkeys(with_kernels, partial(_sums_of_rows, implementation=implementation))
     product_of_all = partial(_product_of_all, **params)
@@ -42,6 +44,17 @@ def _rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: st
 
 # Of how many experts each choice must be one, for a sum of rows to be faster than a product.
 _EXPERTS_A_CHOICE = 24
+
+
+def _are_few(logits: Array, weight: Array, expert_ids: Array) -> bool:
+    """Whether a token's experts are few enough for a sum of rows; not where sizes are unknown, or an axis is sharded.
+
+    A mapped axis may be sharded, which does not show where the derivative is taken.
+    """
+    num_experts, k = weight.shape[0], expert_ids.shape[-1]
+    if any(any(jax.typeof(value).sharding.spec) for value in (logits, weight, expert_ids)):
+        return False
+    return not is_symbolic_dim(num_experts) and not is_symbolic_dim(k) and num_experts >= _EXPERTS_A_CHOICE * k
 
 
 def _product_of_all(logits: Array, weight: Array, expert_ids: Array, *, precision: Any) -> list[Array]:

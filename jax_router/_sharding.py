@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def align(values: Sequence[Array], core_ranks: Sequence[int]) -> list[Array]:
@@ -69,6 +70,22 @@ def whole(value: Array) -> Array:
     """An array that is not split over devices."""
     sharding = jax.typeof(value).sharding
     return _reshard(value, sharding.update(spec=(None,) * value.ndim)) if any(sharding.spec) else value
+
+
+def explicit_mesh(*values: Array) -> Any:
+    """The mesh with Explicit axes on which values lie or which is entered, or None."""
+    meshes = [*(jax.typeof(value).sharding.mesh for value in values), jax.sharding.get_abstract_mesh()]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def where_none_is_split(*values: Array) -> NamedSharding | None:
+    """The sharding of a result for which JAX has no rule: where no operand is split over Explicit axes, not split.
+
+    None where there are no such axes, which needs none, and where an operand is split, which JAX refuses.
+    """
+    mesh = explicit_mesh(*values)
+    is_any_split = any(any(jax.typeof(value).sharding.spec) for value in values)
+    return None if mesh is None or is_any_split else NamedSharding(mesh, PartitionSpec())
 
 
 def with_rows_as(model: Array, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jax import Array, export
 
@@ -16,6 +16,21 @@ Implementation = Literal["auto", "native", "reference"]
 Weigh = Literal["output", "input"]
 
 
+NamedTupleType = TypeVar("NamedTupleType", bound=type[tuple[Any, ...]])
+
+
+def exportable(kind: NamedTupleType) -> NamedTupleType:
+    """Registers a NamedTuple, which functions may then take and return that `jax.export` saves.
+
+    JAX keeps the first class of a name: where the package was deleted from sys.modules and is imported again, the names
+    stay with the classes of the first import.
+    """
+    with contextlib.suppress(ValueError):
+        export.register_namedtuple_serialization(kind, serialized_name=f"jax_router.{kind.__name__}")
+    return kind
+
+
+@exportable
 class Routing(NamedTuple):
     """Which experts compute each token, and with what weights.
 
@@ -35,6 +50,7 @@ class Routing(NamedTuple):
     expert_ids: Array
 
 
+@exportable
 class Dispatch(NamedTuple):
     """Tokens sorted by expert, in S slots: `N * k`, or with `align` and `capacity` as many as suffice for any ids.
 
@@ -55,13 +71,6 @@ class Dispatch(NamedTuple):
     token_index: Array
     slot: Array
     group_sizes: Array
-
-
-# Exported functions may return them when they are saved. JAX keeps the first class of a name: where the package was
-# deleted from sys.modules and is imported again, the names stay with the classes of the first import.
-for _type in (Routing, Dispatch):
-    with contextlib.suppress(ValueError):
-        export.register_namedtuple_serialization(_type, serialized_name=f"jax_router.{_type.__name__}")
 
 
 @dataclass(frozen=True)

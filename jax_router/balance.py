@@ -25,7 +25,8 @@ from jax import Array, lax
 from . import _check, reference
 from ._expert_counts import expert_counts
 from ._shapes import numbers, with_rank
-from ._types import ScoreFn
+from ._sharding import align, shard_as, whole
+from ._types import ScoreFn, exportable
 
 AxisName = str | Sequence[str] | None
 
@@ -33,6 +34,7 @@ _EPSILON = 1e-20
 _SCORE_FNS = {"softmax": reference.softmax, "sigmoid": reference.sigmoid, "sqrtsoftplus": reference.sqrtsoftplus}
 
 
+@exportable
 class LoadStatistics(NamedTuple):
     """How the load lies on the experts.
 
@@ -144,9 +146,10 @@ def sequence_balance_loss(
 
     for _ in range(logits.ndim - 2):
         count = jax.vmap(count, in_axes=(0, None if token_mask is None else 0))
+    counts = count(expert_ids, None) if token_mask is None else count(*align([expert_ids, token_mask], [1, 0]))
     probabilities = _probabilities(logits, token_mask, score_fn).sum(axis=-2)
     tokens = _number_of_tokens(logits, token_mask, axis_name, axis=-1)
-    losses = _products(count(expert_ids, token_mask), probabilities, tokens, expert_ids.shape[-1], axis_name)
+    losses = _products(counts, probabilities, tokens, expert_ids.shape[-1], axis_name)
     return losses.sum() / jnp.maximum((tokens > 0).sum(dtype=jnp.int32), 1).astype(jnp.float32)
 
 
@@ -263,6 +266,7 @@ def quantile_bias(
     scores, token_mask = _checked("scores", scores, token_mask)
     experts = scores.shape[-1]
     _check.same_shape("bias", bias, (experts,))
+    scores, bias = align([scores, bias], [1, 1])  # a selection needs all scores of a token
     top_k = _check.static_int("top_k", top_k, 1, experts - 1, " (num_experts - 1)")
     if bins is not None:
         bins = _check.static_int("bins", bins, 1, _check.MAX_SIZE // experts)
@@ -318,8 +322,10 @@ def load_statistics(counts: Array) -> LoadStatistics:
 def _checked(name: str, logits: Any, token_mask: Any | None) -> tuple[Array, Array | None]:
     """Logits in f32, and the mask."""
     logits = _check.float_array(name, logits, min_rank=2)
+    if logits.shape[-1] < 1:
+        raise ValueError(f"{name} must have at least one expert, got shape {logits.shape}")
     if token_mask is not None:
-        token_mask = _check.mask_array("token_mask", token_mask, logits.shape[:-1])
+        token_mask = shard_as(logits, _check.mask_array("token_mask", token_mask, logits.shape[:-1]))
     return logits.astype(jnp.float32), token_mask
 
 
@@ -333,7 +339,9 @@ def _rate(rate: Any) -> Array:
     """A number, or a traced one, of a schedule."""
     if isinstance(rate, Array):
         _check.same_shape("rate", rate, ())
-        return _check.float_array("rate", rate, min_rank=0).astype(jnp.float32)
+        if not jnp.issubdtype(rate.dtype, jnp.floating):
+            raise TypeError(f"rate must have a float dtype, got {rate.dtype}")
+        return rate.astype(jnp.float32)  # from float64 too, where that is enabled
     return jnp.float32(_check.static_float("rate", rate))
 
 
@@ -378,7 +386,7 @@ def _exact_quantile(values: Array, token_mask: Array | None, tokens: Array, q: f
     """As `jnp.quantile` of the valid rows of `[..., E]`."""
     if token_mask is not None:
         values = jnp.where(token_mask[..., None], values, jnp.inf)  # go last
-    ordered = jnp.sort(values.reshape(-1, values.shape[-1]), axis=0)
+    ordered = jnp.sort(whole(values).reshape(-1, values.shape[-1]), axis=0)
     place = (jnp.maximum(tokens, 1) - 1).astype(jnp.float32) * jnp.float32(q)
     low = jnp.floor(place).astype(jnp.int32)
     high = jnp.minimum(low + 1, jnp.maximum(tokens, 1) - 1)

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from . import models
+from . import _check, models
 from .config import RouterConfig
 
 Source = str | PathLike[str] | Mapping[str, Any]
@@ -100,6 +100,8 @@ def open_checkpoint(source: Source) -> Iterator[Checkpoint]:
     if isinstance(source, Mapping):
         yield Checkpoint("the dict", {str(name): functools.partial(_InMemory, source[name]) for name in source})
         return
+    if not isinstance(source, str | PathLike):
+        raise TypeError(f"path must be a path or a dict of arrays, got {source!r}")
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -273,9 +275,11 @@ def read_router(
         sharding: of the weight `[E, D]`; each device's part is read for it alone.
 
     Raises:
+        TypeError: layer is no int.
         CheckpointError: names are missing, unexpected or doubled, shapes or dtypes are wrong, or entries of a table are
             out of range: all of them in one message.
     """
+    layer = _layer(layer)
     with open_checkpoint(source) as checkpoint:
         found = _find(checkpoint, config, preset, layer)
         shapes = _shapes(config)
@@ -359,13 +363,28 @@ def _read_weight(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def roles_of(config: RouterConfig) -> list[str]:
-    """The variables that a Router of a configuration has."""
-    return list(_shapes(config))
+def variables_of(router: Any) -> dict[str, Any]:
+    """By role the values of a Router's variables that checkpoints have.
+
+    Raises:
+        ValueError: it is a stack of layers, as `nnx.vmap` makes them, of which a checkpoint has each by itself.
+    """
+    values = {role: getattr(router, role).get_value() for role in _shapes(router.config)}
+    for role, shape in _shapes(router.config).items():
+        if values[role].shape != shape:
+            raise ValueError(
+                f"{role} of this router must have shape {shape}, that of one layer, got {values[role].shape}"
+            )
+    return values
+
+
+def _layer(layer: Any) -> int | None:
+    return None if layer is None else _check.static_int("layer", layer, 0, None)
 
 
 def save_router(path: str | PathLike[str], variables: Mapping[str, Any], layer: int | None, preset: str | None) -> None:
     """Writes the variables of a router, by role, under the names of a preset's layer or of the roles."""
+    layer = _layer(layer)
     if (layer is None) != (preset is None):
         raise ValueError(f"layer and preset must be given together, got layer={layer!r} and preset={preset!r}")
     names = {role: role for role in ROLES} if preset is None else models.preset(preset).tensors

@@ -39,13 +39,14 @@ from . import _check
 from ._expert_dispatch import expert_dispatch
 from ._ids import as_int32_ids
 from ._permute import combine, permute, through_experts
-from ._types import Dispatch, Implementation, Routing, Weigh
+from ._types import Dispatch, Implementation, Routing, Weigh, exportable
 
 Way = Literal["gather", "exchange"]
 # The rows of a device `[S, D]`, sorted by its experts, and how many each has `[E / n]`, to rows `[S, D]`.
 Experts = Callable[[Array, Array], Array]
 
 
+@exportable
 class ExpertSum(NamedTuple):
     """What the experts add up to.
 
@@ -235,6 +236,8 @@ def compute(
     experts_of_device = _share(num_experts, devices, f"axis_name = {axis!r}")
     _check.choice("way", way, ("auto", *get_args(Way)))
     _check.choice("weigh", weigh, get_args(Weigh))
+    links = Links() if links is None else links
+    _check.instance("links", links, Links, "Links(all_to_all=257e9)")
     slots = None if slots is None else _check.concrete_int("slots", slots, 0)
     rows = None if rows is None else _check.concrete_int("rows", rows, 0)
     align = _check.concrete_int("align", align, 1)
@@ -248,7 +251,7 @@ def compute(
         slots = min(slots, tokens)
     if way == "auto":
         sizes: dict[str, Any] = {"devices": devices, "tokens": tokens, "hidden": hidden, "itemsize": x.dtype.itemsize}
-        way = choose_way(links or Links(), slots=slots, **sizes)
+        way = choose_way(links, slots=slots, **sizes)
 
     ids = as_int32_ids(expert_ids, num_experts).reshape(tokens, top_k)
     valid = (ids >= 0) & (ids < num_experts)
@@ -279,7 +282,7 @@ def over_mesh(
     weights: Any,
     *,
     expert_axis: str,
-    data_axes: Sequence[str] | None = None,
+    data_axes: str | Sequence[str] | None = None,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     **options: Any,
 ) -> ExpertSum:
@@ -295,7 +298,8 @@ def over_mesh(
         experts: as of `compute`, with the device's part of `weights` before its arguments.
         weights: arrays `[E, ...]`, sharded over `expert_axis` and the same along `data_axes`, in any pytree.
         expert_axis: the mesh axis over which the experts are spread.
-        data_axes: further mesh axes that split the tokens. None is all others of the mesh.
+        data_axes: a further mesh axis that splits the tokens, or several. None is all others of the mesh, without those
+            of a `jax.shard_map` around this, along which the tokens are a device's own.
         mesh: None is that of `jax.set_mesh`.
         options: of `compute`.
 
@@ -321,7 +325,7 @@ def over_mesh(
     """
     x, *choices = _checked(x, routing)
     routing = Routing(*choices)
-    sizes = {array.shape[:1] for array in jax.tree.leaves(weights)}
+    sizes = {jnp.shape(array)[:1] for array in jax.tree.leaves(weights)}
     if len(sizes) != 1 or not all(sizes):
         raise ValueError(f"weights must be arrays [E, ...] with one E, got leading axes {sorted(sizes)}")
     ((num_experts,),) = sizes
@@ -336,8 +340,10 @@ def over_mesh(
             f"expert_axis must be an axis of the mesh, which has {mesh.axis_names or 'none'}, got {expert_axis!r}: "
             "enter a mesh with jax.set_mesh, or give one as mesh"
         )
-    if data_axes is None:
-        data_axes = [name for name in mesh.axis_names if name != expert_axis]
+    others = [name for name in mesh.axis_names if name != expert_axis and name not in context.manual_axes]
+    data_axes = others if data_axes is None else (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
+    if len(data_axes) != len(set(data_axes) & set(others)):
+        raise ValueError(f"data_axes must be some of the mesh's other axes, {others}, got {data_axes!r}")
     axes = *data_axes, expert_axis
     devices = math.prod(mesh.shape[name] for name in axes)
     _share(num_experts, mesh.shape[expert_axis], f"expert_axis = {expert_axis!r}")
@@ -359,7 +365,7 @@ def over_mesh(
 
         on_devices = jax.shard_map(
             on_device,
-            mesh=jax.sharding.get_abstract_mesh() if is_explicit else mesh,  # whose axes are Auto here
+            mesh=jax.sharding.get_abstract_mesh() if explicit else mesh,  # whose axes are Auto here
             in_specs=(P(axes), P(axes), P(expert_axis)),
             out_specs=(P(axes), P()),
             axis_names=set(axes),
@@ -368,9 +374,9 @@ def over_mesh(
         output, dropped = on_devices(flat(x, 0), padded, weights)
         return output[:tokens].reshape(x.shape), dropped
 
-    is_explicit = AxisType.Explicit in mesh.axis_types
-    if is_explicit:
-        of_all = jax.sharding.auto_axes(of_all, out_sharding=(jax.typeof(x).sharding.spec, P()))
+    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+    if explicit:
+        of_all = jax.sharding.auto_axes(of_all, axes=explicit, out_sharding=(jax.typeof(x).sharding.spec, P()))
     return ExpertSum(*of_all(x, routing, weights))
 
 
@@ -383,11 +389,8 @@ def _share(num_experts: int, devices: int, axis: str) -> int:
 
 def _checked(x: Array, routing: Routing) -> tuple[Array, Array, Array]:
     """x, weights and ids, of the same tokens."""
-    _check.instance("routing", routing, Routing, "router(x)")
+    weights, expert_ids = _check.routing_arrays("routing", routing)
     x = _check.float_array("x", x, min_rank=2)
-    weights = _check.float32_array("routing.weights", routing.weights)
-    expert_ids = _check.int_array("routing.expert_ids", routing.expert_ids)
-    _check.same_shape("routing.weights", weights, expert_ids.shape)
     if x.shape[:-1] != expert_ids.shape[:-1]:
         raise ValueError(
             f"x must have shape {(*expert_ids.shape[:-1], 'D')}, with the tokens of routing; got {x.shape}"

@@ -43,7 +43,7 @@ def make_hash_table(
         int32 `[V, k]`. Seconds, also for a million rows.
 
     Raises:
-        TypeError: a size is no int, or the counts are no numbers.
+        TypeError: a size is no int, the counts are no numbers, or the key is traced: the table is made on the host.
         ValueError: more experts a row than there are, or counts that are negative, not finite, or not V.
 
     Example:
@@ -57,6 +57,8 @@ def make_hash_table(
     vocab_size = _check.static_int("vocab_size", vocab_size, 1, None)
     num_experts = _check.static_int("num_experts", num_experts, 1, None)
     top_k = _check.static_int("top_k", top_k, 1, num_experts, " (num_experts)")
+    if isinstance(key, jax.core.Tracer):
+        raise TypeError(f"key must be known, since the table is made on the host: not under jax.jit; got {key}")
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
     done = progress or (lambda rows, of: None)
     table = np.empty((vocab_size, top_k), np.int32)

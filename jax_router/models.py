@@ -236,6 +236,8 @@ def hf_options(config: str | PathLike[str] | Mapping[str, Any], layer: int | Non
 def _read(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
+    if not isinstance(config, str | PathLike):
+        raise TypeError(f"config must be a path or a dict (of an object of transformers its to_dict()), got {config!r}")
     path = Path(config)
     if path.is_dir():
         path /= "config.json"

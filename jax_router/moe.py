@@ -10,24 +10,37 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 
 from . import _check, expert_parallel
 from ._expert_dispatch import expert_dispatch
 from ._grouped_matmul import grouped_matmul
 from ._permute import through_experts
-from ._sharding import shard_as
-from ._types import Implementation, Routing, Weigh
+from ._sharding import explicit_mesh, shard_as
+from ._types import Implementation, Routing, Weigh, exportable
 from .config import RouterConfig
 from .router import Initializer, Router, Unset, null_experts_output
 
 Activation = Callable[[Array], Array]
 Product = Callable[[Array, Array], Array]
 GroupedMatmul = Callable[[Array, Array, Array], Array]
-# Between permute and combine nobody reads the rows behind the last group.
-_of_used_rows = partial(grouped_matmul, unused_rows="undefined")
 
 
+def _of_used_rows(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    """Between permute and combine nobody reads the rows behind the last group.
+
+    As a function of this module, and so is the activation, a copy of a layer has the same one, and pickle knows it by
+    name: of a partial, and of `jax.nn.silu`, copies are others.
+    """
+    return grouped_matmul(lhs, rhs, group_sizes, unused_rows="undefined")
+
+
+def _silu(gate: Array) -> Array:
+    return jax.nn.silu(gate)
+
+
+@exportable
 class ExpertWeights(NamedTuple):
     """The weights of SwiGLU experts, input axis first as in `x @ w`: what `grouped_matmul` and `ragged_dot` take.
 
@@ -47,7 +60,7 @@ def sum_of_experts(
     routing: Routing,
     weights: ExpertWeights,
     *,
-    activation: Activation = jax.nn.silu,
+    activation: Activation = _silu,
     matmul: GroupedMatmul = _of_used_rows,
     align: int = 1,
     weigh: Weigh = "output",
@@ -91,8 +104,9 @@ def sum_of_experts(
         >>> sum_of_experts(x, routing, weights, activation=lambda gate: gate)
         Array([[12., 12.]], dtype=float32)
     """
-    x = _check.float_array("x", x)
-    _check.instance("routing", routing, Routing, "router(x)")
+    x = _check.float_array("x", x, min_rank=2)
+    routing = _check.routing_arrays("routing", routing)
+    _check.instance("weights", weights, ExpertWeights, "ExpertWeights(gate_proj, up_proj, down_proj)")
     tokens = routing.expert_ids.shape[:-1]
     if x.shape[:-1] != tokens:
         raise ValueError(f"x must have shape {(*tokens, 'D')}, with the tokens of routing.expert_ids; got {x.shape}")
@@ -112,18 +126,20 @@ def sum_of_experts(
         how: dict[str, Any] = {"weigh": weigh, "implementation": implementation}
         return through_experts(x, dispatch, routing.weights, experts, **how)
 
-    return _sharded_as(x, weights)(compute)(x, routing, weights)
+    return _sharded_as(x, *weights)(compute)(x, routing, weights)
 
 
-def _sharded_as(x: Array, weights: ExpertWeights) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+def _sharded_as(x: Array, *weights: Array) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """In meshes with Explicit axes: a function whose result is sharded as x, and in which XLA decides about the rest.
 
-    JAX has no rule for products of groups there.
+    JAX has no rule for products of groups there, not even for those of arrays that are whole on every device, and
+    refuses products of weights that are sharded over the axes of the tokens.
     """
-    sharding = jax.typeof(x).sharding
-    if not any(axis for value in (x, *weights) for axis in jax.typeof(value).sharding.spec):
+    mesh = explicit_mesh(x, *weights)
+    if mesh is None:
         return lambda function: function
-    return jax.sharding.auto_axes(out_sharding=sharding)
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+    return jax.sharding.auto_axes(axes=axes, out_sharding=NamedSharding(mesh, jax.typeof(x).sharding.spec))
 
 
 def experts_of_rows(
@@ -131,7 +147,7 @@ def experts_of_rows(
     rows: Array,
     group_sizes: Array,
     *,
-    activation: Activation = jax.nn.silu,
+    activation: Activation = _silu,
     matmul: GroupedMatmul = _of_used_rows,
 ) -> Array:
     """What experts give for rows that lie sorted by expert: the part of `sum_of_experts` between the permutations.
@@ -267,7 +283,7 @@ class MoE(nnx.Module):
         shared_intermediate_size: int | None = None,
         shared_expert_gate: bool = False,
         weigh: Weigh = "output",
-        activation: Activation = jax.nn.silu,
+        activation: Activation = _silu,
         matmul: GroupedMatmul = _of_used_rows,
         align: int = 1,
         expert_axis: str | None = None,
@@ -286,11 +302,16 @@ class MoE(nnx.Module):
             raise ValueError("shared_expert_gate must be False without shared_intermediate_size, got True")
         _check.choice("weigh", weigh, get_args(Weigh))
         self.weigh = weigh
+        _check.function("activation", activation, "jax.nn.silu")
+        _check.function("matmul", matmul, "jax.lax.ragged_dot")
         self.activation, self.matmul, self.align = activation, matmul, _check.concrete_int("align", align, 1)
-        if expert_options and expert_axis is None:
+        given = expert_options or {}
+        if given and expert_axis is None:
             raise ValueError(f"expert_options must be None without expert_axis, got {expert_options!r}")
         self.expert_axis = expert_axis
-        self.expert_options = tuple((expert_options or {}).items())  # what a module holds must be hashable
+        # What a module holds must be hashable.
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        self.expert_options = tuple(options.items())
         self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
         param_dtype = _check.float_dtype("param_dtype", param_dtype)
         if not isinstance(router, Router):
@@ -397,7 +418,11 @@ class MoE(nnx.Module):
         if token_mask is not None:  # what a masked row holds must not reach the gradients of products
             token_mask = _check.mask_array("token_mask", token_mask, x.shape[:-1])
             x = jnp.where(shard_as(x, token_mask)[..., None], x, 0)
-        y = _swiglu(x, expert.weights(x.dtype), self.activation, jnp.matmul)
-        if self.shared_expert_gate is not None:
-            y = y * jax.nn.sigmoid(x @ self.shared_expert_gate[...].astype(x.dtype))
-        return y
+        weights = expert.weights(x.dtype)
+        gate = None if self.shared_expert_gate is None else self.shared_expert_gate[...].astype(x.dtype)
+
+        def compute(x: Array, weights: ExpertWeights, gate: Array | None) -> Array:
+            y = _swiglu(x, weights, self.activation, jnp.matmul)
+            return y if gate is None else y * jax.nn.sigmoid(x @ gate)
+
+        return _sharded_as(x, *weights)(compute)(x, weights, gate)

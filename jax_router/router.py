@@ -137,7 +137,7 @@ class Router(nnx.Module):
 
     Raises:
         TypeError: config is no RouterConfig, rngs are no Rngs, or the initial table is not of integers.
-        ValueError: the initial table has a wrong shape.
+        ValueError: the initial weight or table has a wrong shape.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class Router(nnx.Module):
         if config.has_weight:
             shape = (config.num_experts, config.hidden_size)
             self.weight = nnx.Param(weight_init(rngs.params(), shape, config.param_dtype))
+            _check.same_shape("the result of weight_init", self.weight.get_value(), shape)
         if config.logit_bias:
             self.logit_bias = nnx.Param(jnp.zeros(config.num_experts, jnp.float32))
         if config.per_expert_scale:
@@ -251,13 +252,17 @@ class Router(nnx.Module):
     def load_state(self, path: checkpoints.Source, layer: int | None = None, *, preset: str | None = None) -> None:
         """Reads the variables of this router from a checkpoint, as `from_checkpoint` does.
 
-        They keep their dtypes and their shardings. A Router without values, from `nnx.eval_shape`, gets them. After an
-        error nothing has changed.
+        They keep their dtypes and their shardings. A Router without values, from `nnx.eval_shape`, gets them; its
+        counts, of which a checkpoint has none, are then 0. After an error nothing has changed.
 
         Args:
             path: as in `from_checkpoint`.
             layer: of the model; needed where there are several with routers.
             preset: whose names the tensors have; default all that are known.
+
+        Raises:
+            ImportError, OSError, ValueError: as of `from_checkpoint`; or this is a stack of layers.
+            TypeError: layer is no int.
 
         Example:
             >>> import jax.numpy as jnp
@@ -269,10 +274,12 @@ class Router(nnx.Module):
             12.0
         """
         kept: dict[str, Any] = {}
-        if self.config.has_weight:
-            weight = self.weight.get_value()
+        if (weight := checkpoints.variables_of(self).get("weight")) is not None:
             kept = {"dtype": weight.dtype, "sharding": _split(weight)}
-        self._set(checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept))
+        values = checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept)
+        if self.config.count_experts and isinstance(counts := self.counts.get_value(), jax.ShapeDtypeStruct):
+            values["counts"] = jnp.zeros(counts.shape, counts.dtype)
+        self._set(values)
 
     def save(self, path: str | PathLike[str], layer: int | None = None, *, preset: str | None = None) -> None:
         """Writes the variables to a safetensors file, from which `from_checkpoint` and `load_state` read them.
@@ -284,7 +291,9 @@ class Router(nnx.Module):
 
         Raises:
             ImportError: safetensors is missing.
-            ValueError: the preset has no name for a variable, or only one of layer and preset is given.
+            TypeError: layer is no int.
+            ValueError: the preset has no name for a variable, only one of layer and preset is given, or this is a stack
+                of layers.
 
         Example:
             >>> import tempfile
@@ -295,7 +304,7 @@ class Router(nnx.Module):
             ...     router.save(f"{folder}/router.safetensors")
             ...     router.load_state(folder)
         """
-        variables = {role: np.asarray(getattr(self, role)[...]) for role in checkpoints.roles_of(self.config)}
+        variables = {role: np.asarray(value) for role, value in checkpoints.variables_of(self).items()}
         checkpoints.save_router(path, variables, layer, preset)
 
     def _set(self, values: dict[str, Array]) -> None:
@@ -438,7 +447,7 @@ class Router(nnx.Module):
 
         Raises:
             ValueError: this router does not count.
-            TypeError, ValueError: as of `balance.update_expert_bias`.
+            TypeError, ValueError: when is no bool `[]`; or as of `balance.update_expert_bias`.
 
         Example:
             >>> import jax.numpy as jnp
@@ -453,6 +462,7 @@ class Router(nnx.Module):
         """
         if not self.config.count_experts:
             raise ValueError("the configuration must have count_experts=True, got False")
+        when = _check.mask_array("when", when, ())
         counts = self.counts[...]
         if self.config.has_selection_bias:
             bias = self.bias[...]
@@ -612,7 +622,7 @@ def update_selection_biases(
 
     Raises:
         ValueError: no router in the model counts.
-        TypeError, ValueError: as of `balance.update_expert_bias`.
+        TypeError, ValueError: when is no bool `[]`; or as of `balance.update_expert_bias`.
     """
     counts = {
         ".".join(map(str, path)): module.update_selection_bias(rate=rate, centred=centred, when=when)
@@ -654,8 +664,8 @@ def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Ar
     Differentiable in x and in the weights.
 
     Raises:
-        TypeError: x has a wrong dtype, or num_real_experts is no int.
-        ValueError: x and the routing are of different tokens.
+        TypeError: an operand has a wrong dtype, routing is none, or num_real_experts is no int.
+        ValueError: x, weights and ids are of different tokens.
 
     Example:
         >>> import jax.numpy as jnp
@@ -665,6 +675,7 @@ def null_experts_output(x: Array, routing: Routing, num_real_experts: int) -> Ar
         Array([[3., 6.]], dtype=float32)
     """
     x = _check.float_array("x", x)
+    routing = _check.routing_arrays("routing", routing)
     tokens = routing.weights.shape[:-1]
     if x.shape[:-1] != tokens:
         raise ValueError(f"x without its last axis must have shape {tokens}, that of the routing, got {x.shape[:-1]}")

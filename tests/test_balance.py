@@ -172,6 +172,15 @@ def test_update_expert_bias(load, centred, rng):
     np.testing.assert_allclose(stacked, [want] * 2, rtol=1e-6, atol=1e-9)
 
 
+def test_rate_of_a_schedule_in_float64():
+    """As a Python number is that jax.jit traces where 64 bits are enabled."""
+    bias, load = jnp.zeros(2), jnp.array([1, 3])
+    with jax.enable_x64(True):
+        moved = jax.jit(lambda rate: balance.update_expert_bias(bias, load, rate=rate))(0.5)
+    assert moved.dtype == jnp.float32
+    np.testing.assert_array_equal(moved, [0.5, -0.5])
+
+
 def test_the_rule_balances(rng):
     """A skewed router: the most loaded expert comes from far above to near the mean."""
     logits = (rng.normal(0, 1, (4096, E)) + np.linspace(0, 2, E)).astype(np.float32)
@@ -245,6 +254,36 @@ def test_rules_on_several_devices(mode, rng, devices):
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.parametrize("bins", [1000, None])
+@pytest.mark.parametrize(
+    ("scores_spec", "bias_spec"), [(P("d"), P()), (P(None, None, "d"), P()), (P(), P("d")), (P("d"), P("d"))], ids=str
+)
+def test_quantile_bias_of_sharded_operands(scores_spec, bias_spec, bins, rng, devices):
+    """In a mesh with Explicit axes, where JAX selects and sorts along whole axes alone."""
+    logits, _, mask = draw(rng, (16, 32))
+    s, bias = np.array(jax.nn.sigmoid(logits)), rng.normal(0, 0.1, E).astype(np.float32)
+    rule = jax.jit(partial(balance.quantile_bias, top_k=K, bins=bins))
+    want = rule(s, bias, token_mask=mask)
+    mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Explicit,), devices=devices)
+    with jax.set_mesh(mesh):
+        (s,), (bias,) = place(mesh, (s,), scores_spec), place(mesh, (bias,), bias_spec)
+        np.testing.assert_array_equal(rule(s, bias, token_mask=mask), want)
+
+
+@pytest.mark.parametrize("sharded", [(0,), (0, 1), (1,), (2,)], ids=str)
+@over_losses
+def test_losses_of_operands_that_are_sharded_differently(name, sharded, rng, devices):
+    """As where the mask is a constant."""
+    values = draw(rng, (16, 24))
+    loss = jax.jit(partial(loss_of, name))
+    want = loss(*values)
+    mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Explicit,), devices=devices)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, values, P("d"))
+        got = loss(*(placed[i] if i in sharded else value for i, value in enumerate(values)))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 # Statistics and errors
 
 
@@ -262,6 +301,7 @@ def test_load_statistics(load):
 
 
 LOGITS, IDS = np.zeros((4, E), np.float32), np.zeros((4, K), np.int32)
+COUNTS = np.zeros(E, np.int32)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +314,13 @@ LOGITS, IDS = np.zeros((4, E), np.float32), np.zeros((4, K), np.int32)
         (lambda: balance.z_loss(LOGITS, token_mask=np.ones(4)), TypeError, "token_mask.*bool.*float"),
         (lambda: balance.update_expert_bias(LOGITS[0], IDS[0]), ValueError, r"counts.*\(8,\).*\(2,\)"),
         (lambda: balance.update_expert_bias(LOGITS[0], LOGITS[0]), TypeError, "counts.*integer.*float32"),
+        (
+            lambda: balance.update_expert_bias(LOGITS[0], COUNTS, rate=jnp.ones(8)),
+            ValueError,
+            r"rate.*\(\), got \(8,\)",
+        ),
+        (lambda: balance.update_expert_bias(LOGITS[0], COUNTS, rate=jnp.array(1)), TypeError, "rate.*float.*int32"),
+        (lambda: balance.z_loss(LOGITS[:, :0]), ValueError, r"logits.*one expert, got shape \(4, 0\)"),
         (lambda: balance.quantile_bias(LOGITS, LOGITS[0], top_k=E), ValueError, "top_k.*1 and 7.*8"),
         (lambda: balance.quantile_bias(LOGITS, LOGITS[0], top_k=1, bins=0), ValueError, "bins.*0"),
         (

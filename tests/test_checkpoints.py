@@ -188,6 +188,15 @@ def test_state_of_a_router_without_values(config):
     assert router.weight[...].dtype == jnp.float32
 
 
+def test_counts_of_a_router_without_values():
+    router = nnx.eval_shape(lambda: Router(replace(SIGMOID, count_experts=True), rngs=nnx.Rngs(0)))
+    router.load_state(values_of(arrays(SIGMOID), "weight", "bias"))
+    router(jnp.ones((3, HIDDEN)))
+    assert router.counts[...].sum() == 3 * SIGMOID.top_k
+    router.load_state(values_of(arrays(SIGMOID), "weight", "bias"))
+    assert router.counts[...].sum() == 3 * SIGMOID.top_k  # a checkpoint has none
+
+
 def resident_bytes(path):
     """How much of a file is in the page cache: what somebody read of it, and what the kernel read ahead."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -401,6 +410,36 @@ def test_an_index_that_is_wrong(index, words, tmp_path):
     write_index(folder, index)
     with pytest.raises(CheckpointError, match=words):
         Router.from_checkpoint(folder, SIGMOID)
+
+
+@pytest.mark.parametrize("layer", ["3", 3.0, True, -1])
+def test_a_layer_is_an_int(layer, tmp_path):
+    router = Router(SIGMOID, rngs=nnx.Rngs(0))
+    for call in (
+        lambda: Router.from_checkpoint(RIGHT, SIGMOID, layer),
+        lambda: router.load_state(RIGHT, layer),
+        lambda: router.save(tmp_path / "gate.safetensors", layer, preset="deepseek_v3"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"layer must be .* got {layer!r}"):
+            call()
+    assert not any(tmp_path.iterdir())
+
+
+def test_no_path():
+    with pytest.raises(TypeError, match="path must be a path or a dict of arrays, got None"):
+        Router.from_checkpoint(None, SIGMOID)
+
+
+def test_a_stack_of_layers(tmp_path):
+    """A layer's tensors are not those of a stack, whose shapes they would change."""
+    stack = nnx.vmap(lambda key: Router(SIGMOID, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
+    before = variables(stack)
+    for call in (lambda: stack.load_state(RIGHT), lambda: stack.save(tmp_path / "gate.safetensors")):
+        with pytest.raises(
+            ValueError, match=r"weight of this router must have shape \(.*\), that of one layer, got \(2, "
+        ):
+            call()
+    assert_holds(stack, before)
 
 
 def test_a_failed_load_changes_nothing():

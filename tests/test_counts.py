@@ -228,6 +228,15 @@ def test_in_shard_map(devices, rng):
     np.testing.assert_array_equal(state["counts"][...], 0)
 
 
+@pytest.mark.parametrize(
+    ("when", "error"), [(np.ones(E, bool), ValueError), (1, TypeError), (None, TypeError)], ids=str
+)
+def test_when_is_one_bool(when, error):
+    router = Router(CONFIG, rngs=nnx.Rngs(0))
+    with pytest.raises(error, match="when must"):
+        update_selection_biases(router, when=when)
+
+
 def test_nothing_to_update():
     silent = Router(RouterConfig(D, E, K), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="model must have a Router whose configuration has count_experts=True"):

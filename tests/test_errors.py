@@ -21,6 +21,7 @@ I32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 BOOL = partial(jax.ShapeDtypeStruct, dtype=jnp.bool_)
 
 F8 = partial(jax.ShapeDtypeStruct, dtype=jnp.float8_e4m3fn)
+F4 = partial(jax.ShapeDtypeStruct, dtype=jnp.float4_e2m1fn)
 
 LOGITS = F32((4, 16))
 DISPATCH = Dispatch(I32((8,)), I32((4, 2)), I32((9,)))
@@ -146,6 +147,7 @@ ERRORS = {
     "dispatch to a float": ("expert_dispatch", [I32((4, 2))], {"num_experts": 3.0}, TypeError, "num_experts int 3.0"),
     # permute and combine
     "permute: integers": ("permute", [I32((4, 8)), DISPATCH], {}, TypeError, "x float32 8 bits int32"),
+    "permute: f4": ("permute", [F4((4, 8)), DISPATCH], {}, TypeError, "x float32 8 bits float4_e2m1fn"),
     "permute: f8 with weights": ("permute", [F8((4, 8)), DISPATCH, F32((4, 2))], {}, TypeError,
                                  "x float32 float8_e4m3fn cast"),
     "permute: other tokens": ("permute", [F32((5, 8)), DISPATCH], {}, ValueError, "x (4, 'D') dispatch.slot (5, 8)"),
@@ -255,6 +257,16 @@ def test_float64_says_to_cast(op):
 def test_traced_size(op, array, option):
     with pytest.raises(TypeError, match=says(f"{option} must be a Python int jax.jit static_argnames ('{option}',)")):
         jax.eval_shape(lambda array, size: getattr(jax_router, op)(array, **{option: size}), array, I32(()))
+
+
+def test_an_array_for_a_choice():
+    with pytest.raises(ValueError, match=says("score_fn 'softmax' array")):
+        jax_router.activation_topk(jnp.zeros((4, 16)), top_k=1, score_fn=np.array(["softmax", "sigmoid"]))
+
+
+def test_blocks_of_no_dispatch():
+    with pytest.raises(TypeError, match=says("dispatch Dispatch expert_dispatch (1, 2, 3)")):
+        jax_router.block_experts((1, 2, 3), 4)
 
 
 def test_traced_scale():
@@ -367,6 +379,12 @@ def test_router_config(change, error, words):
         ([None], {}, TypeError, "config RouterConfig None"),
         ([RouterConfig(**CONFIG)], {"rngs": 0}, TypeError, "rngs Rngs nnx.Rngs(0) 0"),
         ([RouterConfig(**CONFIG)], {"rngs": jax.random.key(0)}, TypeError, "rngs Rngs nnx.Rngs(0) Array"),
+        (
+            [RouterConfig(**CONFIG)],
+            {"weight_init": lambda key, shape, dtype: jnp.zeros(shape[::-1], dtype)},
+            ValueError,
+            "weight_init must have shape",
+        ),
     ],
 )
 def test_router(arguments, options, error, words):

@@ -285,6 +285,25 @@ def test_over_mesh(mode, batch, way, devices):
         assert output.sharding.spec[:2] == (None, "data")
 
 
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("data_axes", [None, ()])
+def test_over_mesh_in_shard_map_over_another_axis(data_axes, mode, devices):
+    """The tokens there are those of a device along that axis, and split over the experts' axis alone."""
+    mesh = jax.make_mesh((2, len(devices) // 2), ("data", AXIS), (AxisType[mode],) * 2, devices=devices)
+    x, weights, ids, w_in, w_out = draw(len(devices))
+
+    def local(x, weights, ids, w_in, w_out):
+        options = {"expert_axis": AXIS, "data_axes": data_axes}
+        return expert_parallel.over_mesh(x, Routing(weights, ids), with_weights, (w_in, w_out), **options).output
+
+    data = P("data")
+    with jax.set_mesh(mesh):
+        call = jax.shard_map(local, in_specs=(data, data, data, P(), P()), out_specs=data, axis_names={"data"})
+        tokens = jax.device_put((x, weights, ids), jax.NamedSharding(mesh, data))
+        output = jax.jit(call)(*tokens, w_in, w_out)
+    assert_close(output, on_one_device(x, weights, ids, w_in, w_out), rtol=1e-4, atol=1e-5)
+
+
 def test_under_remat_and_scan(mesh):
     """Two layers, whose tokens are moved again in the backward pass."""
     operands = draw(mesh.size)
@@ -318,6 +337,7 @@ def test_under_remat_and_scan(mesh):
             "experts must return rows of shape (",
         ),
         ({"axis_name": "nowhere"}, NameError, "nowhere"),
+        ({"links": {"latency": 1e-5}}, TypeError, "links must be of type Links, Links(all_to_all=257e9) for example"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -345,6 +365,15 @@ OVER_MESH_ERRORS = {
         {"expert_axis": "nowhere"},
         "expert_axis must be an axis of the mesh, which has ('expert',), got 'nowhere'",
     ),
+    "data axis": (
+        {"data_axes": "nowhere"},
+        "data_axes must be some of the mesh's other axes, [], got ('nowhere',)",
+    ),
+    "the same axis twice": (
+        {"data_axes": ["expert"]},
+        "data_axes must be some of the mesh's other axes, [], got ('expert',)",
+    ),
+    "a number": ({"parameters": (jnp.zeros((16, 1)), 1.0)}, "weights must be arrays [E, ...] with one E"),
 }
 
 
@@ -356,10 +385,11 @@ def test_errors_over_mesh(change, message, mesh):
         "parameters": jnp.zeros((16, 1)),
         "expert_axis": AXIS,
     }
-    x, weights, parameters, expert_axis = (parts | change).values()
+    x, weights, parameters, *axes = (parts | change).values()
+    options = dict(zip(("expert_axis", "data_axes"), axes))
     routing = Routing(weights, jnp.zeros((5, 2), jnp.int32))
     with pytest.raises(ValueError, match=re.escape(message)):
-        expert_parallel.over_mesh(x, routing, with_weights, parameters, expert_axis=expert_axis, mesh=mesh)
+        expert_parallel.over_mesh(x, routing, with_weights, parameters, mesh=mesh, **options)
 
 
 def test_choice_of_way():

@@ -199,6 +199,19 @@ def test_shard_map(implementation, devices, rng):
     assert_close(got, (np.tile(result, (count, 1)), np.tile(of_lhs, (count, 1)), count * of_rhs), "bf16")
 
 
+def explicit_mesh(devices):
+    return jax.make_mesh((len(devices),), ("d",), (jax.sharding.AxisType.Explicit,), devices=devices)
+
+
+def test_whole_operands_in_an_explicit_mesh(devices, rng):
+    """Where JAX has no rule for ragged_dot: with the mesh around it, and as part of the operands' types."""
+    operands, mesh = draw(rng, "uneven"), explicit_mesh(devices)
+    placed = jax.device_put(operands, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(with_gradients)(*operands), oracle(*operands), "bf16")
+    assert_close(jax.jit(with_gradients)(*placed), oracle(*operands), "bf16")
+
+
 ERRORS = {
     "lhs must have shape": ((np.zeros(64, np.float32), None, None), ValueError),
     "lhs must have dtype": ((np.zeros((8, 64), np.int32), None, None), TypeError),
@@ -257,3 +270,13 @@ def test_what_the_kernels_do_not_take(hopper, rng):
     assert kernels_in(grouped_matmul, lhs[:0], rhs, group_sizes) == 0
     assert kernels_in(grouped_matmul, lhs.astype(np.float32), rhs.astype(np.float32), group_sizes) == 0
     assert kernels_in(partial(grouped_matmul, implementation="reference"), lhs, rhs, group_sizes) == 0
+
+
+def test_no_kernels_over_several_devices(hopper, devices, rng):
+    """XLA cannot split them; on one device there is nothing to split."""
+    operands = draw(rng, "uneven")[:3]
+    for count, kernels in ((1, 1), (len(devices), 0)):
+        mesh = explicit_mesh(devices[:count])
+        placed = jax.device_put(operands, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        with jax.set_mesh(mesh):
+            assert kernels_in(grouped_matmul, *placed) == kernels

@@ -99,6 +99,11 @@ def test_as_the_table_of_a_router():
     assert_table(router.hash_lut[...], 40, 16, 3)
 
 
+def test_a_traced_key():
+    with pytest.raises(TypeError, match="key must be known, since the table is made on the host"):
+        jax.jit(lambda key: make_hash_table(10, 4, 2, key=key))(KEY)
+
+
 @pytest.mark.parametrize(
     ("sizes", "counts", "error", "words"),
     [

@@ -450,6 +450,11 @@ def test_a_layer_of_a_config_json_is_an_int(layer):
         RouterConfig.from_hf_config({**MIXTRAL, "moe_topk": [1, 2]}, layer)
 
 
+def test_no_config_json():
+    with pytest.raises(TypeError, match=r"config must be a path or a dict .* got <object"):
+        RouterConfig.from_hf_config(object())
+
+
 def test_unreadable_config_json(tmp_path):
     with pytest.raises(FileNotFoundError):
         RouterConfig.from_hf_config(tmp_path / "nowhere")

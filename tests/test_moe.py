@@ -1,6 +1,8 @@
 """The MoE layer: equal to the dense computation in float64, values and gradients; masks, replay, presets, devices."""
 
+import copy
 import functools
+import pickle
 from dataclasses import replace
 
 import jax
@@ -13,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_router import MoE, Router, RouterConfig, Routing, models, presets
+from jax_router.moe import sum_of_experts
 
 pytestmark = pytest.mark.usefixtures("f32_products")
 
@@ -240,6 +243,16 @@ def test_parameters():
         np.testing.assert_allclose(np.std(getattr(wide.experts, name)[...], axis=(1, 2)), inputs**-0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda moe: pickle.loads(pickle.dumps(moe)), nnx.clone])
+def test_copies(copied):
+    """Of the same structure, so that a tree_map takes both, as an average of parameters over steps is made."""
+    moe = MoE(config(), F, expert_axis="e", expert_options={"data_axes": ["d"]}, rngs=nnx.Rngs(0))
+    other = copied(moe)
+    assert nnx.graphdef(other) == nnx.graphdef(moe)
+    assert hash(nnx.graphdef(other)) == hash(nnx.graphdef(moe))
+    jax.tree.map(np.testing.assert_array_equal, moe, other)
+
+
 def test_presets():
     """A layer around a router of each kind of model, with true E and k."""
     of_programs = {models.preset(name).program: (name,) for name in presets()}.values()
@@ -271,6 +284,30 @@ def test_sharded_tokens(mode, devices):
         results = nnx.jit(gradients)(make(*FIRST), *sharded)
     assert results[-1].sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 3)
     assert_close(results, want)
+
+
+def test_whole_tokens_in_an_explicit_mesh(devices):
+    """As those of a decode step may be: JAX has no rule for products of groups there."""
+    batch, want = on_one_device()
+    with jax.set_mesh(jax.make_mesh((len(devices),), ("d",), (AxisType.Explicit,), devices=devices)):
+        assert_close(nnx.jit(gradients)(make(*FIRST), *batch), want)
+
+
+def test_parameters_sharded_over_the_axis_of_the_tokens(devices):
+    """Over their last axis, in a mesh with Explicit axes, where a product by itself refuses it."""
+    batch, want = on_one_device()
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Explicit,), devices=devices[:2])
+    graph, state = nnx.split(make(*FIRST))
+
+    def place(array):
+        spec = P(*[None] * (array.ndim - 1), "d") if array.ndim > 1 and array.shape[-1] % 2 == 0 else P()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(array, NamedSharding(mesh, P("d"))) for array in batch]
+        moe = nnx.merge(graph, jax.tree.map(place, state))
+        assert moe.shared_expert.gate_proj[...].sharding.spec == P(None, "d")
+        assert_close(nnx.jit(gradients)(moe, *sharded), want)
 
 
 def test_in_shard_map(devices):
@@ -311,6 +348,25 @@ def test_in_shard_map(devices):
             r"x must have shape \(2, 'D'\), with the tokens of routing.expert_ids; got \(3, 16\)",
         ),
         (lambda: make_and_call(jnp.zeros((3, D)), routing=None), TypeError, "routing must be of type Routing"),
+        (
+            lambda: make_and_call(jnp.zeros((3, D)), routing=Routing(jnp.ones((3, 1)), jnp.zeros((3, 2), jnp.int32))),
+            ValueError,
+            r"routing.weights must have shape \(3, 2\), got \(3, 1\)",
+        ),
+        (lambda: make_and_call(jnp.zeros(D)), ValueError, r"x must have at least 2 axes, got shape \(16,\)"),
+        (
+            lambda: MoE(config(), F, activation="silu", rngs=nnx.Rngs(0)),
+            TypeError,
+            "activation must be a function, jax.nn.silu for example, got 'silu'",
+        ),
+        (lambda: MoE(config(), F, matmul=None, rngs=nnx.Rngs(0)), TypeError, "matmul must be a function"),
+        (
+            lambda: sum_of_experts(
+                jnp.zeros((1, D)), Routing(jnp.ones((1, 1)), jnp.zeros((1, 1), jnp.int32)), (1, 2, 3)
+            ),
+            TypeError,
+            "weights must be of type ExpertWeights",
+        ),
     ],
 )
 def test_bad_arguments(make, error, message):

@@ -60,6 +60,16 @@ def test_on_several_devices(mode, devices, rng):
     np.testing.assert_array_equal(mapped(sharded), oracle(ids))
 
 
+def test_a_sharded_table(devices, rng):
+    """In a mesh with Explicit axes, where JAX takes rows from whole tables alone."""
+    ids, replicas = rng.integers(-1, 16, (16, 2)).astype(np.int32), np.arange(32, dtype=np.int32).reshape(16, 2)
+    want = physical_expert_ids(ids, replicas)
+    mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Explicit,), devices=devices)
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(value, NamedSharding(mesh, P("d"))) for value in (ids, replicas)]
+        np.testing.assert_array_equal(jax.jit(physical_expert_ids)(*sharded), want)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

@@ -94,3 +94,19 @@ def test_a_product_where_choices_are_many_or_xla_may_split_it(operands):
     if mesh.size > 1:
         x = jax.device_put(x, NamedSharding(mesh, P("a")))
         assert not sums_rows(jax.grad(loss), x, weight, cotangent)
+
+
+def test_a_mapped_axis_that_is_sharded(operands, devices):
+    """In a mesh with Explicit axes, where the mapped function cannot see it."""
+    x, weight, cotangent = operands
+    batch = jnp.stack([x + number for number in range(len(devices))])
+    found, expected = (
+        jax.jit(jax.vmap(jax.grad(partial(loss, implementation=name)), (0, None, None)))
+        for name in ("auto", "reference")
+    )
+    expected = expected(batch, weight, cotangent)
+    mesh = jax.make_mesh((len(devices),), ("a",), (AxisType.Explicit,), devices=devices)
+    with jax.set_mesh(mesh):
+        found = found(jax.device_put(batch, NamedSharding(mesh, P("a"))), weight, cotangent)
+    assert_close(found, expected, jnp.float32)
+    assert found.sharding.spec == P("a", None, None)

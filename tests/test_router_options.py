@@ -270,6 +270,27 @@ def test_wrong_arguments_of_null_experts(x, real, error, words):
         null_experts_output(x, routing, real)
 
 
+@pytest.mark.parametrize(
+    ("weights", "expert_ids", "error", "words"),
+    [
+        (
+            np.ones((3, 2), np.float32),
+            np.zeros((3, 1), np.int32),
+            ValueError,
+            r"routing.weights .* \(3, 1\), got \(3, 2\)",
+        ),
+        (np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32), TypeError, "routing.expert_ids .* float32"),
+        (np.ones((3, 2), np.int32), np.zeros((3, 2), np.int32), TypeError, "routing.weights must have dtype float32"),
+    ],
+)
+def test_wrong_routing_of_null_experts(weights, expert_ids, error, words):
+    """None of it is broadcast or cast."""
+    with pytest.raises(error, match=words):
+        null_experts_output(np.ones((3, 4), np.float32), Routing(weights, expert_ids), 0)
+    with pytest.raises(TypeError, match="routing must be of type Routing"):
+        null_experts_output(np.ones((3, 4), np.float32), (weights, expert_ids), 0)
+
+
 # Sharded
 
 

@@ -59,6 +59,14 @@ def test_symbolic_experts(name, constraints, rng):
         check(function, ["n, e", *shapes], values, CONSTRAINTS[constraints])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_symbolic_experts_of_mapped_weights(dtype, rng):
+    """Whether the gradient of hidden states is a sum of rows or a product is not known of them."""
+    values = [draw(rng, "x", 2, 7, 8).astype(dtype), draw(rng, "weight", 2, 60, 8).astype(dtype)]
+    shapes = [f"b, n, d:{dtype}", f"b, e, d:{dtype}"]
+    check(jax.vmap(gradient(partial(jax_router.dense_router, top_k=2))), shapes, values, ["e >= 2"])
+
+
 def test_a_bound_decides_about_the_kernel():
     route = partial(jax_router.activation_topk, top_k=3)
     for constraints, calls in ((["e >= 8"], 0), (["e >= 8", "e <= 4096"], 1)):

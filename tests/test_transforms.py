@@ -22,7 +22,7 @@ from jax.experimental import checkify
 
 import jax_router
 from cases import draw
-from jax_router import _native
+from jax_router import _native, balance, expert_parallel, moe
 from matrix import OF_ALL_TOKENS, OPS, Table, assert_close, assert_documented, native, sum_of_squares
 from oracle import top_k as oracle_top_k
 
@@ -527,6 +527,24 @@ def test_exported_programs_are_serialized(op):
     call = export.deserialize(program).call
     assert type(call(*values)) is type(function(*values))
     assert_close(OPS[op].derivative_of(call)(*values), OPS[op].derivative_of(function)(*values))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        balance.LoadStatistics(*np.ones((3, 2), np.float32), np.ones(2, np.int32)),
+        expert_parallel.ExpertSum(np.ones((2, 3)), np.int32(1)),
+        moe.ExpertWeights(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.ones((2, 4, 3))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_types_of_exported_programs(value):
+    """As arguments and results."""
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers to serialize")
+    program = export.export(jax.jit(lambda value: value))(value).serialize()
+    result = export.deserialize(program).call(value)
+    assert type(result) is type(value)
+    assert_close(result, jax.tree.map(jnp.asarray, value))
 
 
 def test_custom_call_targets():
