@@ -36,6 +36,16 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def emulate(session: nox.Session) -> None:
+    """Runs the CUDA kernels on the host: nox -s emulate -- [--seconds 60] [--seed 1] ["topk_select f32"]."""
+    session.install("cmake", "ninja")
+    build = "build/emulation"
+    session.run("cmake", "-S", "tests/emulation", "-B", build, "-G", "Ninja", silent=True)
+    session.run("cmake", "--build", build, silent=True)
+    session.run(f"{build}/emulate", *session.posargs, external=True)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """The suite on CPU kernels, under the sanitizers of addresses and undefined behaviour: nox -s sanitize -- [-x ...].
 

@@ -72,7 +72,7 @@ TABLES = {
     "tests/test_native.py": in_file("tests/test_native.py", r'native\("(\w+)"'),
     "tests/test_hard_cases.py": in_file("tests/test_hard_cases.py", r'op\("(\w+)"'),
     "tests/test_errors.py": in_file("tests/test_errors.py", r'^    "[^"]+": \("(\w+)", \['),
-    "tests/launches/launches.cc: kOps": in_file("tests/launches/launches.cc", r'\{"(\w+)"', r"\bkOps = (\{.*?\});"),
+    "tests/launches/cases.h: kOps": in_file("tests/launches/cases.h", r'\{"(\w+)"', r"\bkOps = (\{.*?\});"),
     "benchmarks/cases.py: cpu_cases": Table(benchmark_cases, r"^cpu_cases (\w+)/"),
     "benchmarks/cases.py: gpu_cases": Table(benchmark_cases, r"^gpu_cases (\w+)/"),
     "docs/transformations.md: transformations": in_document("transformations", r"\| (\w+)", part=r"(.*?)\n"),

@@ -431,7 +431,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         if (threadIdx.x == 0) start = remote_add(address_in_block(&gathering.count, 0), size);
         __syncthreads();
         const uint32_t sent = address_in_block(&gathering.sent, 0);
-        const uint32_t places = min(size, rows.capacity - min(start, rows.capacity));
+        const uint32_t first_place = min(start, rows.capacity);
+        const uint32_t places = min(size, rows.capacity - first_place);
         if (threadIdx.x == 0) {
           announce(address_of(&gathering.sent), sizeof(uint64_t));
           announce(sent, (places + 2) * sizeof(uint64_t));
@@ -439,10 +440,10 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
           send(address_in_block(&gathering.counts[block], 0),
                static_cast<uint64_t>(Select::shared().key_max) << 32 | (start + size), sent);
         }
-        const uint32_t first_place = address_in_block(pairs + start, 0);
+        const uint32_t first_pair = address_in_block(pairs + first_place, 0);
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < places; i += kThreads) {
-          send(first_place + i * sizeof(uint64_t), pairs[i], sent);
+          send(first_pair + i * sizeof(uint64_t), pairs[i], sent);
         }
       } else {
         wait_for_transfers(&gathering.sent, reading);

@@ -96,7 +96,8 @@ int emulate(double seconds, uint64_t seed, const std::string& prefix) {
       plans += calls[done].ways.size();
     }
     const std::chrono::duration<double> taken = Clock::now() - start;
-    std::printf("%-20s %4zu of %4zu cases, %5zu plans, %4.1f s\n", op.c_str(), done, calls.size(), plans, taken.count());
+    std::printf("%-20s %4zu of %4zu cases, %5zu plans, %4.1f s\n", op.c_str(), done, calls.size(), plans,
+                taken.count());
     std::fflush(stdout);
     if (done < calls.size() || !begins(op, prefix)) continue;
     for (const std::string& instance : of_op.instances(*cuda::current_device())) {

@@ -154,13 +154,14 @@ T atomic(T* p, Combine combine) {
   return old;
 }
 
+// Larger and smaller, of which a GPU says that 0 is above -0.
+inline float fmaxf(float a, float b) { return a != a || a < b || (a == b && std::signbit(a)) ? b : a; }
+inline float fminf(float a, float b) { return a != a || b < a || (a == b && std::signbit(b)) ? b : a; }
+
 // What inline assembly does
 
 constexpr uint32_t kNaNBits = 0x7FFFFFFF;
-inline float max_nan(float a, float b) {
-  if (a != a || b != b) return bits_as<float>(kNaNBits);
-  return a > b || (a == b && !std::signbit(a)) ? a : b;
-}
+inline float max_nan(float a, float b) { return a != a || b != b ? bits_as<float>(kNaNBits) : fmaxf(a, b); }
 template <class Half>
 uint32_t max_nan_of_two(uint32_t a, uint32_t b) {
   const auto one = [](uint32_t x, uint32_t y) {
@@ -418,10 +419,7 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID {
-  cudaLaunchAttributeClusterDimension,
-  cudaLaunchAttributeProgrammaticStreamSerialization
-};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {

@@ -117,10 +117,15 @@ def translated(code: str) -> str:
     code = without_assembly(code)
     code = re.sub(r"^extern __shared__ .*\n", "", code, flags=re.MULTILINE)  # pair_select.cuh's, of all its users
     code = re.sub(r"\bblock_shared_memory\b", "static_cast<uint4*>(emulation::dynamic_memory())", code)
-    code = re.sub(rf"extern __shared__ {ALIGNMENT}(\w+) (\w+)\[\];", r"auto* \3 = static_cast<\2*>(emulation::dynamic_memory());", code)
+    code = re.sub(
+        rf"extern __shared__ {ALIGNMENT}(\w+) (\w+)\[\];",
+        r"auto* \3 = static_cast<\2*>(emulation::dynamic_memory());",
+        code,
+    )
     code = re.sub(rf"\b__shared__ {ALIGNMENT}(\w+(?:<[^;>]*>)?) ([^;]*);", shared_variables, code)
     for name, place in ("threadIdx", "thread"), ("blockIdx", "block"), ("gridDim", "blocks"), ("blockDim", "threads"):
         code = re.sub(rf"(?<![\w.]){name}\b", f"emulation::place.{place}", code)
+    code = re.sub(r"\b(fmaxf|fminf)\(", r"emulation::\1(", code)
     return code.replace("__noinline__", "__attribute__((noinline))").replace("__expf", "std::exp")
 
 
