@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 
 from . import _check
 from ._primitive import may_be_partitioned, vary_over_the_same_axes
-from ._sharding import where_none_is_split
+from ._sharding import explicit_axes, where_none_is_split
 from ._types import Implementation
 
 UnusedRows = Literal["zeros", "undefined"]
@@ -121,14 +121,14 @@ def _grouped(lhs: Array, rhs: Array, group_sizes: Array, **params: Any) -> Array
 
 
 def _reference(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, **how: str) -> Array:
-    return lax.ragged_dot_general(
-        lhs,
-        rhs,
-        group_sizes,
-        _DIMENSION_NUMBERS[form],
-        preferred_element_type=lhs.dtype,
-        out_sharding=where_none_is_split(lhs, rhs, group_sizes),
-    )
+    def compute(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+        return lax.ragged_dot_general(lhs, rhs, group_sizes, _DIMENSION_NUMBERS[form], preferred_element_type=lhs.dtype)
+
+    # In meshes with Explicit axes JAX has no rule for it; of operands that are split there it says so.
+    sharding = where_none_is_split(lhs, rhs, group_sizes)
+    if sharding is not None:
+        compute = jax.sharding.auto_axes(compute, axes=explicit_axes(sharding.mesh), out_sharding=sharding)
+    return compute(lhs, rhs, group_sizes)
 
 
 # The kernels

@@ -78,6 +78,10 @@ def explicit_mesh(*values: Array) -> Any:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
+def explicit_axes(mesh: Any) -> tuple[str, ...]:
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+
+
 def where_none_is_split(*values: Array) -> NamedSharding | None:
     """The sharding of a result for which JAX has no rule: where no operand is split over Explicit axes, not split.
 

@@ -32,13 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from . import _check
 from ._expert_dispatch import expert_dispatch
 from ._ids import as_int32_ids
 from ._permute import combine, permute, through_experts
+from ._sharding import explicit_axes
 from ._types import Dispatch, Implementation, Routing, Weigh, exportable
 
 Way = Literal["gather", "exchange"]
@@ -299,7 +299,7 @@ def over_mesh(
         weights: arrays `[E, ...]`, sharded over `expert_axis` and the same along `data_axes`, in any pytree.
         expert_axis: the mesh axis over which the experts are spread.
         data_axes: a further mesh axis that splits the tokens, or several. None is all others of the mesh, without those
-            of a `jax.shard_map` around this, along which the tokens are a device's own.
+            of a `jax.shard_map` around this, along which the tokens are a device's own (with jax 0.10.2 or later).
         mesh: None is that of `jax.set_mesh`.
         options: of `compute`.
 
@@ -374,7 +374,7 @@ def over_mesh(
         output, dropped = on_devices(flat(x, 0), padded, weights)
         return output[:tokens].reshape(x.shape), dropped
 
-    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+    explicit = explicit_axes(mesh)
     if explicit:
         of_all = jax.sharding.auto_axes(of_all, axes=explicit, out_sharding=(jax.typeof(x).sharding.spec, P()))
     return ExpertSum(*of_all(x, routing, weights))

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from . import _check, expert_parallel
 from ._expert_dispatch import expert_dispatch
 from ._grouped_matmul import grouped_matmul
 from ._permute import through_experts
-from ._sharding import explicit_mesh, shard_as
+from ._sharding import explicit_axes, explicit_mesh, shard_as
 from ._types import Implementation, Routing, Weigh, exportable
 from .config import RouterConfig
 from .router import Initializer, Router, Unset, null_experts_output
@@ -138,8 +138,8 @@ def _sharded_as(x: Array, *weights: Array) -> Callable[[Callable[..., Array]], C
     mesh = explicit_mesh(x, *weights)
     if mesh is None:
         return lambda function: function
-    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
-    return jax.sharding.auto_axes(axes=axes, out_sharding=NamedSharding(mesh, jax.typeof(x).sharding.spec))
+    sharding = NamedSharding(mesh, jax.typeof(x).sharding.spec)
+    return jax.sharding.auto_axes(axes=explicit_axes(mesh), out_sharding=sharding)
 
 
 def experts_of_rows(

@@ -285,6 +285,7 @@ def test_over_mesh(mode, batch, way, devices):
         assert output.sharding.spec[:2] == (None, "data")
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="JAX lowers no axis_index in nested shard_maps")
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 @pytest.mark.parametrize("data_axes", [None, ()])
 def test_over_mesh_in_shard_map_over_another_axis(data_axes, mode, devices):

@@ -28,7 +28,7 @@ cudaError_t run(const DenseRouter&, const DenseRouterPlan&, cudaStream_t) { retu
 namespace launches {
 namespace {
 
-constexpr size_t kMostBytes = 1 << 20;  // of a call's operands and results: larger ones take minutes
+constexpr size_t kMostBytes = 300000;  // of the operands and results of a call: larger ones take long
 
 using Bits = std::vector<std::vector<char>>;
 

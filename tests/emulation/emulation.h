@@ -8,7 +8,7 @@
 // launch must not do ends the process: lanes that meet at different places, a wait that nobody ends, a misaligned copy,
 // shared memory of a block that has ended.
 //
-// Not emulated: weak memory order, tensor cores, the copy engine.
+// Not emulated: weak memory order, tensor cores, the copy engine. The host is an x86-64.
 #pragma once
 
 #include <cmath>
