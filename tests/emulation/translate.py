@@ -108,7 +108,7 @@ ALIGNMENT = r"(?:(?:__align__|alignas)\((\d+)\)\s+)?"
 def shared_variables(match: re.Match) -> str:
     alignment, kind, names = match.groups()
     declarations = []
-    for name, sizes in re.findall(r"(\w+)((?:\[[^\]]*\])*)", names if "[" in names else names.replace(" ", "")):
+    for name, sizes in re.findall(r"(\w+)((?:\[[^\]]*\])*)", names):
         declarations.append(f"auto& {name} = emulation::shared<{kind}{sizes}, __COUNTER__, {alignment or 1}>();")
     return " ".join(declarations)
 
