@@ -1,5 +1,5 @@
-// Runs the cases of tests/launches by emulation: every plan once, at least, and in random order until the time is up.
-// All plans of a case must give the same bits, and ids that are within their range.
+// Runs the cases of tests/launches by emulation, every plan once, in random order until the time is up. All plans of a
+// case must give the same bits, and ids that are within their range.
 //
 //   emulate [--seconds 60] [--seed 1] [prefix]   of all ops, or of the cases whose name begins so
 #include <algorithm>
@@ -73,7 +73,7 @@ void run_case(const Call& call, uint64_t seed, std::set<std::string>& seen) {
 
 using Clock = std::chrono::steady_clock;
 
-// Each op has the same part of the time. The calls of its cases are made anew for every round, in another order.
+// Each op has the same part of the time, its cases in another order for another seed.
 int emulate(double seconds, uint64_t seed, const std::string& prefix) {
   const auto begins = [](const std::string& text, const std::string& with) { return text.rfind(with, 0) == 0; };
   std::vector<std::string> ops;
@@ -82,12 +82,12 @@ int emulate(double seconds, uint64_t seed, const std::string& prefix) {
   }
   for (const std::string& op : ops) {
     const OpCases& of_op = kOps.at(op);
-    const auto start = Clock::now();
     std::vector<Call> calls;
     of_op.visit([&](const Call& call) {
       if (begins(call.name, prefix) && bytes_of(call) <= kMostBytes) calls.push_back(call);
     });
     std::shuffle(calls.begin(), calls.end(), std::mt19937_64(seed));
+    const auto start = Clock::now();
     std::set<std::string> seen;
     size_t plans = 0, done = 0;
     const std::chrono::duration<double> part(seconds / ops.size());
