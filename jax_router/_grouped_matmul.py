@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import AxisType
 
 from . import _check
 from ._primitive import may_be_partitioned, vary_over_the_same_axes
@@ -224,8 +223,7 @@ def _reason_against_kernels(ctx: Any, form: Form) -> str | None:
     if 0 in sizes or any(width % 64 for width in widths):
         return f"the kernels take D and F that are multiples of 64, got {' and '.join(map(str, sorted(widths)))}"
     mesh = lhs.sharding.mesh
-    is_spread = mesh.size > 1 and AxisType.Explicit in mesh.axis_types
-    if is_spread or may_be_partitioned(ctx):
+    if (mesh.size > 1 and explicit_axes(mesh)) or may_be_partitioned(ctx):
         return "XLA may partition the program, or it is exported; use jax.shard_map"
     return _reason_against_device()
 

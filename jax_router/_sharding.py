@@ -72,14 +72,14 @@ def whole(value: Array) -> Array:
     return _reshard(value, sharding.update(spec=(None,) * value.ndim)) if any(sharding.spec) else value
 
 
+def explicit_axes(mesh: Any) -> tuple[str, ...]:
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+
+
 def explicit_mesh(*values: Array) -> Any:
     """The mesh with Explicit axes on which values lie or which is entered, or None."""
     meshes = [*(jax.typeof(value).sharding.mesh for value in values), jax.sharding.get_abstract_mesh()]
-    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
-
-
-def explicit_axes(mesh: Any) -> tuple[str, ...]:
-    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+    return next((mesh for mesh in meshes if explicit_axes(mesh)), None)
 
 
 def where_none_is_split(*values: Array) -> NamedSharding | None:
