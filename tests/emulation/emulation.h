@@ -262,7 +262,6 @@ void __stcs(T* p, T x) {
   *p = x;
 }
 inline uint32_t __cvta_generic_to_shared(const void* p) { return emulation::address(p); }
-inline void __trap() { emulation::die("a trap"); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }

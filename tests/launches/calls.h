@@ -50,6 +50,7 @@ class Buffer {
   }
 
   void* data() const { return data_.get(); }
+  size_t bytes() const { return bytes_; }
   void fill(int byte) const { must(cudaMemset(data(), byte, bytes_), "cudaMemset"); }
   std::vector<char> read() const {
     std::vector<char> host(bytes_);
