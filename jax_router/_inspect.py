@@ -130,7 +130,7 @@ def _load(table: np.ndarray, num_experts: int, ascii_only: bool) -> str:
     levels = _ASCII_BLOCKS if ascii_only else _BLOCKS
     inside = table[(table >= 0) & (table < num_experts)]
     load = np.bincount(inside, minlength=num_experts)
-    heights = np.ceil(load / max(load.max(), 1) * (len(levels) - 1)).astype(int)
+    heights = np.ceil(load / np.maximum(load.max(), 1) * (len(levels) - 1)).astype(int)
     blocks = "".join(levels[height] for height in heights)
     rows = [f"{first:>6} {blocks[first : first + 64]}" for first in range(0, num_experts, 64)]
     wrong = f"\n       {table.size - inside.size} entries are no experts" if inside.size < table.size else ""
