@@ -2,8 +2,9 @@
 // under way together.
 //
 // Few choices (k up to kMaxFewK): each warp knows that the j largest of its threads' maxima are elements no smaller
-// than the j-th of them. The least of these bounds over the warps is one that at least k elements reach, and seldom
-// many more: those go to shared memory, where every thread counts how many of them beat its own.
+// than the j-th of them. The least of these bounds over the warps is one that at least k elements reach, and the next
+// above it one that k nearly always reach, and seldom many more: those go to shared memory, where every thread counts
+// how many of them beat its own.
 //
 // Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
 // ranked, which gives the k-th pair; of the others their bin says whether they are chosen. They are counted in the
@@ -99,17 +100,35 @@ struct RegisterRow {
   // The thread's largest element, NaN if one is.
   __device__ __forceinline__ float maximum() const { return max_nan(largest_element<T>(vectors), edge); }
 
-  // Bit v * kElements + e for each element of a whole vector that `test` accepts.
-  template <class Test>
-  __device__ __forceinline__ uint32_t mask_of(Test test) const {
+  // Bit v * kElements + e for each element of a whole vector that is not below `bound`, an element or infinite. A NaN
+  // is not below anything.
+  __device__ __forceinline__ uint32_t reaching(float bound) const {
     static_assert(kVectors * kElements <= 32);
     uint32_t mask = 0;
+    if constexpr (sizeof(T) == 4) {
+      SumOfTrue halves[2];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      uint32_t of_vector = 0;
+      for (int i = 0; i < kVectors * 4; ++i) {
+        halves[i / 16].add_unless_below(bits_float(word_of(vectors[i / 4], i % 4)), bound, 1u << i % 16);
+      }
+      mask = halves[0].value() | halves[1].value() << 16;
+    } else {
+      const uint32_t bounds = two_no_less(bound, T{});
+      uint32_t below[2] = {};  // 16 elements each, the odd ones in the upper half of the word
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) of_vector |= test(v, e) ? 1u << (v * kElements + e) : 0;
-      if (exists(v)) mask |= of_vector;
+      for (int i = 0; i < kVectors * 4; ++i) {
+        below[i / 8] |= below_of_two(word_of(vectors[i / 4], i % 4), bounds, T{}) & (0x00020001u << (2 * (i % 8)));
+      }
+      const auto joined = [](uint32_t halves) { return (halves | halves >> 16) & 0xFFFF; };
+      mask = ~(joined(below[0]) | joined(below[1]) << 16);
+      if constexpr (kVectors * kElements < 32) mask &= (1u << kVectors * kElements) - 1;
+    }
+    // Vectors that do not exist are not above -inf either.
+    if (bound == -INFINITY) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (!exists(v)) mask &= ~(((1u << kElements) - 1) << (v * kElements));
+      }
     }
     return mask;
   }
@@ -163,87 +182,112 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
                                                 kThreads) topk_select_few(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32;
-  constexpr uint32_t kMost = kThreads;                // candidates
+  constexpr int kOwn = 2;
+  constexpr uint32_t kMost = kOwn * kThreads;         // candidates
   constexpr uint32_t kMostRanked = 5 * kThreads / 8;  // of them, to be compared each with all
   __shared__ alignas(16) uint64_t pairs[kMost];
   __shared__ alignas(16) float warp_bounds[kWarps];
   __shared__ uint32_t counts[2][kWarps];
-  __shared__ uint32_t count;
+  __shared__ uint32_t found[2];  // candidates of an attempt
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const int64_t row_index = blockIdx.x;
   const T* data = static_cast<const T*>(op.scores) + row_index * op.length;
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
-  const PairFormat<T> format = {kIndexBits};
-  // Warps take turns of 128 bytes where all have some: each has its part of the best of a sorted row.
-  const bool takes_turns = length >= (kThreads + 1) * Row::kElements;
+  constexpr PairFormat<T> format = {30};  // few enough bits that pairs are in order as doubles
+  // Warps take turns of 128 bytes, 8 threads each, where all have some: each has its part of the best of a sorted row.
+  static_assert(kMaxFewK <= 8 * kWarps);
+  const bool takes_turns = length >= (8 * kWarps + 1) * Row::kElements;
   const Row row(data, length, takes_turns ? (lane / 8 * kWarps + warp) * 8 + lane % 8 : threadIdx.x);
   pairs[threadIdx.x] = 0;
-  if (threadIdx.x == 0) count = 0;
+  if (threadIdx.x < 2) found[threadIdx.x] = 0;
 
-  // Of the warps all of whose threads have an element, each owes its share of the bound.
-  const uint32_t full_warps = min((row.end - row.head) / (32 * Row::kElements), static_cast<uint32_t>(kWarps));
+  // Each warp owes its share of the bound, where they do not take turns those all of whose threads have an element.
+  const uint32_t full_warps = takes_turns ? kWarps : (row.end - row.head) / (32 * Row::kElements);
   const uint32_t share = max((k + full_warps - 1) / max(full_warps, 1u), 1u);
-  // A NaN is above +inf, and so is a thread that has one.
-  const auto least_of_best = [&](float x, uint32_t share, uint32_t warps) {
+  // The least of the warps' bounds, and the next, or the least again where some warps have none. A NaN is above +inf,
+  // and so is a thread that has one.
+  const auto bounds_of_best = [&](float x, uint32_t share, uint32_t warps) {
     const float sorted = sort_descending<32>(x != x ? INFINITY : x);
     const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
     if (lane == 0) warp_bounds[warp] = bound_of_warp;
     __syncthreads();
-    float bound = warps == 0 ? -INFINITY : warp_bounds[0];
+    float least = warps == 0 ? -INFINITY : warp_bounds[0], next = INFINITY;
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) {
-      if (w < warps) bound = fminf(bound, warp_bounds[w]);
+      if (w >= warps) break;
+      next = fminf(next, fmaxf(least, warp_bounds[w]));
+      least = fminf(least, warp_bounds[w]);
     }
-    return bound;
+    return make_float2(least, warps == kWarps ? next : least);
   };
   const float maximum = row.maximum();
-  const float bound = least_of_best(maximum, share, full_warps);
-  uint32_t mask = row.mask_of([&](int v, int e) { return !(row.element(v, e) < bound); });
-  bool edge_reaches = row.has_edge && !(row.edge < bound);
-
-  const uint32_t own = __popc(mask) + (edge_reaches ? 1 : 0);
-  const uint32_t sum = inclusive_sum_of_lanes(own);
-  uint32_t free_place = 0;
-  if (lane == 31 && sum != 0) free_place = atomicAdd(&count, sum);
-  free_place = __shfl_sync(kFullWarp, free_place, 31) + sum - own;
+  const float2 bounds = bounds_of_best(maximum, share, full_warps);
+  // At least k elements reach the least bound. As a rule they reach the next as well, and fewer others do.
+  float bound = bounds.y;
+  uint32_t candidates;
 #pragma unroll 1
-  for (; mask != 0 && free_place < kMost; ++free_place, mask &= mask - 1) {
-    const int i = __ffs(mask) - 1;
-    const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
-    pairs[free_place] = format.pair(load_one(data + index), index);
+  for (int attempt = 0;; ++attempt) {
+    uint32_t mask = row.reaching(bound);
+    const bool edge_reaches = row.has_edge && !(row.edge < bound);
+    const uint32_t own = __popc(mask) + (edge_reaches ? 1 : 0);
+    const uint32_t sum = inclusive_sum_of_lanes(own);
+    uint32_t free_place = 0;
+    if (lane == 31 && sum != 0) free_place = atomicAdd(&found[attempt], sum);
+    free_place = __shfl_sync(kFullWarp, free_place, 31) + sum - own;
+#pragma unroll 1
+    for (; mask != 0 && free_place < kMost; ++free_place, mask &= mask - 1) {
+      const int i = __ffs(mask) - 1;
+      const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
+      pairs[free_place] = format.pair(load_one(data + index), index);
+    }
+    if (edge_reaches && free_place < kMost) pairs[free_place] = format.pair(row.edge, row.edge_index);
+    __syncthreads();
+    candidates = found[attempt];
+    if (candidates >= k) break;
+    bound = bounds.x;
   }
-  if (edge_reaches && free_place < kMost) pairs[free_place] = row.edge_pair();
-  __syncthreads();
-  uint32_t candidates = count;
-  if (candidates > kMost) {
-    const uint64_t exact_bound =
-        bisect<T, kThreads>(data, length, row.key(bound), row.key(maximum), k, kMostRanked, counts);
+  if (candidates > kMostRanked && candidates <= kMost) {
+    // More than chance brings, as of a sorted row: a bound from these, again of all warps.
+    uint64_t own_pairs[kOwn] = {};
+    float largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (i * kThreads >= candidates) break;
+      const uint32_t place = i * kThreads + lane * kWarps + warp;
+      if (place < candidates) own_pairs[i] = pairs[place];
+      if (place < candidates) largest = max_nan(largest, format.element(own_pairs[i]));
+    }
+    const float higher_bound = bounds_of_best(largest, (k + kWarps - 1) / kWarps, kWarps).x;
     pairs[threadIdx.x] = kNoPair;
-    if (threadIdx.x == 0) count = 0;
+    if (threadIdx.x == 0) found[0] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (i * kThreads >= candidates) break;
+      const bool reaches = own_pairs[i] != kNoPair && !(format.element(own_pairs[i]) < higher_bound);
+      if (reaches) pairs[atomicAdd(&found[0], 1)] = own_pairs[i];
+    }
+    __syncthreads();
+    candidates = found[0];
+  }
+  if (candidates > kThreads) {
+    const uint32_t key_min = row.key(bound == 0.0f ? -0.0f : bound);  // which reaches 0
+    const uint64_t exact_bound = bisect<T, kThreads>(data, length, key_min, row.key(maximum), k, kMostRanked, counts);
+    pairs[threadIdx.x] = kNoPair;
+    if (threadIdx.x == 0) found[0] = 0;
     __syncthreads();
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
-      const uint64_t pair = format.pair(load_one(data + i), i);
-      if (pair >= exact_bound) pairs[atomicAdd(&count, 1)] = pair;
+      const float x = load_one(data + i);
+      if (PairFormat<T>{kIndexBits}.pair(x, i) >= exact_bound) pairs[atomicAdd(&found[0], 1)] = format.pair(x, i);
     }
     __syncthreads();
-    candidates = count;
-  } else if (candidates > kMostRanked) {
-    // More than chance brings, as of a sorted row: a bound from these, again of all warps.
-    const uint64_t pair = pairs[lane * kWarps + warp];
-    const float x = pair == kNoPair ? -INFINITY : format.element(pair);
-    const float higher_bound = least_of_best(x, (k + kWarps - 1) / kWarps, kWarps);
-    pairs[threadIdx.x] = kNoPair;
-    if (threadIdx.x == 0) count = 0;
-    __syncthreads();
-    if (pair != kNoPair && !(x < higher_bound)) pairs[atomicAdd(&count, 1)] = pair;
-    __syncthreads();
-    candidates = count;
+    candidates = found[0];
   }
   const uint64_t pair = pairs[threadIdx.x];
-  int place = 32 * warp < candidates ? count_larger(pair, pairs, candidates) : 0;
+  int place = 32 * warp < candidates ? rank_among(ranked_pair(pair), pairs, candidates) : 0;
   const bool chosen = threadIdx.x < candidates && place < k;
   if (!op.sorted) {
     // A bit for each element of the row, whether it is chosen, and how many are before each word of bits, both where
