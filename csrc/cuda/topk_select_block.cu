@@ -78,16 +78,10 @@ struct RegisterRow {
   }
   __device__ __forceinline__ uint64_t edge_pair() const { return PairFormat<T>{kIndexBits}.pair(edge, edge_index); }
 
-  // Of number i of the thread's elements, of which the edge is the last.
-  __device__ __forceinline__ uint64_t pair_at(int i) const {
-    if (i == kVectors * kElements) return edge_pair();
-    uint4 vector = vectors[0];
-#pragma unroll
-    for (int v = 1; v < kVectors; ++v) {
-      if (i >= v * kElements) vector = vectors[v];
-    }
-    const uint32_t index = first + i / kElements * kStep + i % kElements;
-    return PairFormat<T>{kIndexBits}.pair(element_of(vector, i % kElements, T{}), index);
+  // Of number i of the thread's elements, of which the edge is the last. To load it again is faster than to find it in
+  // the registers.
+  __device__ __forceinline__ uint32_t index_at(uint32_t i) const {
+    return i == kVectors * kElements ? edge_index : first + i / kElements * kStep + i % kElements;
   }
 
   // An element's bits as they are in memory.
@@ -320,10 +314,10 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   if (threadIdx.x >= k && threadIdx.x < op.k) write_nothing<T>(op, row_index, threadIdx.x);
 }
 
-template <int kThreads>
-using BlockSelect = PairSelect<kThreads, kBlockRowBins>;
-static_assert(sizeof(BlockSelect<256>) == pair_select_bytes(256, kBlockRowBins));
-static_assert(sizeof(BlockSelect<1024>) == pair_select_bytes(1024, kBlockRowBins));
+template <typename T, int kThreads, int kVectors>
+using BlockSelect = PairSelect<kThreads, block_row_bins(kVectors, dtype_of(T{}))>;
+static_assert(sizeof(BlockSelect<float, 256, 1>) == pair_select_bytes(256, 4));
+static_assert(sizeof(BlockSelect<float, 1024, 2>) == pair_select_bytes(1024, 8));
 
 // Ascending bins hold descending elements. Two bins in the halves of a word.
 template <int kBinBits>
@@ -339,11 +333,12 @@ template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads)
     topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
-  using Select = BlockSelect<kThreads>;
+  using Select = BlockSelect<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32, kHalf = Row::kElements / 2, kEdge = kVectors * Row::kElements;
   constexpr int kWords = (kVectors + 1) / 2;  // of numbers of a vector each, two in a word
   __shared__ uint32_t counts[2][kWarps];
-  __shared__ uint32_t sizes[kWords][kWarps];  // how many are chosen of a warp's vectors
+  __shared__ uint32_t sizes[kWords][kWarps];   // how many are chosen of a warp's vectors
+  __shared__ uint32_t members_chosen[kWarps];  // of the list of the k-th's bin, a bit each
   __shared__ uint64_t exact_bound;
   __shared__ uint32_t count, head_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -406,17 +401,27 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
     const int kth_bin = static_cast<int>(found.bin);
     uint32_t chosen = mask_up_to(kth_bin - 1);
     const uint32_t members = mask_up_to(kth_bin) & ~chosen;  // of the bin of the k-th
+    const auto pair_at = [&](uint32_t i) {
+      const uint32_t index = row.index_at(i);
+      return format.pair(load_one(data + index), index);
+    };
+    uint32_t first_place = 0;  // of the thread's members in their list
     if (members != 0 && found.count <= kThreads) {
-      uint32_t place = atomicAdd(&count, __popc(members));
+      first_place = atomicAdd(&count, __popc(members));
+      uint32_t place = first_place;
 #pragma unroll 1
-      for (uint32_t rest = members; rest != 0; rest &= rest - 1) pairs[place++] = row.pair_at(__ffs(rest) - 1);
+      for (uint32_t rest = members; rest != 0; rest &= rest - 1) pairs[place++] = pair_at(__ffs(rest) - 1);
     }
     if (threadIdx.x == 0 && found.count <= kThreads) pairs[found.count] = kNoPair;
     __syncthreads();
     if (found.count <= kThreads) {
-      if (threadIdx.x < found.count) {
-        const uint64_t pair = pairs[threadIdx.x];
-        if (found.before + count_larger(pair, pairs, found.count) == k - 1) exact_bound = pair;
+      if (32 * warp < found.count) {
+        const uint64_t pair = threadIdx.x < found.count ? pairs[threadIdx.x] : kNoPair;
+        const uint32_t place = found.before + count_larger(pair, pairs, found.count);
+        const bool exists = threadIdx.x < found.count;
+        const uint32_t those_chosen = __ballot_sync(kFullWarp, exists && place < k);
+        if (lane == 0) members_chosen[warp] = those_chosen;
+        if (exists && place == k - 1) exact_bound = pair;
       }
     } else {
       uint32_t key_min = 0xFFFFFFFFu, key_max = 0;
@@ -429,13 +434,19 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       }
       const uint64_t bound = bisect<T, kThreads>(data, length, key_min, key_max, k, k, counts);
       if (threadIdx.x == 0) exact_bound = bound;
+#pragma unroll 1
+      for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
+        if (pair_at(__ffs(rest) - 1) >= bound) chosen |= rest & -rest;
+      }
     }
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
     const uint64_t bound = exact_bound;
+    if (found.count <= kThreads) {
 #pragma unroll 1
-    for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
-      if (row.pair_at(__ffs(rest) - 1) >= bound) chosen |= rest & -rest;
+      for (uint32_t rest = members; rest != 0; rest &= rest - 1, ++first_place) {
+        if ((members_chosen[first_place / 32] >> first_place % 32 & 1) != 0) chosen |= rest & -rest;
+      }
     }
     const bool edge_chosen = (chosen >> kEdge & 1) != 0;
     const auto is_chosen = [&](int v, int e) { return (chosen >> (v * Row::kElements + e) & 1) != 0; };

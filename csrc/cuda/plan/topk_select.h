@@ -110,9 +110,9 @@ constexpr int64_t pair_select_bytes(int threads, int bins_of_thread) {
 }
 constexpr int64_t ordering_bytes(int64_t size) { return 8 * size + 4 * (size / 2 + 2); }
 
-// Where the bins are those of a whole row, each thread has many of them.
-constexpr int kBlockRowBins = 4;
 constexpr int kStreamedBins = 2;
+// Where the bins are those of a whole row, a thread has as many of them as elements, or as many as pay.
+constexpr int block_row_bins(int vectors, DType dtype) { return std::min(vectors * (16 / size_of(dtype)), 8); }
 // Of the stream through shared memory: vectors of a thread's step, and steps under way.
 constexpr int kStreamBatch = 4;
 constexpr int kStreamStages = 2;
@@ -121,9 +121,10 @@ constexpr int kStreamedThreads = 1536;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
 
-constexpr int64_t block_row_bytes(int threads, int64_t k, bool sorted) {
-  const int64_t chosen = 8 * k + (sorted ? ordering_bytes(k) : 0);
-  return pair_select_bytes(threads, kBlockRowBins) + std::max<int64_t>(8 * (threads + 2), chosen);
+constexpr int64_t block_row_bytes(const TopkInstance& instance, const TopkSelect& op) {
+  const int64_t chosen = 8 * op.k + (op.sorted ? ordering_bytes(op.k) : 0);
+  return pair_select_bytes(instance.threads, block_row_bins(instance.size, op.dtype)) +
+         std::max<int64_t>(8 * (instance.threads + 2), chosen);
 }
 
 constexpr int64_t streamed_bytes(int threads, uint32_t capacity, int64_t k) {
@@ -171,8 +172,7 @@ constexpr bool can_use(const TopkSelect& op, const TopkInstance& instance, const
     case TopkKernel::kFew:
       return op.length <= held && op.k <= kMaxFewK;
     case TopkKernel::kMany:
-      return op.length <= held &&
-             block_row_bytes(instance.threads, op.k, op.sorted) + kStaticSharedBytes <= device.shared_bytes;
+      return op.length <= held && block_row_bytes(instance, op) + kStaticSharedBytes <= device.shared_bytes;
     case TopkKernel::kStreamed:
       return op.length <= INT32_MAX && can_stream(op.k, instance.threads, device);
   }
@@ -202,7 +202,7 @@ constexpr int find_instance_for_many(const TopkSelect& op, const Device& device)
   const bool orders_many = op.sorted && op.k >= kTopkSelectNumbers.of(device).ordered_k;
   const bool some_rows = op.rows <= 2 * device.multiprocessors;
   const bool few_rows = op.rows <= device.multiprocessors;
-  const bool crowded = is_long && op.sorted && op.k >= kTopkSelectNumbers.of(device).crowded_k;
+  const bool crowded = (few_rows || is_long) && op.sorted && op.k >= kTopkSelectNumbers.of(device).crowded_k;
   struct Choice {
     bool wanted;
     int threads;
@@ -210,8 +210,10 @@ constexpr int find_instance_for_many(const TopkSelect& op, const Device& device)
   };
   const Choice choices[] = {{op.length <= kMaxShortLength, 256, 1},
                             {few_rows, 512, 1},
-                            {few_rows || crowded, 1024, 1},
-                            {few_rows || crowded, 1024, 2},
+                            {crowded, 1024, 1},
+                            {crowded, 1024, 2},
+                            {few_rows, 512, 2},
+                            {few_rows, 512, 4},
                             {true, 256, 1},
                             {some_rows || (orders_many && !is_wide), 512, 1},
                             {true, 256, 2},
@@ -250,7 +252,7 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
     plan.threads = kTileThreads;
     plan.blocks = tile_blocks(op.rows, kernel.threads);
   } else if (kernel.kernel == TopkKernel::kMany) {
-    plan.shared_bytes = block_row_bytes(kernel.threads, op.k, op.sorted);
+    plan.shared_bytes = block_row_bytes(kernel, op);
   } else if (kernel.kernel == TopkKernel::kStreamed) {
     plan.cluster = cluster;
     plan.blocks = op.rows * cluster;
