@@ -39,8 +39,9 @@ struct TopkSelectNumbers {
   int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
   int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
-  int64_t crowded_k;        // from so many on, the longest sorted rows have the most threads
+  int64_t crowded_k;        // from so many on, sorted rows that are few have the most threads
   int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
+  int64_t long_ordered_k;   // and from so many on where they are sorted
   int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
   int64_t narrow_k;         // and so many choices, where rows are many,
   int64_t narrow_few_k;     // or so many, where they are few
@@ -53,9 +54,10 @@ struct TopkSelectNumbers {
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
-    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*warp_length=*/64,
-    /*short_few_k=*/32, /*ordered_k=*/512, /*crowded_k=*/1000, /*long_block_k=*/300, /*narrow_length=*/32768,
-    /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048, /*part_length=*/4352,
+    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/2048, /*warp_length=*/64,
+    /*short_few_k=*/32, /*ordered_k=*/2048, /*crowded_k=*/1000, /*long_block_k=*/200, /*long_ordered_k=*/300,
+    /*narrow_length=*/32768, /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048,
+    /*part_length=*/4352,
     /*candidates=*/4096, /*lone_candidates=*/3072, /*most_candidates=*/12288});
 
 enum class TopkKernel {
@@ -194,27 +196,25 @@ constexpr int find_instance(const TopkSelect& op, const Device& device, TopkKern
   return -1;
 }
 
-// What holds a row of which more than few are chosen. Few rows have many threads each; of many rows, several are to be
-// under way on a multiprocessor, unless there is much to put in order.
+// What holds a row of which more than few are chosen. Few rows have many threads each, the more the more there is to
+// put in order; of many rows, several are to be under way on a multiprocessor.
 constexpr int find_instance_for_many(const TopkSelect& op, const Device& device) {
   const bool is_wide = size_of(op.dtype) == 4;
-  const bool is_long = op.length > kMaxBlockLength / 2;
   const bool orders_many = op.sorted && op.k >= kTopkSelectNumbers.of(device).ordered_k;
   const bool some_rows = op.rows <= 2 * device.multiprocessors;
   const bool few_rows = op.rows <= device.multiprocessors;
-  const bool crowded = (few_rows || is_long) && op.sorted && op.k >= kTopkSelectNumbers.of(device).crowded_k;
+  const bool crowded = few_rows && op.sorted && op.k >= kTopkSelectNumbers.of(device).crowded_k;
   struct Choice {
     bool wanted;
     int threads;
     int vectors;
   };
-  const Choice choices[] = {{op.length <= kMaxShortLength, 256, 1},
+  const Choice choices[] = {{op.length <= kMaxShortLength || !crowded, 256, 1},
                             {few_rows, 512, 1},
                             {crowded, 1024, 1},
                             {crowded, 1024, 2},
                             {few_rows, 512, 2},
                             {few_rows, 512, 4},
-                            {true, 256, 1},
                             {some_rows || (orders_many && !is_wide), 512, 1},
                             {true, 256, 2},
                             {some_rows || orders_many, 512, 2},
@@ -273,17 +273,25 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
     if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size, device)) return half;
     return find_instance(op, device, TopkKernel::kTile, 32);
   }
-  const int64_t warp_length = op.rows >= device.scaled(numbers.long_warp_rows) ? kMaxShortLength
-                              : op.rows >= device.scaled(numbers.warp_rows)    ? kMaxShortLength / 2
-                                                                               : numbers.warp_length;
-  if (op.length <= warp_length && op.k <= (op.sorted && op.length > kMaxShortLength / 2 ? kMaxFewK : kMaxWarpK)) {
-    return find_instance(op, device, TopkKernel::kWarp);
-  }
-  if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK)) {
+  // A warp takes long to put many in order: then only the shorter rows pay, and where there are more of them.
+  const bool orders_many = op.sorted && op.k > kMaxFewK;
+  const bool pays_long = op.rows >= device.scaled(numbers.long_warp_rows);
+  const bool pays_short = pays_long || (op.rows >= device.scaled(numbers.warp_rows) && !orders_many);
+  const int64_t warp_length = pays_long && !orders_many ? kMaxShortLength
+                              : pays_short              ? kMaxShortLength / 2
+                                                        : numbers.warp_length;
+  if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
+  // Where all rows are under way at once, the order of the index comes cheaper of bins than of a ranking.
+  const bool all_at_once =
+      op.rows * std::max<int64_t>(op.length, kMaxBlockLength / 4) <= int64_t{device.multiprocessors} * kMaxBlockLength;
+  const bool bins_pay =
+      all_at_once && !op.sorted && op.length <= (op.k > kMaxTileK ? kMaxBlockLength / 2 : kMaxBlockLength / 4);
+  if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK) && !bins_pay) {
     return find_instance(op, device, TopkKernel::kFew);
   }
   // The longest of these rows fill so many registers that few of them are under way at once.
-  if (op.length <= (some_rows || op.k >= numbers.long_block_k ? kMaxBlockLength : kMaxBlockLength / 2)) {
+  const bool holds_longest = some_rows || op.k >= (op.sorted ? numbers.long_ordered_k : numbers.long_block_k);
+  if (op.length <= (holds_longest ? kMaxBlockLength : kMaxBlockLength / 2)) {
     const int held = find_instance_for_many(op, device);
     if (held >= 0) return held;
   }
