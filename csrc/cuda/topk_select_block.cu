@@ -398,6 +398,44 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       }
       return mask;
     };
+    // How many elements of a mask come before each of the thread's vectors, and before its edge, in the order of the
+    // row: by vector, warp and lane. For all threads together.
+    struct Places {
+      uint32_t of_vector[kVectors], of_edge;
+    };
+    const auto places_in_order = [&](uint32_t mask) {
+      const auto size_of_vector = [&](int v) {
+        return __popc(mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1));
+      };
+      Places places;
+      uint32_t own[kWords], sums[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        own[w] = size_of_vector(2 * w);
+        if (2 * w + 1 < kVectors) own[w] |= size_of_vector(2 * w + 1) << 16;
+        sums[w] = inclusive_sum_of_lanes(own[w]);
+        if (lane == 31) sizes[w][warp] = sums[w];
+      }
+      // The edges belong to the first warp.
+      const uint32_t edges = __ballot_sync(kFullWarp, (mask >> kEdge & 1) != 0);
+      if (threadIdx.x == 0) head_size = __popc(edges & ((1u << row.head) - 1));
+      __syncthreads();
+      uint32_t start = head_size;  // of a vector of all threads
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const uint32_t size = lane < kWarps ? sizes[w][lane] : 0;
+        const uint32_t all = __reduce_add_sync(kFullWarp, size);
+        const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? size : 0) + sums[w] - own[w];
+#pragma unroll
+        for (int v = 2 * w; v < 2 * w + 2 && v < kVectors; ++v) {
+          places.of_vector[v] = start + (before >> (v % 2 * 16) & 0xFFFF);
+          start += all >> (v % 2 * 16) & 0xFFFF;
+        }
+      }
+      const uint32_t earlier = __popc(edges & ((1u << lane) - 1));
+      places.of_edge = lane < row.head ? earlier : start - head_size + earlier;
+      return places;
+    };
     const int kth_bin = static_cast<int>(found.bin);
     uint32_t chosen = mask_up_to(kth_bin - 1);
     const uint32_t members = mask_up_to(kth_bin) & ~chosen;  // of the bin of the k-th
@@ -424,20 +462,65 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
         if (exists && place == k - 1) exact_bound = pair;
       }
     } else {
-      uint32_t key_min = 0xFFFFFFFFu, key_max = 0;
+      // Too many to be listed: a bisection of the range of their keys, and of those that equal the k-th's the first.
+      const auto for_each_member = [&](auto body) {
 #pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
-        const float x = load_one(data + i);
-        if (bin_of(x) != found.bin) continue;
-        key_min = min(key_min, row.key(x));
-        key_max = max(key_max, row.key(x));
-      }
-      const uint64_t bound = bisect<T, kThreads>(data, length, key_min, key_max, k, k, counts);
-      if (threadIdx.x == 0) exact_bound = bound;
+        for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
+          body(rest & -rest, row.key(load_one(data + row.index_at(__ffs(rest) - 1))));
+        }
+      };
+      uint32_t low = 0xFFFFFFFFu, high = 0;
+      for_each_member([&](uint32_t, uint32_t key) {
+        low = min(low, key);
+        high = max(high, key);
+      });
+      low = __reduce_min_sync(kFullWarp, low);
+      high = __reduce_max_sync(kFullWarp, high);
+      if (lane == 0) atomicMin(&Select::shared().key_min, low);
+      if (lane == 0) atomicMax(&Select::shared().key_max, high);
+      __syncthreads();
+      low = Select::shared().key_min;
+      high = Select::shared().key_max;
+      uint32_t larger = found.before;  // elements of the row above `high`, at most k
 #pragma unroll 1
-      for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
-        if (pair_at(__ffs(rest) - 1) >= bound) chosen |= rest & -rest;
+      for (int round = 0; low < high; round ^= 1) {
+        const uint32_t middle = high - (high - low) / 2;
+        uint32_t own = 0;
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x; i < length; i += kThreads) own += row.key(load_one(data + i)) >= middle;
+        own = __reduce_add_sync(kFullWarp, own);
+        if (lane == 0) counts[round][warp] = own;
+        __syncthreads();
+        const uint32_t size = __reduce_add_sync(kFullWarp, lane < kWarps ? counts[round][lane] : 0);
+        if (size > k) {
+          low = middle;
+        } else {
+          high = middle - 1;
+          larger = size;
+          if (size == k) low = high;
+        }
       }
+      uint32_t equal = 0;
+      for_each_member([&](uint32_t bit, uint32_t key) {
+        chosen |= key > low ? bit : 0;
+        equal |= key == low ? bit : 0;
+      });
+      const Places places = places_in_order(equal);
+      const auto choose = [&](uint32_t bit, uint32_t place) {
+        if ((equal & bit) != 0 && place < k - larger) chosen |= bit;
+      };
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t place = places.of_vector[v];
+#pragma unroll
+        for (int e = 0; e < Row::kElements; ++e) {
+          const uint32_t bit = 1u << (v * Row::kElements + e);
+          choose(bit, place);
+          if ((equal & bit) != 0) ++place;
+        }
+      }
+      choose(1u << kEdge, places.of_edge);
+      if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kIndexBits | ~(length - 1);
     }
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
@@ -505,47 +588,24 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
       Select::template order<true>(k, bound, best, varying, k, format.index_bits, length, pairs + op.k, write);
     } else {
-      // In ascending order of the index: by vector, warp and lane. They go to shared memory first, since whole lines
-      // are faster to write.
+      // In ascending order of the index. They go to shared memory first, since whole lines are faster to write.
       using Bits = typename Row::Bits;
       struct alignas(8) Result {
         Bits bits;
         uint32_t index;
       };
       Result* results = reinterpret_cast<Result*>(pairs);
-      const auto mask_of_vector = [&](int v) { return chosen >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };
-      uint32_t own[kWords], sums[kWords];
+      const Places places = places_in_order(chosen);
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        own[w] = __popc(mask_of_vector(2 * w));
-        if (2 * w + 1 < kVectors) own[w] |= __popc(mask_of_vector(2 * w + 1)) << 16;
-        sums[w] = inclusive_sum_of_lanes(own[w]);
-        if (lane == 31) sizes[w][warp] = sums[w];
-      }
-      // The edges belong to the first warp.
-      const uint32_t edges = __ballot_sync(kFullWarp, edge_chosen);
-      if (threadIdx.x == 0) head_size = __popc(edges & ((1u << row.head) - 1));
-      __syncthreads();
-      uint32_t start = head_size;  // of a vector of all threads
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t place = places.of_vector[v];
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const uint32_t size = lane < kWarps ? sizes[w][lane] : 0;
-        const uint32_t all = __reduce_add_sync(kFullWarp, size);
-        const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? size : 0) + sums[w] - own[w];
-#pragma unroll
-        for (int v = 2 * w; v < 2 * w + 2 && v < kVectors; ++v) {
-          uint32_t place = start + (before >> (v % 2 * 16) & 0xFFFF);
-          start += all >> (v % 2 * 16) & 0xFFFF;
-#pragma unroll
-          for (int e = 0; e < Row::kElements; ++e) {
-            if (is_chosen(v, e)) results[place++] = {row.bits(v, e), row.index(v) + e};
-          }
+        for (int e = 0; e < Row::kElements; ++e) {
+          if (is_chosen(v, e)) results[place++] = {row.bits(v, e), row.index(v) + e};
         }
       }
       if (edge_chosen) {
-        const uint32_t earlier = edges & ((1u << lane) - 1);
-        const auto edge_bits = reinterpret_cast<const Bits*>(data)[row.edge_index];
-        results[lane < row.head ? __popc(earlier) : k - __popc(edges & ~earlier)] = {edge_bits, row.edge_index};
+        results[places.of_edge] = {reinterpret_cast<const Bits*>(data)[row.edge_index], row.edge_index};
       }
       __syncthreads();
       Bits* values = static_cast<Bits*>(op.values) + row_index * op.k;

@@ -39,7 +39,7 @@ struct TopkSelectNumbers {
   int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
   int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
-  int64_t crowded_k;        // from so many on, sorted rows that are few have the most threads
+  int64_t crowded_k;        // from so many on, sorted rows have the most threads where they are few
   int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
   int64_t long_ordered_k;   // and from so many on where they are sorted
   int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
@@ -54,7 +54,7 @@ struct TopkSelectNumbers {
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
-    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/2048, /*warp_length=*/64,
+    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/2560, /*warp_length=*/64,
     /*short_few_k=*/32, /*ordered_k=*/2048, /*crowded_k=*/1000, /*long_block_k=*/200, /*long_ordered_k=*/300,
     /*narrow_length=*/32768, /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048,
     /*part_length=*/4352,
@@ -203,7 +203,8 @@ constexpr int find_instance_for_many(const TopkSelect& op, const Device& device)
   const bool orders_many = op.sorted && op.k >= kTopkSelectNumbers.of(device).ordered_k;
   const bool some_rows = op.rows <= 2 * device.multiprocessors;
   const bool few_rows = op.rows <= device.multiprocessors;
-  const bool crowded = few_rows && op.sorted && op.k >= kTopkSelectNumbers.of(device).crowded_k;
+  const int64_t crowded_k = few_rows ? kTopkSelectNumbers.of(device).crowded_k : kMaxBlockLength / 2 + 1;
+  const bool crowded = op.sorted && op.k >= crowded_k;
   struct Choice {
     bool wanted;
     int threads;
@@ -281,11 +282,14 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
                               : pays_short              ? kMaxShortLength / 2
                                                         : numbers.warp_length;
   if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
-  // Where all rows are under way at once, the order of the index comes cheaper of bins than of a ranking.
+  // Where all rows are under way at once, bins are faster than a ranking in the order of the index, and of the shortest
+  // rows in f32 in any.
   const bool all_at_once =
       op.rows * std::max<int64_t>(op.length, kMaxBlockLength / 4) <= int64_t{device.multiprocessors} * kMaxBlockLength;
-  const bool bins_pay =
-      all_at_once && !op.sorted && op.length <= (op.k > kMaxTileK ? kMaxBlockLength / 2 : kMaxBlockLength / 4);
+  const int64_t bins_length = op.sorted          ? (op.dtype == DType::kF32 ? kMaxShortLength : 0)
+                              : op.k > kMaxTileK ? kMaxBlockLength / 2
+                                                 : kMaxBlockLength / 4;
+  const bool bins_pay = all_at_once && op.length <= bins_length;
   if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK) && !bins_pay) {
     return find_instance(op, device, TopkKernel::kFew);
   }
