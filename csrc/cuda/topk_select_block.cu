@@ -7,12 +7,13 @@
 // how many of them beat its own.
 //
 // Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
-// ranked, which gives the k-th pair; of the others their bin says whether they are chosen. They are counted in the
-// order of the row, and go out by way of shared memory, in whole lines. Best first, the bins are in order too, and each
-// element's place is its rank in its bin.
+// ranked, which says which of them are chosen; of the others their bin says it. They are counted in the order of the
+// row, and go out by way of shared memory, in whole lines. Best first, the bins are in order too, and each element's
+// place is its rank in its bin.
 //
-// Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection over the
-// pairs (key, index) and PairSelect::order take over: slower, but the same for any row.
+// Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection takes over:
+// of the keys of a bin, of which those that equal the k-th's are counted in the order of the row, or of the pairs
+// (key, index). PairSelect::order then puts the chosen in order: slower, but the same for any row.
 //
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
 #include "parts/launch.cuh"
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
                                                 kThreads) topk_select_few(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32;
-  constexpr int kOwn = 2;
+  constexpr int kOwn = 2;                             // candidates of a thread, where a second bound is taken from them
   constexpr uint32_t kMost = kOwn * kThreads;         // candidates
   constexpr uint32_t kMostRanked = 5 * kThreads / 8;  // of them, to be compared each with all
   __shared__ alignas(16) uint64_t pairs[kMost];
