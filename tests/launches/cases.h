@@ -102,6 +102,11 @@ inline void topk_select_cases(const Visit& visit) {
     for (auto [rows, length, k] : kSizes)
       for (Content content : kContents)
         visit(topk_select(make, dtype, rows, length, k, make.pick({false, true}), make.pick({false, true}), content));
+  // Several keys, of many elements each, in the bin of the k-th largest.
+  for (DType dtype : kDTypes)
+    for (auto [length, k] : {std::array{1001, 300}, {4001, 700}, {8000, 2500}})
+      visit(
+          topk_select(make, dtype, 3, length, k, make.pick({false, true}), make.pick({false, true}), Content::kNarrow));
   // Zeros of which a block's sample promises more than there are.
   for (DType dtype : kDTypes)
     visit(topk_select(make, dtype, 3, 40960, 512, make.pick({false, true}), false, Content::kZeros));
