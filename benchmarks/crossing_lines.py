@@ -110,13 +110,16 @@ def _topk_select() -> Iterator[Line]:
     yield from line("length", 64, 65536, "f32", rows=256, k=64, sorted=False)
     yield from line("length", 64, 16384, rows=4096, k=64, sorted=False)
     yield from line("k", 1, 256, "f32", rows=4096, length=256, sorted=False)
-    yield from line("k", 1, 256, "f32", rows=256, length=512, sorted=False)
+    yield from line("k", 1, 256, "f32", rows=700, length=512, sorted=True)
     # In the registers of a block.
     yield from line("rows", 1, 8192, "f32", length=4096, k=512, sorted=False)
     yield from line("rows", 1, 8192, "bf16", length=8192, k=1024, sorted=True)
-    yield from line("k", 1, 4096, "f32", rows=200, length=8192, sorted=True)
+    yield from line("k", 1, 4096, "f32", rows=100, length=8192, sorted=True)
+    yield from line("k", 1, 4096, rows=100, length=4096, sorted=True)
     yield from line("k", 1, 4096, "bf16", rows=1024, length=4096, sorted=True)
     yield from line("k", 1, 4096, "f32", rows=1024, length=8192, sorted=False)
+    yield from line("k", 1, 4096, "bf16", rows=1024, length=8192, sorted=True)
+    yield from line("rows", 1, 8192, "f32", length=2048, k=64, sorted=False)
     # Streamed, by one block or by several.
     yield from line("length", 512, 400000, "f32", rows=1, k=512, sorted=False)
     yield from line("length", 512, 100000, rows=1024, k=512, sorted=True)

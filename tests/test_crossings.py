@@ -71,15 +71,19 @@ NUMBERS = {
     "TopkSelectNumbers.warp_rows": ("topk_select/rows/f32/L512/k64", ("f32 many 256x1", "f32 warp 32x4")),
     "TopkSelectNumbers.long_warp_rows": ("topk_select/rows/f32/L1024/k64", ("f32 many 256x1", "f32 warp 32x8")),
     "TopkSelectNumbers.warp_length": ("topk_select/length/f32/N256/k64", ("f32 warp 32x2", "f32 many 256x1")),
-    "TopkSelectNumbers.short_few_k": ("topk_select/k/f32/N256/L512", ("f32 few 256x1", "f32 many 256x1")),
+    "TopkSelectNumbers.short_few_k": ("topk_select/k/f32/N700/L512/sorted", ("f32 few 256x1", "f32 many 256x1")),
     "TopkSelectNumbers.ordered_k": (
         "topk_select/k/bf16/N1024/L4096/sorted",
         ("bf16 many 256x2", "bf16 many 512x1"),
     ),
-    "TopkSelectNumbers.crowded_k": ("topk_select/k/f32/N200/L8192/sorted", ("f32 many 512x4", "f32 many 1024x2")),
+    "TopkSelectNumbers.crowded_k": ("topk_select/k/f32/N100/L8192/sorted", ("f32 many 512x4", "f32 many 1024x2")),
     "TopkSelectNumbers.long_block_k": (
         "topk_select/k/f32/N1024/L8192",
         ("f32 streamed 256, 1 blocks a row", "f32 many 512x4"),
+    ),
+    "TopkSelectNumbers.long_ordered_k": (
+        "topk_select/k/bf16/N1024/L8192/sorted",
+        ("bf16 streamed 256, 1 blocks a row", "bf16 many 512x2"),
     ),
     "TopkSelectNumbers.narrow_length": (
         "topk_select/length/f32/N256/k64",

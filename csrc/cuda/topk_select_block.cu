@@ -2,16 +2,18 @@
 // under way together.
 //
 // Few choices (k up to kMaxFewK): each warp knows that the j largest of its threads' maxima are elements no smaller
-// than the j-th of them. The least of these bounds over the warps is one that at least k elements reach, and seldom
-// many more: those go to shared memory, where every thread counts how many of them beat its own.
+// than the j-th of them. The least of these bounds over the warps is one that at least k elements reach, and the next
+// above it one that k nearly always reach, and seldom many more: those go to shared memory, where every thread counts
+// how many of them beat its own.
 //
 // Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
-// ranked, which gives the k-th pair; of the others their bin says whether they are chosen. They are counted in the
-// order of the row, and go out by way of shared memory, in whole lines. Best first, the bins are in order too, and each
-// element's place is its rank in its bin.
+// ranked, which says which of them are chosen; of the others their bin says it. They are counted in the order of the
+// row, and go out by way of shared memory, in whole lines. Best first, the bins are in order too, and each element's
+// place is its rank in its bin.
 //
-// Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection over the
-// pairs (key, index) and PairSelect::order take over: slower, but the same for any row.
+// Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection takes over:
+// of the keys of a bin, of which those that equal the k-th's are counted in the order of the row, or of the pairs
+// (key, index). PairSelect::order then puts the chosen in order: slower, but the same for any row.
 //
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
 #include "parts/launch.cuh"
@@ -77,16 +79,10 @@ struct RegisterRow {
   }
   __device__ __forceinline__ uint64_t edge_pair() const { return PairFormat<T>{kIndexBits}.pair(edge, edge_index); }
 
-  // Of number i of the thread's elements, of which the edge is the last.
-  __device__ __forceinline__ uint64_t pair_at(int i) const {
-    if (i == kVectors * kElements) return edge_pair();
-    uint4 vector = vectors[0];
-#pragma unroll
-    for (int v = 1; v < kVectors; ++v) {
-      if (i >= v * kElements) vector = vectors[v];
-    }
-    const uint32_t index = first + i / kElements * kStep + i % kElements;
-    return PairFormat<T>{kIndexBits}.pair(element_of(vector, i % kElements, T{}), index);
+  // Of number i of the thread's elements, of which the edge is the last. To load it again is faster than to find it in
+  // the registers.
+  __device__ __forceinline__ uint32_t index_at(uint32_t i) const {
+    return i == kVectors * kElements ? edge_index : first + i / kElements * kStep + i % kElements;
   }
 
   // An element's bits as they are in memory.
@@ -99,17 +95,35 @@ struct RegisterRow {
   // The thread's largest element, NaN if one is.
   __device__ __forceinline__ float maximum() const { return max_nan(largest_element<T>(vectors), edge); }
 
-  // Bit v * kElements + e for each element of a whole vector that `test` accepts.
-  template <class Test>
-  __device__ __forceinline__ uint32_t mask_of(Test test) const {
+  // Bit v * kElements + e for each element of a whole vector that is not below `bound`, an element or infinite. A NaN
+  // is not below anything.
+  __device__ __forceinline__ uint32_t reaching(float bound) const {
     static_assert(kVectors * kElements <= 32);
     uint32_t mask = 0;
+    if constexpr (sizeof(T) == 4) {
+      SumOfTrue halves[2];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      uint32_t of_vector = 0;
+      for (int i = 0; i < kVectors * 4; ++i) {
+        halves[i / 16].add_unless_below(bits_float(word_of(vectors[i / 4], i % 4)), bound, 1u << i % 16);
+      }
+      mask = halves[0].value() | halves[1].value() << 16;
+    } else {
+      const uint32_t bounds = two_no_less(bound, T{});
+      uint32_t below[2] = {};  // 16 elements each, the odd ones in the upper half of the word
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) of_vector |= test(v, e) ? 1u << (v * kElements + e) : 0;
-      if (exists(v)) mask |= of_vector;
+      for (int i = 0; i < kVectors * 4; ++i) {
+        below[i / 8] |= below_of_two(word_of(vectors[i / 4], i % 4), bounds, T{}) & (0x00020001u << (2 * (i % 8)));
+      }
+      const auto joined = [](uint32_t halves) { return (halves | halves >> 16) & 0xFFFF; };
+      mask = ~(joined(below[0]) | joined(below[1]) << 16);
+      if constexpr (kVectors * kElements < 32) mask &= (1u << kVectors * kElements) - 1;
+    }
+    // Vectors that do not exist are not above -inf either.
+    if (bound == -INFINITY) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (!exists(v)) mask &= ~(((1u << kElements) - 1) << (v * kElements));
+      }
     }
     return mask;
   }
@@ -163,87 +177,112 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
                                                 kThreads) topk_select_few(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32;
-  constexpr uint32_t kMost = kThreads;                // candidates
+  constexpr int kOwn = 2;                             // candidates of a thread, where a second bound is taken from them
+  constexpr uint32_t kMost = kOwn * kThreads;         // candidates
   constexpr uint32_t kMostRanked = 5 * kThreads / 8;  // of them, to be compared each with all
   __shared__ alignas(16) uint64_t pairs[kMost];
   __shared__ alignas(16) float warp_bounds[kWarps];
   __shared__ uint32_t counts[2][kWarps];
-  __shared__ uint32_t count;
+  __shared__ uint32_t found[2];  // candidates of an attempt
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const int64_t row_index = blockIdx.x;
   const T* data = static_cast<const T*>(op.scores) + row_index * op.length;
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
-  const PairFormat<T> format = {kIndexBits};
-  // Warps take turns of 128 bytes where all have some: each has its part of the best of a sorted row.
-  const bool takes_turns = length >= (kThreads + 1) * Row::kElements;
+  constexpr PairFormat<T> format = {30};  // few enough bits that pairs are in order as doubles
+  // Warps take turns of 128 bytes, 8 threads each, where all have some: each has its part of the best of a sorted row.
+  static_assert(kMaxFewK <= 8 * kWarps);
+  const bool takes_turns = length >= (8 * kWarps + 1) * Row::kElements;
   const Row row(data, length, takes_turns ? (lane / 8 * kWarps + warp) * 8 + lane % 8 : threadIdx.x);
   pairs[threadIdx.x] = 0;
-  if (threadIdx.x == 0) count = 0;
+  if (threadIdx.x < 2) found[threadIdx.x] = 0;
 
-  // Of the warps all of whose threads have an element, each owes its share of the bound.
-  const uint32_t full_warps = min((row.end - row.head) / (32 * Row::kElements), static_cast<uint32_t>(kWarps));
+  // Each warp owes its share of the bound, where they do not take turns those all of whose threads have an element.
+  const uint32_t full_warps = takes_turns ? kWarps : (row.end - row.head) / (32 * Row::kElements);
   const uint32_t share = max((k + full_warps - 1) / max(full_warps, 1u), 1u);
-  // A NaN is above +inf, and so is a thread that has one.
-  const auto least_of_best = [&](float x, uint32_t share, uint32_t warps) {
+  // The least of the warps' bounds, and the next, or the least again where some warps have none. A NaN is above +inf,
+  // and so is a thread that has one.
+  const auto bounds_of_best = [&](float x, uint32_t share, uint32_t warps) {
     const float sorted = sort_descending<32>(x != x ? INFINITY : x);
     const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
     if (lane == 0) warp_bounds[warp] = bound_of_warp;
     __syncthreads();
-    float bound = warps == 0 ? -INFINITY : warp_bounds[0];
+    float least = warps == 0 ? -INFINITY : warp_bounds[0], next = INFINITY;
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) {
-      if (w < warps) bound = fminf(bound, warp_bounds[w]);
+      if (w >= warps) break;
+      next = fminf(next, fmaxf(least, warp_bounds[w]));
+      least = fminf(least, warp_bounds[w]);
     }
-    return bound;
+    return make_float2(least, warps == kWarps ? next : least);
   };
   const float maximum = row.maximum();
-  const float bound = least_of_best(maximum, share, full_warps);
-  uint32_t mask = row.mask_of([&](int v, int e) { return !(row.element(v, e) < bound); });
-  bool edge_reaches = row.has_edge && !(row.edge < bound);
-
-  const uint32_t own = __popc(mask) + (edge_reaches ? 1 : 0);
-  const uint32_t sum = inclusive_sum_of_lanes(own);
-  uint32_t free_place = 0;
-  if (lane == 31 && sum != 0) free_place = atomicAdd(&count, sum);
-  free_place = __shfl_sync(kFullWarp, free_place, 31) + sum - own;
+  const float2 bounds = bounds_of_best(maximum, share, full_warps);
+  // At least k elements reach the least bound. As a rule they reach the next as well, and fewer others do.
+  float bound = bounds.y;
+  uint32_t candidates;
 #pragma unroll 1
-  for (; mask != 0 && free_place < kMost; ++free_place, mask &= mask - 1) {
-    const int i = __ffs(mask) - 1;
-    const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
-    pairs[free_place] = format.pair(load_one(data + index), index);
+  for (int attempt = 0;; ++attempt) {
+    uint32_t mask = row.reaching(bound);
+    const bool edge_reaches = row.has_edge && !(row.edge < bound);
+    const uint32_t own = __popc(mask) + (edge_reaches ? 1 : 0);
+    const uint32_t sum = inclusive_sum_of_lanes(own);
+    uint32_t free_place = 0;
+    if (lane == 31 && sum != 0) free_place = atomicAdd(&found[attempt], sum);
+    free_place = __shfl_sync(kFullWarp, free_place, 31) + sum - own;
+#pragma unroll 1
+    for (; mask != 0 && free_place < kMost; ++free_place, mask &= mask - 1) {
+      const int i = __ffs(mask) - 1;
+      const uint32_t index = row.first + i / Row::kElements * Row::kStep + i % Row::kElements;
+      pairs[free_place] = format.pair(load_one(data + index), index);
+    }
+    if (edge_reaches && free_place < kMost) pairs[free_place] = format.pair(row.edge, row.edge_index);
+    __syncthreads();
+    candidates = found[attempt];
+    if (candidates >= k) break;
+    bound = bounds.x;
   }
-  if (edge_reaches && free_place < kMost) pairs[free_place] = row.edge_pair();
-  __syncthreads();
-  uint32_t candidates = count;
-  if (candidates > kMost) {
-    const uint64_t exact_bound =
-        bisect<T, kThreads>(data, length, row.key(bound), row.key(maximum), k, kMostRanked, counts);
+  if (candidates > kMostRanked && candidates <= kMost) {
+    // More than chance brings, as of a sorted row: a bound from these, again of all warps.
+    uint64_t own_pairs[kOwn] = {};
+    float largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (i * kThreads >= candidates) break;
+      const uint32_t place = i * kThreads + lane * kWarps + warp;
+      if (place < candidates) own_pairs[i] = pairs[place];
+      if (place < candidates) largest = max_nan(largest, format.element(own_pairs[i]));
+    }
+    const float higher_bound = bounds_of_best(largest, (k + kWarps - 1) / kWarps, kWarps).x;
     pairs[threadIdx.x] = kNoPair;
-    if (threadIdx.x == 0) count = 0;
+    if (threadIdx.x == 0) found[0] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (i * kThreads >= candidates) break;
+      const bool reaches = own_pairs[i] != kNoPair && !(format.element(own_pairs[i]) < higher_bound);
+      if (reaches) pairs[atomicAdd(&found[0], 1)] = own_pairs[i];
+    }
+    __syncthreads();
+    candidates = found[0];
+  }
+  if (candidates > kThreads) {
+    const uint32_t key_min = row.key(bound == 0.0f ? -0.0f : bound);  // which reaches 0
+    const uint64_t exact_bound = bisect<T, kThreads>(data, length, key_min, row.key(maximum), k, kMostRanked, counts);
+    pairs[threadIdx.x] = kNoPair;
+    if (threadIdx.x == 0) found[0] = 0;
     __syncthreads();
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
-      const uint64_t pair = format.pair(load_one(data + i), i);
-      if (pair >= exact_bound) pairs[atomicAdd(&count, 1)] = pair;
+      const float x = load_one(data + i);
+      if (PairFormat<T>{kIndexBits}.pair(x, i) >= exact_bound) pairs[atomicAdd(&found[0], 1)] = format.pair(x, i);
     }
     __syncthreads();
-    candidates = count;
-  } else if (candidates > kMostRanked) {
-    // More than chance brings, as of a sorted row: a bound from these, again of all warps.
-    const uint64_t pair = pairs[lane * kWarps + warp];
-    const float x = pair == kNoPair ? -INFINITY : format.element(pair);
-    const float higher_bound = least_of_best(x, (k + kWarps - 1) / kWarps, kWarps);
-    pairs[threadIdx.x] = kNoPair;
-    if (threadIdx.x == 0) count = 0;
-    __syncthreads();
-    if (pair != kNoPair && !(x < higher_bound)) pairs[atomicAdd(&count, 1)] = pair;
-    __syncthreads();
-    candidates = count;
+    candidates = found[0];
   }
   const uint64_t pair = pairs[threadIdx.x];
-  int place = 32 * warp < candidates ? count_larger(pair, pairs, candidates) : 0;
+  int place = 32 * warp < candidates ? rank_among(ranked_pair(pair), pairs, candidates) : 0;
   const bool chosen = threadIdx.x < candidates && place < k;
   if (!op.sorted) {
     // A bit for each element of the row, whether it is chosen, and how many are before each word of bits, both where
@@ -276,10 +315,10 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   if (threadIdx.x >= k && threadIdx.x < op.k) write_nothing<T>(op, row_index, threadIdx.x);
 }
 
-template <int kThreads>
-using BlockSelect = PairSelect<kThreads, kBlockRowBins>;
-static_assert(sizeof(BlockSelect<256>) == pair_select_bytes(256, kBlockRowBins));
-static_assert(sizeof(BlockSelect<1024>) == pair_select_bytes(1024, kBlockRowBins));
+template <typename T, int kThreads, int kVectors>
+using BlockSelect = PairSelect<kThreads, block_row_bins(kVectors, dtype_of(T{}))>;
+static_assert(sizeof(BlockSelect<float, 256, 1>) == pair_select_bytes(256, 4));
+static_assert(sizeof(BlockSelect<float, 1024, 2>) == pair_select_bytes(1024, 8));
 
 // Ascending bins hold descending elements. Two bins in the halves of a word.
 template <int kBinBits>
@@ -295,11 +334,12 @@ template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads)
     topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
-  using Select = BlockSelect<kThreads>;
+  using Select = BlockSelect<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32, kHalf = Row::kElements / 2, kEdge = kVectors * Row::kElements;
   constexpr int kWords = (kVectors + 1) / 2;  // of numbers of a vector each, two in a word
   __shared__ uint32_t counts[2][kWarps];
-  __shared__ uint32_t sizes[kWords][kWarps];  // how many are chosen of a warp's vectors
+  __shared__ uint32_t sizes[kWords][kWarps];   // how many are chosen of a warp's vectors
+  __shared__ uint32_t members_chosen[kWarps];  // of the list of the k-th's bin, a bit each
   __shared__ uint64_t exact_bound;
   __shared__ uint32_t count, head_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -359,39 +399,138 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       }
       return mask;
     };
+    // How many elements of a mask come before each of the thread's vectors, and before its edge, in the order of the
+    // row: by vector, warp and lane. For all threads together.
+    struct Places {
+      uint32_t of_vector[kVectors], of_edge;
+    };
+    const auto places_in_order = [&](uint32_t mask) {
+      const auto size_of_vector = [&](int v) {
+        return __popc(mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1));
+      };
+      Places places;
+      uint32_t own[kWords], sums[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        own[w] = size_of_vector(2 * w);
+        if (2 * w + 1 < kVectors) own[w] |= size_of_vector(2 * w + 1) << 16;
+        sums[w] = inclusive_sum_of_lanes(own[w]);
+        if (lane == 31) sizes[w][warp] = sums[w];
+      }
+      // The edges belong to the first warp.
+      const uint32_t edges = __ballot_sync(kFullWarp, (mask >> kEdge & 1) != 0);
+      if (threadIdx.x == 0) head_size = __popc(edges & ((1u << row.head) - 1));
+      __syncthreads();
+      uint32_t start = head_size;  // of a vector of all threads
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const uint32_t size = lane < kWarps ? sizes[w][lane] : 0;
+        const uint32_t all = __reduce_add_sync(kFullWarp, size);
+        const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? size : 0) + sums[w] - own[w];
+#pragma unroll
+        for (int v = 2 * w; v < 2 * w + 2 && v < kVectors; ++v) {
+          places.of_vector[v] = start + (before >> (v % 2 * 16) & 0xFFFF);
+          start += all >> (v % 2 * 16) & 0xFFFF;
+        }
+      }
+      const uint32_t earlier = __popc(edges & ((1u << lane) - 1));
+      places.of_edge = lane < row.head ? earlier : start - head_size + earlier;
+      return places;
+    };
     const int kth_bin = static_cast<int>(found.bin);
     uint32_t chosen = mask_up_to(kth_bin - 1);
     const uint32_t members = mask_up_to(kth_bin) & ~chosen;  // of the bin of the k-th
+    const auto pair_at = [&](uint32_t i) {
+      const uint32_t index = row.index_at(i);
+      return format.pair(load_one(data + index), index);
+    };
+    uint32_t first_place = 0;  // of the thread's members in their list
     if (members != 0 && found.count <= kThreads) {
-      uint32_t place = atomicAdd(&count, __popc(members));
+      first_place = atomicAdd(&count, __popc(members));
+      uint32_t place = first_place;
 #pragma unroll 1
-      for (uint32_t rest = members; rest != 0; rest &= rest - 1) pairs[place++] = row.pair_at(__ffs(rest) - 1);
+      for (uint32_t rest = members; rest != 0; rest &= rest - 1) pairs[place++] = pair_at(__ffs(rest) - 1);
     }
     if (threadIdx.x == 0 && found.count <= kThreads) pairs[found.count] = kNoPair;
     __syncthreads();
     if (found.count <= kThreads) {
-      if (threadIdx.x < found.count) {
-        const uint64_t pair = pairs[threadIdx.x];
-        if (found.before + count_larger(pair, pairs, found.count) == k - 1) exact_bound = pair;
+      if (32 * warp < found.count) {
+        const uint64_t pair = threadIdx.x < found.count ? pairs[threadIdx.x] : kNoPair;
+        const uint32_t place = found.before + count_larger(pair, pairs, found.count);
+        const bool exists = threadIdx.x < found.count;
+        const uint32_t those_chosen = __ballot_sync(kFullWarp, exists && place < k);
+        if (lane == 0) members_chosen[warp] = those_chosen;
+        if (exists && place == k - 1) exact_bound = pair;
       }
     } else {
-      uint32_t key_min = 0xFFFFFFFFu, key_max = 0;
+      // Too many to be listed: a bisection of the range of their keys, and of those that equal the k-th's the first.
+      const auto for_each_member = [&](auto body) {
 #pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
-        const float x = load_one(data + i);
-        if (bin_of(x) != found.bin) continue;
-        key_min = min(key_min, row.key(x));
-        key_max = max(key_max, row.key(x));
+        for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
+          body(rest & -rest, row.key(load_one(data + row.index_at(__ffs(rest) - 1))));
+        }
+      };
+      uint32_t low = 0xFFFFFFFFu, high = 0;
+      for_each_member([&](uint32_t, uint32_t key) {
+        low = min(low, key);
+        high = max(high, key);
+      });
+      low = __reduce_min_sync(kFullWarp, low);
+      high = __reduce_max_sync(kFullWarp, high);
+      if (lane == 0) atomicMin(&Select::shared().key_min, low);
+      if (lane == 0) atomicMax(&Select::shared().key_max, high);
+      __syncthreads();
+      low = Select::shared().key_min;
+      high = Select::shared().key_max;
+      uint32_t larger = found.before;  // elements of the row above `high`, at most k
+#pragma unroll 1
+      for (int round = 0; low < high; round ^= 1) {
+        const uint32_t middle = high - (high - low) / 2;
+        uint32_t own = 0;
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x; i < length; i += kThreads) own += row.key(load_one(data + i)) >= middle;
+        own = __reduce_add_sync(kFullWarp, own);
+        if (lane == 0) counts[round][warp] = own;
+        __syncthreads();
+        const uint32_t size = __reduce_add_sync(kFullWarp, lane < kWarps ? counts[round][lane] : 0);
+        if (size > k) {
+          low = middle;
+        } else {
+          high = middle - 1;
+          larger = size;
+          if (size == k) low = high;
+        }
       }
-      const uint64_t bound = bisect<T, kThreads>(data, length, key_min, key_max, k, k, counts);
-      if (threadIdx.x == 0) exact_bound = bound;
+      uint32_t equal = 0;
+      for_each_member([&](uint32_t bit, uint32_t key) {
+        chosen |= key > low ? bit : 0;
+        equal |= key == low ? bit : 0;
+      });
+      const Places places = places_in_order(equal);
+      const auto choose = [&](uint32_t bit, uint32_t place) {
+        if ((equal & bit) != 0 && place < k - larger) chosen |= bit;
+      };
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t place = places.of_vector[v];
+#pragma unroll
+        for (int e = 0; e < Row::kElements; ++e) {
+          const uint32_t bit = 1u << (v * Row::kElements + e);
+          choose(bit, place);
+          if ((equal & bit) != 0) ++place;
+        }
+      }
+      choose(1u << kEdge, places.of_edge);
+      if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kIndexBits | ~(length - 1);
     }
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
     const uint64_t bound = exact_bound;
+    if (found.count <= kThreads) {
 #pragma unroll 1
-    for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
-      if (row.pair_at(__ffs(rest) - 1) >= bound) chosen |= rest & -rest;
+      for (uint32_t rest = members; rest != 0; rest &= rest - 1, ++first_place) {
+        if ((members_chosen[first_place / 32] >> first_place % 32 & 1) != 0) chosen |= rest & -rest;
+      }
     }
     const bool edge_chosen = (chosen >> kEdge & 1) != 0;
     const auto is_chosen = [&](int v, int e) { return (chosen >> (v * Row::kElements + e) & 1) != 0; };
@@ -450,47 +589,24 @@ __global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThrea
       best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
       Select::template order<true>(k, bound, best, varying, k, format.index_bits, length, pairs + op.k, write);
     } else {
-      // In ascending order of the index: by vector, warp and lane. They go to shared memory first, since whole lines
-      // are faster to write.
+      // In ascending order of the index. They go to shared memory first, since whole lines are faster to write.
       using Bits = typename Row::Bits;
       struct alignas(8) Result {
         Bits bits;
         uint32_t index;
       };
       Result* results = reinterpret_cast<Result*>(pairs);
-      const auto mask_of_vector = [&](int v) { return chosen >> (v * Row::kElements) & ((1u << Row::kElements) - 1); };
-      uint32_t own[kWords], sums[kWords];
+      const Places places = places_in_order(chosen);
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        own[w] = __popc(mask_of_vector(2 * w));
-        if (2 * w + 1 < kVectors) own[w] |= __popc(mask_of_vector(2 * w + 1)) << 16;
-        sums[w] = inclusive_sum_of_lanes(own[w]);
-        if (lane == 31) sizes[w][warp] = sums[w];
-      }
-      // The edges belong to the first warp.
-      const uint32_t edges = __ballot_sync(kFullWarp, edge_chosen);
-      if (threadIdx.x == 0) head_size = __popc(edges & ((1u << row.head) - 1));
-      __syncthreads();
-      uint32_t start = head_size;  // of a vector of all threads
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t place = places.of_vector[v];
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const uint32_t size = lane < kWarps ? sizes[w][lane] : 0;
-        const uint32_t all = __reduce_add_sync(kFullWarp, size);
-        const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? size : 0) + sums[w] - own[w];
-#pragma unroll
-        for (int v = 2 * w; v < 2 * w + 2 && v < kVectors; ++v) {
-          uint32_t place = start + (before >> (v % 2 * 16) & 0xFFFF);
-          start += all >> (v % 2 * 16) & 0xFFFF;
-#pragma unroll
-          for (int e = 0; e < Row::kElements; ++e) {
-            if (is_chosen(v, e)) results[place++] = {row.bits(v, e), row.index(v) + e};
-          }
+        for (int e = 0; e < Row::kElements; ++e) {
+          if (is_chosen(v, e)) results[place++] = {row.bits(v, e), row.index(v) + e};
         }
       }
       if (edge_chosen) {
-        const uint32_t earlier = edges & ((1u << lane) - 1);
-        const auto edge_bits = reinterpret_cast<const Bits*>(data)[row.edge_index];
-        results[lane < row.head ? __popc(earlier) : k - __popc(edges & ~earlier)] = {edge_bits, row.edge_index};
+        results[places.of_edge] = {reinterpret_cast<const Bits*>(data)[row.edge_index], row.edge_index};
       }
       __syncthreads();
       Bits* values = static_cast<Bits*>(op.values) + row_index * op.k;

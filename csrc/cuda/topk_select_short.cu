@@ -17,6 +17,29 @@
 namespace jax_router::cuda {
 namespace {
 
+// The largest of every kLanes-th element of a tile's row: lane l has the elements whose index is
+// l % (kLanes / 4) * 4 + l / (kLanes / 4) beyond a multiple of kLanes. The best of a row in order are neighbours; a
+// bound by the largest of each lane's own quads would let whole quads of them pass. NaN if one of them is.
+template <int kLanes, int kElements>
+__device__ __forceinline__ float largest_of_every(const float (&keys)[kElements]) {
+  float largest[4] = {keys[0], keys[1], keys[2], keys[3]};
+#pragma unroll
+  for (int i = 4; i < kElements; ++i) largest[i % 4] = max_nan(largest[i % 4], keys[i]);
+  // The lanes of every kLanes / 4-th quad have the same indices: each keeps one of four, and gives away the others.
+  const int lane = tile_lane<kLanes>();
+#pragma unroll
+  for (int kept = 2; kept > 0; kept /= 2) {
+    const bool upper = (lane & kLanes / 4 * kept) != 0;
+#pragma unroll
+    for (int i = 0; i < kept; ++i) {
+      const float given = upper ? largest[i] : largest[i + kept];
+      const float own = upper ? largest[i + kept] : largest[i];
+      largest[i] = max_nan(own, __shfl_xor_sync(kFullWarp, given, kLanes / 4 * kept));
+    }
+  }
+  return largest[0];
+}
+
 // kChunks: quads a lane, of which the first kFullChunks are within a row of op.length.
 template <typename T, int kLanes, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kTileThreads) topk_select_tiles(const TopkSelect op, const bool quads) {
@@ -44,7 +67,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_select_tiles(const TopkSele
   }
   const int k = min(static_cast<int>(op.k), length);
 
-  const float maximum = largest_of(keys);
+  const float maximum = largest_of_every<kLanes>(keys);
   int count = 0;
   if (__any_sync(kFullWarp, maximum != maximum) ||
       !list_candidates<kLanes>(keys, eligible, maximum, max(k, 1), k, 0.0f, scratch.candidates, count)) {
@@ -56,15 +79,24 @@ __global__ void __launch_bounds__(kTileThreads) topk_select_tiles(const TopkSele
   const bool candidate = lane < count;
   T value{};
   int index = 0;
-  uint64_t pair = 0;
+  // Of 16-bit elements a word holds key and index.
+  constexpr bool kIsNarrow = sizeof(T) == 2;
+  using Pair = std::conditional_t<kIsNarrow, uint32_t, RankedPair>;
+  Pair pair = 0;
   if (candidate) {
     index = scratch.candidates[lane];
     value = row[index];
-    pair = order_pair(order_key(as_float(value)), static_cast<uint32_t>(index));
+    const uint64_t bits = PairFormat<T>{kIsNarrow ? 10 : 30}.pair(as_float(value), static_cast<uint32_t>(index));
+    if constexpr (kIsNarrow) {
+      pair = static_cast<Pair>(bits);
+    } else {
+      pair = ranked_pair(bits);
+    }
   }
-  scratch.pairs[lane] = pair;
+  auto& pairs = reinterpret_cast<Pair(&)[kLanes]>(scratch.pairs);
+  pairs[lane] = pair;
   __syncwarp();
-  int place = rank_of(pair, scratch.pairs, most_of_tiles<kLanes>(count));
+  int place = rank_of(pair, pairs, most_of_tiles<kLanes>(count));
   const bool chosen = candidate && place < k;
   if (!op.sorted) {
     // The place is the number of chosen indices below the own.
@@ -182,16 +214,16 @@ __global__ void __launch_bounds__(kTileThreads) topk_select_warps(const TopkSele
       indices[place] = index_of(i);
     });
   } else {
-    for_each_in_order(chosen, [&](int i, int place) {
-      pairs[place] = order_pair(order_key(load_one(row + index_of(i))), index_of(i));
-    });
+    constexpr PairFormat<T> format = {30};  // few enough bits that pairs are in order as doubles
+    for_each_in_order(chosen,
+                      [&](int i, int place) { pairs[place] = format.pair(load_one(row + index_of(i)), index_of(i)); });
     if (lane == 0 && k % 2 != 0) pairs[k] = 0;
     __syncwarp();
     for (int i = lane; i < k; i += 32) {
       const uint64_t pair = pairs[i];
-      const int place = count_larger(pair, pairs, k);
-      values[place] = row[pair_index(pair)];
-      indices[place] = static_cast<int32_t>(pair_index(pair));
+      const int place = rank_among(ranked_pair(pair), pairs, k);
+      values[place] = row[format.index(pair)];
+      indices[place] = static_cast<int32_t>(format.index(pair));
     }
   }
   for (int i = k + lane; i < op.k; i += 32) write_nothing<T>(op, row_index, i);

@@ -285,6 +285,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __saturatef(float x) { return x > 0.0f ? x < 1.0f ? x : 1.0f : 0.0f; }
 inline float __uint_as_float(uint32_t x) { return emulation::bits_as<float>(x); }
 inline uint32_t __float_as_uint(float x) { return emulation::bits_as<uint32_t>(x); }
+inline double __longlong_as_double(long long x) { return emulation::bits_as<double>(static_cast<uint64_t>(x)); }
 inline double __hiloint2double(int high, int low) {
   return emulation::bits_as<double>(uint64_t{static_cast<uint32_t>(high)} << 32 | static_cast<uint32_t>(low));
 }
@@ -345,6 +346,11 @@ template <class Two>
 uint32_t __hge2_mask(Two a, Two b) {
   return (static_cast<float>(a.x) >= static_cast<float>(b.x) ? 0xFFFFu : 0) |
          (static_cast<float>(a.y) >= static_cast<float>(b.y) ? 0xFFFF0000u : 0);
+}
+template <class Two>
+uint32_t __hlt2_mask(Two a, Two b) {
+  return (static_cast<float>(a.x) < static_cast<float>(b.x) ? 0xFFFFu : 0) |
+         (static_cast<float>(a.y) < static_cast<float>(b.y) ? 0xFFFF0000u : 0);
 }
 
 // The runtime: one device, on which everything has happened when a call returns.

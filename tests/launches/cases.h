@@ -91,17 +91,22 @@ inline void route_cotangent_cases(const Visit& visit) {
 inline void topk_select_cases(const Visit& visit) {
   using Sizes = std::array<int64_t, 3>;  // rows, length, k
   // In a warp or half of one, in the registers of a block, and streamed through one block or a cluster of up to 16.
-  constexpr Sizes kSizes[] = {{2, 1, 1},        {3, 5, 5},        {3, 256, 6},      {33, 37, 6},      {130, 128, 1},
-                              {3, 510, 16},     {3, 1024, 9},     {5, 40, 40},      {5, 256, 128},    {30, 511, 33},
-                              {30, 1024, 100},  {3, 1999, 6},     {3, 4000, 64},    {3, 8192, 17},    {3, 1500, 300},
-                              {3, 2001, 200},   {3, 4001, 700},   {133, 4000, 500}, {3, 8000, 900},   {133, 8000, 1400},
-                              {133, 8999, 300}, {3, 2000, 2000},  {3, 9001, 700},   {3, 25001, 2048}, {1, 40001, 512},
-                              {1, 65537, 512},  {2, 131073, 8192}};
+  constexpr Sizes kSizes[] = {{2, 1, 1},         {3, 5, 5},        {3, 256, 6},      {33, 37, 6},      {130, 128, 1},
+                              {3, 510, 16},      {3, 1024, 9},     {5, 40, 40},      {5, 256, 128},    {30, 511, 33},
+                              {30, 1024, 100},   {3, 1999, 6},     {100, 600, 8},    {3, 4000, 64},    {3, 8192, 17},
+                              {3, 1500, 300},    {3, 2001, 200},   {3, 4001, 700},   {133, 4000, 500}, {3, 8000, 900},
+                              {133, 8000, 1400}, {133, 8999, 300}, {3, 2000, 2000},  {3, 9001, 700},   {3, 25001, 2048},
+                              {1, 40001, 512},   {1, 65537, 512},  {2, 131073, 8192}};
   Maker make;
   for (DType dtype : kDTypes)
     for (auto [rows, length, k] : kSizes)
       for (Content content : kContents)
         visit(topk_select(make, dtype, rows, length, k, make.pick({false, true}), make.pick({false, true}), content));
+  // Several keys, of many elements each, in the bin of the k-th largest.
+  for (DType dtype : kDTypes)
+    for (auto [length, k] : {std::array{1001, 300}, {4001, 700}, {8000, 2500}})
+      visit(
+          topk_select(make, dtype, 3, length, k, make.pick({false, true}), make.pick({false, true}), Content::kNarrow));
   // Zeros of which a block's sample promises more than there are.
   for (DType dtype : kDTypes)
     visit(topk_select(make, dtype, 3, 40960, 512, make.pick({false, true}), false, Content::kZeros));

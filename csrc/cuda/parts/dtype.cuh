@@ -78,6 +78,13 @@ __device__ __forceinline__ uint32_t reaches_of_two(uint32_t a, uint32_t b, __nv_
 __device__ __forceinline__ uint32_t reaches_of_two(uint32_t a, uint32_t b, __half) {
   return __hge2_mask(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
 }
+// Of each half, whether a is less than b, as all bits or none.
+__device__ __forceinline__ uint32_t below_of_two(uint32_t a, uint32_t b, __nv_bfloat16) {
+  return __hlt2_mask(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+}
+__device__ __forceinline__ uint32_t below_of_two(uint32_t a, uint32_t b, __half) {
+  return __hlt2_mask(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+}
 
 // Twice the least number of the type that is no less than x.
 __device__ __forceinline__ uint32_t two_no_less(float x, __nv_bfloat16) {

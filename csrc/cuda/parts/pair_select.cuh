@@ -42,7 +42,10 @@ struct alignas(16) PairSelect {
   static constexpr int kBins = kBinsOfThread * kThreads;
   static constexpr int kMostMembers = 64;     // of a bin, to be ranked by comparing each with all
   static constexpr uint32_t kMostOfBin = 16;  // of a bin, to be put in order so
-  static constexpr int kBinBits = (kThreads == 1024 ? 10 : kThreads == 512 ? 9 : 8) + kBinsOfThread / 2;
+  static constexpr int kBinBits = (kThreads == 1024  ? 10
+                                   : kThreads == 512 ? 9
+                                                     : 8) +
+                                  (kBinsOfThread == 8 ? 3 : kBinsOfThread / 2);
   static_assert(kBins == 1 << kBinBits);
 
   alignas(16) uint32_t bins[kBins];
@@ -106,6 +109,11 @@ struct alignas(16) PairSelect {
     return crowded != 0;
   }
 
+  // As many as one load takes.
+  static constexpr int kBinsAtOnce = kBinsOfThread % 4 == 0 ? 4 : 2;
+  struct alignas(4 * kBinsAtOnce) SomeBins {
+    uint32_t counts[kBinsAtOnce];
+  };
   struct Bins {
     uint32_t counts[kBinsOfThread];
     uint32_t sum;
@@ -113,11 +121,13 @@ struct alignas(16) PairSelect {
   static __device__ __forceinline__ Bins own_bins() {
     Bins own = {{}, 0};
 #pragma unroll
-    for (int i = 0; i < kBinsOfThread; i += 2) {
-      const uint2 two = reinterpret_cast<const uint2*>(shared().bins + kBinsOfThread * threadIdx.x)[i / 2];
-      own.counts[i] = two.x;
-      own.counts[i + 1] = two.y;
-      own.sum += two.x + two.y;
+    for (int i = 0; i < kBinsOfThread; i += kBinsAtOnce) {
+      const SomeBins some = *reinterpret_cast<const SomeBins*>(shared().bins + kBinsOfThread * threadIdx.x + i);
+#pragma unroll
+      for (int j = 0; j < kBinsAtOnce; ++j) {
+        own.counts[i + j] = some.counts[j];
+        own.sum += some.counts[j];
+      }
     }
     return own;
   }
@@ -135,12 +145,21 @@ struct alignas(16) PairSelect {
   // Which of the bins holds number k of what was counted into them, in `found`. Ends with a barrier.
   static __device__ __forceinline__ void find_bin(uint32_t k) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Bins own = own_bins();
-    const uint32_t of_warp = __reduce_add_sync(kFullWarp, own.sum);
+    // For the sum of a warp its lanes read side by side.
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsOfThread; i += kBinsAtOnce) {
+      const uint32_t* bins = shared().bins + 32 * (kBinsOfThread * warp + i) + kBinsAtOnce * lane;
+      const SomeBins some = *reinterpret_cast<const SomeBins*>(bins);
+#pragma unroll
+      for (int j = 0; j < kBinsAtOnce; ++j) sum += some.counts[j];
+    }
+    const uint32_t of_warp = __reduce_add_sync(kFullWarp, sum);
     if (lane == 0) shared().warp_sums[warp] = of_warp;
     __syncthreads();
     const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0);
     if (before < k && k <= before + of_warp) {
+      const Bins own = own_bins();
       find_among(own, before + inclusive_sum_of_lanes(own.sum) - own.sum, k);
     }
     __syncthreads();

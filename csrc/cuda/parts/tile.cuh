@@ -185,6 +185,11 @@ struct SumOfTrue {
         : "+f"(bits)
         : "f"(a), "f"(b), "f"(bits_float(term)));
   }
+  __device__ __forceinline__ void add_unless_below(float a, float b, uint32_t term) {
+    asm("{ .reg .pred p; setp.geu.f32 p, %1, %2; @p add.f32 %0, %0, %3; }"
+        : "+f"(bits)
+        : "f"(a), "f"(b), "f"(bits_float(term)));
+  }
   __device__ __forceinline__ uint32_t value() const { return float_bits(bits); }
 };
 
@@ -196,9 +201,11 @@ __device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) 
   // Positive and finite, as the highest two bits are 0. A denormal number is compared as well as any.
   return __hiloint2double(static_cast<int>(key >> 2), static_cast<int>(key << 30 | (index ^ 0x3FFFFFFF)));
 }
+__device__ __forceinline__ RankedPair ranked_pair(uint64_t pair) { return __longlong_as_double(pair); }
 #else
 using RankedPair = uint64_t;
 __device__ __forceinline__ RankedPair ranked_pair(uint32_t key, uint32_t index) { return order_pair(key, index); }
+__device__ __forceinline__ RankedPair ranked_pair(uint64_t pair) { return pair; }
 #endif
 
 // At least the largest of the counts of a warp's tiles, each of them at most kSlots, and the same in the whole warp.
@@ -249,6 +256,22 @@ __device__ __forceinline__ int rank_of(Key key, const Key (&keys)[kCount], int m
   int rank[1];
   ranks_of(own, keys, most, rank);
   return rank[0];
+}
+
+// How many of pairs[0..count) are larger than this one, of any number of pairs below 2^62. `pairs` is aligned to 16
+// bytes; if count is odd, pairs[count] is 0.
+__device__ __forceinline__ int rank_among(RankedPair pair, const uint64_t* pairs, int count) {
+  struct alignas(16) Two {
+    RankedPair pairs[2];
+  };
+  SumOfTrue larger[2];
+#pragma unroll 4
+  for (int other = 0; other < count; other += 2) {
+    const Two others = *reinterpret_cast<const Two*>(pairs + other);
+    larger[0].add_if_greater(others.pairs[0], pair);
+    larger[1].add_if_greater(others.pairs[1], pair);
+  }
+  return static_cast<int>(larger[0].value() + larger[1].value());
 }
 
 // Sorts one value a lane within each kRun neighbouring lanes, the largest first, with a bitonic network.

@@ -39,8 +39,9 @@ struct TopkSelectNumbers {
   int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
   int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
-  int64_t crowded_k;        // from so many on, the longest sorted rows have the most threads
+  int64_t crowded_k;        // from so many on, sorted rows have the most threads where they are few
   int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
+  int64_t long_ordered_k;   // and from so many on where they are sorted
   int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
   int64_t narrow_k;         // and so many choices, where rows are many,
   int64_t narrow_few_k;     // or so many, where they are few
@@ -53,9 +54,10 @@ struct TopkSelectNumbers {
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
-    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*warp_length=*/64,
-    /*short_few_k=*/32, /*ordered_k=*/512, /*crowded_k=*/1000, /*long_block_k=*/300, /*narrow_length=*/32768,
-    /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048, /*part_length=*/4352,
+    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/2560, /*warp_length=*/64,
+    /*short_few_k=*/32, /*ordered_k=*/2048, /*crowded_k=*/1000, /*long_block_k=*/200, /*long_ordered_k=*/300,
+    /*narrow_length=*/32768, /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048,
+    /*part_length=*/4352,
     /*candidates=*/4096, /*lone_candidates=*/3072, /*most_candidates=*/12288});
 
 enum class TopkKernel {
@@ -110,9 +112,9 @@ constexpr int64_t pair_select_bytes(int threads, int bins_of_thread) {
 }
 constexpr int64_t ordering_bytes(int64_t size) { return 8 * size + 4 * (size / 2 + 2); }
 
-// Where the bins are those of a whole row, each thread has many of them.
-constexpr int kBlockRowBins = 4;
 constexpr int kStreamedBins = 2;
+// Where the bins are those of a whole row, a thread has as many of them as elements, or as many as pay.
+constexpr int block_row_bins(int vectors, DType dtype) { return std::min(vectors * (16 / size_of(dtype)), 8); }
 // Of the stream through shared memory: vectors of a thread's step, and steps under way.
 constexpr int kStreamBatch = 4;
 constexpr int kStreamStages = 2;
@@ -121,9 +123,10 @@ constexpr int kStreamedThreads = 1536;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
 
-constexpr int64_t block_row_bytes(int threads, int64_t k, bool sorted) {
-  const int64_t chosen = 8 * k + (sorted ? ordering_bytes(k) : 0);
-  return pair_select_bytes(threads, kBlockRowBins) + std::max<int64_t>(8 * (threads + 2), chosen);
+constexpr int64_t block_row_bytes(const TopkInstance& instance, const TopkSelect& op) {
+  const int64_t chosen = 8 * op.k + (op.sorted ? ordering_bytes(op.k) : 0);
+  return pair_select_bytes(instance.threads, block_row_bins(instance.size, op.dtype)) +
+         std::max<int64_t>(8 * (instance.threads + 2), chosen);
 }
 
 constexpr int64_t streamed_bytes(int threads, uint32_t capacity, int64_t k) {
@@ -171,8 +174,7 @@ constexpr bool can_use(const TopkSelect& op, const TopkInstance& instance, const
     case TopkKernel::kFew:
       return op.length <= held && op.k <= kMaxFewK;
     case TopkKernel::kMany:
-      return op.length <= held &&
-             block_row_bytes(instance.threads, op.k, op.sorted) + kStaticSharedBytes <= device.shared_bytes;
+      return op.length <= held && block_row_bytes(instance, op) + kStaticSharedBytes <= device.shared_bytes;
     case TopkKernel::kStreamed:
       return op.length <= INT32_MAX && can_stream(op.k, instance.threads, device);
   }
@@ -194,25 +196,26 @@ constexpr int find_instance(const TopkSelect& op, const Device& device, TopkKern
   return -1;
 }
 
-// What holds a row of which more than few are chosen. Few rows have many threads each; of many rows, several are to be
-// under way on a multiprocessor, unless there is much to put in order.
+// What holds a row of which more than few are chosen. Few rows have many threads each, the more the more there is to
+// put in order; of many rows, several are to be under way on a multiprocessor.
 constexpr int find_instance_for_many(const TopkSelect& op, const Device& device) {
   const bool is_wide = size_of(op.dtype) == 4;
-  const bool is_long = op.length > kMaxBlockLength / 2;
   const bool orders_many = op.sorted && op.k >= kTopkSelectNumbers.of(device).ordered_k;
   const bool some_rows = op.rows <= 2 * device.multiprocessors;
   const bool few_rows = op.rows <= device.multiprocessors;
-  const bool crowded = is_long && op.sorted && op.k >= kTopkSelectNumbers.of(device).crowded_k;
+  const int64_t crowded_k = few_rows ? kTopkSelectNumbers.of(device).crowded_k : kMaxBlockLength / 2 + 1;
+  const bool crowded = op.sorted && op.k >= crowded_k;
   struct Choice {
     bool wanted;
     int threads;
     int vectors;
   };
-  const Choice choices[] = {{op.length <= kMaxShortLength, 256, 1},
+  const Choice choices[] = {{op.length <= kMaxShortLength || !crowded, 256, 1},
                             {few_rows, 512, 1},
-                            {few_rows || crowded, 1024, 1},
-                            {few_rows || crowded, 1024, 2},
-                            {true, 256, 1},
+                            {crowded, 1024, 1},
+                            {crowded, 1024, 2},
+                            {few_rows, 512, 2},
+                            {few_rows, 512, 4},
                             {some_rows || (orders_many && !is_wide), 512, 1},
                             {true, 256, 2},
                             {some_rows || orders_many, 512, 2},
@@ -250,7 +253,7 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
     plan.threads = kTileThreads;
     plan.blocks = tile_blocks(op.rows, kernel.threads);
   } else if (kernel.kernel == TopkKernel::kMany) {
-    plan.shared_bytes = block_row_bytes(kernel.threads, op.k, op.sorted);
+    plan.shared_bytes = block_row_bytes(kernel, op);
   } else if (kernel.kernel == TopkKernel::kStreamed) {
     plan.cluster = cluster;
     plan.blocks = op.rows * cluster;
@@ -271,17 +274,28 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
     if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size, device)) return half;
     return find_instance(op, device, TopkKernel::kTile, 32);
   }
-  const int64_t warp_length = op.rows >= device.scaled(numbers.long_warp_rows) ? kMaxShortLength
-                              : op.rows >= device.scaled(numbers.warp_rows)    ? kMaxShortLength / 2
-                                                                               : numbers.warp_length;
-  if (op.length <= warp_length && op.k <= (op.sorted && op.length > kMaxShortLength / 2 ? kMaxFewK : kMaxWarpK)) {
-    return find_instance(op, device, TopkKernel::kWarp);
-  }
-  if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK)) {
+  // A warp takes long to put many in order: then only the shorter rows pay, and where there are more of them.
+  const bool orders_many = op.sorted && op.k > kMaxFewK;
+  const bool pays_long = op.rows >= device.scaled(numbers.long_warp_rows);
+  const bool pays_short = pays_long || (op.rows >= device.scaled(numbers.warp_rows) && !orders_many);
+  const int64_t warp_length = pays_long && !orders_many ? kMaxShortLength
+                              : pays_short              ? kMaxShortLength / 2
+                                                        : numbers.warp_length;
+  if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
+  // Where all rows are under way at once, bins are faster than a ranking in the order of the index, and of the shortest
+  // rows in f32 in any.
+  const bool all_at_once =
+      op.rows * std::max<int64_t>(op.length, kMaxBlockLength / 4) <= int64_t{device.multiprocessors} * kMaxBlockLength;
+  const int64_t bins_length = op.sorted          ? (op.dtype == DType::kF32 ? kMaxShortLength : 0)
+                              : op.k > kMaxTileK ? kMaxBlockLength / 2
+                                                 : kMaxBlockLength / 4;
+  const bool bins_pay = all_at_once && op.length <= bins_length;
+  if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK) && !bins_pay) {
     return find_instance(op, device, TopkKernel::kFew);
   }
   // The longest of these rows fill so many registers that few of them are under way at once.
-  if (op.length <= (some_rows || op.k >= numbers.long_block_k ? kMaxBlockLength : kMaxBlockLength / 2)) {
+  const bool holds_longest = some_rows || op.k >= (op.sorted ? numbers.long_ordered_k : numbers.long_block_k);
+  if (op.length <= (holds_longest ? kMaxBlockLength : kMaxBlockLength / 2)) {
     const int held = find_instance_for_many(op, device);
     if (held >= 0) return held;
   }
