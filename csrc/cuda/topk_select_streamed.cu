@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
-  __shared__ uint32_t unevenness, start, reaching;
+  __shared__ uint32_t unevenness, start;
   __shared__ uint32_t most_of_least, least_of_most;  // keys of the samples of warps of which each thread has some
 
   const uint32_t block_bits = kInCluster ? rows.block_bits : 0, blocks = 1u << block_bits;
@@ -209,27 +209,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
   };
 
-  uint32_t count;  // of the row's candidates, in the first block
-  // Whether k candidates are no smaller than the largest of the blocks' doubts, of which each lane knows one. Those of
-  // a block that is alone are not below its own.
-  const auto enough_reach = [&](uint64_t its_doubt) {
-    if (!kInCluster) return true;
-    const uint32_t key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
-    uint32_t own = 0;
-    Select::for_each(count, static_cast<uint64_t>(key) + 1 << format.index_bits, ~uint64_t{0},
-                     [&](uint64_t) { ++own; });
-    own = __reduce_add_sync(kFullWarp, own);
-    if (threadIdx.x % 32 == 0) lane_add(&reaching, own);
-    __syncthreads();
-    return reaching >= k;
-  };
-
   // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
   static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint32_t)) <= kRing * sizeof(uint4));
   const bool uses_bits = !op.sorted && block == 0 && Select::has_bits(format.index_bits);
 
   uint64_t bound = kLowestPair;
   uint32_t best_key = kNoKey;  // of this thread's candidates
+  uint32_t count;              // of the row's candidates, in the first block
   typename Select::Kth kth;    // its pair is 0 if the candidates are divided into bins instead,
   uint32_t key_min, top_key;   // of these keys
   uint32_t reading = 0;
@@ -244,7 +230,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       Select::init();
       if (sets_up) {
         unevenness = 0;
-        reaching = 0;
         most_of_least = 0;
         least_of_most = 0xFFFFFFFFu;
         gathering.count = 0;
@@ -315,9 +300,19 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const bool is_long = stream.own_vectors() * kElements >= 2 * kThreads;
         bool uneven = kInCluster && is_long && most_of_least > least_of_most;
         if (!uneven && rank < static_cast<uint32_t>(groups)) {
-          bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8,
-                                      Select::shared().key_min, Select::shared().key_max)
-                      .pair;
+          const uint32_t lowest = Select::shared().key_min, highest = Select::shared().key_max, slack = rank / 8;
+          const uint32_t reached_key = group != 0 ? Select::kth_key(key, rank, slack, lowest, highest) : kNoKey;
+          if (reached_key != kNoKey) {
+            bound = static_cast<uint64_t>(reached_key) << format.index_bits;
+          } else {
+            if (group != 0) {
+              Select::clear_bins();
+              __syncthreads();
+            }
+            bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, slack,
+                                        lowest, highest)
+                        .pair;
+          }
           uneven = is_long && is_uneven(bound, group == 0 ? kSampled : 1, rank, groups);
         }
         if (uneven) bound = bound_of_even_sample(stream, format, k, length, rows.capacity);
@@ -488,8 +483,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         key_min = __reduce_min_sync(kFullWarp, other < blocks ? key : 0xFFFFFFFFu);
         const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known >> 32));
         top_key = kNoKey;
-        if (op.sorted && all <= rows.capacity && key_min != kNoKey && enough_reach(its_doubt)) {
-          top_key = Select::divide(count, k, format.index_bits, key_min, key_max);
+        if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
+          const uint32_t doubt_key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
+          top_key = Select::divide(count, k, format.index_bits, key_min, key_max, doubt_key);
         }
         if (top_key != kNoKey) {
           bound = 0;
@@ -510,10 +506,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     if (bound == 0) break;
     ++reading;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      gathering.count = 0;
-      reaching = 0;
-    }
+    if (threadIdx.x == 0) gathering.count = 0;
     __syncthreads();
     if (kInCluster) {
       cluster_arrive();

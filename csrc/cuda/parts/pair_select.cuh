@@ -268,6 +268,23 @@ struct alignas(16) PairSelect {
     }
   }
 
+  // The same, roughly and for one key of each thread, or kNoKey: the least key of the bin that holds number k, or
+  // kNoKey if more than `slack` others reach that. The keys lie from key_min to key_max, and the bins are clear.
+  static __device__ __forceinline__ uint32_t kth_key(uint32_t key, uint32_t k, uint32_t slack, uint32_t key_min,
+                                                     uint32_t key_max) {
+    const int shift = max(32 - __clz(key_max - key_min) - kBinBits, 0);
+    if (key != kNoKey) atomicAdd(&shared().bins[(key_max - key) >> shift], 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared().key_max = 0;
+      shared().key_min = 0xFFFFFFFFu;
+    }
+    find_bin(k);
+    const auto found = shared().found;
+    const uint32_t last = key_max - (found.bin << shift), width = (1u << shift) - 1;
+    return found.before + found.count <= k + slack ? (last - key_min > width ? last - width : key_min) : kNoKey;
+  }
+
   // Bins of pairs whose keys lie from key_min to key_max; larger ones share the first bin.
   struct Division {
     uint64_t best, worst;
@@ -284,10 +301,11 @@ struct alignas(16) PairSelect {
 
   // Divides pairs()[0..count) into bins, which are clear, and finds that of the k-th largest. None of the keys is below
   // key_min or above key_max. Where few pairs are far above all others, these are divided again without them: the
-  // result is the key_max of the division, or kNoKey if some bin has many pairs; then the bins are clear again.
+  // result is the key_max of the division. Or it is kNoKey, and the bins are clear again: if some bin has many pairs,
+  // or that of the k-th comes down to doubt_key.
   static __device__ __noinline__ uint32_t divide(uint32_t count, uint32_t k, int index_bits, uint32_t key_min,
-                                                 uint32_t key_max) {
-    constexpr uint32_t kFew = 32;
+                                                 uint32_t key_max, uint32_t doubt_key) {
+    constexpr uint32_t kFew = 32, kSomeCrowded = 1, kTooCrowded = 2;
     bool again = false;
 #pragma unroll 1
     while (true) {
@@ -299,14 +317,21 @@ struct alignas(16) PairSelect {
       uint32_t most = 0;
 #pragma unroll
       for (uint32_t size : own.counts) most = max(most, size);
-      if (most > kMostToCompare) shared().members = 1;
+      if (most > kMostMembers) atomicMax(&shared().members, most > kMostToCompare ? kTooCrowded : kSomeCrowded);
       find_bin(k);
-      if (shared().members == 0) return key_max;
-      find_bin(min(k, kFew));
-      const uint32_t first_bin = shared().found.bin;
+      const uint32_t crowded = shared().members;
+      uint32_t first_bin = 0;
+      if (crowded != 0 && !again) {
+        find_bin(min(k, kFew));
+        first_bin = shared().found.bin;
+        find_bin(k);
+      }
+      const uint64_t depth = (static_cast<uint64_t>(shared().found.bin) + 1 << by.shift) - 1;
+      const bool is_certain = by.best > depth && (by.best - depth >> index_bits) > doubt_key;
+      if (first_bin < kBins / 2 && crowded != kTooCrowded && is_certain) return key_max;
       clear_bins();
       __syncthreads();
-      if (again || first_bin < kBins / 2) return kNoKey;
+      if (first_bin < kBins / 2) return kNoKey;
       key_max = static_cast<uint32_t>(by.best - (static_cast<uint64_t>(first_bin) << by.shift) >> index_bits);
       again = true;
     }
