@@ -8,15 +8,18 @@
 // them.
 //
 // The order of the index is found by a bit an index, set for those that are chosen, as long as shared memory has room
-// for a row's bits; the order by value, and that of longer rows, by PairSelect::order.
+// for a row's bits. For the order by value the candidates are divided into bins once, which is enough to choose them
+// too, unless many share a bin. Those, and longer rows in the order of the index, are put in order by
+// PairSelect::order.
 //
-// Every thread reads back only what it fetched itself, and a step of a warp lies far from the steps of the others.
-// Where the sample differs from warp to warp by more than chance, the row has a trend, and another sample is taken,
-// evenly from all of the block's part. Where a block that is alone finds more candidates than it has room for, it keeps
-// the k best so far, whose worst is its bound from then on, and goes on: rows that are sorted cost that a few times,
-// random rows never. Should the bound be wrong (fewer than k candidates, or the k-th of them below some block's bound)
-// or the candidates of a cluster not fit, the row is read again with a bound that is certain: the k-th best of the
-// pairs at hand. Each reading leaves fewer candidates.
+// Every thread reads back only what it fetched itself. A block's part has a stretch for each warp, and a warp takes its
+// steps from one stretch after the other: the first steps, which are the sample, lie far apart, and the candidates of a
+// sorted row, which are neighbours, are spread over the warps. Where the sample differs from warp to warp by more than
+// chance, the row has a trend, and another sample is taken, evenly from all of the block's part. Where a block that is
+// alone finds more candidates than it has room for, it keeps the k best so far, whose worst is its bound from then on,
+// and goes on: rows that are sorted cost that a few times, random rows never. Should the bound be wrong (fewer than k
+// candidates, or the k-th of them below some block's bound) or the candidates of a cluster not fit, the row is read
+// again with a bound that is certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates.
 //
 // Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
 // a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have
@@ -40,6 +43,7 @@ constexpr int kBatch = kStreamBatch;
 constexpr int kStages = kStreamStages;
 constexpr int kRing = kBatch * kStages;
 constexpr int kSampled = kSampledVectors;
+static_assert(kSampled <= kBatch, "the sample is of the first step");
 constexpr int kMaxClusterBlocks = 16;
 constexpr uint32_t kMostBeside = kSampled * 256 / 4;  // candidates beside k that are kept: there is room for four times
 
@@ -72,7 +76,7 @@ struct Stream {
   uint32_t head, end;
   uint32_t block, block_bits;
   uint32_t steps;  // of whole vectors
-  uint32_t first;  // index in the row of this thread's first vector; the next lie 32 vectors of the block further each
+  uint32_t first;  // index in the row of this lane's first vector of the block
   uint32_t edge;   // index of this thread's element outside whole vectors, or length
   bool has_edges;
   uint4* ring;  // kRing vectors, kThreads apart
@@ -84,7 +88,7 @@ struct Stream {
     end = length - (length - head) % kElements;
     constexpr uint32_t kOfStep = kThreads * kElements * kBatch;
     steps = head == end ? 0 : ((end - head - 1) / kOfStep >> block_bits) + 1;
-    first = index_of_own(threadIdx.x / 32 * steps * kBatch * 32 + threadIdx.x % 32);
+    first = index_of_own(threadIdx.x % 32);
     edge = min(threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head, length);
     has_edges = block == 0 && head + length - end != 0;
   }
@@ -106,18 +110,21 @@ struct Stream {
     return all / of_warp * 32 * of_thread + min(all % of_warp, 32 * of_thread);
   }
 
-  // Of this thread's vectors, counted through all steps.
-  __device__ __forceinline__ uint32_t index(uint32_t vector) const {
-    return first + (vector * (32 * kElements) << block_bits);
+  // In the row, of a vector of this thread's step.
+  __device__ __forceinline__ uint32_t index(uint32_t step, uint32_t vector) const {
+    const uint32_t stretch = (threadIdx.x / 32 + step) % (kThreads / 32);
+    return first + ((stretch * steps + step) * (kBatch * 32 * kElements) << block_bits) +
+           (vector * (32 * kElements) << block_bits);
   }
   __device__ __forceinline__ uint4* slot(uint32_t vector) const { return ring + vector % kRing * kThreads; }
 
   __device__ __forceinline__ void fetch(uint32_t step) const {
     if (step < steps) {
 #pragma unroll
-      for (uint32_t vector = step * kBatch; vector < step * kBatch + kBatch; ++vector) {
-        if (index(vector) < end) {
-          copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(slot(vector))), row + index(vector));
+      for (uint32_t vector = 0; vector < kBatch; ++vector) {
+        if (index(step, vector) < end) {
+          copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(slot(step * kBatch + vector))),
+                     row + index(step, vector));
         }
       }
     }
@@ -197,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     const float share = __fdividef(static_cast<float>(rank), sampled);
     const float difference = static_cast<float>(__reduce_add_sync(kFullWarp, reaching)) -
                              share * static_cast<float>(__reduce_add_sync(kFullWarp, present));
-    if (threadIdx.x % 32 == 0) atomicAdd(&unevenness, static_cast<uint32_t>(difference * difference));
+    if (threadIdx.x % 32 == 0) lane_add(&unevenness, static_cast<uint32_t>(difference * difference));
     __syncthreads();
     return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
   };
@@ -208,8 +215,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 
   uint64_t bound = kLowestPair;
   uint32_t best_key = kNoKey;  // of this thread's candidates
-  typename Select::Kth kth = {0, 0, 0};
-  uint32_t count = 0;
+  uint32_t count;              // of the row's candidates, in the first block
+  typename Select::Kth kth;    // its pair is 0 if the candidates are divided into bins instead,
+  uint32_t key_min, top_key;   // of these keys
   uint32_t reading = 0;
   while (k != 0) {
 #pragma unroll 1
@@ -238,15 +246,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const float groups = __fdividef(static_cast<float>(sample_size), static_cast<float>(max(group, 1u)));
         const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
         const float expected = __fdividef(static_cast<float>(k) * elements, static_cast<float>(length));
-        // Six standard deviations are left for chance. A group may hold several of those that are wanted.
-        const float wanted = expected + 6 * fast_sqrt(expected);
+        // Five standard deviations are left for chance. A group may hold several of those that are wanted.
+        const float wanted = expected + 5 * fast_sqrt(expected);
         const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
         const uint32_t rank = static_cast<uint32_t>(reached) + 2;
 
-        wait_for_groups<0>();
-        const auto exists = [&](uint32_t vector) {
-          return vector < stream.steps * kBatch && stream.index(vector) < stream.end;
-        };
+        wait_for_groups<kStages - 1>();
+        const auto exists = [&](uint32_t vector) { return stream.steps != 0 && stream.index(0, vector) < stream.end; };
         uint64_t largest = kNoPair;
         uint32_t least_key = 0xFFFFFFFFu;
         if (group != 0) {
@@ -259,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
             }
           }
           if (exists(0)) {
-            largest = format.pair(x, stream.index(0));
+            largest = format.pair(x, stream.index(0, 0));
             least_key = format.key(largest);
           }
           pairs[threadIdx.x] = largest;
@@ -268,7 +274,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
           for (uint32_t vector = 0; vector < kSampled; ++vector) {
             uint64_t pair = kNoPair;
             if (exists(vector)) {
-              pair = format.pair(element_of(*stream.slot(vector), threadIdx.x % kElements, T{}), stream.index(vector));
+              pair =
+                  format.pair(element_of(*stream.slot(vector), threadIdx.x % kElements, T{}), stream.index(0, vector));
               least_key = min(least_key, format.key(pair));
             }
             largest = max(largest, pair);
@@ -279,11 +286,11 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const uint32_t most = __reduce_max_sync(kFullWarp, key), least = __reduce_min_sync(kFullWarp, key);
         least_key = __reduce_min_sync(kFullWarp, least_key);
         if (threadIdx.x % 32 == 0) {
-          atomicMax(&Select::shared().key_max, most);
-          atomicMin(&Select::shared().key_min, least_key);
+          lane_max(&Select::shared().key_max, most);
+          lane_min(&Select::shared().key_min, least_key);
           if (kInCluster && least != 0) {
-            atomicMax(&most_of_least, least);
-            atomicMin(&least_of_most, most);
+            lane_max(&most_of_least, least);
+            lane_min(&least_of_most, most);
           }
         }
         Select::clear_bins();
@@ -293,9 +300,19 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const bool is_long = stream.own_vectors() * kElements >= 2 * kThreads;
         bool uneven = kInCluster && is_long && most_of_least > least_of_most;
         if (!uneven && rank < static_cast<uint32_t>(groups)) {
-          bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8,
-                                      Select::shared().key_min, Select::shared().key_max)
-                      .pair;
+          const uint32_t lowest = Select::shared().key_min, highest = Select::shared().key_max, slack = rank / 8;
+          const uint32_t reached_key = group != 0 ? Select::kth_key(key, rank, slack, lowest, highest) : kNoKey;
+          if (reached_key != kNoKey) {
+            bound = static_cast<uint64_t>(reached_key) << format.index_bits;
+          } else {
+            if (group != 0) {
+              Select::clear_bins();
+              __syncthreads();
+            }
+            bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, slack,
+                                        lowest, highest)
+                        .pair;
+          }
           uneven = is_long && is_uneven(bound, group == 0 ? kSampled : 1, rank, groups);
         }
         if (uneven) bound = bound_of_even_sample(stream, format, k, length, rows.capacity);
@@ -336,19 +353,19 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(first_vector + v);
         // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
         const float largest = largest_element<T>(vectors);
-        const bool reaches = stream.index(first_vector) < stream.end && !(largest < bound_element) &&
-                             !(largest == bound_element && stream.index(first_vector) > bound_index);
+        const bool reaches = stream.index(step, 0) < stream.end && !(largest < bound_element) &&
+                             !(largest == bound_element && stream.index(step, 0) > bound_index);
         if (__any_sync(kFullWarp, reaches || is_full)) {
           const auto pair_of = [&](uint32_t bit) {
             const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
             const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
-            return format.pair(as_float(element), stream.index(vector) + e);
+            return format.pair(as_float(element), stream.index(step, bit / kElements) + e);
           };
           uint32_t mask = 0;
           if (reaches) {
 #pragma unroll
             for (int i = 0; i < kBatch * kElements; ++i) {
-              const bool inside = i < kElements || stream.index(first_vector + i / kElements) < stream.end;
+              const bool inside = i < kElements || stream.index(step, i / kElements) < stream.end;
               if (inside && !(element_of(vectors[i / kElements], i % kElements, T{}) < bound_element)) mask |= 1u << i;
             }
             mask &= ~placed;
@@ -362,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
             }
           }
           const int own = __popc(mask);
-          uint32_t place = reserve(own);
+          uint32_t place = own != 0 ? atomicAdd(&gathering.count, own) : 0;
           const auto keep = [&](uint32_t bit, uint64_t pair) {
             mask ^= 1u << bit;
             placed |= 1u << bit;
@@ -374,7 +391,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 #pragma unroll 1
             for (uint32_t v = 0; v < kBatch; ++v) {
               const uint4 vector = *stream.slot(first_vector + v);
-              const uint32_t index = stream.index(first_vector + v);
+              const uint32_t index = stream.index(step, v);
 #pragma unroll
               for (uint32_t e = 0; e < kElements; ++e) {
                 const uint32_t bit = v * kElements + e;
@@ -459,14 +476,24 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       const uint32_t all = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known));
       count = min(all, rows.capacity);
       bound = kLowestPair;
+      kth = {0, 0, 0};
       if (count >= k) {
         const uint64_t its_doubt = other == 0 ? doubt : other < blocks ? gathering.doubts[other] : 0;
         const uint32_t key = its_doubt == kNoRoom ? kNoKey : format.least_key(its_doubt);
-        kth = Select::kth_largest(count, k, format.index_bits, 0,
-                                  __reduce_min_sync(kFullWarp, other < blocks ? key : 0xFFFFFFFFu),
-                                  __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known >> 32)));
-        const bool exact = kth.pair >= its_doubt;
-        bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth.pair;
+        key_min = __reduce_min_sync(kFullWarp, other < blocks ? key : 0xFFFFFFFFu);
+        const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known >> 32));
+        top_key = kNoKey;
+        if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
+          const uint32_t doubt_key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
+          top_key = Select::divide(count, k, format.index_bits, key_min, key_max, doubt_key);
+        }
+        if (top_key != kNoKey) {
+          bound = 0;
+        } else {
+          kth = Select::kth_largest(count, k, format.index_bits, 0, key_min, key_max);
+          const bool exact = kth.pair >= its_doubt;
+          bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth.pair;
+        }
       }
       if (threadIdx.x != 0 && threadIdx.x < blocks) {
         send(address_in_block(&gathering.next_bound, threadIdx.x), bound,
@@ -490,10 +517,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   if (block == 0 && k != 0) {
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
-    if (op.sorted) {
+    if (op.sorted && kth.pair == 0) {
+      Select::order_by_bins(count, k, {format.index_bits, key_min, top_key}, spare, write);
+    } else if (op.sorted) {
       Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     } else if (uses_bits) {
-      Select::in_order_of_index(count, kth.pair, format.index_bits, ring, write);
+      constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
+      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, length >= 64 * k, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }

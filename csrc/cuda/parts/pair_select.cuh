@@ -40,8 +40,9 @@ template <int kThreads, int kBinsOfThread>
 struct alignas(16) PairSelect {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = kBinsOfThread * kThreads;
-  static constexpr int kMostMembers = 64;     // of a bin, to be ranked by comparing each with all
-  static constexpr uint32_t kMostOfBin = 16;  // of a bin, to be put in order so
+  static constexpr int kMostMembers = 64;          // of a bin, to be ranked by comparing each with all
+  static constexpr uint32_t kMostOfBin = 16;       // of a bin, to be put in order so
+  static constexpr uint32_t kMostToCompare = 128;  // of a bin, before there is a faster way to put them in order
   static constexpr int kBinBits = (kThreads == 1024  ? 10
                                    : kThreads == 512 ? 9
                                                      : 8) +
@@ -213,7 +214,7 @@ struct alignas(16) PairSelect {
   // are cleared. For all threads together; a barrier must follow.
   static __device__ __forceinline__ void prepare(uint32_t key) {
     key = __reduce_max_sync(kFullWarp, key);
-    if (threadIdx.x % 32 == 0) atomicMax(&shared().key_max, key);
+    if (threadIdx.x % 32 == 0) lane_max(&shared().key_max, key);
     clear_bins();
   }
 
@@ -237,8 +238,8 @@ struct alignas(16) PairSelect {
         key_max = __reduce_max_sync(kFullWarp, key_max);
         key_min = __reduce_min_sync(kFullWarp, key_min);
         if (threadIdx.x % 32 == 0) {
-          atomicMax(&shared().key_max, key_max);
-          atomicMin(&shared().key_min, key_min);
+          lane_max(&shared().key_max, key_max);
+          lane_min(&shared().key_min, key_min);
         }
         __syncthreads();
         key_max = shared().key_max;
@@ -256,7 +257,7 @@ struct alignas(16) PairSelect {
         key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
       });
       key_varying = __reduce_or_sync(kFullWarp, key_varying);
-      if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
+      if (threadIdx.x % 32 == 0) lane_or(&shared().key_varying, key_varying);
       __syncthreads();
       const uint32_t overall_varying = shared().key_varying;
       if (threadIdx.x == 0) {
@@ -286,6 +287,99 @@ struct alignas(16) PairSelect {
     }
   }
 
+  // The same, roughly and for one key of each thread, or kNoKey: the least key of the bin that holds number k, or
+  // kNoKey if more than `slack` others reach that. The keys lie from key_min to key_max, and the bins are clear.
+  static __device__ __forceinline__ uint32_t kth_key(uint32_t key, uint32_t k, uint32_t slack, uint32_t key_min,
+                                                     uint32_t key_max) {
+    const int shift = max(32 - __clz(key_max - key_min) - kBinBits, 0);
+    if (key != kNoKey) atomicAdd(&shared().bins[(key_max - key) >> shift], 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared().key_max = 0;
+      shared().key_min = 0xFFFFFFFFu;
+    }
+    find_bin(k);
+    const auto found = shared().found;
+    const uint32_t last = key_max - (found.bin << shift), width = (1u << shift) - 1;
+    return found.before + found.count <= k + slack ? (last - key_min > width ? last - width : key_min) : kNoKey;
+  }
+
+  // Bins of pairs whose keys lie from key_min to key_max; larger ones share the first bin.
+  struct Division {
+    uint64_t best, worst;
+    int shift;
+
+    __device__ __forceinline__ Division(int index_bits, uint32_t key_min, uint32_t key_max)
+        : best((static_cast<uint64_t>(key_max) + 1 << index_bits) - 1),
+          worst(max(kLowestPair, static_cast<uint64_t>(key_min) << index_bits)),
+          shift(shift_for(best - worst)) {}
+    __device__ __forceinline__ uint32_t bin_of(uint64_t pair) const {
+      return pair < best ? static_cast<uint32_t>((best - pair) >> shift) : 0;
+    }
+  };
+
+  // Divides pairs()[0..count) into bins, which are clear, and finds that of the k-th largest. None of the keys is below
+  // key_min or above key_max. Where few pairs are far above all others, these are divided again without them: the
+  // result is the key_max of the division. Or it is kNoKey, and the bins are clear again: if some bin has many pairs,
+  // or that of the k-th comes down to doubt_key.
+  static __device__ __noinline__ uint32_t divide(uint32_t count, uint32_t k, int index_bits, uint32_t key_min,
+                                                 uint32_t key_max, uint32_t doubt_key) {
+    constexpr uint32_t kFew = 32, kSomeCrowded = 1, kTooCrowded = 2;
+    bool again = false;
+#pragma unroll 1
+    while (true) {
+      const Division by(index_bits, key_min, key_max);
+      if (threadIdx.x == 0) shared().members = 0;
+      for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) { atomicAdd(&shared().bins[by.bin_of(pair)], 1); });
+      __syncthreads();
+      const Bins own = own_bins();
+      uint32_t most = 0;
+#pragma unroll
+      for (uint32_t size : own.counts) most = max(most, size);
+      if (most > kMostMembers) atomicMax(&shared().members, most > kMostToCompare ? kTooCrowded : kSomeCrowded);
+      find_bin(k);
+      const uint32_t crowded = shared().members;
+      uint32_t first_bin = 0;
+      if (crowded != 0 && !again) {
+        find_bin(min(k, kFew));
+        first_bin = shared().found.bin;
+        find_bin(k);
+      }
+      const uint64_t depth = (static_cast<uint64_t>(shared().found.bin) + 1 << by.shift) - 1;
+      const bool is_certain = by.best > depth && (by.best - depth >> index_bits) > doubt_key;
+      if (first_bin < kBins / 2 && crowded != kTooCrowded && is_certain) return key_max;
+      clear_bins();
+      __syncthreads();
+      if (first_bin < kBins / 2) return kNoKey;
+      key_max = static_cast<uint32_t>(by.best - (static_cast<uint64_t>(first_bin) << by.shift) >> index_bits);
+      again = true;
+    }
+  }
+
+  // Calls write(place, pair) for the k largest of pairs()[0..count) in descending order, after a division in which few
+  // of them share a bin. `spare` has room for k pairs and kMostToCompare more.
+  template <class Write>
+  static __device__ __forceinline__ void order_by_bins(uint32_t count, uint32_t k, const Division& by, uint64_t* spare,
+                                                       Write write) {
+    uint32_t* bins = shared().bins;
+    const uint32_t last_bin = shared().found.bin, size = shared().found.before + shared().found.count;
+    scan(bins, kBins);
+    for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) {
+      if (by.bin_of(pair) <= last_bin) spare[atomicAdd(&bins[by.bin_of(pair)], 1)] = pair;
+    });
+    __syncthreads();
+    // Now bins[b] is where bin b ends, and the next begins.
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+      const uint64_t pair = spare[i];
+      const uint32_t bin = by.bin_of(pair);
+      uint32_t rank = bin == 0 ? 0 : bins[bin - 1];
+#pragma unroll 4
+      for (uint32_t other = rank, end = bins[bin]; other < end; ++other) rank += spare[other] > pair;
+      if (rank < k) write(rank, pair);
+    }
+  }
+
   // For in_order_of_index: a bit an index, in vectors of 16 bytes, and behind these a word a vector. A thread can see
   // to few vectors.
   static constexpr int kMostVectors = 4;
@@ -294,15 +388,19 @@ struct alignas(16) PairSelect {
     return vectors_of_bits(index_bits) <= kMostVectors * kThreads;
   }
 
-  // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in ascending
-  // order of the index. The bits are clear: then those of the chosen are set, and counted up to each vector.
+  // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, of which there are k, with
+  // its place in ascending order of the index. The bits are clear: then those of the chosen are set, and counted up to
+  // each vector. Where neighbours in pairs() are far apart in that order, they can be put in order behind the bits
+  // first, since whole lines are faster to write.
   template <class Write>
-  static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, int index_bits, uint4* bits,
-                                                           Write write) {
+  static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, uint32_t k, int index_bits,
+                                                           uint4* bits, uint32_t bytes, bool are_far, Write write) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
     const uint32_t vectors = vectors_of_bits(index_bits);
     uint32_t* before = reinterpret_cast<uint32_t*>(bits + vectors);
+    uint64_t* in_order = reinterpret_cast<uint64_t*>(before + (vectors + 1) / 2 * 2);
+    const bool gathers = are_far && reinterpret_cast<uint4*>(in_order + k) <= bits + bytes / sizeof(uint4);
     for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
       const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
       atomicOr(reinterpret_cast<uint32_t*>(bits) + index / 32, 1u << index % 32);
@@ -341,8 +439,16 @@ struct alignas(16) PairSelect {
                                                 : word == 2 ? below
                                                             : 0)) +
                              __popc(vector.w & (word == 3 ? below : 0));
-      write(place, pair);
+      if (gathers) {
+        in_order[place] = pair;
+      } else {
+        write(place, pair);
+      }
     });
+    if (!gathers) return;
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t place = threadIdx.x; place < k; place += kThreads) write(place, in_order[place]);
   }
 
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, with its place in
