@@ -24,8 +24,8 @@ struct GlobalRow {
 constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
   if (lanes == 8) {
     if (mode == KeyMode::kGroups) return 6;
-    if (mode == KeyMode::kScores) return chunks <= 4 ? 9 : 6;
-    return chunks <= 4 ? 10 : 8;
+    if (mode == KeyMode::kScores) return chunks <= 4 ? 9 : 8;
+    return 10;
   }
   if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
   if (chunks > 4) return chunks <= 6 ? 7 : 5;

@@ -39,10 +39,25 @@ template <Accuracy kAccuracy, int kLanes, int kFullChunks, int kElements>
 __device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
                                            uint32_t eligible, const float* bias, float (&keys)[kElements]) {
   const bool biased = kAccuracy == Accuracy::kRough || bias != nullptr;
-  if (biased) load_tile<kLanes, kFullChunks>(bias, experts, kLanes == 8 || rows_have_quads(bias, experts, 4), keys);
+  // A lane's biases wait in the places of its keys; but where these are many, each quad is loaded when it is added, as
+  // it comes from near and there would be registers for fewer warps.
+  constexpr bool kByQuads = kAccuracy == Accuracy::kRough && kLanes == 8 && kElements > 16;
+  if constexpr (!kByQuads) {
+    if (biased) load_tile<kLanes, kFullChunks>(bias, experts, kLanes == 8 || rows_have_quads(bias, experts, 4), keys);
+  }
   with_score<kAccuracy>(score, [&](auto score_of) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
+      if constexpr (kByQuads) {
+        static_assert(kFullChunks == kElements / 4);
+        if (i % 4 == 0) {
+          const float4 quad = load_quad(bias + expert_of<kLanes>(tile_lane<kLanes>(), i));
+          keys[i] = quad.x;
+          keys[i + 1] = quad.y;
+          keys[i + 2] = quad.z;
+          keys[i + 3] = quad.w;
+        }
+      }
       const float s = score_of(logits[i]);
       if constexpr (kAccuracy == Accuracy::kRough) {
         keys[i] = s + keys[i];  // in one instruction with the score's last
