@@ -152,7 +152,7 @@ def _dense_router() -> Iterator[Line]:
 def _expert_dispatch() -> Iterator[Line]:
     for experts in (64, 256, 384):
         yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8})
-    for tokens in (512, 16384):
+    for tokens in (512, 2048, 16384):
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
     yield Line("expert_dispatch", "tokens", 1, 4096, {"experts": 256, "k": 8, "align": 128})
     yield Line("expert_counts", "tokens", 1, 200000, {"experts": 256, "k": 8})
@@ -173,6 +173,7 @@ def _moved() -> Iterator[Line]:
         yield line("combine_cotangent", hidden, is_timed, dtype=dtype)
     for dtype in DTYPES:
         yield line("combine", 2048, dtype == "bf16", dtype=dtype, slots=256)
+    yield line("combine", 16384, True, dtype="bf16", slots=256)
     yield line("permute", 2047, False, dtype="f16", element_bytes=1)
 
 

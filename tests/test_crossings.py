@@ -168,24 +168,28 @@ NUMBERS = {
         (UNFUSED, "bf16 logits many 112 by 1", "bf16 logits many 128 by 1", UNFUSED),
     ),
     "ExpertDispatchNumbers.few_experts": (
+        "expert_dispatch/experts/N512/k8",
+        ("cluster of 256 threads, 16 chunks", "cluster of 512 threads, 8 chunks"),
+    ),
+    "ExpertDispatchNumbers.few_wave_experts": (
         "expert_dispatch/experts/N16384/k8",
         ("one wave of 256 threads", "one wave of 512 threads"),
     ),
-    "ExpertDispatchNumbers.two_block_experts": (
-        "expert_dispatch/experts/N512/k8",
-        ("cluster of 512 threads, 16 chunks", "cluster of 512 threads, 2 chunks"),
+    "ExpertDispatchNumbers.many_experts": (
+        "expert_dispatch/experts/N2048/k8",
+        ("cluster of 512 threads, 16 chunks", "cluster of 512 threads, 8 chunks"),
     ),
     "ExpertDispatchNumbers.lone_block_unused": (
         "expert_dispatch/tokens/E256/k8/align128",
-        ("cluster of 512 threads, 1 chunks", "cluster of 512 threads, 16 chunks"),
+        ("cluster of 256 threads, 1 chunks", "cluster of 256 threads, 16 chunks"),
     ),
     "kClusterRounds": (
         "expert_dispatch/tokens/E384/k8",
         (
             "cluster of 512 threads, 1 chunks",
-            "cluster of 512 threads, 2 chunks",
+            "cluster of 512 threads, 8 chunks",
             "cluster of 512 threads, 16 chunks",
-            "one wave of 512 threads",
+            "one wave of 256 threads",
         ),
     ),
     "kOneWaveCut": ("expert_dispatch/tokens/E256/k8", ("one wave of 512 threads", "longer of 512 threads")),
@@ -193,7 +197,11 @@ NUMBERS = {
         "permute/tokens/bf16/D2048/k8",
         ("copy 16 bytes of a slot", "copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
     ),
-    "CombineNumbers.reads_of_row": ("combine/tokens/bf16/slots256/D2048/k8", ("bf16 wide", "bf16 table")),
+    "CombineNumbers.reads_of_row": ("combine/tokens/bf16/slots256/D16384/k8", ("bf16 wide", "bf16 table")),
+    "CombineNumbers.filled_tenths": (
+        "combine/tokens/bf16/slots256/D2048/k8",
+        ("bf16 wide", "bf16 table", "bf16 wide", "bf16 table"),
+    ),
     "CombineCotangentNumbers.multiprocessors_a_block": (
         "combine_cotangent/tokens/bf16/D2048/k8",
         ("bf16 wide, choices apart", "bf16 wide, choices together"),

@@ -4,8 +4,8 @@
 // before it adds the first one, in the order of the choices. Floor: a row read for each choice that has a slot, and
 // tokens * hidden elements written.
 //
-// Where many tokens share few rows, a block has 32 pieces of all rows in shared memory, the choices of a batch of
-// tokens beside them, and a warp adds up a token's. Floor: tokens * hidden elements written.
+// Where many tokens share few rows, a block has 32 pieces of all rows in shared memory, and each warp the choices of
+// some tokens of a batch, which it adds up without waiting for the others. Floor: tokens * hidden elements written.
 #include "kernels.h"
 #include "parts/async_copy.cuh"
 #include "parts/launch.cuh"
@@ -60,8 +60,10 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr uint32_t kWarps = kTableThreads / 32;
 
-  // A thread moves one choice of some tokens of a batch to shared memory, by way of registers.
+  // A thread moves one choice of some tokens of a batch to shared memory, by way of registers; a warp, all choices of
+  // the tokens that it adds up.
   constexpr uint32_t kStep = kTableThreads / kTableChoices, kMoved = kTableTokens / kStep;
+  constexpr uint32_t kAtOnce = 32 / kTableChoices;  // tokens of a warp
   const uint32_t token_moved = threadIdx.x / kTableChoices, j = threadIdx.x % kTableChoices;
   int slot[kMoved];
   float weight[kMoved];
@@ -110,9 +112,10 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
     __syncthreads();
     for (; batch < end; ++batch) {
       load_choices(batch + 1);
-      const uint4* of_token = choices + (batch % 2 * kTableTokens + warp) * words;
 #pragma unroll 1
-      for (uint32_t i = warp; i < kTableTokens; i += kWarps, of_token += kWarps * words) {
+      for (uint32_t t = 0; t < kAtOnce * kMoved; ++t) {
+        const uint32_t i = warp * kAtOnce + t % kAtOnce + t / kAtOnce * kStep;
+        const uint4* of_token = choices + (batch % 2 * kTableTokens + i) * words;
         typename P::Floats sums = {};
 #pragma unroll 1
         for (uint32_t word = 0; word < words; ++word) {
@@ -132,8 +135,9 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
         }
       }
       store_choices((batch + 1) % 2);
-      __syncthreads();
+      __syncwarp();
     }
+    __syncthreads();  // nobody reads the table any more
   }
 }
 

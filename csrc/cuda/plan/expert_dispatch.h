@@ -39,8 +39,9 @@ struct SortLayout {
   JR_DEVICE_TOO constexpr uint32_t clusters() const { return chunks / cluster_blocks; }
 };
 
-constexpr uint32_t kMaxSortBlocks = 16;  // of a cluster that holds a whole sort
-constexpr uint32_t kCountBlocks = 8;     // of the clusters that count the chunks of a long sort
+constexpr uint32_t kMaxSortBlocks = 16;    // of a cluster that holds a whole sort
+constexpr uint32_t kEnoughSortBlocks = 8;  // where there are many experts, or few choices
+constexpr uint32_t kCountBlocks = 8;       // of the clusters that count the chunks of a long sort
 // Threads of a block, in the order of preference. The tables of the warps' counts lie in shared memory beside each
 // other, so many experts leave room for few warps: for 128 threads alone where a block has no more than 99 KiB.
 constexpr int kSortThreads[] = {512, 256, 128};
@@ -50,13 +51,15 @@ constexpr int64_t kSortStaticBytes = 1024;  // at most, of what the kernels decl
 constexpr uint32_t kMaskBins = 512;
 
 struct ExpertDispatchNumbers {
-  int few_experts;        // up to so many, blocks have 256 threads: each has one bin at most
-  int two_block_experts;  // from so many on, a sort that two blocks can hold has no more
-  int lone_block_unused;  // slots without a choice that one block, or two, clear as fast as more do
+  int few_experts;        // up to so many, the blocks of a cluster have 256 threads, but for the longest sorts
+  int few_wave_experts;   // up to so many, those of one wave, on a device with clusters
+  int many_experts;       // from so many on, a cluster has kEnoughSortBlocks at most
+  int lone_block_unused;  // slots without a choice that one block clears as fast as more do
 };
-// Measured on an H100 alone, one sort at a time.
+// Measured on an H100 alone, one sort at a time, of 8 to 4096 experts.
 constexpr auto kExpertDispatchNumbers =
-    everywhere(ExpertDispatchNumbers{/*few_experts=*/255, /*two_block_experts=*/320, /*lone_block_unused=*/4096});
+    everywhere(ExpertDispatchNumbers{/*few_experts=*/256, /*few_wave_experts=*/1536, /*many_experts=*/512,
+                                     /*lone_block_unused=*/4096});
 
 enum class SortKernel {
   kCluster,  // a sort is one cluster's work, each block's chunk one tile
@@ -82,6 +85,10 @@ constexpr SortCut kLongerCut{2, 32, 4};
 
 constexpr uint32_t most_sort_blocks(const Device& device) {
   return std::min<uint32_t>(device.cluster_blocks(), kMaxSortBlocks);
+}
+constexpr uint32_t sort_blocks(const ExpertDispatch& op, const Device& device) {
+  const bool many = op.experts >= kExpertDispatchNumbers.of(device).many_experts;
+  return many ? std::min(most_sort_blocks(device), kEnoughSortBlocks) : most_sort_blocks(device);
 }
 constexpr uint32_t count_blocks(const Device& device) { return device.has_clusters ? kCountBlocks : 1; }
 
@@ -155,8 +162,8 @@ inline std::optional<ExpertDispatchPlan> cut_plan(const ExpertDispatch& op, Sort
 }
 
 // Into how many chunks a sort is cut that one cluster holds, of `most` blocks at most. Every block adds up the counts
-// of all: one block does without, two are enough where there are many experts to add up, and else more blocks are
-// faster, as they are where many slots without a choice are to be cleared.
+// of all: one block does without, some are enough where there are more experts to add up and few choices, and else more
+// blocks are faster, as they are where many slots without a choice are to be cleared.
 constexpr int64_t cluster_chunks(const ExpertDispatch& op, int threads, int64_t most, const Device& device) {
   const int64_t choices = op.tokens * op.k;
   const int64_t held = threads * int64_t{kClusterRounds};
@@ -169,13 +176,13 @@ constexpr int64_t cluster_chunks(const ExpertDispatch& op, int threads, int64_t 
     while (chunks < most && choices > chunks * threads) chunks *= 2;
     return chunks;
   }
-  const bool two = op.experts >= numbers.two_block_experts && choices <= 2 * held && !clears;
-  return two ? 2 : most;
+  const bool enough = op.experts > numbers.few_experts && choices <= kEnoughSortBlocks * held / 2 && !clears;
+  return enough ? std::min<int64_t>(most, kEnoughSortBlocks) : most;
 }
 
 inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int threads, const Device& device) {
   const int64_t choices = op.tokens * op.k;
-  const int64_t most = most_sort_blocks(device);
+  const int64_t most = sort_blocks(op, device);
   if (choices <= most * threads * int64_t{kClusterRounds}) {
     return cluster_plan(op, threads, cluster_chunks(op, threads, most, device), device);
   }
@@ -186,21 +193,29 @@ inline std::optional<ExpertDispatchPlan> plan_with(const ExpertDispatch& op, int
   return cut_plan(op, SortKernel::kLonger, threads, device);
 }
 
-// Whether blocks of so many threads hold a sort in a cluster of theirs, or in one wave where no cluster can.
-constexpr bool holds_better(const ExpertDispatch& op, int threads, const Device& device) {
+// Whether blocks of 256 threads are better than those of the most: where a cluster of theirs holds the sort, or one
+// wave where no cluster can.
+constexpr bool prefers_few_threads(const ExpertDispatch& op, const Device& device) {
+  const ExpertDispatchNumbers& numbers = kExpertDispatchNumbers.of(device);
+  const int threads = kSortThreads[1];
   const int64_t choices = op.tokens * op.k;
-  const int64_t cluster = count_blocks(device);
   const int64_t of_cluster = int64_t{most_sort_blocks(device)} * kClusterRounds;
-  const int64_t of_wave = kOneWaveCut.clusters_on(device, cluster) * cluster * kOneWaveCut.rounds;
-  return choices <= of_cluster * threads || (choices > of_cluster * kMostSortThreads && choices <= of_wave * threads);
+  if (choices <= of_cluster * kMostSortThreads) {
+    return op.experts <= numbers.few_experts && choices <= of_cluster * threads;
+  }
+  const int64_t cluster = count_blocks(device);
+  const int64_t clusters = std::max<int64_t>(kOneWaveCut.clusters_on(device, cluster) / op.batch, 1);
+  const int64_t of_wave = clusters * cluster * kOneWaveCut.rounds;
+  const int few =
+      device.has_clusters ? numbers.few_wave_experts : threads - 1;  // a bin a thread, with that of no expert
+  return op.experts <= few && choices <= of_wave * threads;
 }
 
 inline std::optional<ExpertDispatchPlan> plan(const ExpertDispatch& op, const Device& device) {
   if (!has_numbered_choices(op)) return std::nullopt;
-  const bool fewer =
-      op.experts <= kExpertDispatchNumbers.of(device).few_experts && holds_better(op, kSortThreads[1], device);
+  const bool few_threads = prefers_few_threads(op, device);
   for (int threads : kSortThreads) {
-    if (threads == kMostSortThreads && fewer) continue;
+    if (threads == kMostSortThreads && few_threads) continue;
     if (const auto found = plan_with(op, threads, device)) return found;
   }
   return std::nullopt;

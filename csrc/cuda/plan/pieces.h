@@ -38,7 +38,6 @@ struct RowBlocks {
   int warps;            // of a row in a block
   Quotient by_parts;    // of the number of a block
   int64_t blocks;
-  int64_t all_warps;  // of all rows
 
   // None where numbers of rows or of blocks have more than 31 bits.
   static std::optional<RowBlocks> of(int64_t all_rows, int64_t row_warps, int most_warps) {
@@ -49,7 +48,6 @@ struct RowBlocks {
     shared.block_rows = static_cast<uint32_t>(most_warps / shared.warps);
     shared.by_parts = Quotient::by(shared.parts);
     shared.blocks = ceil_div(all_rows, shared.block_rows) * shared.parts;
-    shared.all_warps = all_rows * row_warps;
     return std::max(all_rows, shared.blocks) <= kMostBlocks ? std::optional(shared) : std::nullopt;
   }
 };
