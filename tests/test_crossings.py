@@ -29,7 +29,8 @@ LINES = {line.id: line for line in lines()}
 # followed by the next at some threshold, wherever the number puts that. Not here is what no choice on an H100 depends
 # on: of HalfWarpRows, those of 1, which are for all rows, and those for which no tile was compiled; TopkSelectNumbers'
 # candidates and lone_candidates, which are room that a kernel has, and small_part, as rows so short are not streamed
-# where clusters have room; and the first of DenseRouterNumbers' clusters, of a kernel that pays nowhere.
+# where clusters have room; and the first of DenseRouterNumbers' clusters, of a kernel that pays nowhere. Nor are
+# HalfWarpRows of 16-bit logits without a bias, which are those of 32-bit ones.
 NUMBERS = {
     "ActivationTopkNumbers.half_warps, logits, 6 quads": (
         "activation_topk/rows/f32/E384/k6",
@@ -55,6 +56,22 @@ NUMBERS = {
         "activation_topk/rows/f32/groups8/E256/k8",
         ("f32 groups tile 32x2", "f32 groups tile 16x4"),
     ),
+    "ActivationTopkNumbers.half_warps, 16-bit scores, 4 quads": (
+        "activation_topk/rows/bf16/bias/E256/k6",
+        ("bf16 scores tile 32x2", "bf16 scores tile 16x4"),
+    ),
+    "ActivationTopkNumbers.half_warps, 16-bit scores, 6 quads": (
+        "activation_topk/rows/bf16/bias/E384/k6",
+        ("bf16 scores tile 32x3", "bf16 scores tile 16x6"),
+    ),
+    "ActivationTopkNumbers.half_warps, 16-bit scores, 8 quads": (
+        "activation_topk/rows/bf16/bias/E512/k6",
+        ("bf16 scores tile 32x4", "bf16 scores tile 16x8"),
+    ),
+    "ActivationTopkNumbers.half_warps, 16-bit groups": (
+        "activation_topk/rows/bf16/groups8/E256/k8",
+        ("bf16 groups tile 32x2", "bf16 groups tile 16x4"),
+    ),
     "ActivationTopkNumbers.quarter_warps, logits": (
         "activation_topk/rows/bf16/E256/k6",
         ("bf16 logits tile 16x4", "bf16 logits tile 8x8"),
@@ -64,6 +81,10 @@ NUMBERS = {
         ("bf16 scores tile 16x4", "bf16 scores tile 8x8"),
     ),
     "ActivationTopkNumbers.quarter_warps, groups": (
+        "activation_topk/rows/bf16/groups8/E256/k8",
+        ("bf16 groups tile 16x4", "bf16 groups tile 8x8"),
+    ),
+    "ActivationTopkNumbers.long_quarter_warps": (
         "activation_topk/rows/f32/groups8/E256/k8",
         ("f32 groups tile 16x4", "f32 groups tile 8x8"),
     ),

@@ -175,7 +175,6 @@ TAKEN_ELSEWHERE = {
     ("B200", "dense_router/bf16/D4096/E256/k6/N4096"): "unfused",
     # As many rows a multiprocessor are fewer.
     ("a seventh of an H100", "activation_topk/E384/k6/N64"): "f32 logits tile 16x6",
-    ("a seventh of an H100", "activation_topk/E256/k6/N64/bias"): "f32 scores tile 16x4",
     ("half of an H100", "topk_select/B64/L65536/k2048"): "f32 streamed 512, 1 blocks a row",
 }
 

@@ -25,9 +25,9 @@ constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_b
   if (lanes == 8) {
     if (mode == KeyMode::kGroups) return 6;
     if (mode == KeyMode::kScores) return chunks <= 4 ? 9 : 8;
-    return 10;
+    return chunks <= 4 ? 10 : 8;
   }
-  if (mode == KeyMode::kLogits) return chunks <= 2 ? 12 : 0;
+  if (mode == KeyMode::kLogits) return chunks <= (lanes == 16 ? 3 : 2) ? 12 : 0;
   if (chunks > 4) return chunks <= 6 ? 7 : 5;
   if (mode == KeyMode::kScores) return 9;
   return (lanes == 16 ? 9 : 8) - (element_bytes == 2 ? 1 : 0);

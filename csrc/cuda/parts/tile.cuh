@@ -300,21 +300,20 @@ __device__ __forceinline__ float merge_descending(float value) {
   return value;
 }
 
-// A bound that at least k of the tile's keys reach, but not many more: the k-th largest of 16 or 32 maxima of them.
+// 16 or 32 maxima of the tile's keys, or the 8 largest of them, in descending order: lane i has number i, of at least
+// k. At least k of the keys reach number k - 1, but not many more.
 template <int kLanes>
-__device__ __forceinline__ float bound_of_best(float lane_maximum, int k) {
-  if (kLanes == 32 && k > max_tile_k(16)) {
-    return __shfl_sync(kFullWarp, sort_descending<32>(lane_maximum), k - 1);
-  }
+__device__ __forceinline__ float sorted_maxima(float lane_maximum, int k) {
+  if (kLanes == 32 && k > max_tile_k(16)) return sort_descending<32>(lane_maximum);
   if constexpr (kLanes == 32) lane_maximum = fmaxf(lane_maximum, __shfl_xor_sync(kFullWarp, lane_maximum, 16));
-  return __shfl_sync(kFullWarp, sort_descending<16>(lane_maximum), k - 1, 16);
+  return sort_descending<16>(lane_maximum);
 }
 template <int kLanes>
-__device__ __forceinline__ float bound_of_best(float2 maxima, int k) {
+__device__ __forceinline__ float sorted_maxima(float2 maxima, int k) {
   static_assert(kLanes == 8);
   // The 8 best of two runs in order: the larger of each number of one and the mirror image of the other, to be sorted.
   const float mirrored = __shfl_xor_sync(kFullWarp, sort_descending<8>(maxima.y), 7);
-  return __shfl_sync(kFullWarp, merge_descending<8>(fmaxf(sort_descending<8>(maxima.x), mirrored)), k - 1, 8);
+  return merge_descending<8>(fmaxf(sort_descending<8>(maxima.x), mirrored));
 }
 
 // The exact k best of the eligible keys, best first, into candidates.
@@ -441,7 +440,9 @@ template <int kLanes, class Keys>
 __device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, LaneMaxima<kLanes> maxima, int k,
                                                 int needed, float margin, int* candidates, int& count) {
   const int lane = tile_lane<kLanes>();
-  float bound = bound_of_best<kLanes>(maxima, k);
+  const float sorted = sorted_maxima<kLanes>(maxima, k);
+  const auto maximum = [&](int i) { return __shfl_sync(kFullWarp, sorted, i, kLanes); };
+  float bound = maximum(k - 1);
   uint32_t low = 0;
   uint32_t high = 0;
   bool probing = false;  // whether it is open that at least `needed` keys reach the bound
@@ -454,22 +455,24 @@ __device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligi
     position = exclusive_sum_of_tile<kLanes>(__popc(reach), count);
     const bool crowded = count > kSlots<kLanes>;
     const bool fits = !crowded && count >= needed;
-    if (!__any_sync(kFullWarp, probing || !fits)) break;
-    if (attempt == 0) {
-      low = order_key(bound);
-      high = order_key(tile_max_nan<kLanes>(largest_of(maxima)));
-    }
-    // It is equal keys that are too many if the next larger bound, which is the first to be tried, is too large.
-    const bool tied = attempt == 1 && probing && !crowded && !fits;
+    if (!__any_sync(kFullWarp, (probing && margin != 0.0f) || !fits)) break;
+    const uint32_t key = order_key(bound);
+    // It is equal keys that are too many if the next larger bound is too large.
+    const bool tied = probing && !crowded && !fits && key == low + 1;
     if (__any_sync(kFullWarp, tied) || attempt == kMostAttempts) return false;
-    if (fits) {
-      probing = false;
+    // The next larger maximum most often will do. If not, a bound is tried that tells if keys are equal, and then those
+    // halfway between one that too many keys reach and one that too few do.
+    uint32_t next;
+    if (attempt == 0) {
+      low = key;
+      high = order_key(maximum(0));
+      next = max(order_key(maximum(max(k - 2, 0))), key + 1);
     } else {
-      // Halfway between a bound that too many keys reach and one that too few do.
-      (crowded ? low : high) = order_key(bound);
-      bound = float_of_key(attempt == 0 ? low + 1 : low + (high - low) / 2);
-      probing = true;
+      if (!fits) (crowded ? low : high) = key;
+      next = low + (attempt == 1 ? 1 : (high - low) / 2);
     }
+    probing = !fits;
+    if (!fits) bound = float_of_key(next);
   }
   for (int* place = candidates + position; reach != 0; ++place) {
     const int element = 31 - __clz(reach);

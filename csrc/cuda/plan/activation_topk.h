@@ -13,14 +13,18 @@
 namespace jax_router::cuda {
 
 struct ActivationTopkNumbers {
-  HalfWarpRows half_warps[3];  // by KeyMode
-  // And from how many on tiles of 8 lanes are faster than those of 16: rows of up to 512 bytes, and longer ones.
-  int64_t quarter_warps[2];
+  HalfWarpRows half_warps[2][3];  // of 16-bit logits and of 32-bit ones, by KeyMode
+  // And from how many on tiles of 8 lanes are faster than those of 16: by KeyMode, rows of up to 512 bytes, and longer
+  // ones, which only groups have.
+  int64_t quarter_warps[3];
+  int64_t long_quarter_warps;
 };
-// Measured on an H100 alone: half warps for up to 512 experts and 8192 rows, where with a bias they are slower for 512
-// experts, and with more rows they are taken unmeasured; quarters for 128 and 256 experts and up to 65536 rows.
-constexpr auto kActivationTopkNumbers = everywhere(
-    ActivationTopkNumbers{{{{1, 1, 512, 2048}}, {{1, 512, 1536, 16384}}, {{4096, 4096, 4096, 4096}}}, {16384, 49152}});
+// Measured on an H100 alone: half warps for up to 512 experts, quarters for 128 and 256, and up to 65536 rows.
+constexpr auto kActivationTopkNumbers =
+    everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 2560, 2560, 16384}}, {{4096, 4096, 4096, 4096}}},
+                                      {{{1, 1, 512, 2048}}, {{1, 3072, 14336, 36864}}, {{5120, 5120, 5120, 5120}}}},
+                                     {16384, 12288, 16384},
+                                     36864});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
 constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4},
@@ -89,8 +93,11 @@ inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const De
   const int mode = static_cast<int>(key_mode(op));
   const auto pays = [&](const RowTile& tile) {
     const bool is_long = op.selection.experts * size_of(op.dtype) > 512;
-    if (tile.lanes == 8) return op.rows >= device.scaled(numbers.quarter_warps[is_long]);
-    return tile.lanes == 32 || numbers.half_warps[mode].pay(op.rows, tile.chunks, device);
+    if (tile.lanes == 8) {
+      return op.rows >= device.scaled(is_long ? numbers.long_quarter_warps : numbers.quarter_warps[mode]);
+    }
+    const HalfWarpRows& half_warps = numbers.half_warps[op.dtype == DType::kF32][mode];
+    return tile.lanes == 32 || half_warps.pay(op.rows, tile.chunks, device);
   };
   for (int lanes : {8, 16, 32}) {
     for (int i = 0; i < kActivationTopkTileCount; ++i) {
