@@ -155,7 +155,8 @@ def _expert_dispatch() -> Iterator[Line]:
         yield Line("expert_dispatch", "tokens", 1, 200000, {"experts": experts, "k": 8})
     for tokens in (512, 2048, 16384):
         yield Line("expert_dispatch", "experts", 8, 4096, {"tokens": tokens, "k": 8})
-    yield Line("expert_dispatch", "tokens", 1, 4096, {"experts": 256, "k": 8, "align": 128})
+    for experts in (256, 1024):
+        yield Line("expert_dispatch", "tokens", 1, 4096, {"experts": experts, "k": 8, "align": 128})
     yield Line("expert_counts", "tokens", 1, 200000, {"experts": 256, "k": 8})
 
 

@@ -201,6 +201,10 @@ NUMBERS = {
         ("cluster of 512 threads, 16 chunks", "cluster of 512 threads, 8 chunks"),
     ),
     "ExpertDispatchNumbers.lone_block_unused": (
+        "expert_dispatch/tokens/E1024/k8/align128",
+        ("cluster of 512 threads, 1 chunks", "cluster of 512 threads, 8 chunks"),
+    ),
+    "ExpertDispatchNumbers.unused_of_few": (
         "expert_dispatch/tokens/E256/k8/align128",
         ("cluster of 256 threads, 1 chunks", "cluster of 256 threads, 16 chunks"),
     ),

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
   // A thread moves one choice of some tokens of a batch to shared memory, by way of registers; a warp, all choices of
   // the tokens that it adds up.
   constexpr uint32_t kStep = kTableThreads / kTableChoices, kMoved = kTableTokens / kStep;
-  constexpr uint32_t kAtOnce = 32 / kTableChoices;  // tokens of a warp
+  constexpr uint32_t kAtOnce = 32 / kTableChoices;  // tokens of a warp, whose sums do not wait for each other
   const uint32_t token_moved = threadIdx.x / kTableChoices, j = threadIdx.x % kTableChoices;
   int slot[kMoved];
   float weight[kMoved];
@@ -113,25 +113,31 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
     for (; batch < end; ++batch) {
       load_choices(batch + 1);
 #pragma unroll 1
-      for (uint32_t t = 0; t < kAtOnce * kMoved; ++t) {
-        const uint32_t i = warp * kAtOnce + t % kAtOnce + t / kAtOnce * kStep;
-        const uint4* of_token = choices + (batch % 2 * kTableTokens + i) * words;
-        typename P::Floats sums = {};
+      for (uint32_t t = 0; t < kMoved; ++t) {
+        const uint32_t first = warp * kAtOnce + t * kStep;
+        const uint4* of_tokens = choices + (batch % 2 * kTableTokens + first) * words;
+        typename P::Floats sums[kAtOnce] = {};
 #pragma unroll 1
         for (uint32_t word = 0; word < words; ++word) {
-          const uint4 two = of_token[word];
-          typename P::Floats floats[2];
-          P::unpack(*reinterpret_cast<const Bits*>(column + two.x), floats[0]);
-          P::unpack(*reinterpret_cast<const Bits*>(column + two.z), floats[1]);
 #pragma unroll
-          for (int e = 0; e < P::kElements; ++e) {
-            sums[e] = __fmaf_rn(bits_float(two.y), floats[0][e], sums[e]);
-            sums[e] = __fmaf_rn(bits_float(two.w), floats[1][e], sums[e]);
+          for (uint32_t i = 0; i < kAtOnce; ++i) {
+            const uint4 two = of_tokens[i * words + word];
+            typename P::Floats floats[2];
+            P::unpack(*reinterpret_cast<const Bits*>(column + two.x), floats[0]);
+            P::unpack(*reinterpret_cast<const Bits*>(column + two.z), floats[1]);
+#pragma unroll
+            for (int e = 0; e < P::kElements; ++e) {
+              sums[i][e] = __fmaf_rn(bits_float(two.y), floats[0][e], sums[i][e]);
+              sums[i][e] = __fmaf_rn(bits_float(two.w), floats[1][e], sums[i][e]);
+            }
           }
         }
-        const int64_t token = int64_t{batch} * kTableTokens + i;
-        if (token < rows.tokens && inside) {
-          store_piece(static_cast<Bits*>(op.out) + token * plan.pieces + piece, P::pack(sums));
+#pragma unroll
+        for (uint32_t i = 0; i < kAtOnce; ++i) {
+          const int64_t token = int64_t{batch} * kTableTokens + first + i;
+          if (token < rows.tokens && inside) {
+            store_piece(static_cast<Bits*>(op.out) + token * plan.pieces + piece, P::pack(sums[i]));
+          }
         }
       }
       store_choices((batch + 1) % 2);

@@ -55,11 +55,12 @@ struct ExpertDispatchNumbers {
   int few_wave_experts;   // up to so many, those of one wave, on a device with clusters
   int many_experts;       // from so many on, a cluster has kEnoughSortBlocks at most
   int lone_block_unused;  // slots without a choice that one block clears as fast as more do
+  int unused_of_few;      // where there are few_experts at most, so many of each, and kMostSortThreads at least
 };
 // Measured on an H100 alone, one sort at a time, of 8 to 4096 experts.
 constexpr auto kExpertDispatchNumbers =
     everywhere(ExpertDispatchNumbers{/*few_experts=*/256, /*few_wave_experts=*/1536, /*many_experts=*/512,
-                                     /*lone_block_unused=*/4096});
+                                     /*lone_block_unused=*/4096, /*unused_of_few=*/12});
 
 enum class SortKernel {
   kCluster,  // a sort is one cluster's work, each block's chunk one tile
@@ -169,7 +170,9 @@ constexpr int64_t cluster_chunks(const ExpertDispatch& op, int threads, int64_t 
   const int64_t held = threads * int64_t{kClusterRounds};
   const ExpertDispatchNumbers& numbers = kExpertDispatchNumbers.of(device);
   const bool fills = op.batch * most > device.multiprocessors;
-  const bool clears = !fills && slots_of(op) - choices > numbers.lone_block_unused;
+  const bool few = op.experts <= numbers.few_experts;
+  const int unused = few ? std::max(kMostSortThreads, numbers.unused_of_few * op.experts) : numbers.lone_block_unused;
+  const bool clears = !fills && slots_of(op) - choices > unused;
   if (choices <= held && !clears) return 1;
   if (fills) {
     int64_t chunks = 2;
