@@ -104,6 +104,7 @@ def _topk_select() -> Iterator[Line]:
     # Short rows: halves of warps, warps, and blocks.
     yield from line("rows", 1, 70000, "f32", length=512, k=6, sorted=True)
     yield from line("rows", 1, 70000, "f32", length=512, k=64, sorted=False)
+    yield from line("rows", 1, 70000, "f32", length=1024, k=24, sorted=False)
     yield from line("rows", 1, 70000, "f32", length=1024, k=64, sorted=False)
     yield from line("length", 8, 1024, rows=256, k=6, sorted=False)
     yield from line("length", 8, 1024, rows=16384, k=6, sorted=False)

@@ -330,8 +330,9 @@ __device__ __forceinline__ uint32_t bins_of_two(float low, float high) {
   return ascending >> (16 - kBinBits) & (0xFFFFu >> (16 - kBinBits)) * 0x10001u;
 }
 
+// Of the shortest rows, one block more fits a multiprocessor.
 template <typename T, int kThreads, int kVectors>
-__global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVectors * (16 / sizeof(T)) <= 1024 ? 1 : 0))
     topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   using Select = BlockSelect<T, kThreads, kVectors>;
