@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   // Each warp owes its share of the bound, where they do not take turns those all of whose threads have an element.
   const uint32_t full_warps = takes_turns ? kWarps : (row.end - row.head) / (32 * Row::kElements);
   const uint32_t share = max((k + full_warps - 1) / max(full_warps, 1u), 1u);
-  // The least of the warps' bounds, and the next, or the least again where some warps have none. A NaN is above +inf,
-  // and so is a thread that has one.
+  // The least of the warps' bounds, and the next, or the least again where some warps have none, or owe so little that
+  // fewer than k elements now and then reach the next. A NaN is above +inf, and so is a thread that has one.
   const auto bounds_of_best = [&](float x, uint32_t share, uint32_t warps) {
     const float sorted = sort_descending<32>(x != x ? INFINITY : x);
     const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
       next = fminf(next, fmaxf(least, warp_bounds[w]));
       least = fminf(least, warp_bounds[w]);
     }
-    return make_float2(least, warps == kWarps ? next : least);
+    return make_float2(least, warps == kWarps && share > 4 ? next : least);
   };
   const float maximum = row.maximum();
   const float2 bounds = bounds_of_best(maximum, share, full_warps);

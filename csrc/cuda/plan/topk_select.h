@@ -282,11 +282,9 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   const bool pays_short = orders_many ? pays_for_many : op.rows >= device.scaled(numbers.warp_rows);
   const int64_t warp_length = pays_long ? kMaxShortLength : pays_short ? kMaxShortLength / 2 : numbers.warp_length;
   if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
-  // Where all rows are under way at once, the order of the index comes cheaper of bins than of a ranking.
-  const bool all_at_once =
-      op.rows * std::max<int64_t>(op.length, kMaxBlockLength / 4) <= int64_t{device.multiprocessors} * kMaxBlockLength;
-  const bool bins_pay =
-      all_at_once && !op.sorted && op.length <= (op.k > kMaxTileK ? kMaxBlockLength / 2 : kMaxBlockLength / 4);
+  // Where all rows are under way at once, the order of the index comes cheaper of bins than of a ranking. (Of longer
+  // rows too, but for those whose elements are all in a few bins.)
+  const bool bins_pay = is_short && !op.sorted && op.rows <= 4 * device.multiprocessors;
   if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK) && !bins_pay) {
     return find_instance(op, device, TopkKernel::kFew);
   }
