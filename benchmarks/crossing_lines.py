@@ -105,6 +105,7 @@ def _topk_select() -> Iterator[Line]:
     # Short rows: halves of warps, warps, and blocks.
     yield from line("rows", 1, 70000, "f32", length=512, k=6, sorted=True)
     yield from line("rows", 1, 70000, "f32", length=512, k=64, sorted=False)
+    yield from line("rows", 1, 70000, "f32", length=1024, k=24, sorted=False)
     yield from line("rows", 1, 70000, "f32", length=1024, k=64, sorted=False)
     yield from line("length", 8, 1024, rows=256, k=6, sorted=False)
     yield from line("length", 8, 1024, rows=16384, k=6, sorted=False)
@@ -120,7 +121,6 @@ def _topk_select() -> Iterator[Line]:
     yield from line("k", 1, 4096, "bf16", rows=1024, length=4096, sorted=True)
     yield from line("k", 1, 4096, "f32", rows=1024, length=8192, sorted=False)
     yield from line("k", 1, 4096, "bf16", rows=1024, length=8192, sorted=True)
-    yield from line("rows", 1, 8192, "f32", length=2048, k=64, sorted=False)
     # Streamed, by one block or by several.
     yield from line("length", 512, 400000, "f32", rows=1, k=512, sorted=False)
     yield from line("length", 512, 100000, rows=1024, k=512, sorted=True)

@@ -90,7 +90,8 @@ NUMBERS = {
     ),
     "TopkSelectNumbers.half_warps": ("topk_select/rows/f32/L512/k6/sorted", ("f32 tile 32x4", "f32 tile 16x8")),
     "TopkSelectNumbers.warp_rows": ("topk_select/rows/f32/L512/k64", ("f32 many 256x1", "f32 warp 32x4")),
-    "TopkSelectNumbers.long_warp_rows": ("topk_select/rows/f32/L1024/k64", ("f32 many 256x1", "f32 warp 32x8")),
+    "TopkSelectNumbers.long_warp_rows": ("topk_select/rows/f32/L1024/k24", ("f32 few 256x1", "f32 warp 32x8")),
+    "TopkSelectNumbers.many_warp_rows": ("topk_select/rows/f32/L1024/k64", ("f32 many 256x1", "f32 warp 32x8")),
     "TopkSelectNumbers.warp_length": ("topk_select/length/f32/N256/k64", ("f32 warp 32x2", "f32 many 256x1")),
     "TopkSelectNumbers.short_few_k": ("topk_select/k/f32/N700/L512/sorted", ("f32 few 256x1", "f32 many 256x1")),
     "TopkSelectNumbers.ordered_k": (

@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
   // Each warp owes its share of the bound, where they do not take turns those all of whose threads have an element.
   const uint32_t full_warps = takes_turns ? kWarps : (row.end - row.head) / (32 * Row::kElements);
   const uint32_t share = max((k + full_warps - 1) / max(full_warps, 1u), 1u);
-  // The least of the warps' bounds, and the next, or the least again where some warps have none. A NaN is above +inf,
-  // and so is a thread that has one.
+  // The least of the warps' bounds, and the next, or the least again where some warps have none, or owe so little that
+  // fewer than k elements now and then reach the next. A NaN is above +inf, and so is a thread that has one.
   const auto bounds_of_best = [&](float x, uint32_t share, uint32_t warps) {
     const float sorted = sort_descending<32>(x != x ? INFINITY : x);
     const float bound_of_warp = share <= 32 ? __shfl_sync(kFullWarp, sorted, share - 1) : -INFINITY;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
       next = fminf(next, fmaxf(least, warp_bounds[w]));
       least = fminf(least, warp_bounds[w]);
     }
-    return make_float2(least, warps == kWarps ? next : least);
+    return make_float2(least, warps == kWarps && share > 4 ? next : least);
   };
   const float maximum = row.maximum();
   const float2 bounds = bounds_of_best(maximum, share, full_warps);
@@ -330,8 +330,9 @@ __device__ __forceinline__ uint32_t bins_of_two(float low, float high) {
   return ascending >> (16 - kBinBits) & (0xFFFFu >> (16 - kBinBits)) * 0x10001u;
 }
 
+// Of the shortest rows, one block more fits a multiprocessor.
 template <typename T, int kThreads, int kVectors>
-__global__ void __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVectors * (16 / sizeof(T)) <= 1024 ? 1 : 0))
     topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   using Select = BlockSelect<T, kThreads, kVectors>;

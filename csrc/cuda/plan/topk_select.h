@@ -35,7 +35,8 @@ constexpr int max_select_k(const Device& device) {
 struct TopkSelectNumbers {
   HalfWarpRows half_warps;
   int64_t warp_rows;        // from so many of an H100 on, a warp a row of up to kMaxShortLength / 2 elements
-  int64_t long_warp_rows;   // and where it has up to kMaxShortLength
+  int64_t long_warp_rows;   // and where it has up to kMaxShortLength, for no more choices than a warp has lanes
+  int64_t many_warp_rows;   // for more choices
   int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
   int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
@@ -54,11 +55,11 @@ struct TopkSelectNumbers {
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
-    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/2560, /*warp_length=*/64,
-    /*short_few_k=*/32, /*ordered_k=*/2048, /*crowded_k=*/1000, /*long_block_k=*/200, /*long_ordered_k=*/300,
-    /*narrow_length=*/32768, /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4, /*small_part=*/2048,
-    /*part_length=*/4352,
-    /*candidates=*/4096, /*lone_candidates=*/3072, /*most_candidates=*/12288});
+    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*many_warp_rows=*/2048,
+    /*warp_length=*/64, /*short_few_k=*/32, /*ordered_k=*/2048, /*crowded_k=*/800, /*long_block_k=*/200,
+    /*long_ordered_k=*/300, /*narrow_length=*/32768, /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4,
+    /*small_part=*/2048, /*part_length=*/4352, /*candidates=*/4096, /*lone_candidates=*/3072,
+    /*most_candidates=*/12288});
 
 enum class TopkKernel {
   kTile,      // few choices of a short row: a bound and a ranking
@@ -275,21 +276,15 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
     return find_instance(op, device, TopkKernel::kTile, 32);
   }
   // A warp takes long to put many in order: then only the shorter rows pay, and where there are more of them.
-  const bool orders_many = op.sorted && op.k > kMaxFewK;
-  const bool pays_long = op.rows >= device.scaled(numbers.long_warp_rows);
-  const bool pays_short = pays_long || (op.rows >= device.scaled(numbers.warp_rows) && !orders_many);
-  const int64_t warp_length = pays_long && !orders_many ? kMaxShortLength
-                              : pays_short              ? kMaxShortLength / 2
-                                                        : numbers.warp_length;
+  const bool orders_many = op.sorted && op.k > kMaxFewK && op.length > kMaxWarpK;
+  const bool pays_for_many = op.rows >= device.scaled(numbers.many_warp_rows);
+  const bool pays_long = op.k <= 32 ? op.rows >= device.scaled(numbers.long_warp_rows) : pays_for_many && !orders_many;
+  const bool pays_short = orders_many ? pays_for_many : op.rows >= device.scaled(numbers.warp_rows);
+  const int64_t warp_length = pays_long ? kMaxShortLength : pays_short ? kMaxShortLength / 2 : numbers.warp_length;
   if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
-  // Where all rows are under way at once, bins are faster than a ranking in the order of the index, and of the shortest
-  // rows in f32 in any.
-  const bool all_at_once =
-      op.rows * std::max<int64_t>(op.length, kMaxBlockLength / 4) <= int64_t{device.multiprocessors} * kMaxBlockLength;
-  const int64_t bins_length = op.sorted          ? (op.dtype == DType::kF32 ? kMaxShortLength : 0)
-                              : op.k > kMaxTileK ? kMaxBlockLength / 2
-                                                 : kMaxBlockLength / 4;
-  const bool bins_pay = all_at_once && op.length <= bins_length;
+  // Where all rows are under way at once, the order of the index comes cheaper of bins than of a ranking. (Of longer
+  // rows too, but for those whose elements are all in a few bins.)
+  const bool bins_pay = is_short && !op.sorted && op.rows <= 4 * device.multiprocessors;
   if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK) && !bins_pay) {
     return find_instance(op, device, TopkKernel::kFew);
   }
