@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   };
 
   // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
-  static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint32_t)) <= kRing * sizeof(uint4));
+  static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint2)) <= kRing * sizeof(uint4));
   const bool uses_bits = !op.sorted && block == 0 && Select::has_bits(format.index_bits);
 
   uint64_t bound = kLowestPair;
