@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     const float share = __fdividef(static_cast<float>(rank), sampled);
     const float difference = static_cast<float>(__reduce_add_sync(kFullWarp, reaching)) -
                              share * static_cast<float>(__reduce_add_sync(kFullWarp, present));
-    if (threadIdx.x % 32 == 0) lane_add(&unevenness, static_cast<uint32_t>(difference * difference));
+    if (threadIdx.x % 32 == 0) atomicAdd(&unevenness, static_cast<uint32_t>(difference * difference));
     __syncthreads();
     return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
   };
@@ -286,11 +286,11 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const uint32_t most = __reduce_max_sync(kFullWarp, key), least = __reduce_min_sync(kFullWarp, key);
         least_key = __reduce_min_sync(kFullWarp, least_key);
         if (threadIdx.x % 32 == 0) {
-          lane_max(&Select::shared().key_max, most);
-          lane_min(&Select::shared().key_min, least_key);
+          atomicMax(&Select::shared().key_max, most);
+          atomicMin(&Select::shared().key_min, least_key);
           if (kInCluster && least != 0) {
-            lane_max(&most_of_least, least);
-            lane_min(&least_of_most, most);
+            atomicMax(&most_of_least, least);
+            atomicMin(&least_of_most, most);
           }
         }
         Select::clear_bins();
@@ -523,7 +523,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
-      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, length >= 64 * k, write);
+      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, op.length >= 64 * op.k, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }

@@ -195,7 +195,7 @@ struct alignas(16) PairSelect {
   // are cleared. For all threads together; a barrier must follow.
   static __device__ __forceinline__ void prepare(uint32_t key) {
     key = __reduce_max_sync(kFullWarp, key);
-    if (threadIdx.x % 32 == 0) lane_max(&shared().key_max, key);
+    if (threadIdx.x % 32 == 0) atomicMax(&shared().key_max, key);
     clear_bins();
   }
 
@@ -219,8 +219,8 @@ struct alignas(16) PairSelect {
         key_max = __reduce_max_sync(kFullWarp, key_max);
         key_min = __reduce_min_sync(kFullWarp, key_min);
         if (threadIdx.x % 32 == 0) {
-          lane_max(&shared().key_max, key_max);
-          lane_min(&shared().key_min, key_min);
+          atomicMax(&shared().key_max, key_max);
+          atomicMin(&shared().key_min, key_min);
         }
         __syncthreads();
         key_max = shared().key_max;
@@ -238,7 +238,7 @@ struct alignas(16) PairSelect {
         key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
       });
       key_varying = __reduce_or_sync(kFullWarp, key_varying);
-      if (threadIdx.x % 32 == 0) lane_or(&shared().key_varying, key_varying);
+      if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
       __syncthreads();
       const uint32_t overall_varying = shared().key_varying;
       if (threadIdx.x == 0) {
