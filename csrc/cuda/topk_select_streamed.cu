@@ -301,11 +301,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         bool uneven = kInCluster && is_long && most_of_least > least_of_most;
         if (!uneven && rank < static_cast<uint32_t>(groups)) {
           const uint32_t lowest = Select::shared().key_min, highest = Select::shared().key_max, slack = rank / 8;
-          const uint32_t reached_key = group != 0 ? Select::kth_key(key, rank, slack, lowest, highest) : kNoKey;
+          // A block that shares its multiprocessor with others gains nothing by the faster way.
+          const bool by_key = kInCluster && group != 0;
+          const uint32_t reached_key = by_key ? Select::kth_key(key, rank, slack, lowest, highest) : kNoKey;
           if (reached_key != kNoKey) {
             bound = static_cast<uint64_t>(reached_key) << format.index_bits;
           } else {
-            if (group != 0) {
+            if (by_key) {
               Select::clear_bins();
               __syncthreads();
             }
@@ -485,7 +487,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         top_key = kNoKey;
         if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
           const uint32_t doubt_key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
-          top_key = Select::divide(count, k, format.index_bits, key_min, key_max, doubt_key);
+          if (doubt_key < key_max) {
+            top_key = Select::divide(count, k, format.index_bits, key_min, key_max, doubt_key);
+          }
         }
         if (top_key != kNoKey) {
           bound = 0;

@@ -387,21 +387,29 @@ struct alignas(16) PairSelect {
       atomicOr(words + index / 32, 1u << index % 32);
     });
     __syncthreads();
+    // Each warp has some vectors, of which its lanes take turns.
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t of_thread = (vectors + kThreads - 1) / kThreads;
-    const uint32_t first = min(of_thread * threadIdx.x, vectors), end = min(first + of_thread, vectors);
-    uint32_t size = 0;
-#pragma unroll 1
-    for (uint32_t i = first; i < end; ++i) {
-      const uint4 own = bits[i];
-      size += __popc(own.x) + __popc(own.y) + __popc(own.z) + __popc(own.w);
+    const uint32_t first = 32 * of_thread * warp + lane;
+    uint32_t own_before[kMostVectors], of_warp = 0;
+#pragma unroll
+    for (int i = 0; i < kMostVectors; ++i) {
+      if (i >= of_thread) break;
+      const uint4 own = first + 32 * i < vectors ? bits[first + 32 * i] : make_uint4(0, 0, 0, 0);
+      const uint32_t size = __popc(own.x) + __popc(own.y) + __popc(own.z) + __popc(own.w);
+      const uint32_t sum = inclusive_sum_of_lanes(size);
+      own_before[i] = of_warp + sum - size;
+      of_warp += __shfl_sync(kFullWarp, sum, 31);
     }
-    uint32_t place = exclusive_sum(size);
-#pragma unroll 1
-    for (uint32_t i = first; i < end; ++i) {
-      const uint4 own = bits[i];
-      const uint32_t second = place + __popc(own.x), third = second + __popc(own.y), fourth = third + __popc(own.z);
-      before[i] = make_uint2(place | second << 16, third | fourth << 16);
-      place = fourth + __popc(own.w);
+    if (lane == 0) shared().warp_sums[warp] = of_warp;
+    __syncthreads();
+    const uint32_t start = __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0);
+#pragma unroll
+    for (int i = 0; i < kMostVectors; ++i) {
+      if (i >= of_thread || first + 32 * i >= vectors) break;
+      const uint4 own = bits[first + 32 * i];
+      const uint32_t x = start + own_before[i], y = x + __popc(own.x), z = y + __popc(own.y), w = z + __popc(own.z);
+      before[first + 32 * i] = make_uint2(x | y << 16, z | w << 16);
     }
     __syncthreads();
     for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
