@@ -204,13 +204,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     const float share = __fdividef(static_cast<float>(rank), sampled);
     const float difference = static_cast<float>(__reduce_add_sync(kFullWarp, reaching)) -
                              share * static_cast<float>(__reduce_add_sync(kFullWarp, present));
-    if (threadIdx.x % 32 == 0) lane_add(&unevenness, static_cast<uint32_t>(difference * difference));
+    if (threadIdx.x % 32 == 0) atomicAdd(&unevenness, static_cast<uint32_t>(difference * difference));
     __syncthreads();
     return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
   };
 
   // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
-  static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint32_t)) <= kRing * sizeof(uint4));
+  static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint2)) <= kRing * sizeof(uint4));
   const bool uses_bits = !op.sorted && block == 0 && Select::has_bits(format.index_bits);
 
   uint64_t bound = kLowestPair;
@@ -286,11 +286,11 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const uint32_t most = __reduce_max_sync(kFullWarp, key), least = __reduce_min_sync(kFullWarp, key);
         least_key = __reduce_min_sync(kFullWarp, least_key);
         if (threadIdx.x % 32 == 0) {
-          lane_max(&Select::shared().key_max, most);
-          lane_min(&Select::shared().key_min, least_key);
+          atomicMax(&Select::shared().key_max, most);
+          atomicMin(&Select::shared().key_min, least_key);
           if (kInCluster && least != 0) {
-            lane_max(&most_of_least, least);
-            lane_min(&least_of_most, most);
+            atomicMax(&most_of_least, least);
+            atomicMin(&least_of_most, most);
           }
         }
         Select::clear_bins();
@@ -301,11 +301,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         bool uneven = kInCluster && is_long && most_of_least > least_of_most;
         if (!uneven && rank < static_cast<uint32_t>(groups)) {
           const uint32_t lowest = Select::shared().key_min, highest = Select::shared().key_max, slack = rank / 8;
-          const uint32_t reached_key = group != 0 ? Select::kth_key(key, rank, slack, lowest, highest) : kNoKey;
+          // A block that shares its multiprocessor with others gains nothing by the faster way.
+          const bool by_key = kInCluster && group != 0;
+          const uint32_t reached_key = by_key ? Select::kth_key(key, rank, slack, lowest, highest) : kNoKey;
           if (reached_key != kNoKey) {
             bound = static_cast<uint64_t>(reached_key) << format.index_bits;
           } else {
-            if (group != 0) {
+            if (by_key) {
               Select::clear_bins();
               __syncthreads();
             }
@@ -485,7 +487,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         top_key = kNoKey;
         if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
           const uint32_t doubt_key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
-          top_key = Select::divide(count, k, format.index_bits, key_min, key_max, doubt_key);
+          if (doubt_key < key_max) {
+            top_key = Select::divide(count, k, format.index_bits, key_min, key_max, doubt_key);
+          }
         }
         if (top_key != kNoKey) {
           bound = 0;
@@ -523,7 +527,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
-      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, length >= 64 * k, write);
+      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, op.length >= 64 * op.k, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }

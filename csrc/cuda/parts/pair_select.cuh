@@ -214,7 +214,7 @@ struct alignas(16) PairSelect {
   // are cleared. For all threads together; a barrier must follow.
   static __device__ __forceinline__ void prepare(uint32_t key) {
     key = __reduce_max_sync(kFullWarp, key);
-    if (threadIdx.x % 32 == 0) lane_max(&shared().key_max, key);
+    if (threadIdx.x % 32 == 0) atomicMax(&shared().key_max, key);
     clear_bins();
   }
 
@@ -238,8 +238,8 @@ struct alignas(16) PairSelect {
         key_max = __reduce_max_sync(kFullWarp, key_max);
         key_min = __reduce_min_sync(kFullWarp, key_min);
         if (threadIdx.x % 32 == 0) {
-          lane_max(&shared().key_max, key_max);
-          lane_min(&shared().key_min, key_min);
+          atomicMax(&shared().key_max, key_max);
+          atomicMin(&shared().key_min, key_min);
         }
         __syncthreads();
         key_max = shared().key_max;
@@ -257,7 +257,7 @@ struct alignas(16) PairSelect {
         key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
       });
       key_varying = __reduce_or_sync(kFullWarp, key_varying);
-      if (threadIdx.x % 32 == 0) lane_or(&shared().key_varying, key_varying);
+      if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
       __syncthreads();
       const uint32_t overall_varying = shared().key_varying;
       if (threadIdx.x == 0) {
@@ -336,17 +336,17 @@ struct alignas(16) PairSelect {
       uint32_t most = 0;
 #pragma unroll
       for (uint32_t size : own.counts) most = max(most, size);
-      if (most > kMostMembers) atomicMax(&shared().members, most > kMostToCompare ? kTooCrowded : kSomeCrowded);
+      if (most > kFew) atomicMax(&shared().members, most > kMostToCompare ? kTooCrowded : kSomeCrowded);
       find_bin(k);
       const uint32_t crowded = shared().members;
+      const uint64_t depth = (static_cast<uint64_t>(shared().found.bin) + 1 << by.shift) - 1;
+      const bool is_certain = by.best > depth && (by.best - depth >> index_bits) > doubt_key;
       uint32_t first_bin = 0;
-      if (crowded != 0 && !again) {
+      if (!again && (crowded != 0 || !is_certain)) {
         find_bin(min(k, kFew));
         first_bin = shared().found.bin;
         find_bin(k);
       }
-      const uint64_t depth = (static_cast<uint64_t>(shared().found.bin) + 1 << by.shift) - 1;
-      const bool is_certain = by.best > depth && (by.best - depth >> index_bits) > doubt_key;
       if (first_bin < kBins / 2 && crowded != kTooCrowded && is_certain) return key_max;
       clear_bins();
       __syncthreads();
@@ -380,8 +380,8 @@ struct alignas(16) PairSelect {
     }
   }
 
-  // For in_order_of_index: a bit an index, in vectors of 16 bytes, and behind these a word a vector. A thread can see
-  // to few vectors.
+  // For in_order_of_index: a bit an index, in vectors of 16 bytes, and behind these 16 bits a word of them. A thread
+  // can see to few vectors.
   static constexpr int kMostVectors = 4;
   static __device__ __forceinline__ uint32_t vectors_of_bits(int index_bits) { return 1u << max(index_bits - 7, 0); }
   static __device__ __forceinline__ bool has_bits(int index_bits) {
@@ -390,23 +390,24 @@ struct alignas(16) PairSelect {
 
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, of which there are k, with
   // its place in ascending order of the index. The bits are clear: then those of the chosen are set, and counted up to
-  // each vector. Where neighbours in pairs() are far apart in that order, they can be put in order behind the bits
-  // first, since whole lines are faster to write.
+  // each word. Where neighbours in pairs() are far apart in that order, they are put in order in shared memory first,
+  // since whole lines are faster to write: behind the bits, if these `bytes` have room.
   template <class Write>
   static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, uint32_t k, int index_bits,
                                                            uint4* bits, uint32_t bytes, bool are_far, Write write) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
     const uint32_t vectors = vectors_of_bits(index_bits);
-    uint32_t* before = reinterpret_cast<uint32_t*>(bits + vectors);
-    uint64_t* in_order = reinterpret_cast<uint64_t*>(before + (vectors + 1) / 2 * 2);
+    uint32_t* words = reinterpret_cast<uint32_t*>(bits);
+    uint2* before = reinterpret_cast<uint2*>(bits + vectors);
+    uint64_t* in_order = reinterpret_cast<uint64_t*>(before + vectors);
     const bool gathers = are_far && reinterpret_cast<uint4*>(in_order + k) <= bits + bytes / sizeof(uint4);
     for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
       const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
-      atomicOr(reinterpret_cast<uint32_t*>(bits) + index / 32, 1u << index % 32);
+      atomicOr(words + index / 32, 1u << index % 32);
     });
     __syncthreads();
     // Each warp has some vectors, of which its lanes take turns.
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t of_thread = (vectors + kThreads - 1) / kThreads;
     const uint32_t first = 32 * of_thread * warp + lane;
     uint32_t own_before[kMostVectors], of_warp = 0;
@@ -424,21 +425,16 @@ struct alignas(16) PairSelect {
     const uint32_t start = __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0);
 #pragma unroll
     for (int i = 0; i < kMostVectors; ++i) {
-      if (i < of_thread && first + 32 * i < vectors) before[first + 32 * i] = start + own_before[i];
+      if (i >= of_thread || first + 32 * i >= vectors) break;
+      const uint4 own = bits[first + 32 * i];
+      const uint32_t x = start + own_before[i], y = x + __popc(own.x), z = y + __popc(own.y), w = z + __popc(own.z);
+      before[first + 32 * i] = make_uint2(x | y << 16, z | w << 16);
     }
     __syncthreads();
     for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
       const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
-      const uint32_t word = index / 32 % 4, below = (1u << index % 32) - 1;
-      const uint4 vector = bits[index / 128];
-      const uint32_t place = before[index / 128] + __popc(vector.x & (word > 0 ? ~0u : below)) +
-                             __popc(vector.y & (word > 1    ? ~0u
-                                                : word == 1 ? below
-                                                            : 0)) +
-                             __popc(vector.z & (word > 2    ? ~0u
-                                                : word == 2 ? below
-                                                            : 0)) +
-                             __popc(vector.w & (word == 3 ? below : 0));
+      const uint32_t earlier = words[index / 32] & ((1u << index % 32) - 1);
+      const uint32_t place = reinterpret_cast<const uint16_t*>(before)[index / 32] + __popc(earlier);
       if (gathers) {
         in_order[place] = pair;
       } else {

@@ -31,24 +31,6 @@ __device__ __forceinline__ float tile_max_nan(float value) {
   return value;
 }
 
-// What one lane of a warp adds to a variable in shared memory. The compiler would look for other lanes that do the
-// same.
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void lane_add(uint32_t* to, uint32_t x) {
-  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(x) : "memory");
-}
-__device__ __forceinline__ void lane_max(uint32_t* to, uint32_t x) {
-  asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(x) : "memory");
-}
-__device__ __forceinline__ void lane_min(uint32_t* to, uint32_t x) {
-  asm volatile("red.shared.min.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(x) : "memory");
-}
-__device__ __forceinline__ void lane_or(uint32_t* to, uint32_t x) {
-  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(shared_address(to)), "r"(x) : "memory");
-}
-
 // The sum of x over the lanes up to this one.
 __device__ __forceinline__ uint32_t inclusive_sum_of_lanes(uint32_t x) {
 #pragma unroll
