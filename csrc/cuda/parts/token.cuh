@@ -39,8 +39,8 @@ template <Accuracy kAccuracy, int kLanes, int kFullChunks, int kElements>
 __device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
                                            uint32_t eligible, const float* bias, float (&keys)[kElements]) {
   const bool biased = kAccuracy == Accuracy::kRough || bias != nullptr;
-  // A lane's biases wait in the places of its keys. Where these are many, each quad is loaded when it is added: it comes
-  // from the L1 cache, and there are registers for more warps.
+  // A lane's biases wait in the places of its keys. Where these are many, each quad is loaded when it is added: it
+  // comes from the L1 cache, and there are registers for more warps.
   constexpr bool kByQuads = kAccuracy == Accuracy::kRough && kLanes == 8 && kElements > 16;
   if constexpr (!kByQuads) {
     if (biased) load_tile<kLanes, kFullChunks>(bias, experts, kLanes == 8 || rows_have_quads(bias, experts, 4), keys);
