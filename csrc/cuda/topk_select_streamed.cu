@@ -246,8 +246,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const float groups = __fdividef(static_cast<float>(sample_size), static_cast<float>(max(group, 1u)));
         const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
         const float expected = __fdividef(static_cast<float>(k) * elements, static_cast<float>(length));
-        // Five standard deviations are left for chance. A group may hold several of those that are wanted.
-        const float wanted = expected + 5 * fast_sqrt(expected);
+        // Six standard deviations are left for chance: where a bound is too high, the row is read again without one,
+        // which takes three times as long. A group may hold several of those that are wanted.
+        const float wanted = expected + 6 * fast_sqrt(expected);
         const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
         const uint32_t rank = static_cast<uint32_t>(reached) + 2;
 

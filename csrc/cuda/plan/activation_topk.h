@@ -21,9 +21,9 @@ struct ActivationTopkNumbers {
 };
 // Measured on an H100 alone: half warps for up to 512 experts, quarters for 128 and 256, and up to 65536 rows.
 constexpr auto kActivationTopkNumbers =
-    everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 2560, 2560, 16384}}, {{4096, 4096, 4096, 4096}}},
+    everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 2560, 2560, 12288}}, {{6144, 6144, 6144, 6144}}},
                                       {{{1, 1, 512, 2048}}, {{1, 3072, 14336, 36864}}, {{5120, 5120, 5120, 5120}}}},
-                                     {16384, 12288, 16384},
+                                     {16384, 12288, 26624},
                                      36864});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.

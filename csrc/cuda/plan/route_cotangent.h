@@ -56,7 +56,7 @@ inline std::optional<RouteCotangentPlan> plan_with(const RouteCotangent& op, Cot
 
 // Measured on an H100: of more experts, a row is a warp's work also where its choices are few, and of more choices too
 // that may be apart, a block's.
-constexpr int kFewChoiceExperts = 640;
+constexpr int kFewChoiceExperts = 800;
 constexpr int kManyChoices = 32;
 
 inline std::optional<RouteCotangentPlan> plan(const RouteCotangent& op, const Device&) {

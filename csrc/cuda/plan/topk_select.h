@@ -57,7 +57,7 @@ struct TopkSelectNumbers {
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
     /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*many_warp_rows=*/2048,
     /*warp_length=*/64, /*short_few_k=*/32, /*ordered_k=*/2048, /*crowded_k=*/800, /*long_block_k=*/200,
-    /*long_ordered_k=*/300, /*narrow_length=*/32768, /*narrow_k=*/1536, /*narrow_few_k=*/450, /*small_cluster=*/4,
+    /*long_ordered_k=*/300, /*narrow_length=*/32768, /*narrow_k=*/1920, /*narrow_few_k=*/560, /*small_cluster=*/4,
     /*small_part=*/2048, /*part_length=*/4352, /*candidates=*/4096, /*lone_candidates=*/3072,
     /*most_candidates=*/12288});
 
