@@ -19,7 +19,7 @@
 // alone finds more candidates than it has room for, it keeps the k best so far, whose worst is its bound from then on,
 // and goes on: rows that are sorted cost that a few times, random rows never. Should the bound be wrong (fewer than k
 // candidates, or the k-th of them below some block's bound) or the candidates of a cluster not fit, the row is read
-// again with a bound that is certain: the k-th best of the pairs at hand. Each reading leaves fewer candidates.
+// again with a bound that is certain: the k-th best of the pairs at hand, or none if they are fewer than k.
 //
 // Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
 // a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have
@@ -547,9 +547,7 @@ static_assert(sizeof(PairSelect<512, kStreamedBins>) == pair_select_bytes(512, k
 
 cudaError_t run_streamed(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream) {
   const LaunchShape shape{plan.blocks, plan.threads, plan.shared_bytes, plan.cluster};
-  int block_bits = 0;
-  while (1 << block_bits < plan.cluster) ++block_bits;
-  const Rows rows{block_bits, plan.capacity};
+  const Rows rows{log2_of(plan.cluster), plan.capacity};
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = plan.threads == 256 ? plan.cluster > 1 ? topk_select_streamed<T, 256, true>

@@ -33,6 +33,9 @@ __device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs
   return larger;
 }
 
+// Of a power of two.
+constexpr int log2_of(int x) { return x == 1 ? 0 : 1 + log2_of(x / 2); }
+
 // A block's shared memory: this, then its pairs, then whatever the kernel wants.
 extern __shared__ uint4 block_shared_memory[];
 
@@ -43,10 +46,7 @@ struct alignas(16) PairSelect {
   static constexpr int kMostMembers = 64;          // of a bin, to be ranked by comparing each with all
   static constexpr uint32_t kMostOfBin = 16;       // of a bin, to be put in order so
   static constexpr uint32_t kMostToCompare = 128;  // of a bin, before there is a faster way to put them in order
-  static constexpr int kBinBits = (kThreads == 1024  ? 10
-                                   : kThreads == 512 ? 9
-                                                     : 8) +
-                                  (kBinsOfThread == 8 ? 3 : kBinsOfThread / 2);
+  static constexpr int kBinBits = log2_of(kBins);
   static_assert(kBins == 1 << kBinBits);
 
   alignas(16) uint32_t bins[kBins];
