@@ -127,6 +127,7 @@ enum class Content {
   kRising,  // neighbours in ascending order
   kZeros,   // -1, but for stretches of -0 with a few 0
   kNarrow,  // one of six that lie close together
+  kSteps,   // one of sixteen
 };
 // Those that every case has.
 constexpr Content kContents[] = {Content::kOrdinary, Content::kBits, Content::kTies, Content::kRising, Content::kZeros};
@@ -156,7 +157,7 @@ class Maker {
     for (const auto& [what, size] : sizes) call_.name += std::string(" ") + what + std::to_string(size);
   }
   void name(const std::string& op, DType dtype, Content content, Sizes sizes) {
-    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising", " zeros", " narrow"};
+    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising", " zeros", " narrow", " steps"};
     const char* type = dtype == DType::kF32 ? " f32" : dtype == DType::kBF16 ? " bf16" : " f16";
     name(op + type + kContentNames[static_cast<int>(content)], sizes);
   }
@@ -247,6 +248,8 @@ class Maker {
         values[i] = T(i % 2560 >= 512 ? -1.0f : bits % 50 == 0 ? 0.0f : -0.0f);
       } else if (content == Content::kNarrow) {
         values[i] = T(1.0f + bits % 6 * 0x1p-7f);
+      } else if (content == Content::kSteps) {
+        values[i] = T(static_cast<float>(bits % 16));
       } else {
         values[i] = T(content == Content::kTies ? static_cast<float>(bits % 4) : (bits >> 8) * 0x1p-21f - 4.0f);
       }
