@@ -335,7 +335,6 @@ uint32_t in_block(uint32_t address, uint32_t block) {
 }
 
 uint32_t block_of_cluster() { return static_cast<uint32_t>(current->block - &blocks[0]); }
-uint32_t blocks_of_cluster() { return static_cast<uint32_t>(blocks.size()); }
 
 void cluster_arrive() {
   current->cluster_phase = cluster_phase;
