@@ -130,6 +130,35 @@ inline void check_ids(const Call& call, const Bits& bits) {
   }
 }
 
+// What topk_select gives, by a sort on the host.
+template <class T>
+Bits sorted_on_host(const TopkSelect& op, const std::vector<char>& scores, const std::vector<char>& lengths) {
+  Bits bits{std::vector<char>(op.rows * op.k * sizeof(T)), std::vector<char>(op.rows * op.k * sizeof(int32_t))};
+  auto* value = reinterpret_cast<T*>(bits[0].data());
+  auto* index = reinterpret_cast<int32_t*>(bits[1].data());
+  const auto* row = reinterpret_cast<const T*>(scores.data());
+  std::vector<uint64_t> pairs(op.length);
+  for (int64_t r = 0; r < op.rows; ++r, row += op.length, value += op.k, index += op.k) {
+    int64_t length = op.length;
+    if (!lengths.empty()) {
+      length = std::clamp<int64_t>(reinterpret_cast<const int32_t*>(lengths.data())[r], 0, op.length);
+    }
+    const int64_t k = std::min(op.k, length);
+    for (int64_t i = 0; i < length; ++i) pairs[i] = order_pair(order_key(static_cast<float>(row[i])), i);
+    const auto begin = pairs.begin(), chosen = begin + k, end = begin + length;
+    std::nth_element(begin, chosen, end, std::greater<uint64_t>());
+    std::sort(begin, chosen,
+              [&op](uint64_t a, uint64_t b) { return op.sorted ? a > b : pair_index(a) < pair_index(b); });
+    std::fill_n(value, op.k, T(-INFINITY));
+    std::fill_n(index, op.k, -1);
+    for (int64_t i = 0; i < k; ++i) {
+      index[i] = static_cast<int32_t>(pair_index(pairs[i]));
+      value[i] = row[index[i]];
+    }
+  }
+  return bits;
+}
+
 // What the floating-point numbers of an operand are.
 enum class Content {
   kOrdinary,
@@ -413,35 +442,6 @@ inline Call route_cotangent(Maker& make, DType dtype, int64_t rows, int32_t expe
   const size_t bytes = rows * experts * size_of(dtype);
   return make.finish(op, {bytes},
                      [](RouteCotangent& op, const Results& results) { op.grad_logits = results.get<void>(0); });
-}
-
-// What topk_select gives, by a sort on the host.
-template <class T>
-Bits sorted_on_host(const TopkSelect& op, const std::vector<char>& scores, const std::vector<char>& lengths) {
-  Bits bits{std::vector<char>(op.rows * op.k * sizeof(T)), std::vector<char>(op.rows * op.k * sizeof(int32_t))};
-  auto* value = reinterpret_cast<T*>(bits[0].data());
-  auto* index = reinterpret_cast<int32_t*>(bits[1].data());
-  const auto* row = reinterpret_cast<const T*>(scores.data());
-  std::vector<uint64_t> pairs(op.length);
-  for (int64_t r = 0; r < op.rows; ++r, row += op.length, value += op.k, index += op.k) {
-    int64_t length = op.length;
-    if (!lengths.empty()) {
-      length = std::clamp<int64_t>(reinterpret_cast<const int32_t*>(lengths.data())[r], 0, op.length);
-    }
-    const int64_t k = std::min(op.k, length);
-    for (int64_t i = 0; i < length; ++i) pairs[i] = order_pair(order_key(static_cast<float>(row[i])), i);
-    const auto begin = pairs.begin(), chosen = begin + k, end = begin + length;
-    std::nth_element(begin, chosen, end, std::greater<uint64_t>());
-    std::sort(begin, chosen,
-              [&op](uint64_t a, uint64_t b) { return op.sorted ? a > b : pair_index(a) < pair_index(b); });
-    std::fill_n(value, op.k, T(-INFINITY));
-    std::fill_n(index, op.k, -1);
-    for (int64_t i = 0; i < k; ++i) {
-      index[i] = static_cast<int32_t>(pair_index(pairs[i]));
-      value[i] = row[index[i]];
-    }
-  }
-  return bits;
 }
 
 inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, int64_t k, bool sorted,
