@@ -230,9 +230,12 @@ class Draw:
         sizes = {"rows": self._size(2**17), "length": length, "k": k}
         return sizes | {"sorted": self._flag(), "dtype": self._dtype()}
 
-    def expert_dispatch(self):
+    def expert_counts(self):
         sizes = {"tokens": self._size(2**20), "k": self._size(64), "experts": self._size(4096)}
         return sizes | ({"batch": self._size(64)} if self._flag() else {})
+
+    def expert_dispatch(self):
+        return self.expert_counts() | ({"align": self._size(256)} if self._flag() else {})
 
     def _moved(self):
         sizes = {"tokens": self._size(2**17), "k": self._size(64), "hidden": self._size(2**15), "dtype": self._dtype()}
@@ -244,9 +247,6 @@ class Draw:
         return sizes | ({"weights": True} if self._flag() else {"element_bytes": int(2 ** self._rng.integers(3))})
 
     combine = permute_cotangent = combine_cotangent = _moved
-
-    def expert_counts(self):
-        return self.expert_dispatch()
 
     def hash_router(self):
         return {"rows": self._size(2**20), "k": self._size(64)}

@@ -48,8 +48,6 @@ JR_HOST_DEVICE uint64_t order_pair(uint32_t key, uint32_t index) {
   return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~index);
 }
 
-JR_HOST_DEVICE uint32_t pair_key(uint64_t pair) { return static_cast<uint32_t>(pair >> 32); }
-
 JR_HOST_DEVICE uint32_t pair_index(uint64_t pair) { return ~static_cast<uint32_t>(pair); }
 
 }  // namespace jax_router

@@ -55,6 +55,7 @@ template <typename T>
 struct PairFormat {
   static constexpr int kKeyShift = std::is_same_v<T, float> ? 0 : std::is_same_v<T, __half> ? 13 : 16;
   static constexpr uint32_t kNaN = 0xFFFFFFFFu >> kKeyShift;
+  static constexpr uint32_t kInfinity = 0xFF800000u >> kKeyShift;
   static constexpr uint32_t kZero = 0x80000000u >> kKeyShift;
 
   int index_bits;  // from 1 to 32
@@ -70,11 +71,15 @@ struct PairFormat {
   }
   __device__ __forceinline__ uint32_t key(uint64_t pair) const { return static_cast<uint32_t>(pair >> index_bits); }
   __device__ __forceinline__ bool is_nan(uint64_t pair) const { return key(pair) == kNaN; }
-  // The least key of an element that is not smaller than a pair's, as a comparison of floats has it: -0 is not smaller
-  // than 0, and nothing is smaller than NaN. kNoKey if it may be any.
+  // What elements are compared with, as floats, to learn if they are below a pair: infinity where only NaN is not, and
+  // NaN, which nothing is smaller than, where nothing is.
+  __device__ __forceinline__ float bound(uint64_t pair) const {
+    return key(pair) > kInfinity ? INFINITY : element(pair);
+  }
+  // The least key of an element that is not smaller than that: -0 is not smaller than 0. kNoKey if it may be any.
   __device__ __forceinline__ uint32_t least_key(uint64_t pair) const {
-    const uint32_t key = this->key(pair);
-    return key == kNaN ? kNoKey : key == kZero ? key - 1 : key;
+    const uint32_t key = min(this->key(pair), kInfinity);
+    return key == kZero ? key - 1 : key;
   }
   // The element, or some NaN.
   __device__ __forceinline__ float element(uint64_t pair) const {

@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     uint32_t placed = 0;  // of this thread's elements of a step for which there was no more room: those that had some
 #pragma unroll 1
     while (true) {
-      const float bound_element = format.element(bound);
+      const float bound_element = format.bound(bound);
       // Behind the bound's index an element must be larger. The order of -0 and 0 is not that of a comparison.
       const uint32_t bound_index = float_bits(bound_element) == 0x80000000u ? 0xFFFFFFFFu : format.index(bound);
       bool has_room = true;

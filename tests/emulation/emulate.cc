@@ -1,5 +1,5 @@
 // Runs the cases of tests/launches by emulation, every plan once, in random order until the time is up. All plans of a
-// case must give the same bits, and ids that are within their range.
+// case must give the same bits, which are known of topk_select, and ids that are within their range.
 //
 //   emulate [--seconds 60] [--seed 1] [prefix]   of all ops, or of the cases whose name begins so
 #include <algorithm>
@@ -30,8 +30,6 @@ namespace {
 
 constexpr size_t kMostBytes = 300000;  // of the operands and results of a call: larger ones take long
 
-using Bits = std::vector<std::vector<char>>;
-
 // A GPU has one NaN that arithmetic gives, a host has many.
 Bits with_one_nan(Bits bits) {
   for (std::vector<char>& bytes : bits) {
@@ -55,7 +53,7 @@ size_t bytes_of(const Call& call) {
 // again with both. Adds the plans' kernels to `seen`.
 void run_case(const Call& call, uint64_t seed, std::set<std::string>& seen) {
   const Results results(call.result_bytes);
-  Bits of_first;
+  Bits wanted = call.expected ? with_one_nan(call.expected()) : Bits{};
   for (const Way& way : call.ways) {
     const std::string what = call.name + " by " + way.plan + ", seed " + std::to_string(seed);
     const Buffer workspace(way.workspace_bytes);
@@ -66,8 +64,8 @@ void run_case(const Call& call, uint64_t seed, std::set<std::string>& seen) {
     Bits bits = results.read();
     check_ids(call, bits);
     bits = with_one_nan(std::move(bits));
-    if (of_first.empty()) of_first = bits;
-    if (call.is_exact && bits != of_first) fail(what, "other bits than by " + call.ways.front().plan);
+    if (wanted.empty()) wanted = bits;
+    if (call.is_exact && bits != wanted) fail(what, other_bits(call));
     seen.insert(way.plan.substr(0, way.plan.find(',')));
   }
 }

@@ -83,6 +83,7 @@ struct Store {
 std::vector<Block> blocks;
 std::vector<Fiber> fibers;
 std::vector<Fiber*> ready, waiting;  // these for conditions
+bool may_hold = false;               // whether a condition may do that did not when it was last looked at
 std::vector<Store> stores;           // under way
 uint64_t cluster_phase;
 size_t arrived_at_cluster;
@@ -140,6 +141,7 @@ struct Barrier {
 
   void open_if_complete() {
     if (missing != 0 || bytes != 0) return;
+    may_hold = true;
     ++phase;
     missing = arrivals;
   }
@@ -158,6 +160,7 @@ void make_some_store() {
 }
 
 void look_at_conditions() {
+  may_hold = false;
   const auto holds = [](Fiber* fiber) { return (*fiber->condition)(); };
   const auto end = std::partition(waiting.begin(), waiting.end(), [&](Fiber* fiber) { return !holds(fiber); });
   ready.insert(ready.end(), end, waiting.end());
@@ -182,7 +185,7 @@ void run_cluster() {
   current = nullptr;
   while (true) {
     if (!stores.empty() && (ready.empty() || chance(8))) make_some_store();
-    if (!waiting.empty() && (ready.empty() || chance(16))) look_at_conditions();
+    if (may_hold && (ready.empty() || chance(16))) look_at_conditions();
     if (ready.empty()) {
       if (!stores.empty()) continue;
       if (waiting.empty()) break;
@@ -297,6 +300,7 @@ void wait_until(const std::function<bool()>& condition) {
   if (condition() && chance(2)) return;
   current->condition = &condition;
   waiting.push_back(current);
+  may_hold = true;
   pause_fiber();
 }
 
@@ -335,12 +339,12 @@ uint32_t in_block(uint32_t address, uint32_t block) {
 }
 
 uint32_t block_of_cluster() { return static_cast<uint32_t>(current->block - &blocks[0]); }
-uint32_t blocks_of_cluster() { return static_cast<uint32_t>(blocks.size()); }
 
 void cluster_arrive() {
   current->cluster_phase = cluster_phase;
   if (++arrived_at_cluster < fibers.size()) return;
   arrived_at_cluster = 0;
+  may_hold = true;
   ++cluster_phase;
 }
 

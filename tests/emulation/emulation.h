@@ -108,7 +108,6 @@ uint32_t in_block(uint32_t address, uint32_t block);
 
 // Clusters
 uint32_t block_of_cluster();
-uint32_t blocks_of_cluster();
 void cluster_arrive();
 void cluster_wait();
 

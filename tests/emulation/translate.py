@@ -35,7 +35,6 @@ INSTRUCTIONS = {
     ".v4.u32": "emulation::load_16_bytes({0}, {1}, {2}, {3}, {4})",
     "griddepcontrol": "",
     "%%cluster_ctarank": "{0} = emulation::block_of_cluster()",
-    "%%cluster_nctarank": "{0} = emulation::blocks_of_cluster()",
     "barrier.cluster.arrive": "emulation::cluster_arrive()",
     "barrier.cluster.wait": "emulation::cluster_wait()",
     "fence.acq_rel.cluster": "",

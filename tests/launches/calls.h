@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../csrc/common/order.h"
 #include "../../csrc/cuda/kernels.h"
 
 namespace jax_router::launches {
@@ -66,6 +68,9 @@ class Buffer {
   std::unique_ptr<void, Free> data_;
 };
 
+// The bytes of each result.
+using Bits = std::vector<std::vector<char>>;
+
 // A call's results, each a buffer of its own.
 class Results {
  public:
@@ -78,8 +83,8 @@ class Results {
   void fill(int byte) const {
     for (const Buffer& buffer : buffers_) buffer.fill(byte);
   }
-  std::vector<std::vector<char>> read() const {
-    std::vector<std::vector<char>> bits;
+  Bits read() const {
+    Bits bits;
     for (const Buffer& buffer : buffers_) bits.push_back(buffer.read());
     return bits;
   }
@@ -100,16 +105,22 @@ struct Call {
   std::string name;
   std::vector<std::shared_ptr<Buffer>> operands;
   std::vector<size_t> result_bytes;
-  std::vector<Way> ways;  // every plan
-  size_t chosen = 0;      // the one that launches take
-  bool is_exact = true;   // all plans give the same bits
-  int ids = -1;           // the result that holds ids, if they are such as
-  int64_t ids_below = 0;  // -1 <= id < ids_below
+  std::vector<Way> ways;           // every plan
+  size_t chosen = 0;               // the one that launches take
+  bool is_exact = true;            // all plans give the same bits
+  std::function<Bits()> expected;  // those, where the host can tell
+  int ids = -1;                    // the result that holds ids, if they are such as
+  int64_t ids_below = 0;           // -1 <= id < ids_below
 
   const Way& way() const { return ways[chosen]; }
 };
 
-inline void check_ids(const Call& call, const std::vector<std::vector<char>>& bits) {
+// What is wrong where they are not the same.
+inline std::string other_bits(const Call& call) {
+  return "other bits than " + (call.expected ? "on the host" : "by " + call.ways.front().plan);
+}
+
+inline void check_ids(const Call& call, const Bits& bits) {
   if (call.ids < 0) return;
   const std::vector<char>& bytes = bits[call.ids];
   std::vector<int32_t> ids(bytes.size() / sizeof(int32_t));
@@ -117,6 +128,35 @@ inline void check_ids(const Call& call, const std::vector<std::vector<char>>& bi
   for (int32_t id : ids) {
     if (id < -1 || id >= call.ids_below) return fail(call.name, "id " + std::to_string(id));
   }
+}
+
+// What topk_select gives, by a sort on the host.
+template <class T>
+Bits sorted_on_host(const TopkSelect& op, const std::vector<char>& scores, const std::vector<char>& lengths) {
+  Bits bits{std::vector<char>(op.rows * op.k * sizeof(T)), std::vector<char>(op.rows * op.k * sizeof(int32_t))};
+  auto* value = reinterpret_cast<T*>(bits[0].data());
+  auto* index = reinterpret_cast<int32_t*>(bits[1].data());
+  const auto* row = reinterpret_cast<const T*>(scores.data());
+  std::vector<uint64_t> pairs(op.length);
+  for (int64_t r = 0; r < op.rows; ++r, row += op.length, value += op.k, index += op.k) {
+    int64_t length = op.length;
+    if (!lengths.empty()) {
+      length = std::clamp<int64_t>(reinterpret_cast<const int32_t*>(lengths.data())[r], 0, op.length);
+    }
+    const int64_t k = std::min(op.k, length);
+    for (int64_t i = 0; i < length; ++i) pairs[i] = order_pair(order_key(static_cast<float>(row[i])), i);
+    const auto begin = pairs.begin(), chosen = begin + k, end = begin + length;
+    std::nth_element(begin, chosen, end, std::greater<uint64_t>());
+    std::sort(begin, chosen,
+              [&op](uint64_t a, uint64_t b) { return op.sorted ? a > b : pair_index(a) < pair_index(b); });
+    std::fill_n(value, op.k, T(-INFINITY));
+    std::fill_n(index, op.k, -1);
+    for (int64_t i = 0; i < k; ++i) {
+      index[i] = static_cast<int32_t>(pair_index(pairs[i]));
+      value[i] = row[index[i]];
+    }
+  }
+  return bits;
 }
 
 // What the floating-point numbers of an operand are.
@@ -127,6 +167,7 @@ enum class Content {
   kRising,  // neighbours in ascending order
   kZeros,   // -1, but for stretches of -0 with a few 0
   kNarrow,  // one of six that lie close together
+  kSteps,   // one of sixteen
 };
 // Those that every case has.
 constexpr Content kContents[] = {Content::kOrdinary, Content::kBits, Content::kTies, Content::kRising, Content::kZeros};
@@ -156,7 +197,7 @@ class Maker {
     for (const auto& [what, size] : sizes) call_.name += std::string(" ") + what + std::to_string(size);
   }
   void name(const std::string& op, DType dtype, Content content, Sizes sizes) {
-    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising", " zeros", " narrow"};
+    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising", " zeros", " narrow", " steps"};
     const char* type = dtype == DType::kF32 ? " f32" : dtype == DType::kBF16 ? " bf16" : " f16";
     name(op + type + kContentNames[static_cast<int>(content)], sizes);
   }
@@ -247,6 +288,8 @@ class Maker {
         values[i] = T(i % 2560 >= 512 ? -1.0f : bits % 50 == 0 ? 0.0f : -0.0f);
       } else if (content == Content::kNarrow) {
         values[i] = T(1.0f + bits % 6 * 0x1p-7f);
+      } else if (content == Content::kSteps) {
+        values[i] = T(static_cast<float>(bits % 16));
       } else {
         values[i] = T(content == Content::kTies ? static_cast<float>(bits % 4) : (bits >> 8) * 0x1p-21f - 4.0f);
       }
@@ -418,7 +461,15 @@ inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, 
     op.indices = results.get<int32_t>(1);
   };
   const size_t choices = rows * k;
-  return Maker::with_ids(make.finish(op, {choices * size_of(dtype), 4 * choices}, set), 1, length);
+  Call call = Maker::with_ids(make.finish(op, {choices * size_of(dtype), 4 * choices}, set), 1, length);
+  call.expected = [op, operands = call.operands] {
+    const std::vector<char> scores = operands[0]->read();
+    const std::vector<char> lengths = operands.size() > 1 ? operands[1]->read() : std::vector<char>{};
+    if (op.dtype == DType::kF32) return sorted_on_host<float>(op, scores, lengths);
+    if (op.dtype == DType::kBF16) return sorted_on_host<__nv_bfloat16>(op, scores, lengths);
+    return sorted_on_host<__half>(op, scores, lengths);
+  };
+  return call;
 }
 
 inline Call expert_dispatch(Maker& make, int64_t batch, int64_t tokens, int32_t k, int32_t experts, int32_t align = 1,

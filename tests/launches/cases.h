@@ -110,8 +110,8 @@ inline void topk_select_cases(const Visit& visit) {
   // Zeros of which a block's sample promises more than there are.
   for (DType dtype : kDTypes)
     visit(topk_select(make, dtype, 3, 40960, 512, make.pick({false, true}), false, Content::kZeros));
-  // One choice of a long row of a few values: ties of the bound that is sampled may be left out.
-  for (DType dtype : kDTypes) visit(topk_select(make, dtype, 1, 120001, 1, true, false, Content::kTies));
+  // A few choices of long rows of a few values: ties of the bound that is sampled are left out.
+  for (DType dtype : kDTypes) visit(topk_select(make, dtype, 2, 30001, 4, true, false, Content::kSteps));
   // So many choices that a block takes no sample and has no room for its whole row, whose largest elements are those
   // behind the last whole vector.
   for (DType dtype : kDTypes)

@@ -18,12 +18,6 @@ __device__ __forceinline__ uint32_t block_of_cluster() {
   return rank;
 }
 
-__device__ __forceinline__ uint32_t blocks_of_cluster() {
-  uint32_t blocks = 1;
-  JR_CLUSTER_ASM("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
-  return blocks;
-}
-
 // The cluster's barrier, in two halves so that a thread can work between them. After its wait, a thread sees everything
 // that the other threads of the cluster wrote before they arrived.
 __device__ __forceinline__ void cluster_arrive() {

@@ -380,9 +380,10 @@ struct alignas(16) PairSelect {
     }
   }
 
-  // For in_order_of_index: a bit an index, in vectors of 16 bytes, and behind these 16 bits a word of them. A thread
-  // can see to few vectors.
+  // For in_order_of_index: a bit an index, in vectors of 16 bytes, and behind these 16 bits a word of them, which count
+  // the chosen. A thread can see to few vectors.
   static constexpr int kMostVectors = 4;
+  static_assert(kMaxSelectK < 1 << 16);
   static __device__ __forceinline__ uint32_t vectors_of_bits(int index_bits) { return 1u << max(index_bits - 7, 0); }
   static __device__ __forceinline__ bool has_bits(int index_bits) {
     return vectors_of_bits(index_bits) <= kMostVectors * kThreads;
