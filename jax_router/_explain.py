@@ -161,6 +161,9 @@ def _plan_sizes(op: str, avals: dict[str, Any], params: dict[str, Any]) -> dict[
         sizes = {"rows": prod(avals["expert_ids"].shape[:-1]), "k": avals["expert_ids"].shape[-1]}
         dtype = _native.NATIVE_DTYPES[params["dtype"].name]
         return {**sizes, "experts": params["num_experts"], "whole_row": scoring.needs_whole_row, "dtype": dtype}
+    if op == "routed_cotangent":
+        *rows, k = avals["expert_ids"].shape
+        return {"rows": prod(rows), "k": k, "experts": params["num_experts"]}
     if op in ("permute", "combine", "permute_cotangent", "combine_cotangent"):
         moved = next(iter(avals.values()))
         *batch, tokens, k = avals["slot"].shape
