@@ -74,6 +74,7 @@ def explain(
     answers = (
         _answer(op, avals, platform, device, **params)
         for op, avals, params in _calls(jax.make_jaxpr(call)(*operands).jaxpr)
+        if not _is_elsewhere(op, platform)
     )
     return list(dict.fromkeys(answers))
 
@@ -96,6 +97,11 @@ def _calls(jaxpr: Jaxpr) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(inner, (Jaxpr, ClosedJaxpr)):
                     yield from _calls(inner if isinstance(inner, Jaxpr) else inner.jaxpr)
+
+
+def _is_elsewhere(op: Op, platform: str) -> bool:
+    """Whether an op stands in a branch for other platforms: it has kernels for some alone, and is made of no others."""
+    return not op.composed and platform not in op.platforms and set(op.platforms) < set(_native.PLATFORMS)
 
 
 def _made_of(op: Op, avals: dict[str, Any], **params: Any) -> Jaxpr:

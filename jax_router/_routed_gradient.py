@@ -110,7 +110,7 @@ def _gradients_apart(params: Any, grad_weights: Array, known: dict[str, Array]) 
     def tangent(x: Array, weight: Array) -> Array:
         return _in_parts(x_tangent=x, weight_tangent=weight, **known, **dict(params))[0]
 
-    return list(jax.vjp(tangent, known["x"], known["weight"])[1](grad_weights))
+    return list(jax.linear_transpose(tangent, known["x"], known["weight"])(grad_weights))
 
 
 def _gradients_from_kernel(
