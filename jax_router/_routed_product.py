@@ -83,7 +83,7 @@ def _faster_of(
 
 
 # Of how many experts each choice must be one, for a sum of rows to be faster than a product.
-_EXPERTS_A_CHOICE = 24
+_EXPERTS_A_CHOICE = 16
 
 
 def _are_few(logits: Array, weight: Array, expert_ids: Array) -> bool:
