@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps, (P::kElements > 1 ? 32 : 4
   if (inside) store_piece(static_cast<Bits*>(op.out) + token.row * plan.pieces + piece, P::pack(sums));
 }
 
-// A block owns some of the pairs of a segment and a batch, which are numbered segment by segment. What it does is bound
-// by the instructions of a warp, so that all that moves on from batch to batch is kept, and not made anew.
+// A block owns some of the pairs of a segment and a batch, which are numbered segment by segment. Where tokens have
+// more than a few choices the instructions bound it, more than half of which unpack elements and add them up.
 template <class P>
 __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combine op, const CombinePlan plan) {
   using Bits = typename P::Bits;
@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
   const DispatchedRows& rows = op.rows;
   constexpr uint32_t kWarps = kTableThreads / 32;
   constexpr uint32_t kTokens = kTableTokens / kWarps;  // of a warp in a batch
-  constexpr uint32_t kAtOnce = 2;                      // whose sums do not wait for each other, neighbours
-  constexpr uint32_t kStep = kWarps * kAtOnce;         // to the next of them
+  constexpr uint32_t kAtOnce = 2;                      // whose sums do not wait for each other
   const uint32_t slots = static_cast<uint32_t>(rows.slots), k = static_cast<uint32_t>(rows.k);
   const uint32_t words = (k + 1) / 2;  // of a token's choices
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -73,8 +72,7 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
   // A thread moves every eighth choice of a token to shared memory, by way of registers; a warp, those of the tokens
   // that it adds up.
   constexpr uint32_t kMovers = kTableThreads / kTableTokens, kMoved = kTableChoices / kMovers;
-  const uint32_t place = threadIdx.x / kMovers, mover = threadIdx.x % kMovers;
-  const uint32_t token_moved = warp * kAtOnce + place % kAtOnce + place % kTokens / kAtOnce * kStep;
+  const uint32_t token_moved = threadIdx.x / kMovers, mover = threadIdx.x % kMovers;
   int own_choices = static_cast<int>(k) - static_cast<int>(mover);  // of the thread's token, from its first one on
   int own_in_last = token_moved < tokens_of_last ? own_choices : 0;
   int slot[kMoved];
@@ -101,9 +99,9 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
           make_uint2((has_slot ? slot[i] : slots) * 32 * sizeof(uint4), has_slot ? float_bits(weight[i]) : 0);
     }
   };
-  const uint32_t token_to = first_choice +
-                            ((place / kAtOnce * words + mover / 2) * kAtOnce + place % kAtOnce) * sizeof(uint4) +
-                            mover % 2 * sizeof(uint2);
+  const uint32_t token_to =
+      first_choice + ((token_moved / kAtOnce * words + mover / 2) * kAtOnce + token_moved % kAtOnce) * sizeof(uint4) +
+      mover % 2 * sizeof(uint2);
   if (warp == 0) *reinterpret_cast<Bits*>(shared_memory + (slots * 32 + lane) * sizeof(uint4)) = P::pack_all(-0.0f);
 
   const int64_t pairs = plan.segments * plan.batches;
@@ -124,15 +122,16 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
     int64_t moved_from = (int64_t{batch} * kTableTokens + token_moved) * k + mover;
     uint32_t moved_to = token_to, choices = first_choice + warp * kTokens * words * sizeof(uint4);
     uint32_t both_moved_to = 2 * moved_to + half, both_choices = 2 * choices + half;
-    uint32_t left = inside ? kTableTokens : 0;  // of a batch's tokens, from the warp's first one on
-    uint32_t left_in_last = inside && tokens_of_last > warp * kAtOnce ? tokens_of_last - warp * kAtOnce : 0;
+    uint32_t left = inside ? kTokens : 0;  // of the warp's tokens; and of the last batch
+    uint32_t left_in_last = inside && tokens_of_last > warp * kTokens ? tokens_of_last - warp * kTokens : 0;
+    // Values to keep: the compiler would make them anew for each batch.
     asm volatile("" : "+r"(both_moved_to), "+r"(both_choices), "+r"(left), "+r"(left_in_last));
     asm volatile("" : "+r"(own_choices), "+r"(own_in_last), "+r"(own_places));
     load_choices(moved_from, batch + 1 < batches ? own_choices : own_in_last);
     store_choices(moved_to);
     wait_for_copies();
     __syncthreads();
-    Bits* to = static_cast<Bits*>(op.out) + (int64_t{batch} * kTableTokens + warp * kAtOnce) * plan.pieces + piece;
+    Bits* to = static_cast<Bits*>(op.out) + (int64_t{batch} * kTableTokens + warp * kTokens) * plan.pieces + piece;
     for (; batch < end; ++batch) {
       const bool has_next = batch + 1 < end;
       moved_from += int64_t{kTableTokens} * k;
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
       if (batch + 1 == batches) left = left_in_last;
       uint32_t choice = choices;
 #pragma unroll 1
-      for (uint32_t first = 0; first < kTableTokens; first += kStep) {
+      for (uint32_t first = 0; first < kTokens; first += kAtOnce) {
         typename P::Floats sums[kAtOnce];
         const auto add_word = [&](bool is_first) {
           uint4 two[kAtOnce];
@@ -179,8 +178,8 @@ __global__ void __launch_bounds__(kTableThreads) combine_from_table(const Combin
           if (first + i < left) store_piece(to, sum);
           to += plan.pieces;
         }
-        to += int64_t{kStep - kAtOnce} * plan.pieces;
       }
+      to += int64_t{kTableTokens - kTokens} * plan.pieces;
       choices = both_choices - choices;
       asm volatile("" : "+r"(choices));
       if (has_next) store_choices(moved_to);
