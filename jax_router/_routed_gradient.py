@@ -56,6 +56,7 @@ def _in_parts(
     scoring: Scoring,
     implementation: str,
 ) -> list[Array]:
+    """By way of the tangent of all logits."""
     logits_of = partial(router_logits, token_mask=token_mask, expert_ids=expert_ids, implementation=implementation)
     logits_dot = jax.jvp(logits_of, (x, weight), (x_tangent, weight_tangent))[1]
     return [weights_tangent(logits_dot, residual, expert_ids, scoring, implementation)]
