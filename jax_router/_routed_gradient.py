@@ -23,7 +23,7 @@ from ._primitive import Op, Operand, Result
 from ._product import Axes, bf16_halves, product_of_parts
 from ._routed_product import routed_rows
 from ._slots import jvp_in_parts
-from ._types import Scoring
+from ._types import Implementation, Scoring
 
 
 def routed_weights_tangent(
@@ -54,7 +54,7 @@ def _in_parts(
     token_mask: Array | None = None,
     *,
     scoring: Scoring,
-    implementation: str,
+    implementation: Implementation,
 ) -> list[Array]:
     """By way of the tangent of all logits."""
     logits_of = partial(router_logits, token_mask=token_mask, expert_ids=expert_ids, implementation=implementation)
@@ -107,9 +107,10 @@ def _gradients_jvp(params: Any, primals: Any, tangents: Any):
 
 def _gradients_apart(params: Any, grad_weights: Array, known: dict[str, Array]) -> list[Array]:
     """As JAX finds them for each operand by itself."""
+    rest: dict[str, Any] = {**known, **dict(params)}
 
     def tangent(x: Array, weight: Array) -> Array:
-        return _in_parts(x_tangent=x, weight_tangent=weight, **known, **dict(params))[0]
+        return _in_parts(x_tangent=x, weight_tangent=weight, **rest)[0]
 
     return list(jax.linear_transpose(tangent, known["x"], known["weight"])(grad_weights))
 
