@@ -6,6 +6,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -17,6 +18,7 @@ from ._logits import router_logits
 from ._native import NATIVE_DTYPES, native_module
 from ._primitive import Op, Operand, Result
 from ._route_at import routing_result_types
+from ._routed_gradient import routed_weights_tangent
 from ._types import GroupScore, Implementation, Routing, ScoreFn, Selection
 
 
@@ -225,4 +227,14 @@ def _jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
         implementation=params["implementation"],
     )
     factors = ("x", "weight", "logit_bias")
-    return selecting_jvp(_DENSE_ROUTER, primals, tangents, scoring, logits_of, factors, **params)
+
+    def together(moving: dict[str, Array], given: dict[str, Array], expert_ids: Array, chosen: Array) -> Array | None:
+        x, weight = given["x"], given["weight"]
+        is_sharded = any(any(jax.typeof(factor).sharding.spec) for factor in (x, weight))
+        in_bf16 = x.dtype == weight.dtype == jnp.bfloat16 and params["precision"] is None
+        if set(moving) != {"x", "weight"} or not in_bf16 or is_sharded or params["implementation"] == "reference":
+            return None
+        operands = {"x": x, "weight": weight, "token_mask": primals.get("token_mask")}
+        return routed_weights_tangent(moving, operands, expert_ids, chosen, scoring, params["implementation"])
+
+    return selecting_jvp(_DENSE_ROUTER, primals, tangents, scoring, logits_of, factors, together, **params)

@@ -52,6 +52,7 @@ def selecting_jvp(
     how: Scoring,
     logits_of: Callable[..., Array] = lambda logits, **_: logits,
     factors: Sequence[str] = ("logits",),
+    together: Callable[..., Array | None] | None = None,
     /,
     *,
     return_chosen: bool,
@@ -63,6 +64,9 @@ def selecting_jvp(
     The logits are `logits_of(**operands, expert_ids=...)` of the operands that `factors` names; all logits but those at
     the ids get no gradient, where there are ids. Nothing flows through the selection, or to another operand. The
     backward pass needs the ids and the chosen logits; for softmax without renormalisation, all logits.
+
+    `together(moving, given, expert_ids, chosen)` may know the tangent of the weights from those of all factors that
+    move, in a form whose transpose is faster than that of each factor's; None where it does not.
     """
     whole_row = how.needs_whole_row
     weights, expert_ids, *chosen = checkpoint_name(
@@ -73,6 +77,10 @@ def selecting_jvp(
     moving = {name: tangents[name] for name in given if not isinstance(tangents[name], ad.Zero)}
     if not moving:
         return results, [zero_tangent(result) for result in results]
+    if together is not None and not whole_row and not return_chosen:
+        weights_dot = together(moving, given, expert_ids, chosen[0])
+        if weights_dot is not None:
+            return results, [weights_dot, zero_tangent(expert_ids)]
     at = {name: given[name] for name in moving}
     of_moved = partial(logits_of, expert_ids=None if whole_row else expert_ids)
     logits, logits_dot = jax.jvp(lambda moved: of_moved(**{**given, **moved}), (at,), (moving,))
@@ -114,12 +122,21 @@ def _cotangent_reference(
     if scoring.score_fn == "identity":
         chosen_bar = grad_weights * jnp.float32(scoring.scale)
     else:
-        _, pullback = jax.vjp(partial(_weights, expert_ids=expert_ids, scoring=scoring), residual)
-        (chosen_bar,) = pullback(grad_weights)
+        chosen_bar = chosen_cotangent(grad_weights, expert_ids, residual, scoring)
     if scoring.needs_whole_row:
         return [chosen_bar.astype(dtype)]
+    return [dense_cotangent(chosen_bar, expert_ids, num_experts).astype(dtype)]
+
+
+def chosen_cotangent(grad_weights: Array, expert_ids: Array, residual: Array | None, scoring: Scoring) -> Array:
+    """That of what the weights are computed from: the chosen logits, or all of them."""
+    return jax.vjp(partial(_weights, expert_ids=expert_ids, scoring=scoring), residual)[1](grad_weights)[0]
+
+
+def dense_cotangent(chosen: Array, expert_ids: Array, num_experts: int) -> Array:
+    """A row for each token, zero but at its ids."""
     here = expert_ids[..., None] == numbers(num_experts, expert_ids.ndim + 1)
-    return [jnp.where(here, chosen_bar[..., None], 0.0).sum(axis=-2).astype(dtype)]
+    return jnp.where(here, chosen[..., None], 0.0).sum(axis=-2)
 
 
 def _jvp(op: Op, linear: str, primals: dict[str, Any], tangents: dict[str, Any], *, implementation: str, **params: Any):

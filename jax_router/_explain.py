@@ -74,6 +74,7 @@ def explain(
     answers = (
         _answer(op, avals, platform, device, **params)
         for op, avals, params in _calls(jax.make_jaxpr(call)(*operands).jaxpr)
+        if not _is_elsewhere(op, platform)
     )
     return list(dict.fromkeys(answers))
 
@@ -96,6 +97,11 @@ def _calls(jaxpr: Jaxpr) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(inner, (Jaxpr, ClosedJaxpr)):
                     yield from _calls(inner if isinstance(inner, Jaxpr) else inner.jaxpr)
+
+
+def _is_elsewhere(op: Op, platform: str) -> bool:
+    """Whether an op stands in a branch for other platforms: it has kernels for some alone, and is made of no others."""
+    return not op.composed and platform not in op.platforms and set(op.platforms) < set(_native.PLATFORMS)
 
 
 def _made_of(op: Op, avals: dict[str, Any], **params: Any) -> Jaxpr:
@@ -161,6 +167,9 @@ def _plan_sizes(op: str, avals: dict[str, Any], params: dict[str, Any]) -> dict[
         sizes = {"rows": prod(avals["expert_ids"].shape[:-1]), "k": avals["expert_ids"].shape[-1]}
         dtype = _native.NATIVE_DTYPES[params["dtype"].name]
         return {**sizes, "experts": params["num_experts"], "whole_row": scoring.needs_whole_row, "dtype": dtype}
+    if op == "routed_cotangent":
+        *rows, k = avals["expert_ids"].shape
+        return {"rows": prod(rows), "k": k, "experts": params["num_experts"]}
     if op in ("permute", "combine", "permute_cotangent", "combine_cotangent"):
         moved = next(iter(avals.values()))
         *batch, tokens, k = avals["slot"].shape

@@ -48,6 +48,11 @@ def product(lhs: Array, rhs: Array, axes: Axes, *, dtype: Any, out_sharding: Any
     return _PRODUCT.bind(lhs, rhs, axes=axes, dtype=jnp.dtype(dtype), out_sharding=out_sharding)
 
 
+def product_of_parts(parts: Array, rhs: Array, axes: Axes, *, dtype: Any) -> Array:
+    """`product` of an f32 lhs in its two `bf16_halves` and a bf16 rhs; the axes are those of the lhs as a whole."""
+    return _dot_with_parts(parts, rhs, axes=axes, dtype=dtype, out_sharding=None)
+
+
 def bf16_parts(values: Array, count: int, axis: int = 0) -> Array:
     """Parts that add up to the values, the largest first, on a new axis. f32 has three, f16 two; fewer are rounded."""
     rest, parts = values.astype(jnp.float32), []
@@ -81,14 +86,19 @@ def _dot_in_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_shardin
     Where that stays, so do they, and are added in the end. Else they are summed over, with rhs once for each. So the
     parts multiply the few numbers, those of the weight or of its gradient, and both gradients take the same ones.
     """
-    last = lhs.ndim - 1
     # XLA takes no conversion into halves where sizes are symbolic.
-    by_platform = {} if any(map(is_symbolic_dim, lhs.shape)) else {"cuda": _halves}
-    in_general = partial(bf16_parts, count=_PARTS, axis=last + 1)
+    by_platform = {} if any(map(is_symbolic_dim, lhs.shape)) else {"cuda": bf16_halves}
+    in_general = partial(bf16_parts, count=_PARTS, axis=lhs.ndim)
     parts = lax.platform_dependent(lhs, **by_platform, default=in_general)
+    return _dot_with_parts(parts, rhs, axes=axes, dtype=dtype, out_sharding=out_sharding)
+
+
+def _dot_with_parts(parts: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding: Any) -> Array:
+    """Of an lhs in parts, which are on an axis behind its last one; the axes are those of the whole."""
+    last = parts.ndim - 2
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = axes
-    if last in axes.kept(0, lhs.ndim):
-        at = len(lhs_batch) + axes.kept(0, lhs.ndim).index(last) + 1
+    if last in axes.kept(0, last + 1):
+        at = len(lhs_batch) + axes.kept(0, last + 1).index(last) + 1
         by_part = _with_axis(out_sharding, at, None)
         return _dot(parts, rhs, axes=axes, dtype=jnp.float32, out_sharding=by_part).sum(at).astype(dtype)
     copied = dict(zip((*lhs_contracted, *lhs_batch), (*rhs_contracted, *rhs_batch)))[last] + 1
@@ -101,7 +111,7 @@ def _dot_in_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_shardin
     return _dot(parts, copies, axes=in_parts, dtype=dtype, out_sharding=out_sharding)
 
 
-def _halves(values: Array) -> Array:
+def bf16_halves(values: Array) -> Array:
     """`bf16_parts(values, 2, -1)` as the halves of words, which XLA writes on a GPU at the speed of a copy."""
     high, rest = _part_and_rest(values)
     low = lax.bitcast_convert_type(rest.astype(jnp.bfloat16), jnp.uint16)

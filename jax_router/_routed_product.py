@@ -6,19 +6,20 @@ token: a `combine` of its experts' rows, and no product with all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.export import is_symbolic_dim
 from jax.interpreters import ad, mlir
 
 from . import _native
 from ._primitive import Op, Operand, Result, may_be_partitioned, zero_tangent
-from ._product import Axes, product
+from ._product import Axes, product, product_of_parts
 from ._slots import COMBINE
 
 
@@ -28,22 +29,61 @@ def routed_product(x: Array, weight: Array, expert_ids: Array, precision: Any, i
     return _LOGITS(operands, precision=precision, implementation=implementation)[0]
 
 
+def routed_rows(parts: Array, chosen: Array, weight: Array, expert_ids: Array, implementation: str) -> Array:
+    """`g @ weight` of a g `[..., E]` that is `chosen` `[..., k]` at the ids, and zero elsewhere.
+
+    It comes as `chosen`, and as a whole in `bf16_halves`. Not to be differentiated.
+    """
+    operands = {"parts": parts, "chosen": chosen, "weight": weight, "expert_ids": expert_ids}
+    return _ROWS_OF_PARTS(operands, implementation=implementation)[0]
+
+
 def _logits(x: Array, weight: Array, expert_ids: Array, *, precision: Any, implementation: str) -> list[Array]:
     return [_dot(x, weight, Axes(((x.ndim - 1,), (1,))), precision, jnp.float32)]
 
 
-def _rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str, **params: Any) -> list[Array]:
+def _rows(logits: Array, weight: Array, expert_ids: Array, *, precision: Any, implementation: str) -> list[Array]:
     """`logits @ weight`, of logits that are zero but at the ids."""
-    sums = {}
+
+    def sums(logits: Array, weight: Array, expert_ids: Array) -> list[Array]:
+        chosen = jnp.take_along_axis(logits, jnp.maximum(expert_ids, 0), axis=-1)
+        return _sums_of_rows(chosen, weight, expert_ids, implementation)
+
+    def product_of_all(logits: Array, weight: Array, expert_ids: Array) -> list[Array]:
+        return [_dot(logits, weight, Axes(((logits.ndim - 1,), (0,))), precision, weight.dtype)]
+
+    return _faster_of(sums, product_of_all, logits, weight, expert_ids, implementation)
+
+
+def _rows_of_parts(
+    parts: Array, chosen: Array, weight: Array, expert_ids: Array, *, implementation: str
+) -> list[Array]:
+    def sums(parts: Array, weight: Array, expert_ids: Array) -> list[Array]:
+        return _sums_of_rows(chosen, weight, expert_ids, implementation)
+
+    def product_of_all(parts: Array, weight: Array, expert_ids: Array) -> list[Array]:
+        return [product_of_parts(parts, weight, Axes(((parts.ndim - 2,), (0,))), dtype=weight.dtype)]
+
+    return _faster_of(sums, product_of_all, parts, weight, expert_ids, implementation)
+
+
+def _faster_of(
+    sums: Callable[..., list[Array]],
+    product_of_all: Callable[..., list[Array]],
+    logits: Array,
+    weight: Array,
+    expert_ids: Array,
+    implementation: str,
+) -> list[Array]:
+    by_platform = {}
     if implementation != "reference" and _are_few(logits, weight, expert_ids):
         with_kernels = [name for name in _native.PLATFORMS if not isinstance(_native.load(name), ImportError)]
-        sums = dict.fromkeys(with_kernels, partial(_sums_of_rows, implementation=implementation))
-    product_of_all = partial(_product_of_all, **params)
-    return lax.platform_dependent(logits, weight, expert_ids, **sums, default=product_of_all)
+        by_platform = dict.fromkeys(with_kernels, sums)
+    return lax.platform_dependent(logits, weight, expert_ids, **by_platform, default=product_of_all)
 
 
 # Of how many experts each choice must be one, for a sum of rows to be faster than a product.
-_EXPERTS_A_CHOICE = 24
+_EXPERTS_A_CHOICE = 16
 
 
 def _are_few(logits: Array, weight: Array, expert_ids: Array) -> bool:
@@ -57,17 +97,13 @@ def _are_few(logits: Array, weight: Array, expert_ids: Array) -> bool:
     return not is_symbolic_dim(num_experts) and not is_symbolic_dim(k) and num_experts >= _EXPERTS_A_CHOICE * k
 
 
-def _product_of_all(logits: Array, weight: Array, expert_ids: Array, *, precision: Any) -> list[Array]:
-    return [_dot(logits, weight, Axes(((logits.ndim - 1,), (0,))), precision, weight.dtype)]
-
-
-def _sums_of_rows(logits: Array, weight: Array, expert_ids: Array, *, implementation: str) -> list[Array]:
+def _sums_of_rows(chosen: Array, weight: Array, expert_ids: Array, implementation: str) -> list[Array]:
     """From the chosen logits alone, to f32 accuracy."""
     k, (num_experts, hidden) = expert_ids.shape[-1], weight.shape
-    chosen = jnp.take_along_axis(logits, jnp.maximum(expert_ids, 0), axis=-1)
     operands = {
         "y": weight,
-        "token_index": jnp.full(num_experts, -1, jnp.int32),  # which combine does not read
+        # Which combine does not read: none is a token, and no two are equal, or XLA would write them in every call.
+        "token_index": jnp.asarray(np.arange(-num_experts, 0, dtype=np.int32)),
         "slot": expert_ids.reshape(-1, k),
         "weights": chosen.reshape(-1, k),
     }
@@ -104,13 +140,30 @@ _ROWS = Op(
 )
 
 
-def _lower_rows(ctx: Any, *values: Any, names: Any, implementation: str, **params: Any) -> Any:
+_ROWS_OF_PARTS = Op(
+    name="routed_rows_of_parts",
+    operands={
+        "parts": Operand(2),
+        "chosen": Operand(1),
+        "weight": Operand(2, batched="never"),
+        "expert_ids": Operand(1),
+    },
+    results=("rows",),
+    result_types=lambda avals, **_: [Result(avals["weight"].shape[1:], avals["weight"].dtype)],
+    reference=_rows_of_parts,
+    platforms=(),
+    composed=True,
+)
+
+
+def _lower_rows(op: Op, ctx: Any, *values: Any, names: Any, implementation: str, **params: Any) -> Any:
     """XLA gets the product where it may split that over devices."""
     way = "reference" if may_be_partitioned(ctx) else implementation
-    return mlir.lower_fun(partial(_rows, implementation=way, **params), multiple_results=True)(ctx, *values)
+    return mlir.lower_fun(partial(op.reference, implementation=way, **params), multiple_results=True)(ctx, *values)
 
 
-mlir.register_lowering(_ROWS.primitive, _lower_rows)
+for _op in (_ROWS, _ROWS_OF_PARTS):
+    mlir.register_lowering(_op.primitive, partial(_lower_rows, _op))
 
 
 def _define_derivatives(op: Op, name: str, transposed: Op, transposed_name: str) -> None:

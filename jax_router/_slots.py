@@ -248,7 +248,7 @@ def _moving(tangents: dict[str, Any]) -> dict[str, Array]:
     return {name: tangent for name, tangent in tangents.items() if not isinstance(tangent, ad.Zero)}
 
 
-def _jvp_in_parts(op: Op, parts: Callable[..., list[Array]], primals, tangents, **params):
+def jvp_in_parts(op: Op, parts: Callable[..., list[Array]], primals, tangents, **params):
     """By the ops that an op is made of."""
     results = op(primals, **params)
     moving = _moving(tangents)
@@ -293,9 +293,9 @@ def _define_derivatives(op: Op, name: str, cotangent_op: Op) -> None:
         return {"grad": grad}
 
     op.def_jvp(jvp)
-    tangent_op.def_jvp(partial(_jvp_in_parts, tangent_op, partial(_parts_of_tangent, op, name)))
+    tangent_op.def_jvp(partial(jvp_in_parts, tangent_op, partial(_parts_of_tangent, op, name)))
     tangent_op.def_transpose(tangent_transpose)
-    cotangent_op.def_jvp(partial(_jvp_in_parts, cotangent_op, partial(_parts_of_cotangent, op, name)))
+    cotangent_op.def_jvp(partial(jvp_in_parts, cotangent_op, partial(_parts_of_cotangent, op, name)))
     cotangent_op.def_transpose(cotangent_transpose)
 
 

@@ -55,6 +55,11 @@ RIGHT = {
         {"grad_logits": F32(3, 8)},
         {**SCORING, "num_experts": np.int64(8), "has_residual": np.bool_(True)},
     ),
+    "routed_cotangent": (
+        {"grad_weights": F32(3, 2), "expert_ids": I32(3, 2), "residual": F32(3, 2)},
+        {"grad_logits": BF16(3, 8, 2), "grad_chosen": F32(3, 2)},
+        {**SCORING, "num_experts": np.int64(8)},
+    ),
     "topk_select": (
         {"scores": F32(3, 8)},
         {"values": F32(3, 2), "indices": I32(3, 2)},
@@ -164,6 +169,19 @@ WRONG = {
     "route_cotangent: experts": ("route_cotangent", {"num_experts": LARGE}, "num_experts 2147483647 4294967298"),
     "route_cotangent: other experts": ("route_cotangent", {"num_experts": np.int64(9)}, "grad_logits 9] [3, 8]"),
     "route_cotangent: ids": ("route_cotangent", {"expert_ids": I8(3, 2)}, "expert_ids int32 int8"),
+    "routed_cotangent: another dtype": (
+        "routed_cotangent",
+        {"grad_logits": F32(3, 8)},
+        "grad_logits bfloat16 [..., 8, 2] float32 [3, 8]",
+    ),
+    "routed_cotangent: chosen": ("routed_cotangent", {"grad_chosen": F32(3, 3)}, "grad_chosen 2] float32 [3, 3]"),
+    "routed_cotangent: k": ("routed_cotangent", {"grad_weights": F32(3, 65)}, "grad_weights 0 to 64 float32 [3, 65]"),
+    "routed_cotangent: experts": ("routed_cotangent", {"num_experts": np.int64(4097)}, "num_experts 0 to 4096 4097"),
+    "routed_cotangent: softmax of all": (
+        "routed_cotangent",
+        {"score_fn": "softmax", "renormalize": np.bool_(False)},
+        "renormalize true false",
+    ),
     "topk_select: k of 2^62": ("topk_select", {"k": np.int64(2**62)}, "k 1 to 8 4611686018427387904"),
     "topk_select: no k": ("topk_select", {"k": np.int64(0)}, "k 1 to 8 0"),
     "topk_select: empty rows": ("topk_select", {"scores": F32(3, 0)}, "scores 1 to 2147483647 float32 [3, 0]"),

@@ -103,7 +103,7 @@ def test_gradient_selects_once(cuda):
         return jax_router.dense_router(x, weight, top_k=6).weights.sum()
 
     found = calls(jax.grad(loss, argnums=(0, 1)), bf16(8, 4096), bf16(256, 4096))
-    assert found == [FUSED, "jax_router.route_cotangent", "jax_router.combine"]
+    assert found == [FUSED, "jax_router.routed_cotangent", "jax_router.combine"]
 
 
 def fused_tokens(cuda, counts, dtype, num_experts, hidden):

@@ -261,6 +261,9 @@ class Draw:
             return {"rows": self._size(2**14), "experts": length, "k": k, "identity": True, "dtype": self._dtype()}
         return self.route_at() | {"experts": self._size(4096)}
 
+    def routed_cotangent(self):
+        return {"rows": self._size(2**20), "experts": self._size(4096), "k": self._size(64)}
+
 
 OPS = [name for name in vars(Draw) if not name.startswith("_")]
 

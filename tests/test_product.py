@@ -221,6 +221,6 @@ def test_parts_as_halves_of_words_are_the_parts(rng):
     values = np.ldexp(rng.normal(size=1000), rng.integers(-100, 100, 1000)).astype(np.float32)
     values = np.concatenate([values, np.float32([0.0, -0.0, np.inf, -np.inf, 3e38])])
     found, want = (
-        jax.jit(parts)(values) for parts in (_product._halves, partial(_product.bf16_parts, count=2, axis=1))
+        jax.jit(parts)(values) for parts in (_product.bf16_halves, partial(_product.bf16_parts, count=2, axis=1))
     )
     np.testing.assert_array_equal(np.asarray(found).view(np.uint16), np.asarray(want).view(np.uint16))

@@ -122,9 +122,15 @@ struct RouteCotangent {
   const void* residual;       // null for kIdentity; else the f32 chosen logits [rows, k], or the logits
                               // [rows, experts] if scoring.needs_whole_row()
   const int32_t* expert_ids;  // [rows, k]
-  void* grad_logits;          // [rows, experts], dtype
+  void* grad_logits;          // [rows, experts], dtype; [rows, experts, 2] in bf16 if in_parts
+  float* grad_chosen;         // optional, [rows, k]: that of each choice, 0 where its id is outside
+  bool in_parts;              // numbers in f32 as two parts that add up to them, the larger first; not if
+                              // scoring.needs_whole_row()
   Scoring scoring;
 };
+
+// route_cotangent for matrix products in bf16 with the dense gradient, and for sums over the choices alone.
+struct RoutedCotangent : RouteCotangent {};
 
 struct TopkSelect {
   int64_t rows;

@@ -18,6 +18,7 @@ void run(const HashRouter& op, const ParallelFor& parallel_for);
 void run(const ActivationTopk& op, const ParallelFor& parallel_for);
 void run(const RouteAt& op, const ParallelFor& parallel_for);
 void run(const RouteCotangent& op, const ParallelFor& parallel_for);
+void run(const RoutedCotangent& op, const ParallelFor& parallel_for) = delete;  // CPUs multiply in f32
 void run(const TopkSelect& op, const ParallelFor& parallel_for);
 void run(const ExpertDispatch& op, const ParallelFor& parallel_for);
 void run(const Permute& op, const ParallelFor& parallel_for);

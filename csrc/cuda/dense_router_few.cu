@@ -265,6 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(16) float maxima[32];
   __shared__ int candidates_listed;
   __shared__ SelectScratch<32> scratch;
+  __shared__ float2 scored[kMode == KeyMode::kScores ? kCandidates : 1];  // the candidates' scores and keys
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -400,6 +401,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } while (!__all_sync(kFullWarp, complete));
     float keys[kExpertsOfThread];
+    [[maybe_unused]] float scores[kExpertsOfThread];
 #pragma unroll
     for (int j = 0; j < kExpertsOfThread; ++j) {
       const int e = j * kThreads + thread;
@@ -423,7 +425,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       float maximum = -INFINITY;
 #pragma unroll
       for (int j = 0; j < kExpertsOfThread; ++j) {
-        if constexpr (kMode == KeyMode::kScores) keys[j] = __fadd_rn(score(keys[j]), key_offset[j]);
+        if constexpr (kMode == KeyMode::kScores) {
+          scores[j] = score(keys[j]);
+          keys[j] = __fadd_rn(scores[j], key_offset[j]);
+        }
         if (j * kThreads + thread < selection.experts) maximum = max_nan(maximum, keys[j]);
       }
 #pragma unroll
@@ -433,16 +438,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       maxima[thread / (kThreads / 32)] = maximum;
       __syncthreads();
       const float own_maximum = maxima[lane];
-      int larger = 0;
+      SumOfTrue larger[4];  // short sums in place of a long one
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
         const float4 others = *reinterpret_cast<const float4*>(maxima + i);
-        larger += others.x > own_maximum;
-        larger += others.y > own_maximum;
-        larger += others.z > own_maximum;
-        larger += others.w > own_maximum;
+        larger[0].add_if_greater(others.x, own_maximum);
+        larger[1].add_if_greater(others.y, own_maximum);
+        larger[2].add_if_greater(others.z, own_maximum);
+        larger[3].add_if_greater(others.w, own_maximum);
       }
-      const uint32_t bound_key = larger < selection.k ? order_key(own_maximum) : 0xFFFFFFFFu;
+      const uint32_t count = larger[0].value() + larger[1].value() + larger[2].value() + larger[3].value();
+      const uint32_t bound_key = count < static_cast<uint32_t>(selection.k) ? order_key(own_maximum) : 0xFFFFFFFFu;
       const float bound = float_of_key(__reduce_min_sync(kFullWarp, bound_key));
       listed = !__any_sync(kFullWarp, own_maximum != own_maximum);
 #pragma unroll
@@ -451,7 +457,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (keys[j] >= bound && e < selection.experts) {
           // In any order: the ranking makes one.
           const int place = atomicAdd(&candidates_listed, 1);
-          if (place < kCandidates) scratch.candidates[place] = e;
+          if (place < kCandidates) {
+            scratch.candidates[place] = e;
+            if constexpr (kMode == KeyMode::kScores) scored[place] = make_float2(scores[j], keys[j]);
+          }
         }
       }
     }
@@ -462,7 +471,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                                static_cast<int64_t>(token) * selection.k};
       const int count = candidates_listed;
       if (listed && count <= kCandidates) {
-        finish_token<kMode, 32>(selection, score, wanted ? count : 0, wanted, bias, logit_at, output, scratch);
+        finish_token<kMode, 32>(selection, score, wanted ? count : 0, wanted, bias, logit_at, output, scratch,
+                                kMode == KeyMode::kScores ? scored : nullptr);
       } else {
         float logits[4 * kChunks];
 #pragma unroll

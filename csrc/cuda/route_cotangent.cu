@@ -4,7 +4,10 @@
 // stretch of zeros in shared memory, and copies that out with full-width stores, stretch by stretch: each result is
 // written once. Rows with more choices or more experts than a router's (plain top-k's gradient) are cut into stretches
 // with one thread block each.
+// Parts in bf16 are written as words, which take the way of f32 numbers.
 // Floor: rows * experts * sizeof(gradient) + 12 k rows bytes; softmax without renormalisation reads the logits too.
+#include <type_traits>
+
 #include "kernels.h"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
@@ -127,6 +130,13 @@ __device__ __forceinline__ void merge_equal_ids(int k, int (&ids)[kHeld], float 
   }
 }
 
+// Two parts in bf16 that add up to a number but for 2^-16 of it, the larger first. Infinity leaves no rest.
+__device__ __forceinline__ uint32_t bf16_parts(float value) {
+  const float high = bits_float(float_bits(value) & 0xFFFF0000u);
+  const float rest = fabsf(value) == INFINITY ? 0.0f : __fadd_rn(value, -high);
+  return pack_two(high, rest, __nv_bfloat16{});
+}
+
 // kLanes lanes hold a row's choices, kHeld each.
 template <class T, int kLanes, int kHeld, bool kWholeRow>
 __global__ void __launch_bounds__(kThreads) route_cotangent_rows(const RouteCotangent op, const bool quads) {
@@ -180,8 +190,19 @@ __global__ void __launch_bounds__(kThreads) route_cotangent_rows(const RouteCota
     mean = sum_over_choices<kLanes>(terms, op.k);
   } else {
     differentiate<kLanes>(op.scoring, op.k, ids, logits, grads, values);
+    if (op.grad_chosen != nullptr && own_row < rows) {
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int j = h * kLanes + lane;
+        if (j < op.k) op.grad_chosen[(first_row + own_row) * op.k + j] = values[h];
+      }
+    }
   }
   merge_equal_ids<kLanes>(op.k, ids, values);
+  if (std::is_same_v<T, float> && op.in_parts) {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) values[h] = bits_float(bf16_parts(values[h]));
+  }
 
   float* const zeros = shared[warp];
   for (int i = 4 * warp_lane; i < kCotangentStretch; i += 128) {

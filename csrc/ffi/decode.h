@@ -206,6 +206,32 @@ struct Target<RouteCotangent> {
 };
 
 template <>
+struct Target<RoutedCotangent> {
+  static constexpr const char* kName = "routed_cotangent";
+
+  static void read(Call& call, RoutedCotangent& op) {
+    const Argument grad_weights = call.operand("grad_weights");
+    const Argument expert_ids = call.operand("expert_ids");
+    const Argument residual = call.operand("residual");
+    const Argument grad_logits = call.result("grad_logits");
+    const Argument grad_chosen = call.result("grad_chosen");
+    op.rows = grad_weights.rows(1);
+    op.k = grad_weights.size<int32_t>(0, {0, kMaxTopK});
+    op.experts = call.integer<int32_t>("num_experts", {0, kMaxExperts});
+    op.scoring = read_scoring(call);
+    if (op.scoring.needs_whole_row()) call.must_be("renormalize", "true where score_fn is softmax", "false");
+    op.dtype = DType::kF32;
+    op.in_parts = true;
+    op.grad_weights = grad_weights.numbers<float>(op.rows, {op.k});
+    op.expert_ids = expert_ids.numbers<int32_t>(op.rows, {op.k});
+    op.residual = residual.numbers<float>(op.rows, {op.k});
+    op.grad_logits = grad_logits.numbers(DType::kBF16, op.rows, {op.experts, 2});
+    op.grad_chosen = grad_chosen.numbers<float>(op.rows, {op.k});
+    if (op.experts == 0) op.rows = 0;  // nothing to compute, however many rows there are
+  }
+};
+
+template <>
 struct Target<TopkSelect> {
   static constexpr const char* kName = "topk_select";
 
@@ -367,7 +393,8 @@ Declaration declaration() {
 }
 
 // Every op there is. A backend serves those that it has a kernel for.
-using Ops = std::tuple<HashRouter, ActivationTopk, RouteAt, ScoredHashRouter, RouteCotangent, TopkSelect,
-                       ExpertDispatch, Permute, Combine, PermuteCotangent, CombineCotangent, ExpertCounts, DenseRouter>;
+using Ops =
+    std::tuple<HashRouter, ActivationTopk, RouteAt, ScoredHashRouter, RouteCotangent, RoutedCotangent, TopkSelect,
+               ExpertDispatch, Permute, Combine, PermuteCotangent, CombineCotangent, ExpertCounts, DenseRouter>;
 
 }  // namespace jax_router

@@ -138,6 +138,14 @@ inline void take_sizes(Sizes& sizes, RouteCotangent& op) {
   op.dtype = sizes.dtype();
 }
 
+inline void take_sizes(Sizes& sizes, RoutedCotangent& op) {
+  op.rows = sizes.take<int64_t>("rows");
+  op.experts = sizes.take<int32_t>("experts");
+  op.k = sizes.take<int32_t>("k");
+  op.scoring.score_fn = ScoreFn::kSigmoid;
+  op.in_parts = true;
+}
+
 // visit(op) with an empty op of that name.
 template <typename Visit, typename... AllOps>
 auto with_op(const std::string& name, Visit visit, const std::tuple<AllOps...>&) {

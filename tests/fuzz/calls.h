@@ -12,6 +12,7 @@
 namespace fuzz {
 
 inline constexpr auto kF32 = XLA_FFI_DataType_F32;
+inline constexpr auto kBF16 = XLA_FFI_DataType_BF16;
 inline constexpr auto kS32 = XLA_FFI_DataType_S32;
 inline constexpr auto kBool = XLA_FFI_DataType_PRED;
 
@@ -37,6 +38,7 @@ class Calls {
     if (target == "route_at") route_at();
     if (target == "scored_hash_router") scored_hash_router();
     if (target == "route_cotangent") route_cotangent();
+    if (target == "routed_cotangent") routed_cotangent();
     if (target == "topk_select") topk_select();
     if (target == "expert_dispatch") expert_dispatch();
     if (target == "permute") permute();
@@ -97,6 +99,15 @@ class Calls {
       call_.operands.push_back(rows(kF32, {k}));
     }
     call_.results = {rows(dtype, {experts})};
+    call_.attributes["num_experts"] = experts;
+  }
+
+  void routed_cotangent() {
+    const int64_t experts = some_experts(0), k = chance(random_, 5) ? 0 : some_choices(64);
+    call_.operands = {rows(kF32, {k}), rows(kS32, {k}, experts), rows(kF32, {k})};
+    scoring({"sqrtsoftplus", "sigmoid", "softmax"});
+    if (std::get<std::string>(call_.attributes["score_fn"]) == "softmax") call_.attributes["renormalize"] = true;
+    call_.results = {rows(kBF16, {experts, 2}), rows(kF32, {k})};
     call_.attributes["num_experts"] = experts;
   }
 

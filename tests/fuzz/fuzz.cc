@@ -89,6 +89,7 @@ void touch(const jax_router::RouteCotangent& op) {
   look_at(op.expert_ids, 4 * op.rows * op.k);
   look_at(op.residual, op.scoring.needs_whole_row() ? width(op.dtype) * op.rows * op.experts : 4 * op.rows * op.k);
   write_over(op.grad_logits, width(op.dtype) * op.rows * op.experts);
+  write_over(op.grad_chosen, 4 * op.rows * op.k);
 }
 
 void touch(const jax_router::TopkSelect& op) {

@@ -444,6 +444,27 @@ inline Call route_cotangent(Maker& make, DType dtype, int64_t rows, int32_t expe
                      [](RouteCotangent& op, const Results& results) { op.grad_logits = results.get<void>(0); });
 }
 
+inline Call routed_cotangent(Maker& make, int64_t rows, int32_t experts, int32_t k, Scoring scoring, Content content) {
+  make.name("routed_cotangent", DType::kF32, content,
+            {{"N", rows}, {"E", experts}, {"k", k}, {"score_fn ", static_cast<int>(scoring.score_fn)}});
+  RoutedCotangent op{};
+  op.rows = rows;
+  op.experts = experts;
+  op.k = k;
+  op.dtype = DType::kF32;
+  op.in_parts = true;
+  op.scoring = scoring;
+  op.grad_weights = make.floats(rows * k, content);
+  op.residual = make.floats(rows * k, content);
+  op.expert_ids = make.ids(rows * k, experts);
+  const size_t count = rows * experts;
+  return make.finish(op, {4 * count, static_cast<size_t>(4 * rows * k)},
+                     [](RoutedCotangent& op, const Results& results) {
+                       op.grad_logits = results.get<void>(0);
+                       op.grad_chosen = results.get<float>(1);
+                     });
+}
+
 inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, int64_t k, bool sorted,
                         bool has_lengths, Content content) {
   make.name("topk_select", dtype, content,

@@ -88,6 +88,17 @@ inline void route_cotangent_cases(const Visit& visit) {
   }
 }
 
+inline void routed_cotangent_cases(const Visit& visit) {
+  Maker make;
+  for (ScoreFn score_fn : {ScoreFn::kSqrtSoftplus, ScoreFn::kSigmoid, ScoreFn::kSoftmax})
+    for (int32_t experts : {36, 257, 1024, 4095})
+      for (int32_t k : {1, 6, 8, 33, 64}) {
+        const bool renormalize = score_fn == ScoreFn::kSoftmax || make.pick({false, true});
+        visit(routed_cotangent(make, make.pick({1, 2, 33}), experts, k, {score_fn, renormalize, 2.5f},
+                               make.pick(kContents)));
+      }
+}
+
 inline void topk_select_cases(const Visit& visit) {
   using Sizes = std::array<int64_t, 3>;  // rows, length, k
   // In a warp or half of one, in the registers of a block, and streamed through one block or a cluster of up to 16.
@@ -251,6 +262,7 @@ inline const std::map<std::string, OpCases> kOps = {
     {"permute_cotangent", {permute_cotangent_cases, instances_of<PermuteCotangent>}},
     {"route_at", {route_at_cases, instances_of<RouteAt>}},
     {"route_cotangent", {route_cotangent_cases, instances_of<RouteCotangent>}},
+    {"routed_cotangent", {routed_cotangent_cases, instances_of<RoutedCotangent>}},
     {"scored_hash_router", {scored_hash_router_cases, instances_of<RouteAt>}},
     {"topk_select", {topk_select_cases, instances_of<TopkSelect>}}};
 

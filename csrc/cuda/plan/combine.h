@@ -66,7 +66,8 @@ constexpr int64_t table_bytes(const DispatchedRows& rows) {
 inline std::optional<CombinePlan> table_plan(const Combine& op, const Device& device) {
   const DispatchedRows& rows = op.rows;
   const bool wide = rows_have_pieces(rows.hidden * size_of(op.dtype), {op.y, op.out});
-  if (!wide || rows.batch != 1 || rows.k > kTableChoices || rows.slots > kMostBlocks) return std::nullopt;
+  if (!wide || rows.batch != 1 || rows.k == 0 || rows.k > kTableChoices || rows.slots > kMostBlocks)
+    return std::nullopt;
   CombinePlan plan{};
   plan.wide = plan.table = true;
   plan.shared_bytes = table_bytes(rows);

@@ -46,7 +46,7 @@ inline std::optional<RouteCotangentPlan> plan_with(const RouteCotangent& op, Cot
       plan.blocks = ceil_div(op.rows, kCotangentWarps);
       break;
     case CotangentKernel::kStretches:
-      if (!apart || op.k > kMostLongChoices) return std::nullopt;
+      if (!apart || op.k > kMostLongChoices || op.in_parts) return std::nullopt;
       plan.threads = kLongCotangentThreads;
       plan.stretches = static_cast<int>(ceil_div(op.experts, kLongCotangentStretch));
       plan.blocks = op.rows * plan.stretches;
@@ -93,6 +93,12 @@ inline std::string instance_name(DType dtype, CotangentKernel kernel) {
 
 inline std::string name(const RouteCotangent& op, const RouteCotangentPlan& plan) {
   return instance_name(op.dtype, plan.kernel);
+}
+
+// Parts in bf16 take the way of f32 numbers, a few choices at a time or more of them.
+inline std::vector<std::string> instances(const RoutedCotangent&, const Device&) {
+  return {instance_name(DType::kF32, CotangentKernel::kFewChoices),
+          instance_name(DType::kF32, CotangentKernel::kChoices)};
 }
 
 inline std::vector<std::string> instances(const RouteCotangent&, const Device&) {

@@ -1,0 +1,155 @@
+"""The gradients of hidden states and gate together, from the cotangent of the weights that a selection returns.
+
+Each token has k logits with a gradient. The kernel writes that twice: dense, in the parts that a matrix product in bf16
+takes, for the gradient of the gate; and the k numbers alone, of which that of the hidden states is a sum of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.export import is_symbolic_dim
+
+from . import _native
+from ._derivative import chosen_cotangent, dense_cotangent, weights_tangent
+from ._logits import router_logits
+from ._native import unsupported_selection
+from ._primitive import Op, Operand, Result
+from ._product import Axes, bf16_halves, product_of_parts
+from ._routed_product import routed_rows
+from ._slots import jvp_in_parts
+from ._types import Implementation, Scoring
+
+
+def routed_weights_tangent(
+    tangents: dict[str, Array],
+    operands: dict[str, Array | None],
+    expert_ids: Array,
+    chosen: Array,
+    scoring: Scoring,
+    implementation: str,
+) -> Array:
+    """The tangent of the weights at fixed ids from those of x and of the gate's weight, both in bf16.
+
+    Its transpose is both their gradients. Not for a softmax over all experts.
+    """
+    moving = {f"{name}_tangent": tangent for name, tangent in tangents.items()}
+    at = {"expert_ids": expert_ids, "residual": chosen}
+    (tangent,) = _TANGENT({**operands, **moving, **at}, scoring=scoring, implementation=implementation)
+    return tangent
+
+
+def _in_parts(
+    x_tangent: Array,
+    x: Array,
+    expert_ids: Array,
+    residual: Array,
+    weight_tangent: Array,
+    weight: Array,
+    token_mask: Array | None = None,
+    *,
+    scoring: Scoring,
+    implementation: Implementation,
+) -> list[Array]:
+    """By way of the tangent of all logits."""
+    logits_of = partial(router_logits, token_mask=token_mask, expert_ids=expert_ids, implementation=implementation)
+    logits_dot = jax.jvp(logits_of, (x, weight), (x_tangent, weight_tangent))[1]
+    return [weights_tangent(logits_dot, residual, expert_ids, scoring, implementation)]
+
+
+_TANGENT = Op(
+    name="routed_tangent",
+    operands={
+        "x_tangent": Operand(1),
+        "x": Operand(1),
+        "expert_ids": Operand(1),
+        "residual": Operand(1),
+        "weight_tangent": Operand(2, batched="never"),
+        "weight": Operand(2, batched="never"),
+        "token_mask": Operand(0, optional=True),
+    },
+    results=("weights_tangent",),
+    result_types=lambda avals, **_: [Result(avals["expert_ids"].shape[-1:], jnp.float32)],
+    reference=_in_parts,
+    platforms=(),
+    composed=True,
+)
+
+_TANGENT.def_jvp(partial(jvp_in_parts, _TANGENT, _in_parts))
+
+_MOVING = ("x_tangent", "weight_tangent")
+
+
+@_TANGENT.def_transpose
+def _transpose(cotangents: Sequence[Array], operands: dict[str, Any], **params: Any) -> dict[str, Array]:
+    known = {name: value for name, value in operands.items() if name not in _MOVING}
+    return dict(zip(_MOVING, _gradients(tuple(params.items()), cotangents[0], known)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(params: tuple[tuple[str, Any], ...], grad_weights: Array, known: dict[str, Array]) -> list[Array]:
+    by_platform = {}
+    symbolic = any(is_symbolic_dim(size) for value in known.values() for size in value.shape)
+    if not symbolic and not isinstance(_native.load("cuda"), ImportError):
+        by_platform["cuda"] = partial(_gradients_from_kernel, **dict(params))
+    return lax.platform_dependent(grad_weights, known, **by_platform, default=partial(_gradients_apart, params))
+
+
+@_gradients.defjvp
+def _gradients_jvp(params: Any, primals: Any, tangents: Any):
+    return _gradients(params, *primals), jax.jvp(partial(_gradients_apart, params), primals, tangents)[1]
+
+
+def _gradients_apart(params: Any, grad_weights: Array, known: dict[str, Array]) -> list[Array]:
+    """As JAX finds them for each operand by itself."""
+    rest: dict[str, Any] = {**known, **dict(params)}
+
+    def tangent(x: Array, weight: Array) -> Array:
+        return _in_parts(x_tangent=x, weight_tangent=weight, **rest)[0]
+
+    return list(jax.linear_transpose(tangent, known["x"], known["weight"])(grad_weights))
+
+
+def _gradients_from_kernel(
+    grad_weights: Array, known: dict[str, Array], *, scoring: Scoring, implementation: str
+) -> list[Array]:
+    x, weight, expert_ids = known["x"], known["weight"], known["expert_ids"]
+    at = {"grad_weights": grad_weights, "expert_ids": expert_ids, "residual": known["residual"]}
+    num_experts = weight.shape[0]
+    parts, chosen = _COTANGENT(at, scoring=scoring, num_experts=num_experts, implementation=implementation)
+    grad_x = routed_rows(parts, chosen, weight, expert_ids, implementation)
+    if "token_mask" in known:  # the sum is over tokens, and 0 * NaN is NaN
+        x = jnp.where(known["token_mask"][..., None], x, jnp.zeros((), x.dtype))
+    tokens = tuple(range(x.ndim - 1))
+    return [grad_x, product_of_parts(parts, x, Axes((tokens, tokens)), dtype=weight.dtype)]
+
+
+def _cotangent_reference(
+    grad_weights: Array, expert_ids: Array, residual: Array, *, scoring: Scoring, num_experts: int
+) -> list[Array]:
+    chosen = chosen_cotangent(grad_weights, expert_ids, residual, scoring)
+    return [bf16_halves(dense_cotangent(chosen, expert_ids, num_experts)), chosen]
+
+
+def _cotangent_unsupported(platform: str, avals: dict[str, Any], *, num_experts: int, **_: Any) -> str | None:
+    return unsupported_selection(platform, num_experts, avals["expert_ids"].shape[-1])
+
+
+_COTANGENT = Op(
+    name="routed_cotangent",
+    operands={"grad_weights": Operand(1), "expert_ids": Operand(1), "residual": Operand(1)},
+    results=("grad_logits", "grad_chosen"),
+    result_types=lambda avals, num_experts, **_: [
+        Result((num_experts, 2), jnp.bfloat16),
+        Result(avals["expert_ids"].shape[-1:], jnp.float32),
+    ],
+    reference=_cotangent_reference,
+    attributes={"scoring": Scoring, "num_experts": int},
+    platforms=("cuda",),
+    unsupported=_cotangent_unsupported,
+)
