@@ -69,8 +69,9 @@ inline bool can_use(const ActivationTopk& op, const RowTile& tile) {
   // Tiles of 8 lanes read nothing but quads.
   const auto has_quads = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % (4 * bytes) == 0; };
   if (tile.lanes == 8 && !(has_quads(op.logits, size_of(op.dtype)) && has_quads(op.bias, 4))) return false;
+  // Their kernels number tokens and choices with 31 bits.
+  if (op.rows > INT32_MAX / std::max(selection.k, 1)) return false;
   return has_tile(tile, op.dtype, mode) && tile.holds(selection.experts) && selection.k <= max_tile_k(tile.lanes) &&
-         tile_blocks(op.rows, tile.lanes) <= kMostBlocks &&
          (mode != KeyMode::kGroups || tile_can_group(tile.lanes, selection.experts, selection.groups.num_groups));
 }
 
