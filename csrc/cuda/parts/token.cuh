@@ -219,7 +219,13 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
     // Whatever the logits of a token that is not wanted are, they must not slow its neighbour down.
     if (!wanted) set_lowest(maxima);
     const auto list_those_of = [&](const auto& row) {
-      return list_candidates<kLanes>(row, eligible, maxima, k, needed, margin, scratch.candidates, count);
+      // Counting them was measured to pay where there is little else to compute, or few tokens.
+      if constexpr ((kMode == KeyMode::kLogits && kLanes > 8) || (kMode == KeyMode::kScores && kLanes == 32)) {
+        const CountedMaxima<kLanes> maximum(maxima, k, wanted, scratch);
+        return list_candidates_by<kLanes>(row, eligible, maximum, k, needed, margin, scratch.candidates, count);
+      } else {
+        return list_candidates<kLanes>(row, eligible, maxima, k, needed, margin, scratch.candidates, count);
+      }
     };
     if constexpr (kMode == KeyMode::kLogits) return list_those_of(logits);
     return list_those_of(keys);
