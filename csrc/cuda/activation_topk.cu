@@ -55,10 +55,12 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChu
   using Logits =
       std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>, float[kElements]>;
   Logits logits;
-  load_tile<kLanes, kFullChunks>(row, op.selection.experts, kLanes == 8 || quads, logits);
   const float* bias = op.bias == nullptr ? nullptr : op.bias + token * static_cast<unsigned>(op.bias_stride);
   [[maybe_unused]] float keys[kElements];
-  load_biases<kMode, kLanes, kFullChunks>(op.selection.experts, bias, quads, keys);
+  // Logits of 16 bits are unpacked where they are loaded, which the biases need not wait for.
+  if constexpr (sizeof(T) == 2) load_biases<kMode, kLanes, kFullChunks>(op.selection.experts, bias, quads, keys);
+  load_tile<kLanes, kFullChunks>(row, op.selection.experts, kLanes == 8 || quads, logits);
+  if constexpr (sizeof(T) == 4) load_biases<kMode, kLanes, kFullChunks>(op.selection.experts, bias, quads, keys);
   bool wanted = exists;
   if (op.token_mask != nullptr) wanted = exists && !is_masked(op, token);
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, 0,

@@ -38,8 +38,8 @@ struct TokenOutput {
 template <KeyMode kMode, int kLanes, int kElements>
 constexpr bool kBiasesWait = kMode != KeyMode::kLogits && !(kMode == KeyMode::kScores && kLanes == 8 && kElements > 16);
 
-// Loads the biases of the tile's elements, if there are any, to the places of their keys. It had best come right behind
-// the loads of the logits, as nothing waits for these in between. quads: see rows_have_quads.
+// Loads the biases of the tile's elements, if there are any, to the places of their keys. It had best come next to the
+// loads of the logits, where nothing is waited for in between. quads: see rows_have_quads.
 template <KeyMode kMode, int kLanes, int kFullChunks, int kElements>
 __device__ __forceinline__ void load_biases(int experts, const float* bias, bool quads, float (&keys)[kElements]) {
   if constexpr (kBiasesWait<kMode, kLanes, kElements>) {
