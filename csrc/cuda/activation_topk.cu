@@ -33,43 +33,40 @@ constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_b
   return (lanes == 16 ? 9 : 8) - (element_bytes == 2 ? 1 : 0);
 }
 
-// kChunks: quads a lane, of which the first kFullChunks are within the row.
+// kChunks: quads a lane, of which the first kFullChunks are within the row. quads: see rows_have_quads, of the logits
+// and the biases.
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChunks, sizeof(T)))
     activation_topk_tiles(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
   constexpr int kTokens = kTileThreads / kLanes;
   __shared__ SelectScratch<kLanes> scratch[kTokens];
-  const int index = static_cast<int>(threadIdx.x / kLanes);
   // Where there is no token the last one's row is loaded, so that the loads need no condition; and a masked token's
-  // before it is known that it is masked. The token that is loaded is first + loaded.
-  int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-  int loaded = 0;
-  bool exists;
-  if constexpr (kLanes == 32) {
-    exists = first + index < op.rows;
-    first = exists ? first + index : op.rows - 1;
-  } else {
-    // What a whole block shares is kept apart: it is computed once for all lanes, and leaves them numbers of 32 bits.
-    // But that takes longer, which few tokens wait for.
-    const int left = static_cast<int>(min(op.rows - first, static_cast<int64_t>(kTokens)));
-    exists = index < left;
-    loaded = exists ? index : left - 1;
-  }
-  const T* row = static_cast<const T*>(op.logits) + first * op.selection.experts + loaded * op.selection.experts;
+  // before it is known that it is masked. The numbers of tokens and of choices fit 31 bits, see can_use: products of
+  // two such are one instruction.
+  const unsigned own = blockIdx.x * kTokens + threadIdx.x / kLanes;
+  const unsigned last = static_cast<unsigned>(op.rows) - 1;
+  const bool exists = own <= last;
+  const uint64_t token = exists ? own : last;
+  const unsigned row_bytes = op.selection.experts * sizeof(T);
+  const T* row = reinterpret_cast<const T*>(static_cast<const char*>(op.logits) + token * row_bytes);
   asm("" : "+l"(row));  // one address, where the compiler would keep its parts
 
   using Logits =
       std::conditional_t<kMode == KeyMode::kLogits && sizeof(T) == 2, PackedTile<T, kElements>, float[kElements]>;
   Logits logits;
+  const float* bias = op.bias == nullptr ? nullptr : op.bias + token * static_cast<unsigned>(op.bias_stride);
+  [[maybe_unused]] float keys[kElements];
+  // Logits of 16 bits are unpacked where they are loaded, which the biases need not wait for.
+  if constexpr (sizeof(T) == 2) load_biases<kMode, kLanes, kFullChunks>(op.selection.experts, bias, quads, keys);
   load_tile<kLanes, kFullChunks>(row, op.selection.experts, kLanes == 8 || quads, logits);
-  const bool wanted = exists & !is_masked(op, first + loaded);
-  const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, first * op.selection.k,
-                           exists ? loaded * op.selection.k : -1};
-  const float* bias = op.bias;
-  if (bias != nullptr) bias += first * op.bias_stride + loaded * static_cast<int>(op.bias_stride);
-  select_token<kMode, kLanes, kFullChunks>(op.selection, logits, wanted, bias, GlobalRow<T>{row}, output,
-                                           scratch[index]);
+  if constexpr (sizeof(T) == 4) load_biases<kMode, kLanes, kFullChunks>(op.selection.experts, bias, quads, keys);
+  bool wanted = exists;
+  if (op.token_mask != nullptr) wanted = exists && !is_masked(op, token);
+  const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, 0,
+                           exists ? static_cast<int>(own) * op.selection.k : -1};
+  select_token<kMode, kLanes, kFullChunks>(op.selection, logits, keys, wanted, bias, GlobalRow<T>{row}, output,
+                                           scratch[threadIdx.x / kLanes]);
 }
 
 template <class T>
@@ -95,7 +92,8 @@ cudaError_t run_tiles(const ActivationTopk& op, const ActivationTopkPlan& plan, 
   return with_index<kActivationTopkTileCount>(plan.tile, [&](auto index) {
     constexpr RowTile kTile = kActivationTopkTiles[decltype(index)::value];
     if constexpr (has_tile(kTile, dtype_of(T{}), kMode)) {
-      const bool quads = rows_have_quads(op.logits, op.selection.experts, sizeof(T));
+      const bool quads = rows_have_quads(op.logits, op.selection.experts, sizeof(T)) &&
+                         rows_have_quads(op.bias, op.selection.experts, sizeof(float));
       const LaunchShape shape{plan.blocks, plan.threads};
       // Rows that fill their tile, as those of most models do, need not ask what lies within them.
       constexpr int kFilled = 4 * kTile.lanes * kTile.chunks;

@@ -124,7 +124,8 @@ __device__ __forceinline__ bool is_best_group(const Selection& selection, float 
 }
 
 // Makes every expert outside the top_groups best groups ineligible. The result is the largest of the lane's keys that
-// are left. kExact: all is decided; kFine: `doubtful`, see is_best_group, says if not.
+// are left, or another one that is as good for a bound. kExact: all is decided; kFine: `doubtful`, see is_best_group,
+// says if not.
 template <Accuracy kAccuracy, int kLanes, int kElements>
 __device__ __forceinline__ LaneMaxima<kLanes> keep_best_groups(const Selection& selection,
                                                                const float (&keys)[kElements], bool wanted,
@@ -162,18 +163,29 @@ __device__ __forceinline__ LaneMaxima<kLanes> keep_best_groups(const Selection& 
   if constexpr (kLanes < 32) kept >>= threadIdx.x & 31 & ~(kLanes - 1);
   const int shift = group_shift(selection);
   kept >>= tile_lane<kLanes>() >> shift;
-  LaneMaxima<kLanes> largest;
-  set_lowest(largest);
+  const auto keep_quads = [&](auto include_quad) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int group = c * kLanes >> shift;  // of lane 0; beyond 31 for quads that do not exist
-    if ((kept >> (group & 31) & 1) != 0) {
-      include(largest, maxima[c]);
-    } else {
-      eligible &= ~(0xFu << (4 * c));
+    for (int c = 0; c < kChunks; ++c) {
+      const int group = c * kLanes >> shift;  // of lane 0; beyond 31 for quads that do not exist
+      if ((kept >> (group & 31) & 1) != 0) {
+        include_quad(c);
+      } else {
+        eligible &= ~(0xFu << (4 * c));
+      }
     }
+  };
+  if constexpr (kLanes == 16) {
+    // Half of the lanes may have most of the best groups. So each two lanes share the largest two quads of both.
+    BestTwo largest = {-INFINITY, -INFINITY};
+    keep_quads([&](int c) { largest.merge({maxima[c], -INFINITY}); });
+    largest.merge(largest.of_lane(8));
+    return (threadIdx.x & 8) == 0 ? largest.best : largest.second;
+  } else {
+    LaneMaxima<kLanes> largest;
+    set_lowest(largest);
+    keep_quads([&](int c) { include(largest, maxima[c]); });
+    return largest;
   }
-  return largest;
 }
 
 }  // namespace jax_router::cuda

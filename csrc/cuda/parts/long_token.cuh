@@ -173,8 +173,10 @@ __device__ __forceinline__ void select_long_token(const Selection& selection, bo
     load_tile<32, 0>(row + begin, experts, quads, logits);
     const uint32_t eligible = existing_elements<32, 0, kElements>(experts);
     if (scored) {
-      score_keys<Accuracy::kExact, 32, 0>(experts, score, logits, eligible, bias == nullptr ? nullptr : bias + begin,
-                                          keys);
+      // As with groups: there may be no bias.
+      const float* biases = bias == nullptr ? nullptr : bias + begin;
+      load_biases<KeyMode::kGroups, 32, 0>(experts, biases, rows_have_quads(biases, experts, 4), keys);
+      score_keys<KeyMode::kGroups, Accuracy::kExact, 32, 0>(score, logits, eligible, biases, keys);
     }
 #pragma unroll
     for (int i = 0; i < kElements; i += 4) {

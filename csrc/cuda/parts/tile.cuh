@@ -316,6 +316,53 @@ __device__ __forceinline__ float sorted_maxima(float2 maxima, int k) {
   return merge_descending<8>(fmaxf(sort_descending<8>(maxima.x), mirrored));
 }
 
+// The same maxima, counted in place of sorted: each lane knows how many reach its own. That is a few instructions more,
+// of which fewer wait for each other.
+template <int kLanes>
+struct CountedMaxima {
+  static_assert(kLanes > 8);
+  float maximum;
+  int reaching;
+  bool needed;
+
+  // needed: false for a tile that no number is asked of; it gets any.
+  __device__ __forceinline__ CountedMaxima(float lane_maximum, int k, bool needed, SelectScratch<kLanes>& scratch)
+      : maximum(lane_maximum), needed(needed) {
+    const bool halved = kLanes == 32 && k <= max_tile_k(16);
+    if (halved) maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 16));
+    scratch.values[tile_lane<kLanes>()] = maximum;
+    __syncwarp();
+    SumOfTrue sums[2];  // two short sums in place of a long one
+    const auto count = [&](int begin) {
+#pragma unroll
+      for (int i = begin; i < begin + 16; i += 4) {
+        const float4 others = *reinterpret_cast<const float4*>(scratch.values + i);
+        sums[0].add_if_reaches(others.x, maximum);
+        sums[1].add_if_reaches(others.y, maximum);
+        sums[0].add_if_reaches(others.z, maximum);
+        sums[1].add_if_reaches(others.w, maximum);
+      }
+    };
+    count(0);
+    if (kLanes == 32 && !halved) count(16);
+    reaching = static_cast<int>(sums[0].value() + sums[1].value());
+  }
+
+  // Number 0 is the largest. It is that of the lane whose own the fewest reach, but more than `number`: equal ones have
+  // each of their numbers.
+  __device__ __forceinline__ float operator()(int number) const {
+    constexpr uint32_t kTile = kLanes == 32 ? kFullWarp : (1u << (kLanes & 31)) - 1;
+    uint32_t lanes = needed ? 0 : 1;
+#pragma unroll 1
+    for (int count = number + 1;; ++count) {
+      const uint32_t of_warp = __ballot_sync(kFullWarp, reaching == count);
+      if (lanes == 0) lanes = of_warp >> (threadIdx.x & 31 & ~(kLanes - 1)) & kTile;
+      if (__all_sync(kFullWarp, lanes != 0)) break;
+    }
+    return __shfl_sync(kFullWarp, maximum, __ffs(lanes) - 1, kLanes);
+  }
+};
+
 // The exact k best of the eligible keys, best first, into candidates.
 template <int kLanes, int kElements>
 __device__ __forceinline__ void select_by_rounds(const float (&keys)[kElements], uint32_t eligible, int k,
@@ -435,13 +482,11 @@ __device__ __forceinline__ int exclusive_sum_of_tile(int x, int& all) {
 
 // Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
 // counts them: at least `needed`, at most kSlots. False, for the whole warp, where that fails: too many nearly equal
-// keys.
-template <int kLanes, class Keys>
-__device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, LaneMaxima<kLanes> maxima, int k,
-                                                int needed, float margin, int* candidates, int& count) {
+// keys. maximum: maximum(i) gives number i of sorted_maxima.
+template <int kLanes, class Keys, class Maximum>
+__device__ __forceinline__ bool list_candidates_by(const Keys& keys, uint32_t eligible, const Maximum& maximum, int k,
+                                                   int needed, float margin, int* candidates, int& count) {
   const int lane = tile_lane<kLanes>();
-  const float sorted = sorted_maxima<kLanes>(maxima, k);
-  const auto maximum = [&](int i) { return __shfl_sync(kFullWarp, sorted, i, kLanes); };
   float bound = maximum(k - 1);
   uint32_t low = 0;
   uint32_t high = 0;
@@ -480,6 +525,13 @@ __device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligi
     reach ^= 1u << element;
   }
   return true;
+}
+template <int kLanes, class Keys>
+__device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, LaneMaxima<kLanes> maxima, int k,
+                                                int needed, float margin, int* candidates, int& count) {
+  const float sorted = sorted_maxima<kLanes>(maxima, k);
+  const auto maximum = [&](int i) { return __shfl_sync(kFullWarp, sorted, i, kLanes); };
+  return list_candidates_by<kLanes>(keys, eligible, maximum, k, needed, margin, candidates, count);
 }
 
 }  // namespace jax_router::cuda

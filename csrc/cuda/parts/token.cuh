@@ -33,22 +33,32 @@ struct TokenOutput {
   }
 };
 
-// The keys of all the tile's elements, score + bias, -inf where they are not eligible. bias may be null, but not for
-// kRough.
-template <Accuracy kAccuracy, int kLanes, int kFullChunks, int kElements>
-__device__ __forceinline__ void score_keys(int experts, const RowScore& score, const float (&logits)[kElements],
-                                           uint32_t eligible, const float* bias, float (&keys)[kElements]) {
-  const bool biased = kAccuracy == Accuracy::kRough || bias != nullptr;
-  // A lane's biases wait in the places of its keys. Where these are many, each quad is loaded when it is added: it
-  // comes from the L1 cache, and there are registers for more warps.
-  constexpr bool kByQuads = kAccuracy == Accuracy::kRough && kLanes == 8 && kElements > 16;
-  if constexpr (!kByQuads) {
-    if (biased) load_tile<kLanes, kFullChunks>(bias, experts, kLanes == 8 || rows_have_quads(bias, experts, 4), keys);
+// Whether the biases of a lane wait in the places of its keys until these are added. Where there are many, each quad is
+// loaded when it is added: it comes from the L1 cache, and there are registers for more warps.
+template <KeyMode kMode, int kLanes, int kElements>
+constexpr bool kBiasesWait = kMode != KeyMode::kLogits && !(kMode == KeyMode::kScores && kLanes == 8 && kElements > 16);
+
+// Loads the biases of the tile's elements, if there are any, to the places of their keys. It had best come next to the
+// loads of the logits, where nothing is waited for in between. quads: see rows_have_quads.
+template <KeyMode kMode, int kLanes, int kFullChunks, int kElements>
+__device__ __forceinline__ void load_biases(int experts, const float* bias, bool quads, float (&keys)[kElements]) {
+  if constexpr (kBiasesWait<kMode, kLanes, kElements>) {
+    if (kMode == KeyMode::kScores || bias != nullptr) {
+      load_tile<kLanes, kFullChunks>(bias, experts, kLanes == 8 || quads, keys);
+    }
   }
+}
+
+// The keys of all the tile's elements, score + bias, -inf where they are not eligible. In the places of the keys are
+// what load_biases put there. bias may be null for kGroups.
+template <KeyMode kMode, Accuracy kAccuracy, int kLanes, int kFullChunks, int kElements>
+__device__ __forceinline__ void score_keys(const RowScore& score, const float (&logits)[kElements], uint32_t eligible,
+                                           const float* bias, float (&keys)[kElements]) {
+  const bool biased = kMode == KeyMode::kScores || bias != nullptr;
   with_score<kAccuracy>(score, [&](auto score_of) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      if constexpr (kByQuads) {
+      if constexpr (!kBiasesWait<kMode, kLanes, kElements>) {
         static_assert(kFullChunks == kElements / 4);
         if (i % 4 == 0) {
           const float4 quad = load_quad(bias + expert_of<kLanes>(tile_lane<kLanes>(), i));
@@ -165,12 +175,14 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
 //   kFullChunks  the tile's first so many quads are known to lie within the token's experts
 //   logits       in the layout of tile.cuh, floats or, for kLogits, a PackedTile; -inf where the expert does not exist,
 //                anything if the token is not wanted
+//   keys         what load_biases put there; not used for kLogits
 //   wanted       false where the tile has no token or the token is masked: ids -1 and weights 0 if output has a place
 //   bias         the token's own row of [experts] floats; null is possible for kGroups; not used for kLogits
 //   logit_at     logit_at(expert) gives any of the token's logits once more, to any lane of the tile
-template <KeyMode kMode, int kLanes, int kFullChunks = 0, class Logits, class LogitAt>
-__device__ __forceinline__ void select_token(const Selection& selection, const Logits& logits, bool wanted,
-                                             const float* bias, LogitAt logit_at, const TokenOutput& output,
+template <KeyMode kMode, int kLanes, int kFullChunks, class Logits, class LogitAt>
+__device__ __forceinline__ void select_token(const Selection& selection, const Logits& logits,
+                                             float (&keys)[kElementsOf<Logits>], bool wanted, const float* bias,
+                                             LogitAt logit_at, const TokenOutput& output,
                                              SelectScratch<kLanes>& scratch) {
   constexpr int kElements = kElementsOf<Logits>;
   constexpr bool kPacked = !std::is_array_v<Logits>;
@@ -185,14 +197,13 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
   if (scoring.score_fn == ScoreFn::kSoftmax && (kMode != KeyMode::kLogits || !scoring.renormalize)) {
     score = softmax_of_tile<kLanes>(as_floats(logits).values);
   }
-  [[maybe_unused]] float keys[kElements];
   LaneMaxima<kLanes> maxima;
   float margin = 0.0f;
   bool failed;  // whether the keys are not good enough, or one of them is NaN
   if constexpr (kMode != KeyMode::kLogits) {
     constexpr Accuracy kAccuracy = kMode == KeyMode::kScores ? Accuracy::kRough : Accuracy::kFine;
     margin = score_margin<kAccuracy>(scoring.score_fn);
-    score_keys<kAccuracy, kLanes, kFullChunks>(selection.experts, score, logits, eligible, bias, keys);
+    score_keys<kMode, kAccuracy, kLanes, kFullChunks>(score, logits, eligible, bias, keys);
   }
   if constexpr (kMode == KeyMode::kGroups) {
     maxima = keep_best_groups<Accuracy::kFine>(selection, keys, wanted, eligible, scratch, failed);
@@ -212,7 +223,13 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
     // Whatever the logits of a token that is not wanted are, they must not slow its neighbour down.
     if (!wanted) set_lowest(maxima);
     const auto list_those_of = [&](const auto& row) {
-      return list_candidates<kLanes>(row, eligible, maxima, k, needed, margin, scratch.candidates, count);
+      // Counting them was measured to pay where there is little else to compute, or few tokens.
+      if constexpr ((kMode == KeyMode::kLogits && kLanes > 8) || (kMode == KeyMode::kScores && kLanes == 32)) {
+        const CountedMaxima<kLanes> maximum(maxima, k, wanted, scratch);
+        return list_candidates_by<kLanes>(row, eligible, maximum, k, needed, margin, scratch.candidates, count);
+      } else {
+        return list_candidates<kLanes>(row, eligible, maxima, k, needed, margin, scratch.candidates, count);
+      }
     };
     if constexpr (kMode == KeyMode::kLogits) return list_those_of(logits);
     return list_those_of(keys);
@@ -245,6 +262,16 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
     count = needed;
   }
   finish_token<kMode, kLanes, kPacked>(selection, score, count, wanted, bias, logit_at, output, scratch);
+}
+
+// The same where the biases have not been loaded.
+template <KeyMode kMode, int kLanes, int kFullChunks = 0, class Logits, class LogitAt>
+__device__ __forceinline__ void select_token(const Selection& selection, const Logits& logits, bool wanted,
+                                             const float* bias, LogitAt logit_at, const TokenOutput& output,
+                                             SelectScratch<kLanes>& scratch) {
+  float keys[kElementsOf<Logits>];
+  load_biases<kMode, kLanes, kFullChunks>(selection.experts, bias, rows_have_quads(bias, selection.experts, 4), keys);
+  select_token<kMode, kLanes, kFullChunks>(selection, logits, keys, wanted, bias, logit_at, output, scratch);
 }
 
 }  // namespace jax_router::cuda

@@ -14,13 +14,18 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return result;
 }
 
-// NaN if one of them is.
+// NaN if one of them is. By four runs, as each step waits for the one before it.
 template <int kElements>
 __device__ __forceinline__ float largest_of(const float (&values)[kElements]) {
-  float largest = values[0];
+  constexpr int kRuns = kElements < 4 ? kElements : 4;
+  float largest[kRuns];
 #pragma unroll
-  for (int i = 1; i < kElements; ++i) largest = max_nan(largest, values[i]);
-  return largest;
+  for (int i = 0; i < kRuns; ++i) largest[i] = values[i];
+#pragma unroll
+  for (int i = kRuns; i < kElements; ++i) largest[i % kRuns] = max_nan(largest[i % kRuns], values[i]);
+#pragma unroll
+  for (int i = 1; i < kRuns; ++i) largest[0] = max_nan(largest[0], largest[i]);
+  return largest[0];
 }
 
 // Over each kLanes neighbouring lanes; NaN if one of them has one.

@@ -22,9 +22,9 @@ struct ActivationTopkNumbers {
 // Measured on an H100 alone: half warps for up to 512 experts, quarters for 128 and 256, and up to 65536 rows.
 constexpr auto kActivationTopkNumbers =
     everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 2560, 2560, 12288}}, {{6144, 6144, 6144, 6144}}},
-                                      {{{1, 1, 512, 2048}}, {{1, 3072, 14336, 36864}}, {{5120, 5120, 5120, 5120}}}},
+                                      {{{1, 1, 512, 2048}}, {{1, 3072, 8192, 36864}}, {{5120, 5120, 5120, 5120}}}},
                                      {16384, 12288, 26624},
-                                     36864});
+                                     22528});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
 constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4},
@@ -69,8 +69,9 @@ inline bool can_use(const ActivationTopk& op, const RowTile& tile) {
   // Tiles of 8 lanes read nothing but quads.
   const auto has_quads = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % (4 * bytes) == 0; };
   if (tile.lanes == 8 && !(has_quads(op.logits, size_of(op.dtype)) && has_quads(op.bias, 4))) return false;
+  // The kernel numbers tokens and choices with 31 bits.
+  if (op.rows > INT32_MAX / std::max(selection.k, 1)) return false;
   return has_tile(tile, op.dtype, mode) && tile.holds(selection.experts) && selection.k <= max_tile_k(tile.lanes) &&
-         tile_blocks(op.rows, tile.lanes) <= kMostBlocks &&
          (mode != KeyMode::kGroups || tile_can_group(tile.lanes, selection.experts, selection.groups.num_groups));
 }
 
