@@ -63,8 +63,9 @@ struct PairFormat {
   __device__ __forceinline__ uint32_t last_index() const { return 0xFFFFFFFFu >> (32 - index_bits); }
   static __device__ __forceinline__ PairFormat of(const TopkSelect& op) { return {64 - __clzll((op.length - 1) | 1)}; }
 
+  static __device__ __forceinline__ uint32_t key_of(float x) { return order_key(x) >> kKeyShift; }
   __device__ __forceinline__ uint64_t pair(float x, uint32_t index) const {
-    return static_cast<uint64_t>(order_key(x) >> kKeyShift) << index_bits | (last_index() - index);
+    return static_cast<uint64_t>(key_of(x)) << index_bits | (last_index() - index);
   }
   __device__ __forceinline__ uint32_t index(uint64_t pair) const {
     return last_index() - (static_cast<uint32_t>(pair) & last_index());

@@ -12,11 +12,13 @@
 // too, unless many share a bin. Those, and longer rows in the order of the index, are put in order by
 // PairSelect::order.
 //
-// Every thread reads back only what it fetched itself. A block's part has a stretch for each warp, and a warp takes its
-// steps from one stretch after the other: the first steps, which are the sample, lie far apart, and the candidates of a
-// sorted row, which are neighbours, are spread over the warps. Where the sample differs from warp to warp by more than
-// chance, the row has a trend, and another sample is taken, evenly from all of the block's part. Where a block that is
-// alone finds more candidates than it has room for, it keeps the k best so far, whose worst is its bound from then on,
+// Every thread reads back only what it fetched itself. The blocks of a cluster have few steps, and each step is spread
+// evenly over the block's part, 128 bytes here and there: the first, which is the sample, is right for sorted rows too.
+// The part of a block that is alone has a stretch for each warp, and a warp takes its steps from one stretch after the
+// other, which memory likes better: the first steps lie far apart, and the candidates of a sorted row, which are
+// neighbours, are spread over the warps. Where that sample differs from warp to warp by more than chance, the row has a
+// trend, and another sample is taken, evenly from all of the block's part. Where a block that is alone finds more
+// candidates than it has room for, it keeps the k best so far, whose worst is its bound from then on,
 // and goes on: rows that are sorted cost that a few times, random rows never. Should the bound be wrong (fewer than k
 // candidates, or the k-th of them below some block's bound) or the candidates of a cluster not fit, the row is read
 // again with a bound that is certain: the k-th best of the pairs at hand, or none if they are fewer than k.
@@ -67,7 +69,7 @@ constexpr uint64_t kNoRoom = ~uint64_t{0};  // as a doubt: the block did leave c
 // A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end), and the blocks of a
 // cluster take 128 bytes of them in turns, so that each has the same part of every trend; what lies outside them is one
 // more step of the first block.
-template <typename T, int kThreads>
+template <typename T, int kThreads, bool kInCluster>
 struct Stream {
   static constexpr uint32_t kElements = 16 / sizeof(T);
   static constexpr uint32_t kTurn = 8;  // vectors
@@ -75,9 +77,10 @@ struct Stream {
   const T* row;
   uint32_t head, end;
   uint32_t block, block_bits;
-  uint32_t steps;  // of whole vectors
-  uint32_t first;  // index in the row of this lane's first vector of the block
-  uint32_t edge;   // index of this thread's element outside whole vectors, or length
+  uint32_t steps;    // of whole vectors
+  uint32_t first;    // index in the row of this thread's first vector in a cluster, else of its lane's of the block
+  uint32_t of_step;  // in a cluster, from a vector of one step to that of the next
+  uint32_t edge;     // index of this thread's element outside whole vectors, or length
   bool has_edges;
   uint4* ring;  // kRing vectors, kThreads apart
 
@@ -88,7 +91,14 @@ struct Stream {
     end = length - (length - head) % kElements;
     constexpr uint32_t kOfStep = kThreads * kElements * kBatch;
     steps = head == end ? 0 : ((end - head - 1) / kOfStep >> block_bits) + 1;
-    first = index_of_own(threadIdx.x % 32);
+    first = index_of_own(kInCluster ? threadIdx.x / kTurn * kTurn * steps + threadIdx.x % kTurn : threadIdx.x % 32);
+    of_step = kTurn * kElements << block_bits;
+    // Every other warp takes its steps backwards: those of the same step differ in their bits of the index, which
+    // choose a bank of shared memory where these are put in order.
+    if (kInCluster && threadIdx.x / 32 % 2 != 0) {
+      first += (steps - 1) * of_step;
+      of_step = -of_step;
+    }
     edge = min(threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head, length);
     has_edges = block == 0 && head + length - end != 0;
   }
@@ -101,17 +111,23 @@ struct Stream {
     return ((end - head) / (kElements * kTurn) >> block_bits) * kTurn;
   }
 
-  // How many of the block's vectors are among the first so many of a thread.
-  __device__ __forceinline__ uint32_t vectors_of_first(uint32_t of_thread) const {
+  // How many it has, those of an incomplete turn too.
+  __device__ __forceinline__ uint32_t all_own_vectors() const {
     const uint32_t whole_turns = own_vectors();
     const int32_t rest = (end - head) / kElements - (whole_turns << block_bits) - block * kTurn;
-    const uint32_t all = whole_turns + min(max(rest, 0), static_cast<int32_t>(kTurn));
+    return whole_turns + min(max(rest, 0), static_cast<int32_t>(kTurn));
+  }
+
+  // How many of the block's vectors are among the first so many of a thread.
+  __device__ __forceinline__ uint32_t vectors_of_first(uint32_t of_thread) const {
+    const uint32_t all = all_own_vectors();
     const uint32_t of_warp = 32 * kBatch * steps;
     return all / of_warp * 32 * of_thread + min(all % of_warp, 32 * of_thread);
   }
 
   // In the row, of a vector of this thread's step.
   __device__ __forceinline__ uint32_t index(uint32_t step, uint32_t vector) const {
+    if (kInCluster) return first + vector * (kThreads * kElements << block_bits) * steps + step * of_step;
     const uint32_t stretch = (threadIdx.x / 32 + step) % (kThreads / 32);
     return first + ((stretch * steps + step) * (kBatch * 32 * kElements) << block_bits) +
            (vector * (32 * kElements) << block_bits);
@@ -136,10 +152,10 @@ struct Stream {
 // which is fetched for this alone. The part has at least 2 * kThreads of them. A function of its own, as it
 // is seldom called and the others need the registers.
 template <typename T, int kThreads>
-__device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads> stream, PairFormat<T> format, uint32_t k,
-                                                      uint32_t length, uint32_t capacity) {
+__device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads, false> stream, PairFormat<T> format,
+                                                      uint32_t k, uint32_t length, uint32_t capacity) {
   using Select = PairSelect<kThreads, kStreamedBins>;
-  constexpr uint32_t kElements = Stream<T, kThreads>::kElements;
+  constexpr uint32_t kElements = Stream<T, kThreads, false>::kElements;
   const uint32_t elements = stream.own_vectors() * kElements;
   // As few of them as do not let through more candidates than there is room for.
   const uint32_t most = min(elements / 2, kSampled * kThreads);
@@ -170,7 +186,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
   __shared__ uint32_t unevenness, start;
-  __shared__ uint32_t most_of_least, least_of_most;  // keys of the samples of warps of which each thread has some
 
   const uint32_t block_bits = kInCluster ? rows.block_bits : 0, blocks = 1u << block_bits;
   const int64_t row_index = blockIdx.x >> block_bits;
@@ -180,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint64_t* pairs = Select::pairs();
   uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity);
-  const Stream<T, kThreads> stream(row, length, block, block_bits, ring);
+  const Stream<T, kThreads, kInCluster> stream(row, length, block, block_bits, ring);
   const auto format = PairFormat<T>::of(op);
 
   // Room for `own` more candidates of each lane: the first one's place. Called by whole warps.
@@ -209,6 +224,72 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     return static_cast<float>(unevenness) > 6 * static_cast<float>(rank) * (1 - share);
   };
 
+  // In a cluster: a bound that about the k best reach, from the first step.
+  const auto bound_of_sample = [&]() -> uint64_t {
+    const float vectors =
+        __fdividef(static_cast<float>(stream.all_own_vectors()), static_cast<float>(max(stream.steps, 1u)));
+    // Six standard deviations are left for chance, or what is sampled of a turn: of a sorted row, a block may have one
+    // more of those that are wanted. Where a bound is too high, the row is read again without one, which takes long.
+    const auto wanted_of = [&](float size, uint32_t of_turn) {
+      const float expected = __fdividef(static_cast<float>(k) * size, static_cast<float>(length));
+      return expected + max(6 * fast_sqrt(expected), static_cast<float>(of_turn));
+    };
+    const auto exists = [&](uint32_t vector) { return stream.steps != 0 && stream.index(0, vector) < stream.end; };
+    if (length >= 8 * k) {
+      // Few elements are among the k best: of a thread's elements at the same place of its vectors, which lie far
+      // apart, the largest stands for all.
+      const float elements = vectors * kElements, groups = min(elements, static_cast<float>(kThreads * kElements));
+      const float wanted = wanted_of(elements, stream.kTurn * kElements);
+      // A group may hold several of those that are wanted.
+      const uint32_t rank = static_cast<uint32_t>(groups * (1 - __expf(-__fdividef(wanted, groups)))) + 2;
+      // More are no harm as long as there is room for what they stand for.
+      const float room = 0.7f * static_cast<float>(rows.capacity);
+      const uint32_t most =
+          max(rank + rank / 8, static_cast<uint32_t>(__fdividef(room * elements, static_cast<float>(length))));
+      wait_for_groups<kStages - 1>();
+      uint4 largest = make_uint4(0, 0, 0, 0);
+      bool any = false;
+#pragma unroll
+      for (uint32_t vector = 0; vector < kSampled; ++vector) {
+        if (exists(vector)) {
+          const uint4 next = *stream.slot(vector);
+          largest = !any ? next
+                         : make_uint4(max_of_words(largest.x, next.x, T{}), max_of_words(largest.y, next.y, T{}),
+                                      max_of_words(largest.z, next.z, T{}), max_of_words(largest.w, next.w, T{}));
+          any = true;
+        }
+      }
+      uint32_t keys[kElements], best = kNoKey;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        keys[e] = any ? format.key_of(element_of(largest, e, T{})) : kNoKey;
+        best = max(best, keys[e]);
+      }
+      const uint32_t highest_of_warp = __reduce_max_sync(kFullWarp, best);
+      const uint32_t lowest_of_warp = __reduce_min_sync(kFullWarp, any ? best : 0xFFFFFFFFu);
+      if (threadIdx.x % 32 == 0) {
+        atomicMax(&Select::shared().key_max, highest_of_warp);
+        atomicMin(&Select::shared().key_min, lowest_of_warp);
+      }
+      Select::clear_bins();
+      __syncthreads();
+      const uint32_t reached = Select::kth_key(keys, rank, most, Select::shared().key_min, Select::shared().key_max);
+      if (reached != kNoKey) return static_cast<uint64_t>(reached) << format.index_bits;
+    }
+    // Or one element of each vector. Of many that are equal, some reach the bound.
+    const uint32_t rank = static_cast<uint32_t>(wanted_of(vectors, stream.kTurn)) + 2;
+    if (rank >= static_cast<uint32_t>(vectors)) return kLowestPair;
+    wait_for_groups<kStages - 1>();
+#pragma unroll 1
+    for (uint32_t vector = 0; vector < kSampled; ++vector) {
+      const uint32_t e = threadIdx.x % kElements, index = stream.index(0, vector);
+      pairs[vector * kThreads + threadIdx.x] =
+          exists(vector) ? format.pair(element_of(*stream.slot(vector), e, T{}), index + e) : kNoPair;
+    }
+    __syncthreads();
+    return Select::kth_largest(kSampled * kThreads, rank, format.index_bits, rank / 8).pair;
+  };
+
   // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
   static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint2)) <= kRing * sizeof(uint4));
   const bool uses_bits = !op.sorted && block == 0 && Select::has_bits(format.index_bits);
@@ -230,14 +311,15 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       Select::init();
       if (sets_up) {
         unevenness = 0;
-        most_of_least = 0;
-        least_of_most = 0xFFFFFFFFu;
         gathering.count = 0;
         if (kInCluster) init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
       }
       __syncthreads();
       if (kInCluster && block == 0 && sets_up) cluster_fence();
-      if (length > k + max(2 * k, kSampled * kThreads)) {
+      const bool has_sample = length > k + max(2 * k, kSampled * kThreads);
+      if constexpr (kInCluster) {
+        if (has_sample) bound = bound_of_sample();
+      } else if (has_sample) {
         // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
         uint32_t group = 0;  // of so many
 #pragma unroll
@@ -284,41 +366,23 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
           }
         }
         const uint32_t key = format.key(largest);
-        const uint32_t most = __reduce_max_sync(kFullWarp, key), least = __reduce_min_sync(kFullWarp, key);
+        const uint32_t most = __reduce_max_sync(kFullWarp, key);
         least_key = __reduce_min_sync(kFullWarp, least_key);
         if (threadIdx.x % 32 == 0) {
           atomicMax(&Select::shared().key_max, most);
           atomicMin(&Select::shared().key_min, least_key);
-          if (kInCluster && least != 0) {
-            atomicMax(&most_of_least, least);
-            atomicMin(&least_of_most, most);
-          }
         }
         Select::clear_bins();
         __syncthreads();
-        // The whole sample of one warp below that of another is no chance. To look at that, too, slows blocks down
-        // which share a multiprocessor with others.
-        const bool is_long = stream.own_vectors() * kElements >= 2 * kThreads;
-        bool uneven = kInCluster && is_long && most_of_least > least_of_most;
-        if (!uneven && rank < static_cast<uint32_t>(groups)) {
-          const uint32_t lowest = Select::shared().key_min, highest = Select::shared().key_max, slack = rank / 8;
-          // A block that shares its multiprocessor with others gains nothing by the faster way.
-          const bool by_key = kInCluster && group != 0;
-          const uint32_t reached_key = by_key ? Select::kth_key(key, rank, slack, lowest, highest) : kNoKey;
-          if (reached_key != kNoKey) {
-            bound = static_cast<uint64_t>(reached_key) << format.index_bits;
-          } else {
-            if (by_key) {
-              Select::clear_bins();
-              __syncthreads();
-            }
-            bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, slack,
-                                        lowest, highest)
-                        .pair;
+        if (rank < static_cast<uint32_t>(groups)) {
+          bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8,
+                                      Select::shared().key_min, Select::shared().key_max)
+                      .pair;
+          if (stream.own_vectors() * kElements >= 2 * kThreads &&
+              is_uneven(bound, group == 0 ? kSampled : 1, rank, groups)) {
+            bound = bound_of_even_sample(stream, format, k, length, rows.capacity);
           }
-          uneven = is_long && is_uneven(bound, group == 0 ? kSampled : 1, rank, groups);
         }
-        if (uneven) bound = bound_of_even_sample(stream, format, k, length, rows.capacity);
       }
       // The other blocks may use what was set up above, and this block's pairs, which the sample needs no more.
       if (kInCluster) cluster_arrive_relaxed();
@@ -336,7 +400,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     };
     // While this thread waited for its element, others may have taken all room.
     bool edge_waits = stream.has_edges && stream.edge < length && !keep_edge();
-    bool is_certain = !first_reading;
+    // Whether elements that equal the bound are looked at one by one, as they may be many: those behind it are none.
+    bool is_exact =
+        !first_reading || (kInCluster && bound != kLowestPair && format.index(bound) != format.last_index());
     uint32_t step = 0;
     uint32_t placed = 0;  // of this thread's elements of a step for which there was no more room: those that had some
 #pragma unroll 1
@@ -373,8 +439,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
             }
             mask &= ~placed;
           }
-          if (is_certain) {
-            // Elements that equal the bound may be many: now only those that are not behind it.
+          if (is_exact) {
 #pragma unroll 1
             for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
               const uint32_t bit = __ffs(rest) - 1;
@@ -420,7 +485,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       bound = Select::kth_largest(rows.capacity, k, format.index_bits, min(k / 8, kMostBeside), format.least_key(bound),
                                   Select::shared().key_max)
                   .pair;
-      is_certain = true;
+      is_exact = true;
       if (threadIdx.x == 0) gathering.count = 0;
 #pragma unroll 1
       for (uint32_t first = 0; first < rows.capacity; first += kThreads) {
@@ -489,7 +554,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
           const uint32_t doubt_key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
           if (doubt_key < key_max) {
-            top_key = Select::divide(count, k, format.index_bits, key_min, key_max, doubt_key);
+            top_key = Select::template divide<kInCluster>(count, k, format.index_bits, key_min, key_max, doubt_key);
           }
         }
         if (top_key != kNoKey) {
@@ -523,12 +588,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted && kth.pair == 0) {
-      Select::order_by_bins(count, k, {format.index_bits, key_min, top_key}, spare, write);
+      Select::template order_by_bins<kInCluster>(count, k, {format.index_bits, key_min, top_key}, spare, write);
     } else if (op.sorted) {
       Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
-      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, op.length >= 64 * op.k, write);
+      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, op.length >= 64 * op.k,
+                                kInCluster, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }

@@ -183,17 +183,21 @@ struct alignas(16) PairSelect {
     return __syncthreads_or(before < k && most > kMostMembers) != 0;
   }
 
-  // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`. Several are loaded at once.
+  // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`. Several are loaded at once. If `spread`, the
+  // lanes of a warp take pairs far apart.
   template <class Body>
-  static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body) {
+  static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body,
+                                                  bool spread = false) {
     constexpr int kAtOnce = 3;
+    const uint32_t of_lane = (count + 31) / 32 | 1;  // odd, so that lanes load from different banks
+    const uint32_t start = spread ? threadIdx.x % 32 * of_lane + threadIdx.x / 32 : threadIdx.x;
+    const uint32_t end = spread ? min(threadIdx.x % 32 * of_lane + of_lane, count) : count;
+    const uint32_t stride = spread ? kWarps : kThreads;
 #pragma unroll 1
-    for (uint32_t first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+    for (uint32_t first = start; first < end; first += kAtOnce * stride) {
       uint64_t some[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        some[i] = first + i * kThreads < count ? pairs()[first + i * kThreads] : kNoPair;
-      }
+      for (int i = 0; i < kAtOnce; ++i) some[i] = first + i * stride < end ? pairs()[first + i * stride] : kNoPair;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (some[i] >= worst && some[i] <= best) body(some[i]);
@@ -287,12 +291,18 @@ struct alignas(16) PairSelect {
     }
   }
 
-  // The same, roughly and for one key of each thread, or kNoKey: the least key of the bin that holds number k, or
-  // kNoKey if more than `slack` others reach that. The keys lie from key_min to key_max, and the bins are clear.
-  static __device__ __forceinline__ uint32_t kth_key(uint32_t key, uint32_t k, uint32_t slack, uint32_t key_min,
-                                                     uint32_t key_max) {
+  // The same, roughly and for a few keys of each thread: the least key of the bin that holds number k, or kNoKey if
+  // more than `most` reach that, or fewer than k are no smaller than key_min. Smaller ones are left out, and none is
+  // larger than key_max. The bins are clear.
+  template <int kKeys>
+  static __device__ __forceinline__ uint32_t kth_key(const uint32_t (&keys)[kKeys], uint32_t k, uint32_t most,
+                                                     uint32_t key_min, uint32_t key_max) {
     const int shift = max(32 - __clz(key_max - key_min) - kBinBits, 0);
-    if (key != kNoKey) atomicAdd(&shared().bins[(key_max - key) >> shift], 1);
+#pragma unroll
+    for (uint32_t key : keys) {
+      if (key >= key_min) atomicAdd(&shared().bins[(key_max - key) >> shift], 1);
+    }
+    if (threadIdx.x == 0) shared().found = {0, 0, ~0u};
     __syncthreads();
     if (threadIdx.x == 0) {
       shared().key_max = 0;
@@ -301,7 +311,7 @@ struct alignas(16) PairSelect {
     find_bin(k);
     const auto found = shared().found;
     const uint32_t last = key_max - (found.bin << shift), width = (1u << shift) - 1;
-    return found.before + found.count <= k + slack ? (last - key_min > width ? last - width : key_min) : kNoKey;
+    return found.count <= most - found.before ? (last - key_min > width ? last - width : key_min) : kNoKey;
   }
 
   // Bins of pairs whose keys lie from key_min to key_max; larger ones share the first bin.
@@ -321,10 +331,13 @@ struct alignas(16) PairSelect {
   // Divides pairs()[0..count) into bins, which are clear, and finds that of the k-th largest. None of the keys is below
   // key_min or above key_max. Where few pairs are far above all others, these are divided again without them: the
   // result is the key_max of the division. Or it is kNoKey, and the bins are clear again: if some bin has many pairs,
-  // or that of the k-th comes down to doubt_key.
+  // or that of the k-th comes down to doubt_key. If kFindsStarts, each bin becomes the number of what lies in earlier
+  // ones, which is faster than by order_by_bins, but takes more registers than blocks have which share a
+  // multiprocessor.
+  template <bool kFindsStarts>
   static __device__ __noinline__ uint32_t divide(uint32_t count, uint32_t k, int index_bits, uint32_t key_min,
                                                  uint32_t key_max, uint32_t doubt_key) {
-    constexpr uint32_t kFew = 32, kSomeCrowded = 1, kTooCrowded = 2;
+    constexpr uint32_t kFew = 32;
     bool again = false;
 #pragma unroll 1
     while (true) {
@@ -332,22 +345,51 @@ struct alignas(16) PairSelect {
       if (threadIdx.x == 0) shared().members = 0;
       for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) { atomicAdd(&shared().bins[by.bin_of(pair)], 1); });
       __syncthreads();
+      bool some_crowded, too_crowded;
       const Bins own = own_bins();
       uint32_t most = 0;
+      if constexpr (kFindsStarts) {
+        const uint32_t before = exclusive_sum(own.sum), few = min(k, kFew);
+        uint32_t start = before;
 #pragma unroll
-      for (uint32_t size : own.counts) most = max(most, size);
-      if (most > kFew) atomicMax(&shared().members, most > kMostToCompare ? kTooCrowded : kSomeCrowded);
-      find_bin(k);
-      const uint32_t crowded = shared().members;
+        for (uint32_t i = 0; i < kBinsOfThread; i += kBinsAtOnce) {
+          SomeBins starts;
+#pragma unroll
+          for (uint32_t j = 0; j < kBinsAtOnce; ++j) {
+            const uint32_t size = own.counts[i + j];
+            starts.counts[j] = start;
+            if (start < few && few <= start + size) shared().kth = kBinsOfThread * threadIdx.x + i + j;
+            most = max(most, size);
+            start += size;
+          }
+          *reinterpret_cast<SomeBins*>(shared().bins + kBinsOfThread * threadIdx.x + i) = starts;
+        }
+        if (before < k && k <= start) find_among(own, before, k);
+        if (before < k && most > kMostToCompare) shared().members = 1;
+        some_crowded = __syncthreads_or(before < k && most > kFew) != 0;
+        too_crowded = shared().members != 0;
+      } else {
+#pragma unroll
+        for (uint32_t size : own.counts) most = max(most, size);
+        if (most > kFew) atomicMax(&shared().members, most > kMostToCompare ? 2 : 1);
+        find_bin(k);
+        some_crowded = shared().members != 0;
+        too_crowded = shared().members > 1;
+      }
       const uint64_t depth = (static_cast<uint64_t>(shared().found.bin) + 1 << by.shift) - 1;
       const bool is_certain = by.best > depth && (by.best - depth >> index_bits) > doubt_key;
       uint32_t first_bin = 0;
-      if (!again && (crowded != 0 || !is_certain)) {
-        find_bin(min(k, kFew));
-        first_bin = shared().found.bin;
-        find_bin(k);
+      if (!again && (some_crowded || !is_certain)) {
+        if constexpr (kFindsStarts) {
+          first_bin = static_cast<uint32_t>(shared().kth);
+        } else {
+          find_bin(min(k, kFew));
+          first_bin = shared().found.bin;
+          find_bin(k);
+        }
       }
-      if (first_bin < kBins / 2 && crowded != kTooCrowded && is_certain) return key_max;
+      if (first_bin < kBins / 2 && !too_crowded && is_certain) return key_max;
+      if (kFindsStarts) __syncthreads();
       clear_bins();
       __syncthreads();
       if (first_bin < kBins / 2) return kNoKey;
@@ -358,12 +400,12 @@ struct alignas(16) PairSelect {
 
   // Calls write(place, pair) for the k largest of pairs()[0..count) in descending order, after a division in which few
   // of them share a bin. `spare` has room for k pairs and kMostToCompare more.
-  template <class Write>
+  template <bool kFindsStarts, class Write>
   static __device__ __forceinline__ void order_by_bins(uint32_t count, uint32_t k, const Division& by, uint64_t* spare,
                                                        Write write) {
     uint32_t* bins = shared().bins;
     const uint32_t last_bin = shared().found.bin, size = shared().found.before + shared().found.count;
-    scan(bins, kBins);
+    if (!kFindsStarts) scan(bins, kBins);
     for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) {
       if (by.bin_of(pair) <= last_bin) spare[atomicAdd(&bins[by.bin_of(pair)], 1)] = pair;
     });
@@ -392,20 +434,25 @@ struct alignas(16) PairSelect {
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, of which there are k, with
   // its place in ascending order of the index. The bits are clear: then those of the chosen are set, and counted up to
   // each word. Where neighbours in pairs() are far apart in that order, they are put in order in shared memory first,
-  // since whole lines are faster to write: behind the bits, if these `bytes` have room.
+  // since whole lines are faster to write: behind the bits, if these `bytes` have room. Then, if `spreads`, no warp
+  // looks at neighbours at once: where these are of one block, their bits share few banks of shared memory.
   template <class Write>
   static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, uint32_t k, int index_bits,
-                                                           uint4* bits, uint32_t bytes, bool are_far, Write write) {
+                                                           uint4* bits, uint32_t bytes, bool are_far, bool spreads,
+                                                           Write write) {
     const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
     const uint32_t vectors = vectors_of_bits(index_bits);
     uint32_t* words = reinterpret_cast<uint32_t*>(bits);
     uint2* before = reinterpret_cast<uint2*>(bits + vectors);
     uint64_t* in_order = reinterpret_cast<uint64_t*>(before + vectors);
     const bool gathers = are_far && reinterpret_cast<uint4*>(in_order + k) <= bits + bytes / sizeof(uint4);
-    for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
-      const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
-      atomicOr(words + index / 32, 1u << index % 32);
-    });
+    for_each(
+        count, bound, ~uint64_t{0},
+        [&](uint64_t pair) {
+          const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
+          atomicOr(words + index / 32, 1u << index % 32);
+        },
+        gathers && spreads);
     __syncthreads();
     // Each warp has some vectors, of which its lanes take turns.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -432,16 +479,19 @@ struct alignas(16) PairSelect {
       before[first + 32 * i] = make_uint2(x | y << 16, z | w << 16);
     }
     __syncthreads();
-    for_each(count, bound, ~uint64_t{0}, [&](uint64_t pair) {
-      const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
-      const uint32_t earlier = words[index / 32] & ((1u << index % 32) - 1);
-      const uint32_t place = reinterpret_cast<const uint16_t*>(before)[index / 32] + __popc(earlier);
-      if (gathers) {
-        in_order[place] = pair;
-      } else {
-        write(place, pair);
-      }
-    });
+    for_each(
+        count, bound, ~uint64_t{0},
+        [&](uint64_t pair) {
+          const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
+          const uint32_t earlier = words[index / 32] & ((1u << index % 32) - 1);
+          const uint32_t place = reinterpret_cast<const uint16_t*>(before)[index / 32] + __popc(earlier);
+          if (gathers) {
+            in_order[place] = pair;
+          } else {
+            write(place, pair);
+          }
+        },
+        gathers && spreads);
     if (!gathers) return;
     __syncthreads();
 #pragma unroll 1
