@@ -486,29 +486,35 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
     } else {
       // In ascending order of the index. They go to shared memory first, since whole lines are faster to write.
       using Bits = typename Row::Bits;
-      struct alignas(8) Result {
-        Bits bits;
-        uint32_t index;
+      struct alignas(2 * sizeof(Bits)) Result {
+        Bits bits, index;
       };
+      static_assert(sizeof(Bits) == 4 || kMaxBlockLength <= 1 << 16);
       Result* results = reinterpret_cast<Result*>(pairs);
+      // Of a sorted row, a thread with 8 elements has 8 results side by side: a gap behind them spreads these over the
+      // banks.
+      const auto result_at = [&](uint32_t place) -> Result& {
+        return results[Row::kElements == 8 ? place + place / 8 : place];
+      };
       const Places places = places_in_order(chosen);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         uint32_t place = places.of_vector[v];
 #pragma unroll
         for (int e = 0; e < Row::kElements; ++e) {
-          if (is_chosen(v, e)) results[place++] = {row.bits(v, e), row.index(v) + e};
+          if (is_chosen(v, e)) result_at(place++) = {row.bits(v, e), static_cast<Bits>(row.index(v) + e)};
         }
       }
       if (edge_chosen) {
-        results[places.of_edge] = {reinterpret_cast<const Bits*>(data)[row.edge_index], row.edge_index};
+        result_at(places.of_edge) = {reinterpret_cast<const Bits*>(data)[row.edge_index],
+                                     static_cast<Bits>(row.edge_index)};
       }
       __syncthreads();
       Bits* values = static_cast<Bits*>(op.values) + row_index * op.k;
       int32_t* indices = op.indices + row_index * op.k;
 #pragma unroll 1
       for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
-        const Result result = results[i];
+        const Result result = result_at(i);
         values[i] = result.bits;
         indices[i] = static_cast<int32_t>(result.index);
       }
