@@ -1,6 +1,6 @@
-// topk_select: the k largest of each row. Short rows have a warp each, or half of one (topk_select_short.cu), and so have
-// longer ones where they are many and the choices few (topk_select_warp.cu); others have a thread block that holds them
-// in registers (topk_select_block.cu), and the longest are streamed through one or several blocks
+// topk_select: the k largest of each row. Short rows have a warp each, or half of one (topk_select_short.cu), and so
+// have longer ones where they are many and the choices few (topk_select_warp.cu); others have a thread block that holds
+// them in registers (topk_select_block.cu), and the longest are streamed through one or several blocks
 // (topk_select_streamed.cu).
 #include "topk_select.cuh"
 

@@ -25,8 +25,6 @@
 namespace jax_router::cuda {
 namespace {
 
-constexpr int kIndexBits = 32;  // the halves of a word need no shifts
-
 // A bound that at least k and at most `most` of a row's pairs reach, where the row has more than `most`. The k-th
 // largest has a key between the least and the largest that any thread gives. The row is read again for each step: it is
 // in the caches, and there are no registers for its pairs. For all threads together; `counts` is shared memory.
@@ -34,7 +32,7 @@ template <typename T, int kThreads>
 __device__ __noinline__ uint64_t bisect(const T* row, uint32_t length, uint32_t key_min, uint32_t key_max, uint32_t k,
                                         uint32_t most, uint32_t (&counts)[2][kThreads / 32]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const PairFormat<T> format = {kIndexBits};
+  const PairFormat<T> format = {kRowIndexBits};
   key_max = __reduce_max_sync(kFullWarp, key_max);
   key_min = __reduce_min_sync(kFullWarp, key_min);
   if (lane == 0) counts[0][warp] = key_max;
@@ -45,8 +43,8 @@ __device__ __noinline__ uint64_t bisect(const T* row, uint32_t length, uint32_t 
   __syncthreads();
   // Many equal elements are the usual reason to come here: only indices that exist are divided. The first `low` is
   // never tried, so it lies below all of them: k may be their number.
-  uint64_t low = (static_cast<uint64_t>(key_min) << kIndexBits | ~(length - 1)) - 1;
-  uint64_t high = static_cast<uint64_t>(key_max) << kIndexBits | 0xFFFFFFFFu;
+  uint64_t low = (static_cast<uint64_t>(key_min) << kRowIndexBits | ~(length - 1)) - 1;
+  uint64_t high = static_cast<uint64_t>(key_max) << kRowIndexBits | 0xFFFFFFFFu;
   if (high != ~uint64_t{0}) ++high;
 #pragma unroll 1
   for (int round = 0;; round ^= 1) {
@@ -170,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
       const float x = load_one(data + i);
-      if (PairFormat<T>{kIndexBits}.pair(x, i) >= exact_bound) pairs[atomicAdd(&found[0], 1)] = format.pair(x, i);
+      if (PairFormat<T>{kRowIndexBits}.pair(x, i) >= exact_bound) pairs[atomicAdd(&found[0], 1)] = format.pair(x, i);
     }
     __syncthreads();
     candidates = found[0];
@@ -245,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint32_t* bins = Select::shared().bins;
   uint64_t* pairs = Select::pairs();
-  const PairFormat<T> format = {kIndexBits};
+  const PairFormat<T> format = {kRowIndexBits};
   const Row row(data, length);
   Select::clear_bins();
   Select::init();
@@ -416,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
         }
       }
       choose(1u << kEdge, places.of_edge);
-      if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kIndexBits | ~(length - 1);
+      if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kRowIndexBits | ~(length - 1);
     }
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
