@@ -111,11 +111,11 @@ NUMBERS = {
     "TopkSelectNumbers.crowded_k": ("topk_select/k/f32/N100/L8192/sorted", ("f32 many 512x4", "f32 many 1024x2")),
     "TopkSelectNumbers.long_block_k": (
         "topk_select/k/f32/N1024/L8192",
-        ("f32 streamed 256, 1 blocks a row", "f32 many 512x4"),
+        ("f32 streamed 128, 1 blocks a row", "f32 many 512x4"),
     ),
     "TopkSelectNumbers.long_ordered_k": (
         "topk_select/k/bf16/N1024/L8192/sorted",
-        ("bf16 streamed 256, 1 blocks a row", "bf16 many 512x2"),
+        ("bf16 streamed 128, 1 blocks a row", "bf16 many 512x2"),
     ),
     "TopkSelectNumbers.narrow_length": (
         "topk_select/length/f32/N256/k64",
@@ -132,6 +132,18 @@ NUMBERS = {
     "TopkSelectNumbers.narrow_few_k": (
         "topk_select/k/f32/N1/L16384",
         ("f32 streamed 256, 4 blocks a row", "f32 streamed 512, 4 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrowest_rows": (
+        "topk_select/rows/bf16/L16384/k64",
+        ("bf16 streamed 256, 1 blocks a row", "bf16 streamed 128, 1 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrowest_k": (
+        "topk_select/k/bf16/N1024/L16384",
+        ("bf16 streamed 128, 1 blocks a row", "bf16 streamed 256, 1 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrowest_bytes": (
+        "topk_select/length/f32/N1024/k512/sorted",
+        ("f32 streamed 128, 1 blocks a row", "f32 streamed 256, 1 blocks a row"),
     ),
     "TopkSelectNumbers.small_cluster and part_length": (
         "topk_select/length/f32/N1/k512",

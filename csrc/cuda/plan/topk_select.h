@@ -51,6 +51,9 @@ struct TopkSelectNumbers {
   int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
   int64_t narrow_k;         // and so many choices, where rows are many,
   int64_t narrow_few_k;     // or so many, where they are few
+  int64_t narrowest_rows;   // and 128 from so many rows of an H100 on,
+  int64_t narrowest_k;      // up to so many choices
+  int64_t narrowest_bytes;  // and so many bytes of a row
   int64_t small_cluster;    // of up to so many blocks, each must have
   int64_t small_part;       // so much of a row
   int64_t part_length;      // and of more blocks, so much
@@ -76,6 +79,9 @@ constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/
                                                                  /*narrow_length=*/32768,
                                                                  /*narrow_k=*/1920,
                                                                  /*narrow_few_k=*/560,
+                                                                 /*narrowest_rows=*/792,
+                                                                 /*narrowest_k=*/512,
+                                                                 /*narrowest_bytes=*/40000,
                                                                  /*small_cluster=*/4,
                                                                  /*small_part=*/2048,
                                                                  /*part_length=*/4352,
@@ -111,7 +117,8 @@ constexpr TopkInstance kTopkInstances[] = {
     {TopkKernel::kFew, 256, 4, 0},     {TopkKernel::kFew, 256, 8, 0},      {TopkKernel::kMany, 256, 1, 0},
     {TopkKernel::kMany, 256, 2, 0},    {TopkKernel::kMany, 256, 4, 0},     {TopkKernel::kMany, 512, 1, 0},
     {TopkKernel::kMany, 512, 2, 0},    {TopkKernel::kMany, 512, 4, 0},     {TopkKernel::kMany, 1024, 1, 0},
-    {TopkKernel::kMany, 1024, 2, 0},   {TopkKernel::kStreamed, 256, 0, 0}, {TopkKernel::kStreamed, 512, 0, 0}};
+    {TopkKernel::kMany, 1024, 2, 0},   {TopkKernel::kStreamed, 128, 0, 0}, {TopkKernel::kStreamed, 256, 0, 0},
+    {TopkKernel::kStreamed, 512, 0, 0}};
 
 constexpr int kMostSortingVectors = 32;
 
@@ -147,6 +154,7 @@ constexpr int kStreamBatch = 4;
 constexpr int kStreamStages = 2;
 // Of a multiprocessor that streams rows, by the registers of a thread.
 constexpr int kStreamedThreads = 1536;
+constexpr int kFewestStreamedThreads = 128;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
 
@@ -168,8 +176,10 @@ constexpr uint32_t streamed_capacity(int64_t k, int threads, bool in_cluster, co
   const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
   const auto even = [&](int64_t spare) { return static_cast<uint32_t>((k + spare + 1) / 2 * 2); };
   const int64_t sample = kSampledVectors * threads;
+  // Blocks of the fewest threads are to be eight on a multiprocessor.
+  const int64_t spare = threads == kFewestStreamedThreads ? 5 * k / 4 : 2 * k;
   const uint32_t enough =
-      even(std::min(std::max(2 * k, sample), in_cluster ? numbers.candidates : numbers.lone_candidates));
+      even(std::min(std::max(spare, sample), in_cluster ? numbers.candidates : numbers.lone_candidates));
   return streamed_bytes(threads, enough, k) + kStaticSharedBytes <= device.shared_bytes ? enough : even(sample);
 }
 
@@ -332,7 +342,13 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   }
   const bool narrow =
       op.length <= numbers.narrow_length && op.k <= (few_rows ? numbers.narrow_few_k : numbers.narrow_k);
-  const int wanted = find_instance(op, device, TopkKernel::kStreamed, narrow ? 256 : 512);
+  // Of many rows that are not too long for it, more are under way where each has fewer threads.
+  const bool narrowest = op.rows >= device.scaled(numbers.narrowest_rows) && op.k <= numbers.narrowest_k &&
+                         op.length * size_of(op.dtype) <= numbers.narrowest_bytes;
+  const int wanted = find_instance(op, device, TopkKernel::kStreamed,
+                                   narrow && narrowest ? kFewestStreamedThreads
+                                   : narrow            ? 256
+                                                       : 512);
   return wanted >= 0 ? wanted : find_instance(op, device, TopkKernel::kStreamed);
 }
 
