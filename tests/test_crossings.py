@@ -89,10 +89,20 @@ NUMBERS = {
         ("f32 groups tile 16x4", "f32 groups tile 8x8"),
     ),
     "TopkSelectNumbers.half_warps": ("topk_select/rows/f32/L512/k6/sorted", ("f32 tile 32x4", "f32 tile 16x8")),
-    "TopkSelectNumbers.warp_rows": ("topk_select/rows/f32/L512/k64", ("f32 many 256x1", "f32 warp 32x4")),
-    "TopkSelectNumbers.long_warp_rows": ("topk_select/rows/f32/L1024/k24", ("f32 few 256x1", "f32 warp 32x8")),
-    "TopkSelectNumbers.many_warp_rows": ("topk_select/rows/f32/L1024/k64", ("f32 many 256x1", "f32 warp 32x8")),
+    "TopkSelectNumbers.warp_rows": ("topk_select/rows/f32/L512/k100", ("f32 many 256x1", "f32 warp 32x4")),
+    "TopkSelectNumbers.many_warp_rows": ("topk_select/rows/f32/L1024/k100", ("f32 many 256x1", "f32 warp 32x8")),
     "TopkSelectNumbers.warp_length": ("topk_select/length/f32/N256/k64", ("f32 warp 32x2", "f32 many 256x1")),
+    "TopkSelectNumbers.sorting_length": ("topk_select/length/f32/N4096/k64", ("f32 warp 32x2", "f32 sorting 32x4")),
+    "TopkSelectNumbers.sorting_rows": ("topk_select/rows/f32/L1024/k24", ("f32 few 256x1", "f32 sorting 32x8")),
+    "TopkSelectNumbers.sorting_longest": ("topk_select/rows/f32/L4096/k64", ("f32 few 256x4", "f32 sorting 32x32")),
+    "TopkSelectNumbers.sorting_rows_of_16_bits": (
+        "topk_select/rows/bf16/L4096/k64",
+        ("bf16 few 256x2", "bf16 sorting 32x16"),
+    ),
+    "TopkSelectNumbers.sorting_longest_of_16_bits": (
+        "topk_select/rows/bf16/L8192/k64",
+        ("bf16 few 256x4", "bf16 sorting 32x32"),
+    ),
     "TopkSelectNumbers.short_few_k": ("topk_select/k/f32/N700/L512/sorted", ("f32 few 256x1", "f32 many 256x1")),
     "TopkSelectNumbers.ordered_k": (
         "topk_select/k/bf16/N1024/L4096/sorted",
@@ -101,11 +111,11 @@ NUMBERS = {
     "TopkSelectNumbers.crowded_k": ("topk_select/k/f32/N100/L8192/sorted", ("f32 many 512x4", "f32 many 1024x2")),
     "TopkSelectNumbers.long_block_k": (
         "topk_select/k/f32/N1024/L8192",
-        ("f32 streamed 256, 1 blocks a row", "f32 many 512x4"),
+        ("f32 streamed 128, 1 blocks a row", "f32 many 512x4"),
     ),
     "TopkSelectNumbers.long_ordered_k": (
         "topk_select/k/bf16/N1024/L8192/sorted",
-        ("bf16 streamed 256, 1 blocks a row", "bf16 many 512x2"),
+        ("bf16 streamed 128, 1 blocks a row", "bf16 many 512x2"),
     ),
     "TopkSelectNumbers.narrow_length": (
         "topk_select/length/f32/N256/k64",
@@ -122,6 +132,18 @@ NUMBERS = {
     "TopkSelectNumbers.narrow_few_k": (
         "topk_select/k/f32/N1/L16384",
         ("f32 streamed 256, 4 blocks a row", "f32 streamed 512, 4 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrowest_rows": (
+        "topk_select/rows/bf16/L16384/k64",
+        ("bf16 streamed 256, 1 blocks a row", "bf16 streamed 128, 1 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrowest_k": (
+        "topk_select/k/bf16/N1024/L16384",
+        ("bf16 streamed 128, 1 blocks a row", "bf16 streamed 256, 1 blocks a row"),
+    ),
+    "TopkSelectNumbers.narrowest_bytes": (
+        "topk_select/length/f32/N1024/k512/sorted",
+        ("f32 streamed 128, 1 blocks a row", "f32 streamed 256, 1 blocks a row"),
     ),
     "TopkSelectNumbers.small_cluster and part_length": (
         "topk_select/length/f32/N1/k512",

@@ -65,7 +65,7 @@ TAKEN_BY_AN_H100 = {
     "topk_select/B256/L65536/k2048": "f32 streamed 512, 1 blocks a row",
     "topk_select/B1024/L16384/k512": "f32 streamed 256, 1 blocks a row",
     "topk_select/B128/L262144/k1024": "f32 streamed 512, 1 blocks a row",
-    "topk_select/B4096/L4096/k64": "f32 few 256x4",
+    "topk_select/B4096/L4096/k64": "f32 sorting 32x32",
     "topk_select/B65536/L256/k6": "f32 tile 16x4",
     "dense_router/bf16/D4096/E256/k6/N1": "bf16 logits few 16x16 of 256",
     "dense_router/bf16/D4096/E256/k6/N8": "bf16 logits few 16x16 of 256",

@@ -1,6 +1,7 @@
-// topk_select: the k largest of each row. Short rows have a warp each, or half of one (topk_select_short.cu), longer
-// ones a thread block that holds them in registers (topk_select_block.cu), the longest are streamed through one or
-// several blocks (topk_select_streamed.cu).
+// topk_select: the k largest of each row. Short rows have a warp each, or half of one (topk_select_short.cu), and so
+// have longer ones where they are many and the choices few (topk_select_warp.cu); others have a thread block that holds
+// them in registers (topk_select_block.cu), and the longest are streamed through one or several blocks
+// (topk_select_streamed.cu).
 #include "topk_select.cuh"
 
 namespace jax_router::cuda {
@@ -10,6 +11,8 @@ cudaError_t run(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t s
     case TopkKernel::kTile:
     case TopkKernel::kWarp:
       return run_short(op, plan, stream);
+    case TopkKernel::kSorting:
+      return run_warp(op, plan, stream);
     case TopkKernel::kFew:
     case TopkKernel::kMany:
       return run_block(op, plan, stream);

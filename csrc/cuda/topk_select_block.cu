@@ -18,120 +18,12 @@
 // Floor: rows * (length * sizeof(T) + k * (sizeof(T) + 4)) bytes.
 #include "parts/launch.cuh"
 #include "parts/pair_select.cuh"
+#include "parts/register_row.cuh"
 #include "parts/tile.cuh"
 #include "topk_select.cuh"
 
 namespace jax_router::cuda {
 namespace {
-
-constexpr int kIndexBits = 32;  // the halves of a word need no shifts
-
-// -inf in every element of a word.
-template <typename T>
-constexpr uint32_t kMinusInfinities = 0xFF800000u;
-template <>
-constexpr uint32_t kMinusInfinities<__nv_bfloat16> = 0xFF80FF80u;
-template <>
-constexpr uint32_t kMinusInfinities<__half> = 0xFC00FC00u;
-
-// A row in the registers of a block: its whole vectors of 16 bytes, and the elements before and after these, the edges,
-// one a thread. Vectors that do not exist hold -inf. `place` is the thread's among those that have vectors side by
-// side.
-template <typename T, int kThreads, int kVectors>
-struct RegisterRow {
-  static constexpr int kElements = 16 / sizeof(T);
-  static constexpr uint32_t kStep = kThreads * kElements;  // from a thread's vector to its next
-
-  uint4 vectors[kVectors];
-  float edge = -INFINITY;
-  uint32_t head;        // elements before the first whole vector
-  uint32_t end;         // where the whole vectors end
-  uint32_t first;       // index of this thread's first vector
-  uint32_t edge_index;  // of this thread's edge
-  bool has_edge;        // whether this thread has one
-  bool has_edges;       // whether the row has
-
-  __device__ __forceinline__ RegisterRow(const T* row, uint32_t length, uint32_t place = threadIdx.x) {
-    const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
-    head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
-    end = length - (length - head) % kElements;
-    first = head + place * kElements;
-    row += first;
-    asm("" : "+l"(row));  // one address with constant offsets
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      constexpr uint32_t kFill = kMinusInfinities<T>;
-      vectors[v] = make_uint4(kFill, kFill, kFill, kFill);
-      if (exists(v)) vectors[v] = __ldg(reinterpret_cast<const uint4*>(row + v * kStep));
-    }
-    has_edges = head + length - end != 0;
-    edge_index = threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head;
-    has_edge = edge_index < length;
-    has_edge = has_edge && has_edges;
-    if (has_edge) edge = load_one(row - first + edge_index);
-  }
-
-  __device__ __forceinline__ uint32_t index(int v) const { return first + v * kStep; }
-  __device__ __forceinline__ bool exists(int v) const { return index(v) < end; }
-  __device__ __forceinline__ float element(int v, int e) const { return element_of(vectors[v], e, T{}); }
-  __device__ __forceinline__ uint64_t pair(int v, int e) const {
-    return PairFormat<T>{kIndexBits}.pair(element(v, e), index(v) + e);
-  }
-  __device__ __forceinline__ uint64_t edge_pair() const { return PairFormat<T>{kIndexBits}.pair(edge, edge_index); }
-
-  // Of number i of the thread's elements, of which the edge is the last. To load it again is faster than to find it in
-  // the registers.
-  __device__ __forceinline__ uint32_t index_at(uint32_t i) const {
-    return i == kVectors * kElements ? edge_index : first + i / kElements * kStep + i % kElements;
-  }
-
-  // An element's bits as they are in memory.
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-  __device__ __forceinline__ Bits bits(int v, int e) const {
-    constexpr int kOfWord = sizeof(uint32_t) / sizeof(T);
-    return static_cast<Bits>(word_of(vectors[v], e / kOfWord) >> (e % kOfWord * 8 * sizeof(T)));
-  }
-
-  // The thread's largest element, NaN if one is.
-  __device__ __forceinline__ float maximum() const { return max_nan(largest_element<T>(vectors), edge); }
-
-  // Bit v * kElements + e for each element of a whole vector that is not below `bound`, an element or infinite. A NaN
-  // is not below anything.
-  __device__ __forceinline__ uint32_t reaching(float bound) const {
-    static_assert(kVectors * kElements <= 32);
-    uint32_t mask = 0;
-    if constexpr (sizeof(T) == 4) {
-      SumOfTrue halves[2];
-#pragma unroll
-      for (int i = 0; i < kVectors * 4; ++i) {
-        halves[i / 16].add_unless_below(bits_float(word_of(vectors[i / 4], i % 4)), bound, 1u << i % 16);
-      }
-      mask = halves[0].value() | halves[1].value() << 16;
-    } else {
-      const uint32_t bounds = two_no_less(bound, T{});
-      uint32_t below[2] = {};  // 16 elements each, the odd ones in the upper half of the word
-#pragma unroll
-      for (int i = 0; i < kVectors * 4; ++i) {
-        below[i / 8] |= below_of_two(word_of(vectors[i / 4], i % 4), bounds, T{}) & (0x00020001u << (2 * (i % 8)));
-      }
-      const auto joined = [](uint32_t halves) { return (halves | halves >> 16) & 0xFFFF; };
-      mask = ~(joined(below[0]) | joined(below[1]) << 16);
-      if constexpr (kVectors * kElements < 32) mask &= (1u << kVectors * kElements) - 1;
-    }
-    // Vectors that do not exist are not above -inf either.
-    if (bound == -INFINITY) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if (!exists(v)) mask &= ~(((1u << kElements) - 1) << (v * kElements));
-      }
-    }
-    return mask;
-  }
-
-  static __device__ __forceinline__ uint32_t key(float x) {
-    return static_cast<uint32_t>(PairFormat<T>{kIndexBits}.pair(x, 0) >> kIndexBits);
-  }
-};
 
 // A bound that at least k and at most `most` of a row's pairs reach, where the row has more than `most`. The k-th
 // largest has a key between the least and the largest that any thread gives. The row is read again for each step: it is
@@ -140,7 +32,7 @@ template <typename T, int kThreads>
 __device__ __noinline__ uint64_t bisect(const T* row, uint32_t length, uint32_t key_min, uint32_t key_max, uint32_t k,
                                         uint32_t most, uint32_t (&counts)[2][kThreads / 32]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const PairFormat<T> format = {kIndexBits};
+  const PairFormat<T> format = {kRowIndexBits};
   key_max = __reduce_max_sync(kFullWarp, key_max);
   key_min = __reduce_min_sync(kFullWarp, key_min);
   if (lane == 0) counts[0][warp] = key_max;
@@ -151,8 +43,8 @@ __device__ __noinline__ uint64_t bisect(const T* row, uint32_t length, uint32_t 
   __syncthreads();
   // Many equal elements are the usual reason to come here: only indices that exist are divided. The first `low` is
   // never tried, so it lies below all of them: k may be their number.
-  uint64_t low = (static_cast<uint64_t>(key_min) << kIndexBits | ~(length - 1)) - 1;
-  uint64_t high = static_cast<uint64_t>(key_max) << kIndexBits | 0xFFFFFFFFu;
+  uint64_t low = (static_cast<uint64_t>(key_min) << kRowIndexBits | ~(length - 1)) - 1;
+  uint64_t high = static_cast<uint64_t>(key_max) << kRowIndexBits | 0xFFFFFFFFu;
   if (high != ~uint64_t{0}) ++high;
 #pragma unroll 1
   for (int round = 0;; round ^= 1) {
@@ -276,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < length; i += kThreads) {
       const float x = load_one(data + i);
-      if (PairFormat<T>{kIndexBits}.pair(x, i) >= exact_bound) pairs[atomicAdd(&found[0], 1)] = format.pair(x, i);
+      if (PairFormat<T>{kRowIndexBits}.pair(x, i) >= exact_bound) pairs[atomicAdd(&found[0], 1)] = format.pair(x, i);
     }
     __syncthreads();
     candidates = found[0];
@@ -351,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint32_t* bins = Select::shared().bins;
   uint64_t* pairs = Select::pairs();
-  const PairFormat<T> format = {kIndexBits};
+  const PairFormat<T> format = {kRowIndexBits};
   const Row row(data, length);
   Select::clear_bins();
   Select::init();
@@ -522,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
         }
       }
       choose(1u << kEdge, places.of_edge);
-      if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kIndexBits | ~(length - 1);
+      if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kRowIndexBits | ~(length - 1);
     }
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
@@ -592,29 +484,35 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
     } else {
       // In ascending order of the index. They go to shared memory first, since whole lines are faster to write.
       using Bits = typename Row::Bits;
-      struct alignas(8) Result {
-        Bits bits;
-        uint32_t index;
+      struct alignas(2 * sizeof(Bits)) Result {
+        Bits bits, index;
       };
+      static_assert(sizeof(Bits) == 4 || kMaxBlockLength <= 1 << 16);
       Result* results = reinterpret_cast<Result*>(pairs);
+      // Of a sorted row, a thread with 8 elements has 8 results side by side: a gap behind them spreads these over the
+      // banks.
+      const auto result_at = [&](uint32_t place) -> Result& {
+        return results[Row::kElements == 8 ? place + place / 8 : place];
+      };
       const Places places = places_in_order(chosen);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         uint32_t place = places.of_vector[v];
 #pragma unroll
         for (int e = 0; e < Row::kElements; ++e) {
-          if (is_chosen(v, e)) results[place++] = {row.bits(v, e), row.index(v) + e};
+          if (is_chosen(v, e)) result_at(place++) = {row.bits(v, e), static_cast<Bits>(row.index(v) + e)};
         }
       }
       if (edge_chosen) {
-        results[places.of_edge] = {reinterpret_cast<const Bits*>(data)[row.edge_index], row.edge_index};
+        result_at(places.of_edge) = {reinterpret_cast<const Bits*>(data)[row.edge_index],
+                                     static_cast<Bits>(row.edge_index)};
       }
       __syncthreads();
       Bits* values = static_cast<Bits*>(op.values) + row_index * op.k;
       int32_t* indices = op.indices + row_index * op.k;
 #pragma unroll 1
       for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
-        const Result result = results[i];
+        const Result result = result_at(i);
         values[i] = result.bits;
         indices[i] = static_cast<int32_t>(result.index);
       }

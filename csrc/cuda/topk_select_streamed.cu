@@ -606,6 +606,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   if (kInCluster) cluster_wait();
 }
 
+static_assert(sizeof(PairSelect<128, kStreamedBins>) == pair_select_bytes(128, kStreamedBins));
 static_assert(sizeof(PairSelect<256, kStreamedBins>) == pair_select_bytes(256, kStreamedBins));
 static_assert(sizeof(PairSelect<512, kStreamedBins>) == pair_select_bytes(512, kStreamedBins));
 
@@ -616,10 +617,13 @@ cudaError_t run_streamed(const TopkSelect& op, const TopkSelectPlan& plan, cudaS
   const Rows rows{log2_of(plan.cluster), plan.capacity};
   return with_type(op.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = plan.threads == 256 ? plan.cluster > 1 ? topk_select_streamed<T, 256, true>
-                                                               : topk_select_streamed<T, 256, false>
-                        : plan.cluster > 1  ? topk_select_streamed<T, 512, true>
-                                            : topk_select_streamed<T, 512, false>;
+    const auto kernel =
+        plan.threads == 128
+            ? plan.cluster > 1 ? topk_select_streamed<T, 128, true> : topk_select_streamed<T, 128, false>
+        : plan.threads == 256
+            ? plan.cluster > 1 ? topk_select_streamed<T, 256, true> : topk_select_streamed<T, 256, false>
+        : plan.cluster > 1 ? topk_select_streamed<T, 512, true>
+                           : topk_select_streamed<T, 512, false>;
     return launch_kernel(kernel, shape, stream, op, rows);
   });
 }

@@ -1,5 +1,6 @@
-// Which kernel computes a topk_select. Short rows have a warp each, or half of one; longer ones a thread block that
-// holds them in registers; the longest are streamed through one block, or through a cluster of them.
+// Which kernel computes a topk_select. Short rows have a warp each, or half of one, and so have longer ones where they
+// are many and the choices few; others a thread block that holds them in registers; the longest are streamed through
+// one block, or through a cluster of them.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@ constexpr int kMaxShortLength = 1024;  // of a row in a warp or half of one
 constexpr int kMaxTileK = 16;          // where a tile ranks the few elements above a bound
 constexpr int kMaxWarpK = 128;         // where a warp bisects the range of the keys
 constexpr int kMaxBlockLength = 8192;  // of a row in the registers of a block
-constexpr int kMaxFewK = 64;           // where a block ranks the few elements above a bound
+constexpr int kMaxFewK = 64;           // where a block ranks the few elements above a bound, or a warp sorts them
 
 // k is limited by shared memory, where the candidates of a row lie. A block of an A100 or a later large GPU has at
 // least kSharedBytesOfMaxSelectK of it, which is enough for kMaxSelectK; every GPU since the A100's generation has at
@@ -35,9 +36,13 @@ constexpr int max_select_k(const Device& device) {
 struct TopkSelectNumbers {
   HalfWarpRows half_warps;
   int64_t warp_rows;        // from so many of an H100 on, a warp a row of up to kMaxShortLength / 2 elements
-  int64_t long_warp_rows;   // and where it has up to kMaxShortLength, for no more choices than a warp has lanes
-  int64_t many_warp_rows;   // for more choices
+  int64_t many_warp_rows;   // for more choices than few, and for rows of up to kMaxShortLength
   int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
+  int64_t sorting_length;   // a warp sorts the candidates for few choices of rows longer than so,
+  int64_t sorting_rows;     // from so many of an H100 on,
+  int64_t sorting_longest;  // or so many where they are for the kernel that holds the longest,
+  int64_t sorting_rows_of_16_bits;
+  int64_t sorting_longest_of_16_bits;
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
   int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
   int64_t crowded_k;        // from so many on, sorted rows have the most threads where they are few
@@ -46,6 +51,9 @@ struct TopkSelectNumbers {
   int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
   int64_t narrow_k;         // and so many choices, where rows are many,
   int64_t narrow_few_k;     // or so many, where they are few
+  int64_t narrowest_rows;   // and 128 from so many rows of an H100 on,
+  int64_t narrowest_k;      // up to so many choices
+  int64_t narrowest_bytes;  // and so many bytes of a row
   int64_t small_cluster;    // of up to so many blocks, each must have
   int64_t small_part;       // so much of a row
   int64_t part_length;      // and of more blocks, so much
@@ -54,23 +62,44 @@ struct TopkSelectNumbers {
   int64_t most_candidates;  // and at most, where shared memory is free
 };
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
-constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{
-    /*half_warps=*/{{1, 1, 2048, 2048}}, /*warp_rows=*/768, /*long_warp_rows=*/1024, /*many_warp_rows=*/2048,
-    /*warp_length=*/64, /*short_few_k=*/32, /*ordered_k=*/2048, /*crowded_k=*/800, /*long_block_k=*/200,
-    /*long_ordered_k=*/300, /*narrow_length=*/32768, /*narrow_k=*/1920, /*narrow_few_k=*/560, /*small_cluster=*/4,
-    /*small_part=*/2048, /*part_length=*/4352, /*candidates=*/4096, /*lone_candidates=*/3072,
-    /*most_candidates=*/12288});
+constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/{{1, 1, 2048, 2048}},
+                                                                 /*warp_rows=*/768,
+                                                                 /*many_warp_rows=*/2048,
+                                                                 /*warp_length=*/64,
+                                                                 /*sorting_length=*/256,
+                                                                 /*sorting_rows=*/768,
+                                                                 /*sorting_longest=*/4096,
+                                                                 /*sorting_rows_of_16_bits=*/528,
+                                                                 /*sorting_longest_of_16_bits=*/1056,
+                                                                 /*short_few_k=*/32,
+                                                                 /*ordered_k=*/2048,
+                                                                 /*crowded_k=*/800,
+                                                                 /*long_block_k=*/200,
+                                                                 /*long_ordered_k=*/300,
+                                                                 /*narrow_length=*/32768,
+                                                                 /*narrow_k=*/1920,
+                                                                 /*narrow_few_k=*/560,
+                                                                 /*narrowest_rows=*/792,
+                                                                 /*narrowest_k=*/512,
+                                                                 /*narrowest_bytes=*/40000,
+                                                                 /*small_cluster=*/4,
+                                                                 /*small_part=*/2048,
+                                                                 /*part_length=*/4352,
+                                                                 /*candidates=*/4096,
+                                                                 /*lone_candidates=*/3072,
+                                                                 /*most_candidates=*/12288});
 
 enum class TopkKernel {
   kTile,      // few choices of a short row: a bound and a ranking
   kWarp,      // more choices of a short row: a bisection
+  kSorting,   // few choices of a row in the registers of a warp, which sorts its candidates
   kFew,       // few choices of a row in the registers of a block
   kMany,      // more choices of such a row
   kStreamed,  // rows of any length
 };
 
-// A kernel as it is compiled: a row's lanes and their quads of a tile or warp, or a block's threads and the vectors of
-// 16 bytes that each holds.
+// A kernel as it is compiled: a row's lanes and their quads of a tile or warp, or a row's threads and the vectors of 16
+// bytes that each holds.
 struct TopkInstance {
   TopkKernel kernel;
   int threads;
@@ -80,14 +109,18 @@ struct TopkInstance {
   constexpr RowTile tile() const { return {threads, size, full_chunks}; }
 };
 constexpr TopkInstance kTopkInstances[] = {
-    {TopkKernel::kTile, 16, 2, 0},      {TopkKernel::kTile, 16, 4, 2},     {TopkKernel::kTile, 16, 8, 4},
-    {TopkKernel::kTile, 32, 2, 0},      {TopkKernel::kTile, 32, 4, 2},     {TopkKernel::kTile, 32, 8, 4},
-    {TopkKernel::kWarp, 32, 2, 0},      {TopkKernel::kWarp, 32, 4, 2},     {TopkKernel::kWarp, 32, 8, 4},
-    {TopkKernel::kFew, 256, 1, 0},      {TopkKernel::kFew, 256, 2, 0},     {TopkKernel::kFew, 256, 4, 0},
-    {TopkKernel::kFew, 256, 8, 0},      {TopkKernel::kMany, 256, 1, 0},    {TopkKernel::kMany, 256, 2, 0},
-    {TopkKernel::kMany, 256, 4, 0},     {TopkKernel::kMany, 512, 1, 0},    {TopkKernel::kMany, 512, 2, 0},
-    {TopkKernel::kMany, 512, 4, 0},     {TopkKernel::kMany, 1024, 1, 0},   {TopkKernel::kMany, 1024, 2, 0},
-    {TopkKernel::kStreamed, 256, 0, 0}, {TopkKernel::kStreamed, 512, 0, 0}};
+    {TopkKernel::kTile, 16, 2, 0},     {TopkKernel::kTile, 16, 4, 2},      {TopkKernel::kTile, 16, 8, 4},
+    {TopkKernel::kTile, 32, 2, 0},     {TopkKernel::kTile, 32, 4, 2},      {TopkKernel::kTile, 32, 8, 4},
+    {TopkKernel::kWarp, 32, 2, 0},     {TopkKernel::kWarp, 32, 4, 2},      {TopkKernel::kWarp, 32, 8, 4},
+    {TopkKernel::kSorting, 32, 4, 0},  {TopkKernel::kSorting, 32, 8, 0},   {TopkKernel::kSorting, 32, 16, 0},
+    {TopkKernel::kSorting, 32, 32, 0}, {TopkKernel::kFew, 256, 1, 0},      {TopkKernel::kFew, 256, 2, 0},
+    {TopkKernel::kFew, 256, 4, 0},     {TopkKernel::kFew, 256, 8, 0},      {TopkKernel::kMany, 256, 1, 0},
+    {TopkKernel::kMany, 256, 2, 0},    {TopkKernel::kMany, 256, 4, 0},     {TopkKernel::kMany, 512, 1, 0},
+    {TopkKernel::kMany, 512, 2, 0},    {TopkKernel::kMany, 512, 4, 0},     {TopkKernel::kMany, 1024, 1, 0},
+    {TopkKernel::kMany, 1024, 2, 0},   {TopkKernel::kStreamed, 128, 0, 0}, {TopkKernel::kStreamed, 256, 0, 0},
+    {TopkKernel::kStreamed, 512, 0, 0}};
+
+constexpr int kMostSortingVectors = 32;
 
 // Whether an instance was compiled for a type. Rows of 16-bit elements, of which a vector has 8, need fewer vectors.
 constexpr bool has_instance(const TopkInstance& instance, DType dtype) {
@@ -121,6 +154,7 @@ constexpr int kStreamBatch = 4;
 constexpr int kStreamStages = 2;
 // Of a multiprocessor that streams rows, by the registers of a thread.
 constexpr int kStreamedThreads = 1536;
+constexpr int kFewestStreamedThreads = 128;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
 
@@ -142,8 +176,10 @@ constexpr uint32_t streamed_capacity(int64_t k, int threads, bool in_cluster, co
   const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
   const auto even = [&](int64_t spare) { return static_cast<uint32_t>((k + spare + 1) / 2 * 2); };
   const int64_t sample = kSampledVectors * threads;
+  // Blocks of the fewest threads are to be eight on a multiprocessor.
+  const int64_t spare = threads == kFewestStreamedThreads ? 5 * k / 4 : 2 * k;
   const uint32_t enough =
-      even(std::min(std::max(2 * k, sample), in_cluster ? numbers.candidates : numbers.lone_candidates));
+      even(std::min(std::max(spare, sample), in_cluster ? numbers.candidates : numbers.lone_candidates));
   return streamed_bytes(threads, enough, k) + kStaticSharedBytes <= device.shared_bytes ? enough : even(sample);
 }
 
@@ -172,6 +208,7 @@ constexpr bool can_use(const TopkSelect& op, const TopkInstance& instance, const
       return instance.tile().holds(op.length) && op.k <= max_tile_k(instance.threads);
     case TopkKernel::kWarp:
       return instance.tile().holds(op.length) && op.k <= kMaxWarpK;
+    case TopkKernel::kSorting:
     case TopkKernel::kFew:
       return op.length <= held && op.k <= kMaxFewK;
     case TopkKernel::kMany:
@@ -275,10 +312,19 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
     if (half >= 0 && numbers.half_warps.pay(op.rows, kTopkInstances[half].size, device)) return half;
     return find_instance(op, device, TopkKernel::kTile, 32);
   }
+  const int sorting =
+      op.k <= kMaxFewK && op.length > numbers.sorting_length ? find_instance(op, device, TopkKernel::kSorting) : -1;
+  if (sorting >= 0) {
+    const bool is_wide = size_of(op.dtype) == 4;
+    const int64_t rows = kTopkInstances[sorting].size < kMostSortingVectors
+                             ? (is_wide ? numbers.sorting_rows : numbers.sorting_rows_of_16_bits)
+                             : (is_wide ? numbers.sorting_longest : numbers.sorting_longest_of_16_bits);
+    if (op.rows >= device.scaled(rows)) return sorting;
+  }
   // A warp takes long to put many in order: then only the shorter rows pay, and where there are more of them.
   const bool orders_many = op.sorted && op.k > kMaxFewK && op.length > kMaxWarpK;
   const bool pays_for_many = op.rows >= device.scaled(numbers.many_warp_rows);
-  const bool pays_long = op.k <= 32 ? op.rows >= device.scaled(numbers.long_warp_rows) : pays_for_many && !orders_many;
+  const bool pays_long = pays_for_many && !orders_many;
   const bool pays_short = orders_many ? pays_for_many : op.rows >= device.scaled(numbers.warp_rows);
   const int64_t warp_length = pays_long ? kMaxShortLength : pays_short ? kMaxShortLength / 2 : numbers.warp_length;
   if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
@@ -296,7 +342,13 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   }
   const bool narrow =
       op.length <= numbers.narrow_length && op.k <= (few_rows ? numbers.narrow_few_k : numbers.narrow_k);
-  const int wanted = find_instance(op, device, TopkKernel::kStreamed, narrow ? 256 : 512);
+  // Of many rows that are not too long for it, more are under way where each has fewer threads.
+  const bool narrowest = op.rows >= device.scaled(numbers.narrowest_rows) && op.k <= numbers.narrowest_k &&
+                         op.length * size_of(op.dtype) <= numbers.narrowest_bytes;
+  const int wanted = find_instance(op, device, TopkKernel::kStreamed,
+                                   narrow && narrowest ? kFewestStreamedThreads
+                                   : narrow            ? 256
+                                                       : 512);
   return wanted >= 0 ? wanted : find_instance(op, device, TopkKernel::kStreamed);
 }
 
@@ -331,6 +383,8 @@ inline std::string instance_name(DType dtype, const TopkInstance& instance) {
       return name(dtype) + " " + name(instance.tile());
     case TopkKernel::kWarp:
       return name(dtype) + " warp " + size;
+    case TopkKernel::kSorting:
+      return name(dtype) + " sorting " + size;
     case TopkKernel::kFew:
       return name(dtype) + " few " + size;
     case TopkKernel::kMany:
