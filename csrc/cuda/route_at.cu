@@ -4,6 +4,9 @@
 // stays in the L2, by the token's own id), then the one logit, and the token's threads share their scores through
 // shared memory, to be added up in the order of activation_topk. Softmax without renormalisation needs the whole row:
 // there a warp owns a token. Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
+//
+// Few tokens wait for one load after another. There a block owns one token, and scores its whole row while the ids are
+// on their way.
 #include "kernels.h"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
@@ -50,6 +53,31 @@ __global__ void __launch_bounds__(kRouteAtThreads) route_at_choices(const RouteA
   if (token < op.rows) store_choice(op, token, j, expert, logit, weight);
 }
 
+// Warp 0 has the choices, each thread of the others four experts.
+template <class T>
+__global__ void __launch_bounds__(kAheadThreads) route_at_ahead(const RouteAt op, const bool quads) {
+  __shared__ __align__(16) float logits[kAheadExperts], scores[kAheadExperts], chosen[kAheadChoices];
+  const int64_t token = blockIdx.x;
+  const int j = static_cast<int>(threadIdx.x);
+  const RowScore score{op.scoring.score_fn};
+  int expert = -1;
+  if (j < kAheadChoices) {
+    chosen[j] = 0.0f;
+    if (j < op.k) expert = load_expert(op, token, j);
+  } else if (const int e = 4 * (j - kAheadChoices); e < op.experts) {
+    const T* row = static_cast<const T*>(op.logits) + token * op.experts;
+    const float4 quad = load_quad_of_row(row, e, op.experts, quads);
+    *reinterpret_cast<float4*>(logits + e) = quad;
+    *reinterpret_cast<float4*>(scores + e) = make_float4(score(quad.x), score(quad.y), score(quad.z), score(quad.w));
+  }
+  __syncthreads();
+  if (j >= kAheadChoices) return;
+  const float logit = expert < 0 ? -INFINITY : logits[expert];
+  const float weight = finish_weight(op.scoring, op.k, j < op.k, j, logit, expert < 0 ? 0.0f : scores[expert], chosen,
+                                     [] { __syncwarp(); });
+  if (j < op.k) store_choice(op, token, j, expert, logit, weight);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kRouteAtThreads) route_at_rows(const RouteAt op, const bool quads) {
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * kRouteAtThreads + threadIdx.x) / 32;
@@ -68,11 +96,16 @@ __global__ void __launch_bounds__(kRouteAtThreads) route_at_rows(const RouteAt o
 cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    if (plan.by_rows) {
-      const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
-      return launch_kernel(route_at_rows<T>, {plan.blocks, kRouteAtThreads}, stream, op, quads);
+    const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
+    switch (plan.kernel) {
+      case RouteAtKernel::kAhead:
+        return launch_kernel(route_at_ahead<T>, {plan.blocks, plan.threads}, stream, op, quads);
+      case RouteAtKernel::kChoices:
+        return launch_kernel(route_at_choices<T>, {plan.blocks, dim3(op.k, plan.tokens)}, stream, op);
+      case RouteAtKernel::kRows:
+        return launch_kernel(route_at_rows<T>, {plan.blocks, kRouteAtThreads}, stream, op, quads);
     }
-    return launch_kernel(route_at_choices<T>, {plan.blocks, dim3(op.k, plan.tokens)}, stream, op);
+    return cudaErrorInvalidValue;
   });
 }
 
