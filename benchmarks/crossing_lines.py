@@ -182,7 +182,7 @@ def _moved() -> Iterator[Line]:
 def _others() -> Iterator[Line]:
     """Little is chosen here: most follows from options and alignment."""
     for k in (1, 2, 4):
-        yield Line("hash_router", "rows", 1, 70000, {"k": k})
+        yield Line("hash_router", "rows", 1, 1000000, {"k": k}, is_timed=k == 2)
     for dtype, whole_row in itertools.product(DTYPES, (False, True)):
         fixed = {"dtype": dtype, "whole_row": whole_row, "experts": 256, "k": 8}
         yield Line("route_at", "rows", 1, 70000, fixed, is_timed=dtype == "f32" and not whole_row)

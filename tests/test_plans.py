@@ -54,7 +54,7 @@ TAKEN_BY_AN_H100 = {
     "activation_topk/sigmoid/E256/k8/groups8-4/N8192": "f32 groups tile 16x4",
     "activation_topk_grad/E256/k6/N65536": "f32 few choices",
     "route_at/E256/k6/N65536": "f32 choices",
-    "hash_router/V129280/k6/N65536": "width 2",
+    "hash_router/V129280/k6/N65536": "width 2 past the L1",
     "hash_router/V129280/k6/N1048576": "width 2",
     "topk_select/B1/L4096/k512": "f32 many 512x2",
     "topk_select/B1/L65536/k512": "f32 streamed 512, 8 blocks a row",
