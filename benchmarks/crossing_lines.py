@@ -186,9 +186,10 @@ def _moved() -> Iterator[Line]:
 def _others() -> Iterator[Line]:
     """Little is chosen here: most follows from options and alignment."""
     for k in (1, 2, 4):
-        yield Line("hash_router", "rows", 1, 70000, {"k": k})
+        yield Line("hash_router", "rows", 1, 1000000, {"k": k}, is_timed=k == 2)
     for dtype, whole_row in itertools.product(DTYPES, (False, True)):
-        yield Line("route_at", "rows", 1, 70000, {"dtype": dtype, "whole_row": whole_row, "k": 8})
+        fixed = {"dtype": dtype, "whole_row": whole_row, "experts": 256, "k": 8}
+        yield Line("route_at", "rows", 1, 70000, fixed, is_timed=dtype == "f32" and not whole_row)
         fixed = {"dtype": dtype, "whole_row": whole_row, "rows": 16384, "experts": 256}
         yield Line("route_cotangent", "k", 1, 64, fixed, is_timed=dtype == "f32")
     for dtype in DTYPES:
@@ -312,8 +313,7 @@ def _scoring(whole_row: bool) -> dict[str, Any]:
     return {"score_fn": "softmax" if whole_row else "sigmoid", "renormalize": not whole_row}
 
 
-def _weights_at(plan: str, rows: int, k: int, dtype: str, whole_row: bool) -> Program:
-    experts = 256
+def _weights_at(plan: str, rows: int, experts: int, k: int, dtype: str, whole_row: bool) -> Program:
     run = partial(route_at, implementation="native", **_scoring(whole_row))
     return Contender(run), (Spec((rows, experts), DTYPES[dtype]), Spec((rows, k), jnp.int32, bound=experts))
 

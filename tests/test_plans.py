@@ -54,7 +54,7 @@ TAKEN_BY_AN_H100 = {
     "activation_topk/sigmoid/E256/k8/groups8-4/N8192": "f32 groups tile 16x4",
     "activation_topk_grad/E256/k6/N65536": "f32 few choices",
     "route_at/E256/k6/N65536": "f32 choices",
-    "hash_router/V129280/k6/N65536": "width 2",
+    "hash_router/V129280/k6/N65536": "width 2 past the L1",
     "hash_router/V129280/k6/N1048576": "width 2",
     "topk_select/B1/L4096/k512": "f32 many 512x2",
     "topk_select/B1/L65536/k512": "f32 streamed 512, 8 blocks a row",
@@ -97,8 +97,8 @@ TAKEN_BY_AN_H100 = {
     "activation_topk/softmax/E128/k8/N1": "f32 logits tile 16x2",
     "activation_topk/softmax/E128/k8/N4096": "f32 logits tile 16x2",
     "activation_topk/softmax/E128/k8/N65536": "f32 logits tile 8x4",
-    "scored_hash_router/V129280/E256/k6/N1": "f32 choices",
-    "scored_hash_router/V129280/E256/k6/N64": "f32 choices",
+    "scored_hash_router/V129280/E256/k6/N1": "f32 ahead",
+    "scored_hash_router/V129280/E256/k6/N64": "f32 ahead",
     "scored_hash_router/V129280/E256/k6/N65536": "f32 choices",
     "dense_router/bf16xf32/D4096/E256/k6/N1": "bf16xf32 logits few 16x16 of 256",
     "dense_router/bf16xf32/D4096/E256/k6/N16": "bf16xf32 logits few 16x16 of 256",
@@ -138,8 +138,6 @@ def sizes_of(case_id):
         sizes["dtype"], *weight_dtype = next((part for part in parts if "f16" in part), "f32").split("x")
         if weight_dtype:
             (sizes["weight_dtype"],) = weight_dtype
-    if op == "route_at":
-        del sizes["experts"]
     if op == "topk_select":
         sizes["sorted"] = False
     if op == "activation_topk":
@@ -252,14 +250,15 @@ class Draw:
         return {"rows": self._size(2**20), "k": self._size(64)}
 
     def route_at(self):
-        return {"rows": self._size(2**20), "k": self._size(64), "whole_row": self._flag(), "dtype": self._dtype()}
+        sizes = {"rows": self._size(2**20), "experts": self._size(4096), "k": self._size(64)}
+        return sizes | {"whole_row": self._flag(), "dtype": self._dtype()}
 
     def route_cotangent(self):
         if self._flag():  # the gradient of topk_select
             length = self._size(2**17)
             k = min(self._size(self._max_select_k), length)
             return {"rows": self._size(2**14), "experts": length, "k": k, "identity": True, "dtype": self._dtype()}
-        return self.route_at() | {"experts": self._size(4096)}
+        return self.route_at()
 
     def routed_cotangent(self):
         return {"rows": self._size(2**20), "experts": self._size(4096), "k": self._size(64)}

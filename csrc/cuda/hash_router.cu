@@ -1,10 +1,12 @@
 // hash_router: a table row of k ids for each token, with equal weights.
 //
 // One thread owns the same kWidth neighbouring columns of kHashTokens tokens: it loads their token ids, then the table
-// entries (the table stays in L2, hence results are stored as streaming), then stores ids and weights.
-// Floor: rows * (4 + 8 k) bytes, and the table once.
+// entries (the table stays in L2, hence results are stored as streaming), then stores ids and weights. Few tokens
+// rarely read a line of the table twice: then lines take no place in the L1. Floor: rows * (4 + 8 k) bytes, and the
+// table once.
 #include "kernels.h"
 #include "parts/launch.cuh"
+#include "parts/past_l1.cuh"
 
 namespace jax_router::cuda {
 namespace {
@@ -34,7 +36,7 @@ struct Vector<4> {
 };
 
 // blockDim: (columns at a time, tokens at a time), with columns = k / kWidth.
-template <int kWidth>
+template <int kWidth, bool kPastL1>
 __global__ void __launch_bounds__(kHashThreads)
     hash_router_rows(const HashRouter op, const int columns, const float weight) {
   using V = Vector<kWidth>;
@@ -55,7 +57,8 @@ __global__ void __launch_bounds__(kHashThreads)
 #pragma unroll
   for (int i = 0; i < kHashTokens; ++i) {
     valid[i] = token_id[i] >= 0 && token_id[i] < op.vocab_size;
-    ids[i] = valid[i] ? __ldg(lut + static_cast<int64_t>(token_id[i]) * columns) : V::ints(-1);
+    const auto* entries = lut + static_cast<int64_t>(token_id[i]) * columns;
+    ids[i] = !valid[i] ? V::ints(-1) : kPastL1 ? load_past_l1(entries) : __ldg(entries);
   }
 #pragma unroll
   for (int i = 0; i < kHashTokens; ++i) {
@@ -72,10 +75,14 @@ cudaError_t run(const HashRouter& op, const HashRouterPlan& plan, cudaStream_t s
   LaunchShape shape{plan.blocks, dim3(plan.block_columns, plan.block_tokens)};
   shape.blocks_y = plan.column_blocks;
   const float weight = op.scale / static_cast<float>(op.k);
-  const auto kernel = plan.width == 4   ? hash_router_rows<4>
-                      : plan.width == 2 ? hash_router_rows<2>
-                                        : hash_router_rows<1>;
-  return launch_kernel(kernel, shape, stream, op, plan.columns, weight);
+  const auto launch = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    const auto kernel = plan.past_l1 ? hash_router_rows<kWidth, true> : hash_router_rows<kWidth, false>;
+    return launch_kernel(kernel, shape, stream, op, plan.columns, weight);
+  };
+  if (plan.width == 4) return launch(std::integral_constant<int, 4>{});
+  if (plan.width == 2) return launch(std::integral_constant<int, 2>{});
+  return launch(std::integral_constant<int, 1>{});
 }
 
 }  // namespace jax_router::cuda

@@ -4,9 +4,13 @@
 // stays in the L2, by the token's own id), then the one logit, and the token's threads share their scores through
 // shared memory, to be added up in the order of activation_topk. Softmax without renormalisation needs the whole row:
 // there a warp owns a token. Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
+//
+// Few tokens wait for one load after another. There a block owns one token, and scores its whole row while the ids are
+// on their way.
 #include "kernels.h"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
+#include "parts/past_l1.cuh"
 #include "parts/row_score.cuh"
 
 namespace jax_router::cuda {
@@ -23,7 +27,7 @@ __device__ __forceinline__ int load_expert(const RouteAt& op, int64_t token, int
 // -inf, whose score is 0, where the expert does not exist.
 template <class T>
 __device__ __forceinline__ float load_logit(const RouteAt& op, int64_t token, int expert) {
-  return expert < 0 ? -INFINITY : load_one(static_cast<const T*>(op.logits) + token * op.experts + expert);
+  return expert < 0 ? -INFINITY : load_past_l1(static_cast<const T*>(op.logits) + token * op.experts + expert);
 }
 
 __device__ __forceinline__ void store_choice(const RouteAt& op, int64_t token, int j, int expert, float logit,
@@ -50,6 +54,45 @@ __global__ void __launch_bounds__(kRouteAtThreads) route_at_choices(const RouteA
   if (token < op.rows) store_choice(op, token, j, expert, logit, weight);
 }
 
+// As finish_weight: the first lanes of a warp have a token's choices, and tell each other the scores.
+__device__ __forceinline__ float finish_weight_of_lane(const Scoring& scoring, bool chosen, float logit, float score) {
+  if (scoring.renormalize) {
+    if (scoring.score_fn == ScoreFn::kSoftmax) {
+      const float shift = softmax_shift(tile_max_nan<kAheadChoices>(logit));
+      score = exp_nonpositive(__fadd_rn(logit, -shift));
+    }
+    if (!chosen) score = 0.0f;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kAheadChoices; ++i) sum = __fadd_rn(sum, __shfl_sync(kFullWarp, score, i));
+    score = divide(score, renormalize_divisor(scoring, sum));
+  }
+  return __fmul_rn(score, scoring.scale);
+}
+
+// Warp 0 has the choices, each thread of the others four experts.
+template <class T>
+__global__ void __launch_bounds__(kAheadThreads) route_at_ahead(const RouteAt op, const bool quads) {
+  __shared__ __align__(16) float logits[kAheadExperts], scores[kAheadExperts];
+  const int64_t token = blockIdx.x;
+  const int j = static_cast<int>(threadIdx.x);
+  const RowScore score{op.scoring.score_fn};
+  int expert = -1;
+  if (j < 32) {
+    if (j < op.k) expert = load_expert(op, token, j);
+  } else if (const int e = 4 * (j - 32); e < op.experts) {
+    const T* row = static_cast<const T*>(op.logits) + token * op.experts;
+    const float4 quad = load_quad_of_row(row, e, op.experts, quads);
+    *reinterpret_cast<float4*>(logits + e) = quad;
+    *reinterpret_cast<float4*>(scores + e) = make_float4(score(quad.x), score(quad.y), score(quad.z), score(quad.w));
+  }
+  __syncthreads();
+  if (j >= 32) return;
+  const float logit = expert < 0 ? -INFINITY : logits[expert];
+  const float weight = finish_weight_of_lane(op.scoring, j < op.k, logit, expert < 0 ? 0.0f : scores[expert]);
+  if (j < op.k) store_choice(op, token, j, expert, logit, weight);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kRouteAtThreads) route_at_rows(const RouteAt op, const bool quads) {
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * kRouteAtThreads + threadIdx.x) / 32;
@@ -58,7 +101,7 @@ __global__ void __launch_bounds__(kRouteAtThreads) route_at_rows(const RouteAt o
   const RowScore score = softmax_of_row(op.experts, [&](int e) { return load_quad_of_row(row, e, op.experts, quads); });
   for (int j = static_cast<int>(threadIdx.x & 31); j < op.k; j += 32) {
     const int expert = load_expert(op, token, j);
-    const float logit = load_logit<T>(op, token, expert);
+    const float logit = expert < 0 ? -INFINITY : load_one(row + expert);
     store_choice(op, token, j, expert, logit, __fmul_rn(score(logit), op.scoring.scale));
   }
 }
@@ -68,11 +111,16 @@ __global__ void __launch_bounds__(kRouteAtThreads) route_at_rows(const RouteAt o
 cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    if (plan.by_rows) {
-      const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
-      return launch_kernel(route_at_rows<T>, {plan.blocks, kRouteAtThreads}, stream, op, quads);
+    const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
+    switch (plan.kernel) {
+      case RouteAtKernel::kAhead:
+        return launch_kernel(route_at_ahead<T>, {plan.blocks, plan.threads}, stream, op, quads);
+      case RouteAtKernel::kChoices:
+        return launch_kernel(route_at_choices<T>, {plan.blocks, dim3(op.k, plan.tokens)}, stream, op);
+      case RouteAtKernel::kRows:
+        return launch_kernel(route_at_rows<T>, {plan.blocks, kRouteAtThreads}, stream, op, quads);
     }
-    return launch_kernel(route_at_choices<T>, {plan.blocks, dim3(op.k, plan.tokens)}, stream, op);
+    return cudaErrorInvalidValue;
   });
 }
 

@@ -125,6 +125,7 @@ inline void take_scoring(Sizes& sizes, Scoring& scoring) {
 }
 inline void take_sizes(Sizes& sizes, RouteAt& op) {
   op.rows = sizes.take<int64_t>("rows");
+  op.experts = sizes.take<int32_t>("experts");
   op.k = sizes.take<int32_t>("k");
   take_scoring(sizes, op.scoring);
   op.dtype = sizes.dtype();

@@ -32,6 +32,10 @@ INSTRUCTIONS = {
     "setp.ge.u32 p, %1, %2; @p add.u32 %0, %0, 1": "{0} += ({1}) >= ({2})",
     "shfl.sync.up.b32 other|p, %0, %1, %2, -1; @p add.s32": "if (decltype({0}) below; emulation::lane_below({0}, {1}, "
     "{2}, below)) {0} += below",
+    "no_allocate.u16": "std::memcpy(&{0}, {1}, 2)",
+    "no_allocate.s32": "{0} = *({1})",
+    "no_allocate.v2.s32": "{0} = ({2})->x, {1} = ({2})->y",
+    "no_allocate.v4.s32": "{0} = ({4})->x, {1} = ({4})->y, {2} = ({4})->z, {3} = ({4})->w",
     ".v4.u32": "emulation::load_16_bytes({0}, {1}, {2}, {3}, {4})",
     "griddepcontrol": "",
     "%%cluster_ctarank": "{0} = emulation::block_of_cluster()",
