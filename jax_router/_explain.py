@@ -73,14 +73,13 @@ def explain(
     """
     answers = (
         _answer(op, avals, platform, device, **params)
-        for op, avals, params in _calls(jax.make_jaxpr(call)(*operands).jaxpr)
-        if not _is_elsewhere(op, platform)
+        for op, avals, params in _calls(jax.make_jaxpr(call)(*operands).jaxpr, platform)
     )
     return list(dict.fromkeys(answers))
 
 
-def _calls(jaxpr: Jaxpr) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
-    """The ops in a program, each with the avals of its operands and its parameters.
+def _calls(jaxpr: Jaxpr, platform: str) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
+    """The ops that a program has on a platform, each with the avals of its operands and its parameters.
 
     One that has kernels nowhere, because it is made of others, is these.
     """
@@ -89,19 +88,23 @@ def _calls(jaxpr: Jaxpr) -> Iterator[tuple[Op, dict[str, Any], dict[str, Any]]]:
             params = dict(equation.params)
             avals = dict(zip(params.pop("names"), (var.aval for var in equation.invars)))
             if op.composed and not op.platforms:
-                yield from _calls(_made_of(op, avals, **params))
+                yield from _calls(_made_of(op, avals, **params), platform)
             else:
                 yield op, avals, params
             continue
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(inner, (Jaxpr, ClosedJaxpr)):
-                    yield from _calls(inner if isinstance(inner, Jaxpr) else inner.jaxpr)
+        for inner in _programs_in(equation.params, platform):
+            yield from _calls(inner, platform)
 
 
-def _is_elsewhere(op: Op, platform: str) -> bool:
-    """Whether an op stands in a branch for other platforms: it has kernels for some alone, and is made of no others."""
-    return not op.composed and platform not in op.platforms and set(op.platforms) < set(_native.PLATFORMS)
+def _programs_in(params: Mapping[str, Any], platform: str) -> Iterator[Jaxpr]:
+    """Those among an equation's parameters, but for the branches of other platforms."""
+    if platforms_of_branches := params.get("branches_platforms"):
+        branches = zip(params["branches"], platforms_of_branches)
+        params = {"taken": [branch for branch, names in branches if names is None or platform in names][:1]}
+    for value in params.values():
+        for inner in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(inner, (Jaxpr, ClosedJaxpr)):
+                yield inner if isinstance(inner, Jaxpr) else inner.jaxpr
 
 
 def _made_of(op: Op, avals: dict[str, Any], **params: Any) -> Jaxpr:
