@@ -21,8 +21,8 @@ struct ActivationTopkNumbers {
 };
 // Measured on an H100 alone: half warps for up to 512 experts, quarters for 128 and 256, and up to 65536 rows.
 constexpr auto kActivationTopkNumbers =
-    everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 2560, 2560, 12288}}, {{6144, 6144, 6144, 6144}}},
-                                      {{{1, 1, 512, 2048}}, {{1, 3072, 8192, 36864}}, {{5120, 5120, 5120, 5120}}}},
+    everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 1920, 2560, 9216}}, {{6144, 6144, 6144, 6144}}},
+                                      {{{1, 1, 512, 2048}}, {{1, 2304, 6144, 27648}}, {{3840, 3840, 3840, 3840}}}},
                                      {16384, 12288, 26624},
                                      22528});
 
