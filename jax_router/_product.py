@@ -48,11 +48,6 @@ def product(lhs: Array, rhs: Array, axes: Axes, *, dtype: Any, out_sharding: Any
     return _PRODUCT.bind(lhs, rhs, axes=axes, dtype=jnp.dtype(dtype), out_sharding=out_sharding)
 
 
-def product_of_parts(parts: Array, rhs: Array, axes: Axes, *, dtype: Any) -> Array:
-    """`product` of an f32 lhs in its two `bf16_halves` and a bf16 rhs; the axes are those of the lhs as a whole."""
-    return _dot_with_parts(parts, rhs, axes=axes, dtype=dtype, out_sharding=None)
-
-
 def bf16_parts(values: Array, count: int, axis: int = 0) -> Array:
     """Parts that add up to the values, the largest first, on a new axis. f32 has three, f16 two; fewer are rounded."""
     rest, parts = values.astype(jnp.float32), []
@@ -90,11 +85,11 @@ def _dot_in_parts(lhs: Array, rhs: Array, *, axes: Axes, dtype: Any, out_shardin
     by_platform = {} if any(map(is_symbolic_dim, lhs.shape)) else {"cuda": bf16_halves}
     in_general = partial(bf16_parts, count=_PARTS, axis=lhs.ndim)
     parts = lax.platform_dependent(lhs, **by_platform, default=in_general)
-    return _dot_with_parts(parts, rhs, axes=axes, dtype=dtype, out_sharding=out_sharding)
+    return product_of_parts(parts, rhs, axes, dtype=dtype, out_sharding=out_sharding)
 
 
-def _dot_with_parts(parts: Array, rhs: Array, *, axes: Axes, dtype: Any, out_sharding: Any) -> Array:
-    """Of an lhs in parts, which are on an axis behind its last one; the axes are those of the whole."""
+def product_of_parts(parts: Array, rhs: Array, axes: Axes, *, dtype: Any, out_sharding: Any = None) -> Array:
+    """`product` of an f32 lhs in its two `bf16_halves` and a bf16 rhs; the axes are those of the lhs as a whole."""
     last = parts.ndim - 2
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = axes
     if last in axes.kept(0, last + 1):

@@ -12,7 +12,7 @@
 
 namespace jax_router::cuda {
 
-// topk_select_short.cu, topk_select_block.cu and topk_select_streamed.cu
+// topk_select_short.cu, topk_select_warp.cu, topk_select_block.cu and topk_select_streamed.cu
 cudaError_t run_short(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
 cudaError_t run_warp(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
 cudaError_t run_block(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);

@@ -160,8 +160,9 @@ __global__ void __launch_bounds__(kThreads, (kVectors * 16 / sizeof(T) > 16 ? 76
     candidates = found[0];
   }
   if (candidates > kThreads) {
-    const uint32_t key_min = row.key(bound == 0.0f ? -0.0f : bound);  // which reaches 0
-    const uint64_t exact_bound = bisect<T, kThreads>(data, length, key_min, row.key(maximum), k, kMostRanked, counts);
+    const uint32_t key_min = PairFormat<T>::key_of(bound == 0.0f ? -0.0f : bound);  // which reaches 0
+    const uint64_t exact_bound =
+        bisect<T, kThreads>(data, length, key_min, PairFormat<T>::key_of(maximum), k, kMostRanked, counts);
     pairs[threadIdx.x] = kNoPair;
     if (threadIdx.x == 0) found[0] = 0;
     __syncthreads();
@@ -360,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
       const auto for_each_member = [&](auto body) {
 #pragma unroll 1
         for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
-          body(rest & -rest, row.key(load_one(data + row.index_at(__ffs(rest) - 1))));
+          body(rest & -rest, format.key_of(load_one(data + row.index_at(__ffs(rest) - 1))));
         }
       };
       uint32_t low = 0xFFFFFFFFu, high = 0;
@@ -381,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
         const uint32_t middle = high - (high - low) / 2;
         uint32_t own = 0;
 #pragma unroll 4
-        for (uint32_t i = threadIdx.x; i < length; i += kThreads) own += row.key(load_one(data + i)) >= middle;
+        for (uint32_t i = threadIdx.x; i < length; i += kThreads) own += format.key_of(load_one(data + i)) >= middle;
         own = __reduce_add_sync(kFullWarp, own);
         if (lane == 0) counts[round][warp] = own;
         __syncthreads();

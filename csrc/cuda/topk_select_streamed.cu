@@ -18,10 +18,10 @@
 // other, which memory likes better: the first steps lie far apart, and the candidates of a sorted row, which are
 // neighbours, are spread over the warps. Where that sample differs from warp to warp by more than chance, the row has a
 // trend, and another sample is taken, evenly from all of the block's part. Where a block that is alone finds more
-// candidates than it has room for, it keeps the k best so far, whose worst is its bound from then on,
-// and goes on: rows that are sorted cost that a few times, random rows never. Should the bound be wrong (fewer than k
-// candidates, or the k-th of them below some block's bound) or the candidates of a cluster not fit, the row is read
-// again with a bound that is certain: the k-th best of the pairs at hand, or none if they are fewer than k.
+// candidates than it has room for, it keeps the k best so far, whose worst is its bound from then on, and goes on: rows
+// that are sorted cost that a few times, random rows never. Should the bound be wrong (fewer than k candidates, or the
+// k-th of them below some block's bound) or the candidates of a cluster not fit, the row is read again with a bound
+// that is certain: the k-th best of the pairs at hand, or none if they are fewer than k.
 //
 // Blocks hand over by stores that a barrier in shared memory counts as they arrive. A barrier of the cluster would need
 // a fence at each side, which takes half a microsecond; one that does not wait for memory makes sure that all have

@@ -179,22 +179,26 @@ struct Target<ScoredHashRouter> {
   }
 };
 
+// What the cotangents of weights have in common; the residual and the results come behind it.
+inline void read_cotangent(Call& call, const Range& choices, const Range& experts, RouteCotangent& op) {
+  const Argument grad_weights = call.operand("grad_weights");
+  op.rows = grad_weights.rows(1);
+  op.k = grad_weights.size<int32_t>(0, choices);
+  op.experts = call.integer<int32_t>("num_experts", experts);
+  op.grad_weights = grad_weights.numbers<float>(op.rows, {op.k});
+  op.expert_ids = call.operand("expert_ids").numbers<int32_t>(op.rows, {op.k});
+}
+
 template <>
 struct Target<RouteCotangent> {
   static constexpr const char* kName = "route_cotangent";
 
   static void read(Call& call, RouteCotangent& op) {
-    const Argument grad_weights = call.operand("grad_weights");
-    const Argument expert_ids = call.operand("expert_ids");
+    read_cotangent(call, {0, kMaxInt32}, {0, kMaxInt32}, op);
     const Argument residual = call.optional_operand("residual");
     const Argument grad_logits = call.result("grad_logits");
-    op.rows = grad_weights.rows(1);
-    op.k = grad_weights.size<int32_t>(0, {0, kMaxInt32});
-    op.experts = call.integer<int32_t>("num_experts", {0, kMaxInt32});
     op.scoring = read_scoring(call, true);
     op.dtype = grad_logits.float_dtype();
-    op.grad_weights = grad_weights.numbers<float>(op.rows, {op.k});
-    op.expert_ids = expert_ids.numbers<int32_t>(op.rows, {op.k});
     op.residual = op.scoring.needs_whole_row() ? residual.numbers(op.dtype, op.rows, {op.experts})
                                                : residual.numbers<float>(op.rows, {op.k});
     if (op.scoring.score_fn != ScoreFn::kIdentity && !residual.given()) {
@@ -210,23 +214,14 @@ struct Target<RoutedCotangent> {
   static constexpr const char* kName = "routed_cotangent";
 
   static void read(Call& call, RoutedCotangent& op) {
-    const Argument grad_weights = call.operand("grad_weights");
-    const Argument expert_ids = call.operand("expert_ids");
-    const Argument residual = call.operand("residual");
-    const Argument grad_logits = call.result("grad_logits");
-    const Argument grad_chosen = call.result("grad_chosen");
-    op.rows = grad_weights.rows(1);
-    op.k = grad_weights.size<int32_t>(0, {0, kMaxTopK});
-    op.experts = call.integer<int32_t>("num_experts", {0, kMaxExperts});
+    read_cotangent(call, {0, kMaxTopK}, {0, kMaxExperts}, op);
+    op.residual = call.operand("residual").numbers<float>(op.rows, {op.k});
     op.scoring = read_scoring(call);
     if (op.scoring.needs_whole_row()) call.must_be("renormalize", "true where score_fn is softmax", "false");
     op.dtype = DType::kF32;
     op.in_parts = true;
-    op.grad_weights = grad_weights.numbers<float>(op.rows, {op.k});
-    op.expert_ids = expert_ids.numbers<int32_t>(op.rows, {op.k});
-    op.residual = residual.numbers<float>(op.rows, {op.k});
-    op.grad_logits = grad_logits.numbers(DType::kBF16, op.rows, {op.experts, 2});
-    op.grad_chosen = grad_chosen.numbers<float>(op.rows, {op.k});
+    op.grad_logits = call.result("grad_logits").numbers(DType::kBF16, op.rows, {op.experts, 2});
+    op.grad_chosen = call.result("grad_chosen").numbers<float>(op.rows, {op.k});
     if (op.experts == 0) op.rows = 0;  // nothing to compute, however many rows there are
   }
 };

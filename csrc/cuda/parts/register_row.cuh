@@ -1,4 +1,4 @@
-// A row of topk_select in the registers of a block.
+// A row of topk_select in the registers of a block or a warp.
 #pragma once
 
 #include "../topk_select.cuh"
@@ -16,9 +16,9 @@ constexpr uint32_t kMinusInfinities<__nv_bfloat16> = 0xFF80FF80u;
 template <>
 constexpr uint32_t kMinusInfinities<__half> = 0xFC00FC00u;
 
-// A row in the registers of a block: its whole vectors of 16 bytes, and the elements before and after these, the edges,
-// one a thread. Vectors that do not exist hold -inf. `place` is the thread's among those that have vectors side by
-// side.
+// A row in the registers of so many threads: its whole vectors of 16 bytes, and the elements before and after these,
+// the edges, one a thread. Vectors that do not exist hold -inf. `place` is the thread's among those that have vectors
+// side by side.
 template <typename T, int kThreads, int kVectors>
 struct RegisterRow {
   static constexpr int kElements = 16 / sizeof(T);
@@ -109,10 +109,6 @@ struct RegisterRow {
       if (bits < 32) mask &= (1u << bits) - 1;
     }
     return mask;
-  }
-
-  static __device__ __forceinline__ uint32_t key(float x) {
-    return static_cast<uint32_t>(PairFormat<T>{kRowIndexBits}.pair(x, 0) >> kRowIndexBits);
   }
 };
 
