@@ -153,7 +153,7 @@ constexpr int block_row_bins(int vectors, DType dtype) { return std::min(vectors
 constexpr int kStreamBatch = 4;
 constexpr int kStreamStages = 2;
 // Of a multiprocessor that streams rows, by the registers of a thread.
-constexpr int kStreamedThreads = 1536;
+constexpr int kStreamedThreads = 1280;
 constexpr int kFewestStreamedThreads = 128;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
