@@ -43,7 +43,8 @@ template <int kThreads, int kBinsOfThread>
 struct alignas(16) PairSelect {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = kBinsOfThread * kThreads;
-  static constexpr int kMostMembers = 64;          // of a bin, to be ranked by comparing each with all
+  static constexpr int kMostMembers = 64;          // of a bin, to be ranked by comparing each with all,
+  static constexpr uint32_t kFewRanked = 512;      // or twice as many where so few are ranked
   static constexpr uint32_t kMostOfBin = 16;       // of a bin, to be put in order so
   static constexpr uint32_t kMostToCompare = 128;  // of a bin, before there is a faster way to put them in order
   static constexpr int kBinBits = log2_of(kBins);
@@ -167,7 +168,7 @@ struct alignas(16) PairSelect {
   }
 
   // The same, and each bin becomes the number of what lies in earlier ones. Whether a bin up to the k-th's holds more
-  // than kMostMembers.
+  // than kMostMembers, or than twice as many where few are ranked.
   static __device__ __forceinline__ bool find_bin_and_starts(uint32_t k) {
     const Bins own = own_bins();
     const uint32_t before = exclusive_sum(own.sum);
@@ -180,7 +181,7 @@ struct alignas(16) PairSelect {
       start += own.counts[i] + own.counts[i + 1];
     }
     if (before < k && k <= before + own.sum) find_among(own, before, k);
-    return __syncthreads_or(before < k && most > kMostMembers) != 0;
+    return __syncthreads_or(before < k && most > (k <= kFewRanked ? 2 * kMostMembers : kMostMembers)) != 0;
   }
 
   // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`. Several are loaded at once. If `spread`, the
