@@ -132,15 +132,16 @@ struct Stream {
     return first + ((stretch * steps + step) * (kBatch * 32 * kElements) << block_bits) +
            (vector * (32 * kElements) << block_bits);
   }
-  __device__ __forceinline__ uint4* slot(uint32_t vector) const { return ring + vector % kRing * kThreads; }
+  __device__ __forceinline__ uint4* slot(uint32_t step, uint32_t vector) const {
+    return ring + (step % kStages * kBatch + vector) * kThreads;
+  }
 
   __device__ __forceinline__ void fetch(uint32_t step) const {
     if (step < steps) {
 #pragma unroll
       for (uint32_t vector = 0; vector < kBatch; ++vector) {
         if (index(step, vector) < end) {
-          copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(slot(step * kBatch + vector))),
-                     row + index(step, vector));
+          copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(slot(step, vector))), row + index(step, vector));
         }
       }
     }
@@ -148,32 +149,35 @@ struct Stream {
   }
 };
 
-// A bound that about the k best of a row reach, from single elements that lie evenly over the block's part, each of
-// which is fetched for this alone. The part has at least 2 * kThreads of them. A function of its own, as it
-// is seldom called and the others need the registers.
+// A bound that about the k best of a row reach, from elements that lie evenly over the block's part and are fetched for
+// this alone. The part has at least 2 * kThreads of them. A function of its own, as it is seldom called and the others
+// need the registers.
 template <typename T, int kThreads>
 __device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads, false> stream, PairFormat<T> format,
-                                                      uint32_t k, uint32_t length, uint32_t capacity) {
+                                                      uint32_t k, uint32_t length) {
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr uint32_t kElements = Stream<T, kThreads, false>::kElements;
+  // Some that lie side by side come in one piece from memory.
+  constexpr uint32_t kRun = 8, kOfThread = kThreads == kFewestStreamedThreads ? 4 : 2;
   const uint32_t elements = stream.own_vectors() * kElements;
-  // As few of them as do not let through more candidates than there is room for.
-  const uint32_t most = min(elements / 2, kSampled * kThreads);
-  uint32_t size = 0, rank;
-  do {
-    size += kThreads;
-    const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
-    rank = static_cast<uint32_t>(expected + 4 * fast_sqrt(expected)) + 2;
-  } while (size + kThreads <= most &&
-           static_cast<float>(rank) * static_cast<float>(length) > 0.7f * capacity * static_cast<float>(size));
-  // If each vector gives one at most, another of its elements each time.
-  const float spacing = __fdividef(static_cast<float>(elements), static_cast<float>(size));
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
-    const uint32_t number = min(static_cast<uint32_t>((static_cast<float>(i) + 0.5f) * spacing), elements - 1);
-    const uint32_t element = spacing >= kElements ? threadIdx.x % kElements : number % kElements;
-    const uint32_t index = stream.index_of_own(number / kElements) + element;
-    Select::pairs()[i] = format.pair(load_one(stream.row + index), index);
+  const uint32_t runs = min(elements / 2, kOfThread * kThreads) / kRun, size = runs * kRun;
+  const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
+  const uint32_t rank = static_cast<uint32_t>(expected + max(4 * fast_sqrt(expected), static_cast<float>(kRun))) + 2;
+  const float spacing = __fdividef(static_cast<float>(elements), static_cast<float>(runs));
+  const auto index_of = [&](uint32_t i) {
+    const uint32_t start = static_cast<uint32_t>((static_cast<float>(i / kRun) + 0.5f) * spacing);
+    return stream.head + min(start / kRun * kRun, elements - kRun) + i % kRun;
+  };
+  float sampled[kOfThread];  // all under way together
+#pragma unroll
+  for (uint32_t j = 0; j < kOfThread; ++j) {
+    const uint32_t i = j * kThreads + threadIdx.x;
+    if (i < size) sampled[j] = load_one(stream.row + index_of(i));
+  }
+#pragma unroll
+  for (uint32_t j = 0; j < kOfThread; ++j) {
+    const uint32_t i = j * kThreads + threadIdx.x;
+    if (i < size) Select::pairs()[i] = format.pair(sampled[j], index_of(i));
   }
   __syncthreads();
   return Select::kth_largest(size, rank, format.index_bits, rank / 8).pair;
@@ -186,6 +190,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   constexpr int kElements = 16 / sizeof(T);
   __shared__ Gathering gathering;
   __shared__ uint32_t unevenness, start;
+  __shared__ bool has_trend;
 
   const uint32_t block_bits = kInCluster ? rows.block_bits : 0, blocks = 1u << block_bits;
   const int64_t row_index = blockIdx.x >> block_bits;
@@ -252,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 #pragma unroll
       for (uint32_t vector = 0; vector < kSampled; ++vector) {
         if (exists(vector)) {
-          const uint4 next = *stream.slot(vector);
+          const uint4 next = *stream.slot(0, vector);
           largest = !any ? next
                          : make_uint4(max_of_words(largest.x, next.x, T{}), max_of_words(largest.y, next.y, T{}),
                                       max_of_words(largest.z, next.z, T{}), max_of_words(largest.w, next.w, T{}));
@@ -284,11 +289,15 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     for (uint32_t vector = 0; vector < kSampled; ++vector) {
       const uint32_t e = threadIdx.x % kElements, index = stream.index(0, vector);
       pairs[vector * kThreads + threadIdx.x] =
-          exists(vector) ? format.pair(element_of(*stream.slot(vector), e, T{}), index + e) : kNoPair;
+          exists(vector) ? format.pair(element_of(*stream.slot(0, vector), e, T{}), index + e) : kNoPair;
     }
     __syncthreads();
     return Select::kth_largest(kSampled * kThreads, rank, format.index_bits, rank / 8).pair;
   };
+
+  // Where neighbours among the candidates are neighbours in the row, no warp looks at neighbours at once, as what they
+  // share would be asked for by all lanes.
+  const auto spreads = [&] { return !kInCluster && has_trend; };
 
   // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
   static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint2)) <= kRing * sizeof(uint4));
@@ -311,6 +320,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       Select::init();
       if (sets_up) {
         unevenness = 0;
+        has_trend = false;
         gathering.count = 0;
         if (kInCluster) init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
       }
@@ -343,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 #pragma unroll
           for (uint32_t vector = 0; vector < kSampled; ++vector) {
             if (vector < group && exists(vector)) {
-              const uint4 elements[1] = {*stream.slot(vector)};
+              const uint4 elements[1] = {*stream.slot(0, vector)};
               x = max_nan(x, largest_element<T>(elements));
             }
           }
@@ -357,8 +367,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
           for (uint32_t vector = 0; vector < kSampled; ++vector) {
             uint64_t pair = kNoPair;
             if (exists(vector)) {
-              pair =
-                  format.pair(element_of(*stream.slot(vector), threadIdx.x % kElements, T{}), stream.index(0, vector));
+              pair = format.pair(element_of(*stream.slot(0, vector), threadIdx.x % kElements, T{}),
+                                 stream.index(0, vector));
               least_key = min(least_key, format.key(pair));
             }
             largest = max(largest, pair);
@@ -380,7 +390,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
                       .pair;
           if (stream.own_vectors() * kElements >= 2 * kThreads &&
               is_uneven(bound, group == 0 ? kSampled : 1, rank, groups)) {
-            bound = bound_of_even_sample(stream, format, k, length, rows.capacity);
+            if (threadIdx.x == 0) has_trend = true;
+            bound = bound_of_even_sample(stream, format, k, length);
           }
         }
       }
@@ -416,18 +427,17 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         wait_for_groups<kStages - 1>();
         // Not each lane need see the same.
         const bool is_full = !kInCluster && *const_cast<volatile uint32_t*>(&gathering.count) > rows.capacity;
-        const uint32_t first_vector = step * kBatch;
         uint4 vectors[kBatch];
 #pragma unroll
-        for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(first_vector + v);
+        for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(step, v);
         // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
         const float largest = largest_element<T>(vectors);
         const bool reaches = stream.index(step, 0) < stream.end && !(largest < bound_element) &&
                              !(largest == bound_element && stream.index(step, 0) > bound_index);
         if (__any_sync(kFullWarp, reaches || is_full)) {
           const auto pair_of = [&](uint32_t bit) {
-            const uint32_t vector = first_vector + bit / kElements, e = bit % kElements;
-            const T element = reinterpret_cast<const T*>(stream.slot(vector))[e];
+            const uint32_t e = bit % kElements;
+            const T element = reinterpret_cast<const T*>(stream.slot(step, bit / kElements))[e];
             return format.pair(as_float(element), stream.index(step, bit / kElements) + e);
           };
           uint32_t mask = 0;
@@ -458,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
             // Many, as of a sorted row: without waiting for one before the next.
 #pragma unroll 1
             for (uint32_t v = 0; v < kBatch; ++v) {
-              const uint4 vector = *stream.slot(first_vector + v);
+              const uint4 vector = *stream.slot(step, v);
               const uint32_t index = stream.index(step, v);
 #pragma unroll
               for (uint32_t e = 0; e < kElements; ++e) {
@@ -554,13 +564,17 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
           const uint32_t doubt_key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
           if (doubt_key < key_max) {
-            top_key = Select::template divide<kInCluster>(count, k, format.index_bits, key_min, key_max, doubt_key);
+            top_key = spreads() ? Select::template divide<kInCluster, !kInCluster>(count, k, format.index_bits, key_min,
+                                                                                   key_max, doubt_key)
+                                : Select::template divide<kInCluster>(count, k, format.index_bits, key_min, key_max,
+                                                                      doubt_key);
           }
         }
         if (top_key != kNoKey) {
           bound = 0;
         } else {
-          kth = Select::kth_largest(count, k, format.index_bits, 0, key_min, key_max);
+          kth = spreads() ? Select::template kth_largest<!kInCluster>(count, k, format.index_bits, 0, key_min, key_max)
+                          : Select::kth_largest(count, k, format.index_bits, 0, key_min, key_max);
           const bool exact = kth.pair >= its_doubt;
           bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth.pair;
         }
@@ -588,13 +602,14 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
     if (op.sorted && kth.pair == 0) {
-      Select::template order_by_bins<kInCluster>(count, k, {format.index_bits, key_min, top_key}, spare, write);
+      Select::template order_by_bins<kInCluster>(count, k, {format.index_bits, key_min, top_key}, spare, spreads(),
+                                                 write);
     } else if (op.sorted) {
       Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
       Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, op.length >= 64 * op.k,
-                                kInCluster, write);
+                                kInCluster || has_trend, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }

@@ -43,7 +43,8 @@ template <int kThreads, int kBinsOfThread>
 struct alignas(16) PairSelect {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = kBinsOfThread * kThreads;
-  static constexpr int kMostMembers = 64;          // of a bin, to be ranked by comparing each with all
+  static constexpr int kMostMembers = 64;          // of a bin, to be ranked by comparing each with all,
+  static constexpr uint32_t kFewRanked = 512;      // or twice as many where so few are ranked
   static constexpr uint32_t kMostOfBin = 16;       // of a bin, to be put in order so
   static constexpr uint32_t kMostToCompare = 128;  // of a bin, before there is a faster way to put them in order
   static constexpr int kBinBits = log2_of(kBins);
@@ -167,7 +168,7 @@ struct alignas(16) PairSelect {
   }
 
   // The same, and each bin becomes the number of what lies in earlier ones. Whether a bin up to the k-th's holds more
-  // than kMostMembers.
+  // than kMostMembers, or than twice as many where few are ranked.
   static __device__ __forceinline__ bool find_bin_and_starts(uint32_t k) {
     const Bins own = own_bins();
     const uint32_t before = exclusive_sum(own.sum);
@@ -180,7 +181,7 @@ struct alignas(16) PairSelect {
       start += own.counts[i] + own.counts[i + 1];
     }
     if (before < k && k <= before + own.sum) find_among(own, before, k);
-    return __syncthreads_or(before < k && most > kMostMembers) != 0;
+    return __syncthreads_or(before < k && most > (k <= kFewRanked ? 2 * kMostMembers : kMostMembers)) != 0;
   }
 
   // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`. Several are loaded at once. If `spread`, the
@@ -224,7 +225,8 @@ struct alignas(16) PairSelect {
 
   // The k-th largest of pairs()[0..count), whose indices have so many bits; at least k of them are not kNoPair, and
   // k > 0. All threads get it. Who knows that the keys lie from key_min to key_max, and has cleared the bins, saves a
-  // look at all pairs.
+  // look at all pairs. kSpreads: for pairs whose neighbours lie close together.
+  template <bool kSpreads = false>
   static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, int index_bits, uint32_t slack,
                                                  uint32_t key_min = kNoKey, uint32_t key_max = kNoKey) {
     uint64_t best = ~uint64_t{0}, worst = kLowestPair, overall_best = 0;
@@ -256,10 +258,13 @@ struct alignas(16) PairSelect {
       const int shift = shift_for(best - worst);
       const uint32_t some_key = static_cast<uint32_t>(overall_best >> index_bits);
       uint32_t key_varying = 0;
-      for_each(count, worst, best, [&](uint64_t pair) {
-        atomicAdd(&shared().bins[(best - pair) >> shift], 1);
-        key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
-      });
+      for_each(
+          count, worst, best,
+          [&](uint64_t pair) {
+            atomicAdd(&shared().bins[(best - pair) >> shift], 1);
+            key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
+          },
+          kSpreads);
       key_varying = __reduce_or_sync(kFullWarp, key_varying);
       if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
       __syncthreads();
@@ -333,8 +338,8 @@ struct alignas(16) PairSelect {
   // result is the key_max of the division. Or it is kNoKey, and the bins are clear again: if some bin has many pairs,
   // or that of the k-th comes down to doubt_key. If kFindsStarts, each bin becomes the number of what lies in earlier
   // ones, which is faster than by order_by_bins, but takes more registers than blocks have which share a
-  // multiprocessor.
-  template <bool kFindsStarts>
+  // multiprocessor. kSpreads: as above.
+  template <bool kFindsStarts, bool kSpreads = false>
   static __device__ __noinline__ uint32_t divide(uint32_t count, uint32_t k, int index_bits, uint32_t key_min,
                                                  uint32_t key_max, uint32_t doubt_key) {
     constexpr uint32_t kFew = 32;
@@ -343,7 +348,9 @@ struct alignas(16) PairSelect {
     while (true) {
       const Division by(index_bits, key_min, key_max);
       if (threadIdx.x == 0) shared().members = 0;
-      for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) { atomicAdd(&shared().bins[by.bin_of(pair)], 1); });
+      for_each(
+          count, by.worst, ~uint64_t{0}, [&](uint64_t pair) { atomicAdd(&shared().bins[by.bin_of(pair)], 1); },
+          kSpreads);
       __syncthreads();
       bool some_crowded, too_crowded;
       const Bins own = own_bins();
@@ -402,13 +409,16 @@ struct alignas(16) PairSelect {
   // of them share a bin. `spare` has room for k pairs and kMostToCompare more.
   template <bool kFindsStarts, class Write>
   static __device__ __forceinline__ void order_by_bins(uint32_t count, uint32_t k, const Division& by, uint64_t* spare,
-                                                       Write write) {
+                                                       bool spread, Write write) {
     uint32_t* bins = shared().bins;
     const uint32_t last_bin = shared().found.bin, size = shared().found.before + shared().found.count;
     if (!kFindsStarts) scan(bins, kBins);
-    for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) {
-      if (by.bin_of(pair) <= last_bin) spare[atomicAdd(&bins[by.bin_of(pair)], 1)] = pair;
-    });
+    for_each(
+        count, by.worst, ~uint64_t{0},
+        [&](uint64_t pair) {
+          if (by.bin_of(pair) <= last_bin) spare[atomicAdd(&bins[by.bin_of(pair)], 1)] = pair;
+        },
+        spread);
     __syncthreads();
     // Now bins[b] is where bin b ends, and the next begins.
 #pragma unroll 1

@@ -67,7 +67,7 @@ constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/
                                                                  /*many_warp_rows=*/2048,
                                                                  /*warp_length=*/64,
                                                                  /*sorting_length=*/256,
-                                                                 /*sorting_rows=*/768,
+                                                                 /*sorting_rows=*/661,
                                                                  /*sorting_longest=*/3168,
                                                                  /*sorting_rows_of_16_bits=*/396,
                                                                  /*sorting_longest_of_16_bits=*/792,
@@ -77,9 +77,9 @@ constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/
                                                                  /*long_block_k=*/200,
                                                                  /*long_ordered_k=*/300,
                                                                  /*narrow_length=*/32768,
-                                                                 /*narrow_k=*/1920,
+                                                                 /*narrow_k=*/2000,
                                                                  /*narrow_few_k=*/560,
-                                                                 /*narrowest_rows=*/792,
+                                                                 /*narrowest_rows=*/528,
                                                                  /*narrowest_k=*/512,
                                                                  /*narrowest_bytes=*/50000,
                                                                  /*small_cluster=*/4,
@@ -153,7 +153,7 @@ constexpr int block_row_bins(int vectors, DType dtype) { return std::min(vectors
 constexpr int kStreamBatch = 4;
 constexpr int kStreamStages = 2;
 // Of a multiprocessor that streams rows, by the registers of a thread.
-constexpr int kStreamedThreads = 1536;
+constexpr int kStreamedThreads = 1280;
 constexpr int kFewestStreamedThreads = 128;
 // Vectors of a thread, at most, that a sample is taken from.
 constexpr int kSampledVectors = 4;
@@ -330,7 +330,7 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
   // Where all rows are under way at once, the order of the index comes cheaper of bins than of a ranking. (Of longer
   // rows too, but for those whose elements are all in a few bins.)
-  const bool bins_pay = is_short && !op.sorted && op.rows <= 4 * device.multiprocessors;
+  const bool bins_pay = is_short && !op.sorted && op.rows <= 5 * device.multiprocessors;
   if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK) && !bins_pay) {
     return find_instance(op, device, TopkKernel::kFew);
   }
