@@ -298,25 +298,35 @@ struct alignas(16) PairSelect {
 
   // The same, roughly and for a few keys of each thread: the least key of the bin that holds number k, or kNoKey if
   // more than `most` reach that, or fewer than k are no smaller than key_min. Smaller ones are left out, and none is
-  // larger than key_max. The bins are clear.
+  // larger than key_max. The bins are clear. Where the range is wide, and so a bin holds too many, it is divided again.
   template <int kKeys>
   static __device__ __forceinline__ uint32_t kth_key(const uint32_t (&keys)[kKeys], uint32_t k, uint32_t most,
                                                      uint32_t key_min, uint32_t key_max) {
-    const int shift = max(32 - __clz(key_max - key_min) - kBinBits, 0);
+#pragma unroll 1
+    while (true) {
+      const int shift = max(32 - __clz(key_max - key_min) - kBinBits, 0);
 #pragma unroll
-    for (uint32_t key : keys) {
-      if (key >= key_min) atomicAdd(&shared().bins[(key_max - key) >> shift], 1);
+      for (uint32_t key : keys) {
+        if (key >= key_min && key <= key_max) atomicAdd(&shared().bins[(key_max - key) >> shift], 1);
+      }
+      if (threadIdx.x == 0) shared().found = {0, 0, ~0u};
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        shared().key_max = 0;
+        shared().key_min = 0xFFFFFFFFu;
+      }
+      find_bin(k);
+      const auto found = shared().found;
+      const uint32_t width = (1u << shift) - 1;
+      key_max -= found.bin << shift;
+      if (key_max - key_min > width) key_min = key_max - width;
+      if (found.count <= most - found.before) return key_min;
+      if (found.count == ~0u || shift == 0) return kNoKey;
+      k -= found.before;
+      most -= found.before;
+      clear_bins();
+      __syncthreads();
     }
-    if (threadIdx.x == 0) shared().found = {0, 0, ~0u};
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      shared().key_max = 0;
-      shared().key_min = 0xFFFFFFFFu;
-    }
-    find_bin(k);
-    const auto found = shared().found;
-    const uint32_t last = key_max - (found.bin << shift), width = (1u << shift) - 1;
-    return found.count <= most - found.before ? (last - key_min > width ? last - width : key_min) : kNoKey;
   }
 
   // Bins of pairs whose keys lie from key_min to key_max; larger ones share the first bin.
