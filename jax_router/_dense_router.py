@@ -187,7 +187,7 @@ def _unsupported(platform: str, avals: dict[str, Any], *, selection: Selection, 
 
 def _pays(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> bool:
     """Whether a fused kernel is faster than XLA's product and the kernel of activation_topk."""
-    return native_module(platform).dense_router_pays(**plan_sizes(avals, selection))
+    return native_module(platform).pays_everywhere("dense_router", **plan_sizes(avals, selection))
 
 
 def _workspace(platform: str, avals: dict[str, Any], *, selection: Selection, **_: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from . import _dense_router, _native
+from . import _dense_router, _native, _routed_gradient
 from ._primitive import OPS, Op
 
 # GPUs, as the plans of the CUDA module want them described.
@@ -173,6 +173,8 @@ def _plan_sizes(op: str, avals: dict[str, Any], params: dict[str, Any]) -> dict[
     if op == "routed_cotangent":
         *rows, k = avals["expert_ids"].shape
         return {"rows": prod(rows), "k": k, "experts": params["num_experts"]}
+    if op == "routed_gradients":
+        return _routed_gradient.plan_sizes(avals)
     if op in ("permute", "combine", "permute_cotangent", "combine_cotangent"):
         moved = next(iter(avals.values()))
         *batch, tokens, k = avals["slot"].shape

@@ -1,7 +1,8 @@
 """The gradients of hidden states and gate together, from the cotangent of the weights that a selection returns.
 
-Each token has k logits with a gradient. The kernel writes that twice: dense, in the parts that a matrix product in bf16
-takes, for the gradient of the gate; and the k numbers alone, of which that of the hidden states is a sum of rows.
+Each token has k logits with a gradient. Where that is faster, kernels find both products from these alone. Elsewhere a
+kernel writes them twice: dense, in the parts that a matrix product in bf16 takes, for the gradient of the gate; and the
+k numbers alone, of which that of the hidden states is a sum of rows.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.export import is_symbolic_dim
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir, xla
 
 from . import _native
 from ._derivative import chosen_cotangent, dense_cotangent, weights_tangent
 from ._logits import router_logits
-from ._native import unsupported_selection
-from ._primitive import Op, Operand, Result
+from ._native import native_module, unsupported_selection
+from ._primitive import Op, Operand, Result, may_be_partitioned, vary_over_the_same_axes
 from ._product import Axes, bf16_halves, product_of_parts
 from ._routed_product import routed_rows
 from ._slots import jvp_in_parts
@@ -118,15 +121,104 @@ def _gradients_apart(params: Any, grad_weights: Array, known: dict[str, Array]) 
 def _gradients_from_kernel(
     grad_weights: Array, known: dict[str, Array], *, scoring: Scoring, implementation: str
 ) -> list[Array]:
-    x, weight, expert_ids = known["x"], known["weight"], known["expert_ids"]
-    at = {"grad_weights": grad_weights, "expert_ids": expert_ids, "residual": known["residual"]}
-    num_experts = weight.shape[0]
+    params = {"scoring": scoring, "num_experts": known["weight"].shape[0], "implementation": implementation}
+    operands = {"grad_weights": grad_weights, **known}
+    mask = operands.pop("token_mask", None)
+    if mask is None:
+        values = vary_over_the_same_axes([operands[name] for name in _PRODUCTS.operands])
+        return _PRODUCTS_OF_TOKENS.bind(*values, **params)
+    # The sum is over tokens, and 0 * NaN is NaN.
+    operands["x"] = jnp.where(mask[..., None], known["x"], jnp.zeros((), known["x"].dtype))
+    return _products_apart(**operands, **params)
+
+
+def _products_apart(
+    grad_weights: Array,
+    expert_ids: Array,
+    residual: Array,
+    x: Array,
+    weight: Array,
+    *,
+    scoring: Scoring,
+    num_experts: int,
+    implementation: str,
+    problem_ndim: int = 0,
+) -> list[Array]:
+    """Both gradients, that of the weight summed over all axes of tokens behind the first `problem_ndim`."""
+    at = {"grad_weights": grad_weights, "expert_ids": expert_ids, "residual": residual}
     parts, chosen = _COTANGENT(at, scoring=scoring, num_experts=num_experts, implementation=implementation)
     grad_x = routed_rows(parts, chosen, weight, expert_ids, implementation)
-    if "token_mask" in known:  # the sum is over tokens, and 0 * NaN is NaN
-        x = jnp.where(known["token_mask"][..., None], x, jnp.zeros((), x.dtype))
-    tokens = tuple(range(x.ndim - 1))
-    return [grad_x, product_of_parts(parts, x, Axes((tokens, tokens)), dtype=weight.dtype)]
+    problems, tokens = tuple(range(problem_ndim)), tuple(range(problem_ndim, x.ndim - 1))
+    return [grad_x, product_of_parts(parts, x, Axes((tokens, tokens), (problems, problems)), dtype=weight.dtype)]
+
+
+def _products_reference(grad_weights: Array, **rest: Any) -> list[Array]:
+    return _products_apart(grad_weights, problem_ndim=grad_weights.ndim - 2, **rest)
+
+
+def plan_sizes(avals: dict[str, Any]) -> dict[str, int]:
+    """The case as the native module wants to know it."""
+    tokens, k = avals["expert_ids"].shape[-2:]
+    num_experts, hidden = avals["weight"].shape
+    return {"rows": tokens, "k": k, "experts": num_experts, "hidden": hidden}
+
+
+def _products_pay(platform: str, avals: dict[str, Any], **_: Any) -> bool:
+    is_one_problem = avals["x"].ndim == 2
+    return is_one_problem and native_module(platform).pays_everywhere("routed_gradients", **plan_sizes(avals))
+
+
+def _products_workspace(platform: str, avals: dict[str, Any], **_: Any) -> int:
+    return native_module(platform).workspace_bytes("routed_gradients", **plan_sizes(avals))
+
+
+_PRODUCTS = Op(
+    name="routed_gradients",
+    operands={
+        "grad_weights": Operand(2),
+        "expert_ids": Operand(2),
+        "residual": Operand(2),
+        "x": Operand(2),
+        "weight": Operand(2, batched="never"),
+    },
+    results=("grad_x", "grad_weight", "workspace"),
+    result_types=lambda avals, **_: [
+        Result(avals["x"].shape[-2:], avals["x"].dtype),
+        Result(avals["weight"].shape, avals["weight"].dtype),
+    ],
+    reference=_products_reference,
+    attributes={"scoring": Scoring, "num_experts": int},
+    platforms=("cuda",),
+    composed=True,
+    pays=_products_pay,
+    workspace=_products_workspace,
+)
+
+
+def _products_in_one(*values: Array, **params: Any) -> list[Array]:
+    *of_tokens, weight = values
+    flat = [value.reshape(-1, value.shape[-1]) for value in of_tokens]
+    grad_x, grad_weight = _PRODUCTS(dict(zip(_PRODUCTS.operands, (*flat, weight))), **params)
+    return [grad_x.reshape(of_tokens[-1].shape), grad_weight]
+
+
+def _lower_products(ctx: Any, *values: Any, **params: Any) -> Any:
+    """Tokens get one axis only where XLA may not split several over devices."""
+    products = _products_apart if may_be_partitioned(ctx) else _products_in_one
+    return mlir.lower_fun(partial(products, **params), multiple_results=True)(ctx, *values)
+
+
+def _batch_products(values: Sequence[Any], dims: Sequence[int | None], **params: Any) -> Any:
+    return jax.vmap(partial(_products_apart, **params), in_axes=tuple(dims))(*values), [0, 0]
+
+
+# Both gradients of any number of axes of tokens, the operands in the order of _PRODUCTS.
+_PRODUCTS_OF_TOKENS = Primitive("jax_router.routed_gradients_of_tokens")
+_PRODUCTS_OF_TOKENS.multiple_results = True
+_PRODUCTS_OF_TOKENS.def_impl(partial(xla.apply_primitive, _PRODUCTS_OF_TOKENS))
+_PRODUCTS_OF_TOKENS.def_abstract_eval(lambda *avals, **_: list(avals[-2:]))
+batching.primitive_batchers[_PRODUCTS_OF_TOKENS] = _batch_products
+mlir.register_lowering(_PRODUCTS_OF_TOKENS, _lower_products)
 
 
 def _cotangent_reference(

@@ -60,6 +60,17 @@ RIGHT = {
         {"grad_logits": BF16(3, 8, 2), "grad_chosen": F32(3, 2)},
         {**SCORING, "num_experts": np.int64(8)},
     ),
+    "routed_gradients": (
+        {
+            "grad_weights": F32(3, 2),
+            "expert_ids": I32(3, 2),
+            "residual": F32(3, 2),
+            "x": BF16(3, 16),
+            "weight": BF16(8, 16),
+        },
+        {"grad_x": BF16(3, 16), "grad_weight": BF16(8, 16), "workspace": U8(65536)},
+        {**SCORING, "num_experts": np.int64(8)},
+    ),
     "topk_select": (
         {"scores": F32(3, 8)},
         {"values": F32(3, 2), "indices": I32(3, 2)},
@@ -177,6 +188,8 @@ WRONG = {
     "routed_cotangent: chosen": ("routed_cotangent", {"grad_chosen": F32(3, 3)}, "grad_chosen 2] float32 [3, 3]"),
     "routed_cotangent: k": ("routed_cotangent", {"grad_weights": F32(3, 65)}, "grad_weights 0 to 64 float32 [3, 65]"),
     "routed_cotangent: experts": ("routed_cotangent", {"num_experts": np.int64(4097)}, "num_experts 0 to 4096 4097"),
+    "routed_gradients: weight": ("routed_gradients", {"weight": BF16(9, 16)}, "weight 16] bfloat16 [9, 16]"),
+    "routed_gradients: x in f32": ("routed_gradients", {"x": F32(3, 16)}, "x bfloat16 float32 [3, 16]"),
     "routed_cotangent: softmax of all": (
         "routed_cotangent",
         {"score_fn": "softmax", "renormalize": np.bool_(False)},

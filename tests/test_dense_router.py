@@ -29,7 +29,7 @@ def cuda():
 
 def fuses(cuda, **size):
     """Whether the native module fuses a size: it can, and it is faster."""
-    return not cuda.dense_router_unsupported(**size) and cuda.dense_router_pays(**size)
+    return not cuda.dense_router_unsupported(**size) and cuda.pays_everywhere("dense_router", **size)
 
 
 def bf16(*shape):

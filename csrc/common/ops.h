@@ -132,6 +132,23 @@ struct RouteCotangent {
 // route_cotangent for matrix products in bf16 with the dense gradient, and for sums over the choices alone.
 struct RoutedCotangent : RouteCotangent {};
 
+// What the products with that dense gradient g are, without g itself: g @ weight and g^T @ x, all in bf16.
+struct RoutedGradients {
+  int64_t rows;
+  int32_t experts;
+  int32_t k;
+  int32_t hidden;
+  const float* grad_weights;  // these three as in RouteCotangent
+  const float* residual;
+  const int32_t* expert_ids;
+  Scoring scoring;
+  const void* x;       // [rows, hidden]
+  const void* weight;  // [experts, hidden]
+  void* grad_x;        // [rows, hidden]
+  void* grad_weight;   // [experts, hidden]
+  Workspace workspace;
+};
+
 struct TopkSelect {
   int64_t rows;
   int64_t length;  // of a row

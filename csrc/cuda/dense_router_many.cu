@@ -25,6 +25,7 @@
 #include "parts/cluster.cuh"
 #include "parts/hopper.cuh"
 #include "parts/launch.cuh"
+#include "parts/tensor_map.cuh"
 #include "parts/token.cuh"
 
 namespace jax_router::cuda {
@@ -34,6 +35,7 @@ constexpr int kGroups = 2;  // warpgroups that multiply
 constexpr int kMultipliers = 128 * kGroups;
 static_assert(kManyBlockExperts == 64 * kGroups);
 constexpr int kThreads = 32 * kManyWarps;
+static_assert(kManyBoxDepth == kBoxColumns);
 constexpr int kCopier = kMultipliers / 32;  // the warp that keeps the copy engine busy
 
 // Registers of a thread: at the launch and for the selection, and while some multiply and the others do not.
@@ -484,36 +486,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     dense_router_many_tokens(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                              const __grid_constant__ DenseRouter op, const ManyTiling tiling) {
   if constexpr (kOnHopper) route_tile(x_map, weight_map, op, tiling);
-}
-
-using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver, so that nothing needs to link with it.
-EncodeTensorMap encode_tensor_map() {
-  static const EncodeTensorMap function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    const bool exists = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return reinterpret_cast<EncodeTensorMap>(exists ? entry : nullptr);
-  }();
-  return function;
-}
-
-// Boxes of box_rows x kManyBoxDepth of a matrix [rows, hidden].
-cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* matrix, int64_t rows, int hidden, int box_rows) {
-  const EncodeTensorMap encode = encode_tensor_map();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const auto type = dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(hidden), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(hidden) * 2};
-  const cuuint32_t box[] = {kManyBoxDepth, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[] = {1, 1};
-  const CUresult result =
-      encode(&map, type, 2, const_cast<void*>(matrix), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 static_assert(sizeof(SelectScratch<32>) * kManyWarps + sizeof(TransferBarrier) * (2 * kManyStages + kManyPieces) ==

@@ -21,6 +21,8 @@ cudaError_t run(const HashRouter& op, const HashRouterPlan& plan, cudaStream_t s
 cudaError_t run(const ActivationTopk& op, const ActivationTopkPlan& plan, cudaStream_t stream);
 cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, cudaStream_t stream);
 cudaError_t run(const RouteCotangent& op, const RouteCotangentPlan& plan, cudaStream_t stream);
+// x, weight and grad_x must be aligned to 16 bytes.
+cudaError_t run(const RoutedGradients& op, const RoutedGradientsPlan& plan, cudaStream_t stream);
 cudaError_t run(const TopkSelect& op, const TopkSelectPlan& plan, cudaStream_t stream);
 cudaError_t run(const ExpertDispatch& op, const ExpertDispatchPlan& plan, cudaStream_t stream);
 cudaError_t run(const Permute& op, const PermutePlan& plan, cudaStream_t stream);
@@ -35,6 +37,7 @@ cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t
 inline bool is_empty(const ExpertDispatch& op) { return op.batch == 0; }
 inline bool is_empty(const ExpertCounts& op) { return op.batch == 0; }
 inline bool is_empty(const RouteCotangent& op) { return op.rows == 0 || op.experts == 0; }
+inline bool is_empty(const RoutedGradients& op) { return op.hidden == 0 || op.experts == 0; }
 inline bool is_empty(const ActivationTopk& op) { return op.rows == 0 || op.selection.k == 0; }
 inline bool is_empty(const DenseRouter& op) { return is_empty(op.select); }
 inline bool is_empty(const Permute& op) { return op.rows.slot_rows() == 0 || op.rows.hidden == 0; }
@@ -91,12 +94,13 @@ inline std::string why_not_fused_anywhere(const DenseRouter& op) {
   return "";
 }
 
-// Whether that is faster on all of them than XLA's product and the kernel of activation_topk.
-inline bool pays_everywhere(const DenseRouter& op) {
+// Whether a kernel is faster on all of them than what there is without it.
+template <class Op>
+bool pays_everywhere(const Op& op) {
   const std::vector<Device> all = lowered_for();
   return std::all_of(all.begin(), all.end(), [&](const Device& device) {
     const auto plan = planned(op, device);
-    return plan && (!ForcedPlan<DenseRouter>::get().empty() || pays(op, *plan, device));
+    return plan && (!ForcedPlan<Op>::get().empty() || pays(op, *plan, device));
   });
 }
 

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "parts/cotangent.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
 #include "parts/row_score.cuh"
@@ -40,101 +41,6 @@ __device__ __forceinline__ void store_stretch(T* p, const float* values, int cou
   } else {
     for (int i = thread; i < count; i += threads) store_one(p + i, values[i]);
   }
-}
-
-__device__ __forceinline__ float score_derivative(ScoreFn score_fn, float logit) {
-  if (score_fn == ScoreFn::kSqrtSoftplus) return sqrtsoftplus_derivative(logit);
-  if (score_fn == ScoreFn::kSigmoid) return sigmoid_derivative(logit);
-  return 1.0f;
-}
-
-// The sum of one number a choice over the tile's choices, in their order.
-template <int kLanes, int kHeld>
-__device__ __forceinline__ float sum_over_choices(const float (&values)[kHeld], int k) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
-    for (int j = 0; j < min(k - h * kLanes, kLanes); ++j) {
-      sum = __fadd_rn(sum, __shfl_sync(kFullWarp, values[h], j, kLanes));
-    }
-  }
-  return sum;
-}
-
-// d(weights . grad) / d(chosen logit), choice j = h * kLanes + lane; 0 where the id is -1.
-template <int kLanes, int kHeld>
-__device__ __forceinline__ void differentiate(const Scoring& scoring, int k, const int (&ids)[kHeld],
-                                              const float (&logits)[kHeld], const float (&grads)[kHeld],
-                                              float (&cotangents)[kHeld]) {
-  float scores[kHeld];
-  float derivatives[kHeld];
-  float divisor = 1.0f;
-  float mean = 0.0f;
-  if (scoring.score_fn == ScoreFn::kSoftmax) {
-    float maximum = -INFINITY;
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) maximum = ids[h] < 0 ? maximum : max_nan(maximum, logits[h]);
-    const float shift = softmax_shift(tile_max_nan<kLanes>(maximum));
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      scores[h] = ids[h] < 0 ? 0.0f : exp_nonpositive(__fadd_rn(logits[h], -shift));
-      derivatives[h] = scores[h];
-    }
-  } else {
-    const RowScore score{scoring.score_fn};
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      scores[h] = ids[h] < 0 || !scoring.renormalize ? 0.0f : score(logits[h]);
-      derivatives[h] = ids[h] < 0 ? 0.0f : score_derivative(scoring.score_fn, logits[h]);
-    }
-  }
-  if (scoring.renormalize) {
-    divisor = renormalize_divisor(scoring, sum_over_choices<kLanes>(scores, k));
-    float terms[kHeld];
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      terms[h] = ids[h] < 0 ? 0.0f : __fmul_rn(grads[h], divide(scores[h], divisor));
-    }
-    mean = sum_over_choices<kLanes>(terms, k);
-  }
-#pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
-    const float slope = divide(__fmul_rn(scoring.scale, __fadd_rn(grads[h], -mean)), divisor);
-    cotangents[h] = ids[h] < 0 ? 0.0f : __fmul_rn(slope, derivatives[h]);
-  }
-}
-
-// Gives the first of several choices of one expert the sum over them, and the others the id -1.
-template <int kLanes, int kHeld>
-__device__ __forceinline__ void merge_equal_ids(int k, int (&ids)[kHeld], float (&values)[kHeld]) {
-  const int lane = tile_lane<kLanes>();
-  float sums[kHeld] = {};
-  bool repeated[kHeld] = {};
-#pragma unroll
-  for (int other = 0; other < kHeld; ++other) {
-    for (int j = 0; j < min(k - other * kLanes, kLanes); ++j) {
-      const int id = __shfl_sync(kFullWarp, ids[other], j, kLanes);
-      const float value = __shfl_sync(kFullWarp, values[other], j, kLanes);
-#pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-        if (id != ids[h]) continue;
-        sums[h] = __fadd_rn(sums[h], value);
-        repeated[h] = repeated[h] || other * kLanes + j < h * kLanes + lane;
-      }
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
-    values[h] = sums[h];
-    ids[h] = repeated[h] ? -1 : ids[h];
-  }
-}
-
-// Two parts in bf16 that add up to a number but for 2^-16 of it, the larger first. Infinity leaves no rest.
-__device__ __forceinline__ uint32_t bf16_parts(float value) {
-  const float high = bits_float(float_bits(value) & 0xFFFF0000u);
-  const float rest = fabsf(value) == INFINITY ? 0.0f : __fadd_rn(value, -high);
-  return pack_two(high, rest, __nv_bfloat16{});
 }
 
 // kLanes lanes hold a row's choices, kHeld each.

@@ -180,7 +180,8 @@ struct Target<ScoredHashRouter> {
 };
 
 // What the cotangents of weights have in common; the residual and the results come behind it.
-inline void read_cotangent(Call& call, const Range& choices, const Range& experts, RouteCotangent& op) {
+template <typename Op>
+void read_cotangent(Call& call, const Range& choices, const Range& experts, Op& op) {
   const Argument grad_weights = call.operand("grad_weights");
   op.rows = grad_weights.rows(1);
   op.k = grad_weights.size<int32_t>(0, choices);
@@ -223,6 +224,25 @@ struct Target<RoutedCotangent> {
     op.grad_logits = call.result("grad_logits").numbers(DType::kBF16, op.rows, {op.experts, 2});
     op.grad_chosen = call.result("grad_chosen").numbers<float>(op.rows, {op.k});
     if (op.experts == 0) op.rows = 0;  // nothing to compute, however many rows there are
+  }
+};
+
+template <>
+struct Target<RoutedGradients> {
+  static constexpr const char* kName = "routed_gradients";
+
+  static void read(Call& call, RoutedGradients& op) {
+    read_cotangent(call, {0, kMaxTopK}, {0, kMaxExperts}, op);
+    op.residual = call.operand("residual").numbers<float>(op.rows, {op.k});
+    op.scoring = read_scoring(call);
+    if (op.scoring.needs_whole_row()) call.must_be("renormalize", "true where score_fn is softmax", "false");
+    const Argument x = call.operand("x");
+    op.hidden = x.size<int32_t>(0, {0, kMaxInt32});
+    op.x = x.numbers(DType::kBF16, op.rows, {op.hidden});
+    op.weight = call.operand("weight").numbers(DType::kBF16, op.experts, {op.hidden});
+    op.grad_x = call.result("grad_x").numbers(DType::kBF16, op.rows, {op.hidden});
+    op.grad_weight = call.result("grad_weight").numbers(DType::kBF16, op.experts, {op.hidden});
+    op.workspace = read_workspace(call.result("workspace"));
   }
 };
 
@@ -388,8 +408,8 @@ Declaration declaration() {
 }
 
 // Every op there is. A backend serves those that it has a kernel for.
-using Ops =
-    std::tuple<HashRouter, ActivationTopk, RouteAt, ScoredHashRouter, RouteCotangent, RoutedCotangent, TopkSelect,
-               ExpertDispatch, Permute, Combine, PermuteCotangent, CombineCotangent, ExpertCounts, DenseRouter>;
+using Ops = std::tuple<HashRouter, ActivationTopk, RouteAt, ScoredHashRouter, RouteCotangent, RoutedCotangent,
+                       RoutedGradients, TopkSelect, ExpertDispatch, Permute, Combine, PermuteCotangent,
+                       CombineCotangent, ExpertCounts, DenseRouter>;
 
 }  // namespace jax_router

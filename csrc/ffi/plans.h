@@ -15,7 +15,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -146,6 +145,12 @@ inline void take_sizes(Sizes& sizes, RoutedCotangent& op) {
   op.scoring.score_fn = ScoreFn::kSigmoid;
   op.in_parts = true;
 }
+inline void take_sizes(Sizes& sizes, RoutedGradients& op) {
+  op.rows = sizes.take<int64_t>("rows");
+  op.experts = sizes.take<int32_t>("experts");
+  op.k = sizes.take<int32_t>("k");
+  op.hidden = sizes.take<int32_t>("hidden");
+}
 
 // visit(op) with an empty op of that name.
 template <typename Visit, typename... AllOps>
@@ -218,26 +223,31 @@ inline bool pays_on(const std::string& name, const std::optional<nb::dict>& devi
   return with_op(name, [&](auto op) {
     fill(op, values);
     const auto plan = cuda::planned(op, on);
-    if constexpr (std::is_same_v<decltype(op), DenseRouter>) return plan && pays(op, *plan, on);
-    return plan.has_value();
+    return plan && pays(op, *plan, on);
   });
 }
 
 inline void define_plans(nb::module_& module) {
   module.def("max_select_k", [] { return cuda::max_select_k(); });
-  // Why dense_router cannot be one kernel, or ""; and whether it should be.
-  const auto ask = [&](const char* name, auto answer) {
-    module.def(
-        name,
-        [answer](const nb::kwargs& sizes) {
-          DenseRouter op{};
-          fill(op, sizes);
-          return answer(op);
-        },
-        nb::arg("sizes"));
-  };
-  ask("dense_router_unsupported", cuda::why_not_fused_anywhere);
-  ask("dense_router_pays", cuda::pays_everywhere);
+  // Why dense_router cannot be one kernel, or "".
+  module.def(
+      "dense_router_unsupported",
+      [](const nb::kwargs& sizes) {
+        DenseRouter op{};
+        fill(op, sizes);
+        return cuda::why_not_fused_anywhere(op);
+      },
+      nb::arg("sizes"));
+  // Whether a kernel is faster than what there is without it, on the devices that are lowered for.
+  module.def(
+      "pays_everywhere",
+      [](const std::string& name, const nb::kwargs& values) {
+        return with_op(name, [&](auto op) {
+          fill(op, values);
+          return cuda::pays_everywhere(op);
+        });
+      },
+      nb::arg("op"), nb::arg("sizes"));
   module.def("plans", plans_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
   // What a launch needs at most, on the devices that are lowered for.
   module.def(

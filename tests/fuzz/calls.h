@@ -39,6 +39,7 @@ class Calls {
     if (target == "scored_hash_router") scored_hash_router();
     if (target == "route_cotangent") route_cotangent();
     if (target == "routed_cotangent") routed_cotangent();
+    if (target == "routed_gradients") routed_gradients();
     if (target == "topk_select") topk_select();
     if (target == "expert_dispatch") expert_dispatch();
     if (target == "permute") permute();
@@ -109,6 +110,15 @@ class Calls {
     if (std::get<std::string>(call_.attributes["score_fn"]) == "softmax") call_.attributes["renormalize"] = true;
     call_.results = {rows(kBF16, {experts, 2}), rows(kF32, {k})};
     call_.attributes["num_experts"] = experts;
+  }
+
+  void routed_gradients() {
+    routed_cotangent();
+    const int64_t experts = std::get<int64_t>(call_.attributes["num_experts"]);
+    const int64_t hidden = pick(random_, Sizes{0, 1, 8, 200});
+    call_.operands.push_back(rows(kBF16, {hidden}));
+    call_.operands.push_back({kBF16, {experts, hidden}, 8});
+    call_.results = {rows(kBF16, {hidden}), {kBF16, {experts, hidden}, 8}, workspace()};
   }
 
   void topk_select() {

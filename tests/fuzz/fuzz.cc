@@ -92,6 +92,17 @@ void touch(const jax_router::RouteCotangent& op) {
   write_over(op.grad_chosen, 4 * op.rows * op.k);
 }
 
+void touch(const jax_router::RoutedGradients& op) {
+  look_at(op.grad_weights, 4 * op.rows * op.k);
+  look_at(op.residual, 4 * op.rows * op.k);
+  look_at(op.expert_ids, 4 * op.rows * op.k);
+  look_at(op.x, 2 * op.rows * op.hidden);
+  look_at(op.weight, int64_t{2} * op.experts * op.hidden);
+  write_over(op.grad_x, 2 * op.rows * op.hidden);
+  write_over(op.grad_weight, int64_t{2} * op.experts * op.hidden);
+  write_over(op.workspace.data, op.workspace.bytes);
+}
+
 void touch(const jax_router::TopkSelect& op) {
   look_at(op.scores, width(op.dtype) * op.rows * op.length);
   look_at(op.lengths, 4 * op.rows);

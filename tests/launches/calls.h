@@ -465,6 +465,28 @@ inline Call routed_cotangent(Maker& make, int64_t rows, int32_t experts, int32_t
                      });
 }
 
+inline Call routed_gradients(Maker& make, int64_t rows, int32_t experts, int32_t k, int32_t hidden, Scoring scoring,
+                             Content content) {
+  make.name("routed_gradients", DType::kBF16, content,
+            {{"N", rows}, {"E", experts}, {"k", k}, {"D", hidden}, {"score_fn ", static_cast<int>(scoring.score_fn)}});
+  RoutedGradients op{};
+  op.rows = rows;
+  op.experts = experts;
+  op.k = k;
+  op.hidden = hidden;
+  op.scoring = scoring;
+  op.grad_weights = make.floats(rows * k, content);
+  op.residual = make.floats(rows * k, content);
+  op.expert_ids = make.ids(rows * k, experts);
+  op.x = make.floats(DType::kBF16, rows * hidden, content);
+  op.weight = make.floats(DType::kBF16, int64_t{experts} * hidden, content);
+  return make.finish(op, {static_cast<size_t>(2 * rows * hidden), size_t{2} * experts * hidden},
+                     [](RoutedGradients& op, const Results& results) {
+                       op.grad_x = results.get<void>(0);
+                       op.grad_weight = results.get<void>(1);
+                     });
+}
+
 inline Call topk_select(Maker& make, DType dtype, int64_t rows, int64_t length, int64_t k, bool sorted,
                         bool has_lengths, Content content) {
   make.name("topk_select", dtype, content,

@@ -99,6 +99,22 @@ inline void routed_cotangent_cases(const Visit& visit) {
       }
 }
 
+inline void routed_gradients_cases(const Visit& visit) {
+  Maker make;
+  struct Sizes {
+    int64_t rows;
+    int32_t experts, k, hidden;
+  };
+  for (const Sizes& sizes : {Sizes{1, 1, 1, 8}, Sizes{63, 8, 8, 136}, Sizes{65, 70, 3, 1032}, Sizes{1000, 128, 8, 2048},
+                             Sizes{2500, 100, 5, 2880}, Sizes{300, 128, 7, 264}, Sizes{9000, 128, 1, 512}}) {
+    for (ScoreFn score_fn : {ScoreFn::kSqrtSoftplus, ScoreFn::kSigmoid, ScoreFn::kSoftmax}) {
+      const bool renormalize = score_fn == ScoreFn::kSoftmax || make.pick({false, true});
+      visit(routed_gradients(make, sizes.rows, sizes.experts, sizes.k, sizes.hidden, {score_fn, renormalize, 2.5f},
+                             make.pick(kContents)));
+    }
+  }
+}
+
 inline void topk_select_cases(const Visit& visit) {
   using Sizes = std::array<int64_t, 3>;  // rows, length, k
   // In a warp or half of one, in the registers of a block, and streamed through one block or a cluster of up to 16.
@@ -263,6 +279,7 @@ inline const std::map<std::string, OpCases> kOps = {
     {"route_at", {route_at_cases, instances_of<RouteAt>}},
     {"route_cotangent", {route_cotangent_cases, instances_of<RouteCotangent>}},
     {"routed_cotangent", {routed_cotangent_cases, instances_of<RoutedCotangent>}},
+    {"routed_gradients", {routed_gradients_cases, instances_of<RoutedGradients>}},
     {"scored_hash_router", {scored_hash_router_cases, instances_of<RouteAt>}},
     {"topk_select", {topk_select_cases, instances_of<TopkSelect>}}};
 

@@ -170,6 +170,8 @@ int run_stress() {
   calls.push_back(permute(make, DType::kBF16, 2, true, {1, 300, 6, 2048, 100}, Content::kOrdinary));
   calls.push_back(combine(make, DType::kBF16, true, {1, 300, 6, 2048, 100}, Content::kOrdinary));
   calls.push_back(combine_cotangent(make, DType::kBF16, {1, 20, 6, 4096, 100}, Content::kOrdinary));
+  Call gradients = routed_gradients(make, 1000, 128, 8, 2048, {ScoreFn::kSoftmax, true, 1.0f}, Content::kOrdinary);
+  if (!gradients.ways.empty()) calls.push_back(std::move(gradients));
   calls.push_back(expert_dispatch(make, 1, 8192, 6, 256, 128, 200));
   calls.push_back(expert_counts(make, 1, 8192, 6, 256));
   calls.push_back(expert_counts(make, 1, 300000, 6, 256));

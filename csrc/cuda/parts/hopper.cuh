@@ -23,6 +23,15 @@ __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap& m
       : "memory");
 }
 
+// So many bytes, a multiple of 16 as their addresses are.
+__device__ __forceinline__ void copy_bytes(void* destination, const void* from, uint32_t bytes,
+                                           TransferBarrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   address_of(destination)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address_of(barrier))
+               : "memory");
+}
+
 // To the same place, and to the same barrier, in every block of the cluster whose bit is set in `blocks`.
 __device__ __forceinline__ void copy_box_to_blocks(void* destination, const CUtensorMap& map, int column, int row,
                                                    TransferBarrier* barrier, uint16_t blocks) {
@@ -31,6 +40,33 @@ __device__ __forceinline__ void copy_box_to_blocks(void* destination, const CUte
       "{%2, %3}], [%4], %5;" ::"r"(address_of(destination)),
       "l"(&map), "r"(column), "r"(row), "r"(address_of(barrier)), "h"(blocks)
       : "memory");
+}
+
+// A box in shared memory into the matrix, but for what lies outside of it. By the thread that commits and waits.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, int column, int row, const void* from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+               "r"(column), "r"(row), "r"(address_of(from))
+               : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until all but the last kPending groups of them have been read from shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Four matrices of 8 x 8 numbers of 16 bits, transposed: a lane has the address of a row, and a number's two neighbours
+// in a column. The rows of matrix i are those of lanes 8 i and on.
+__device__ __forceinline__ void load_transposed(uint32_t (&values)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&values)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(values[0]),
+               "r"(values[1]), "r"(values[2]), "r"(values[3])
+               : "memory");
 }
 
 // Makes this thread's ordinary writes to shared memory visible to the copy engine.
@@ -69,8 +105,11 @@ __device__ __forceinline__ void wgmma_wait() {
 //   bit 16         the distance between columns of boxes, which this layout does not use: 1
 //   bit 32 on      the distance between groups of 8 rows, in units of 16 bytes: 64
 //   bit 62         the swizzle of 128 bytes
-// wgmma_place is the low half; adding n to it moves the matrix by 16 n bytes.
-__device__ __forceinline__ uint32_t wgmma_place(const void* matrix) { return address_of(matrix) >> 4 | 1u << 16; }
+// wgmma_place is the low half; adding n to it moves the matrix by 16 n bytes. Where a matrix is read across its rows,
+// and they are longer than 128 bytes, its boxes do have a distance, of 16 to 2^17 bytes.
+__device__ __forceinline__ uint32_t wgmma_place(const void* matrix, uint32_t box_distance = 16) {
+  return address_of(matrix) >> 4 | box_distance / 16 << 16;
+}
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t place) { return 64ull << 32 | 1ull << 62 | place; }
 
 #define JR_2(tens) "%" tens "0, %" tens "1"
@@ -112,6 +151,22 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t place) { return 64
 JR_WGMMAS(__nv_bfloat16, "bf16")
 JR_WGMMAS(__half, "f16")
 
+// The same with a in registers, of 16 x 16 for a warp: its row is that of d, or 8 below in a[1] and a[3], and its
+// column lane % 4 * 2 and the next, or 8 further in a[2] and a[3]. wgmma_across reads b.T, 16 rows deep.
+#define JR_WGMMA_HELD(function, columns, registers, a_operand, b_operand, accumulate_operand, across, ...)      \
+  __device__ __forceinline__ void function(float (&d)[columns / 2], const uint32_t (&a)[4], uint64_t b,         \
+                                           bool accumulate) {                                                   \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, " accumulate_operand                       \
+                 ", 0;\n"                                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 {" registers "}, {" a_operand  \
+                 "}, " b_operand ", accumulate, 1, 1, " across ";\n}"                                           \
+                 : __VA_ARGS__                                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<uint32_t>(accumulate))); \
+  }
+JR_WGMMA_HELD(wgmma, 64, JR_30 ", " JR_2("3"), "%32, %33, %34, %35", "%36", "%37", "0", JR_D16(0), JR_D16(16))
+JR_WGMMA_HELD(wgmma_across, 128, JR_60 ", " JR_4("6"), "%64, %65, %66, %67", "%68", "%69", "1", JR_D48(0), JR_D16(48))
+
+#undef JR_WGMMA_HELD
 #undef JR_WGMMAS
 #undef JR_WGMMA
 #undef JR_D48

@@ -23,4 +23,5 @@
 #include "permute_cotangent.h"
 #include "route_at.h"
 #include "route_cotangent.h"
+#include "routed_gradients.h"
 #include "topk_select.h"

@@ -41,4 +41,10 @@ auto planned(const Op& op, const Device& device) -> decltype(plan(op, device)) {
   return std::nullopt;
 }
 
+// Whether the plan is faster than what there is without it, unless an op has more to say.
+template <class Op, class Plan>
+constexpr bool pays(const Op&, const Plan&, const Device&) {
+  return true;
+}
+
 }  // namespace jax_router::cuda
