@@ -8,8 +8,12 @@
 //
 // Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
 // ranked, which says which of them are chosen; of the others their bin says it. They are counted in the order of the
-// row, and go out by way of shared memory, in whole lines. Best first, the bins are in order too, and each element's
-// place is its rank in its bin.
+// row, and go out by way of shared memory, in whole lines.
+//
+// Best first, bins of one width divide what lies above a bound from the threads' maxima: few elements share one,
+// whatever their distribution. All up to the k-th's go to shared memory in the order of the bins, and each element's
+// place is its rank in its bin. Where that crowds a bin, as when a few are far above all others, the bins are those of
+// f16, which are the narrower the nearer they are to zero.
 //
 // Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection takes over:
 // of the keys of a bin, of which those that equal the k-th's are counted in the order of the row, or of the pairs
@@ -224,28 +228,29 @@ __device__ __forceinline__ uint32_t bins_of_two(float low, float high) {
 }
 
 // Bins of one width between two elements of a row, in descending order. The last bin is for all that lies below them.
-// Of 16-bit elements, of which many are equal, earlier ones come before later ones: an element is taken to be the less,
-// by no more than it is above the next number of its type, the later it comes.
+// Of numbers of few bits many are equal: there earlier elements come before later ones. An element is taken to be the
+// less, by no more than it is above the next number of so few bits, the later it comes.
 template <typename T, int kBins>
 struct LinearBins {
-  static constexpr float kStep = std::is_same_v<T, float>    ? 0.0f
-                                 : std::is_same_v<T, __half> ? 1.0f / (1 << 11)
-                                                             : 1.0f / (1 << 8);
   static constexpr uint32_t kLast = kBins - 1;
 
-  float factor, offset;
+  float factor, offset, step_of_vector;
 
-  __device__ __forceinline__ LinearBins(float low, float high) {
-    low -= fabsf(low) * kStep;
+  // is_bf16: whether the elements have no more bits than bf16.
+  __device__ __forceinline__ LinearBins(float low, float high, bool is_bf16) {
+    // Of f32 none of a number's own size, but not 0: -inf stays -inf.
+    const float step = is_bf16 ? 1.0f / (1 << 8) : std::is_same_v<T, __half> ? 1.0f / (1 << 11) : 0x1p-100f;
+    low -= fabsf(low) * step;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(factor) : "f"(high - low));
     offset = high * factor;
+    step_of_vector = step * (1.0f / (kMaxBlockLength * sizeof(T) / 16 + 1));
   }
-  // For elements whose vector is this number of the row's.
-  static __device__ __forceinline__ float step_of(uint32_t vector) {
-    return sizeof(T) == 4 ? 0.0f : (vector + 1) * (kStep / (kMaxBlockLength / 8 + 1));
+  // For elements of one vector of the row.
+  __device__ __forceinline__ float step_at(uint32_t index) const {
+    return (index / (16 / sizeof(T)) + 1) * step_of_vector;
   }
   __device__ __forceinline__ uint32_t operator()(float x, float step) const {
-    if constexpr (sizeof(T) < 4) x = __fmaf_rn(fabsf(x), -step, x);
+    x = __fmaf_rn(fabsf(x), -step, x);
     constexpr float kInteger = 1 << 23;  // added to a number below it, its last bits are that number's integer
     return float_bits(__fmaf_rn(__saturatef(__fmaf_rn(x, -factor, offset)), kLast, kInteger)) - float_bits(kInteger);
   }
@@ -255,8 +260,8 @@ struct LinearBins {
   }
 };
 
-// For lanes of which `active` holds, with no jump around it: *place = the count at that address of shared memory, which
-// becomes one more.
+// For active threads, with no jump around it, for which the compiler would wait: the count at that address of shared
+// memory, which becomes one more.
 __device__ __forceinline__ void count_if(bool active, uint32_t address, uint32_t& place) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.shared.add.u32 %0, [%1], 1; }"
                : "+r"(place)
@@ -270,7 +275,7 @@ __device__ __forceinline__ void store_if(bool active, uint32_t address, uint64_t
 }
 
 // Of the shortest rows, one block more fits a multiprocessor.
-template <typename T, int kThreads, int kVectors>
+template <typename T, int kThreads, int kVectors, bool kSorted>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVectors * (16 / sizeof(T)) <= 1024 ? 1 : 0))
     topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
@@ -284,6 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
   __shared__ uint64_t exact_bound;
   struct alignas(16) Range {
     uint32_t low, middle, high;
+    uint32_t more_bits;  // than those of bf16, that some element has
   };
   __shared__ Range range;  // of the keys
   __shared__ uint32_t count, head_size;
@@ -301,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
   Select::init();
   if (threadIdx.x == 0) {
     count = 0;
-    range = {kNoLeast, 0, 0};
+    range = {kNoLeast, 0, 0, 0};
   }
   __syncthreads();
 
@@ -326,12 +332,12 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
       if (row.has_edge) atomicAdd(&bins[edge_bin], 1);
     };
     bool crowded = false;
-    if (op.sorted) {
+    if constexpr (kSorted) {
       // Of each 8 elements, or 4 where a thread has no more, the largest: that the least of these is above the k-th,
       // which is not far below it, does not happen by chance. The middle is the largest of the warps' least.
       constexpr int kOfGroup = sizeof(T) == 4 && kVectors > 1 ? 2 : 1;
       constexpr uint32_t kLowest = 0x007FFFFFu;  // order_key(-inf)
-      uint32_t least = kNoLeast, largest = order_key(row.edge);
+      uint32_t least = kNoLeast, largest = order_key(row.edge), more_bits = float_bits(row.edge);
 #pragma unroll
       for (int v = 0; v < kVectors; v += kOfGroup) {
         uint4 group[kOfGroup];
@@ -340,6 +346,10 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
         const uint32_t key = order_key(largest_element<T>(group));
         if (key != kLowest) least = min(least, key);
         largest = max(largest, key);
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+          for (const uint4& vector : group) more_bits |= vector.x | vector.y | vector.z | vector.w;
+        }
       }
       least = __reduce_min_sync(kFullWarp, least);
       largest = __reduce_max_sync(kFullWarp, largest);
@@ -348,17 +358,18 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
         atomicMax(&range.middle, least);
       }
       if (lane == 0) atomicMax(&range.high, largest);
+      if (sizeof(T) == 4 && (more_bits & 0xFFFF) != 0) range.more_bits = 1;
       __syncthreads();
       // The bins lie between the least and the largest, or a bound that some outliers may be above.
       const float low = float_of_key(range.low), middle = float_of_key(range.middle);
       const float high = fminf(float_of_key(range.high), low + 16.0f * (middle - low));
-      const LinearBins<T, Select::kBins> linear_bin(low, high);
+      const LinearBins<T, Select::kBins> linear_bin(low, high, !std::is_same_v<T, __half> && range.more_bits == 0);
 #pragma unroll 1
-      for (bool linear = 3 * k <= length && (sizeof(T) == 4 ? high > low : high >= low);; linear = false) {
+      for (bool linear = 3 * k <= length && high >= low;; linear = false) {
         if (linear) {
 #pragma unroll
           for (int v = 0; v < kVectors; ++v) {
-            const float step = linear_bin.step_of(row.index(v) / Row::kElements);
+            const float step = linear_bin.step_at(row.index(v));
 #pragma unroll
             for (int e = 0; e < kHalf; ++e) {
               const uint32_t a = linear_bin(row.element(v, e), step), b = linear_bin(row.element(v, e + kHalf), step);
@@ -367,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
               atomicAdd(&bins[b], 1);
             }
           }
-          edge_bin = linear_bin(row.edge, linear_bin.step_of(row.edge_index / Row::kElements));
+          edge_bin = linear_bin(row.edge, linear_bin.step_at(row.edge_index));
           if (row.has_edge) atomicAdd(&bins[edge_bin], 1);
         } else {
           count_rounded();
@@ -403,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
     };
     const int kth_bin = static_cast<int>(found.bin);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, data, place, format, pair); };
-    if (op.sorted && !crowded) {
+    if (kSorted && !crowded) {
       // All up to the k-th's bin go to shared memory by their bins. A pair has its bin where its index has bits that
       // are 1 in all. Several places are asked for before the first is used.
       static_assert(kMaxBlockLength <= 1 << 16);
@@ -579,7 +590,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
       const bool edge_chosen = (chosen >> kEdge & 1) != 0;
       const auto is_chosen = [&](int v, int e) { return (chosen >> (v * Row::kElements + e) & 1) != 0; };
 
-      if (op.sorted) {
+      if constexpr (kSorted) {
         uint64_t best = 0;
         uint32_t varying = 0;
         const auto keep = [&](uint64_t pair) {
@@ -659,7 +670,9 @@ cudaError_t run_block(const TopkSelect& op, const TopkSelectPlan& plan, cudaStre
         if constexpr (kInstance.kernel == TopkKernel::kFew) {
           return launch_kernel(topk_select_few<T, kInstance.threads, kInstance.size>, shape, stream, op);
         } else if constexpr (kInstance.kernel == TopkKernel::kMany) {
-          return launch_kernel(topk_select_many<T, kInstance.threads, kInstance.size>, shape, stream, op);
+          const auto kernel = op.sorted ? topk_select_many<T, kInstance.threads, kInstance.size, true>
+                                        : topk_select_many<T, kInstance.threads, kInstance.size, false>;
+          return launch_kernel(kernel, shape, stream, op);
         }
       }
       return cudaErrorInvalidValue;
