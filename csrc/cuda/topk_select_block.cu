@@ -358,11 +358,15 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
         atomicMax(&range.middle, least);
       }
       if (lane == 0) atomicMax(&range.high, largest);
-      if (sizeof(T) == 4 && (more_bits & 0xFFFF) != 0) range.more_bits = 1;
+      if constexpr (sizeof(T) == 4) {
+        more_bits = __reduce_or_sync(kFullWarp, more_bits) & 0xFFFF;
+        if (lane == 0 && more_bits != 0) atomicOr(&range.more_bits, more_bits);
+      }
       __syncthreads();
       // The bins lie between the least and the largest, or a bound that some outliers may be above.
       const float low = float_of_key(range.low), middle = float_of_key(range.middle);
-      const float high = fminf(float_of_key(range.high), low + 16.0f * (middle - low));
+      const float bound = middle > low ? low + 32.0f * (middle - low) : INFINITY;
+      const float high = fminf(float_of_key(range.high), bound);
       const LinearBins<T, Select::kBins> linear_bin(low, high, !std::is_same_v<T, __half> && range.more_bits == 0);
 #pragma unroll 1
       for (bool linear = 3 * k <= length && high >= low;; linear = false) {
