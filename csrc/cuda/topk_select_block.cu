@@ -8,8 +8,12 @@
 //
 // Many choices: a histogram over the elements rounded to f16 names the bin that holds the k-th largest. Its members are
 // ranked, which says which of them are chosen; of the others their bin says it. They are counted in the order of the
-// row, and go out by way of shared memory, in whole lines. Best first, the bins are in order too, and each element's
-// place is its rank in its bin.
+// row, and go out by way of shared memory, in whole lines.
+//
+// Best first, bins of one width divide what lies above a bound from the threads' maxima: few elements share one,
+// whatever their distribution. All up to the k-th's go to shared memory in the order of the bins, and each element's
+// place is its rank in its bin. Where that crowds a bin, as when a few are far above all others, the bins are those of
+// f16, which are the narrower the nearer they are to zero.
 //
 // Where too many elements share a bin or reach the bound (narrow ranges, many equal elements), a bisection takes over:
 // of the keys of a bin, of which those that equal the k-th's are counted in the order of the row, or of the pairs
@@ -223,18 +227,71 @@ __device__ __forceinline__ uint32_t bins_of_two(float low, float high) {
   return ascending >> (16 - kBinBits) & (0xFFFFu >> (16 - kBinBits)) * 0x10001u;
 }
 
+// Bins of one width between two elements of a row, in descending order. The last bin is for all that lies below them.
+// Of numbers of few bits many are equal: there earlier elements come before later ones. An element is taken to be the
+// less, by no more than it is above the next number of so few bits, the later it comes.
+template <typename T, int kBins>
+struct LinearBins {
+  static constexpr uint32_t kLast = kBins - 1;
+
+  float factor, offset, step_of_vector;
+
+  // is_bf16: whether the elements have no more bits than bf16.
+  __device__ __forceinline__ LinearBins(float low, float high, bool is_bf16) {
+    // Of f32 none of a number's own size, but not 0: -inf stays -inf.
+    const float step = is_bf16 ? 1.0f / (1 << 8) : std::is_same_v<T, __half> ? 1.0f / (1 << 11) : 0x1p-100f;
+    low -= fabsf(low) * step;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(factor) : "f"(high - low));
+    offset = high * factor;
+    step_of_vector = step * (1.0f / (kMaxBlockLength * sizeof(T) / 16 + 1));
+  }
+  // For elements of one vector of the row.
+  __device__ __forceinline__ float step_at(uint32_t index) const {
+    return (index / (16 / sizeof(T)) + 1) * step_of_vector;
+  }
+  __device__ __forceinline__ uint32_t operator()(float x, float step) const {
+    x = __fmaf_rn(fabsf(x), -step, x);
+    constexpr float kInteger = 1 << 23;  // added to a number below it, its last bits are that number's integer
+    return float_bits(__fmaf_rn(__saturatef(__fmaf_rn(x, -factor, offset)), kLast, kInteger)) - float_bits(kInteger);
+  }
+  // Whether the bins of halves, which are narrow near zero, may part what shares this one.
+  __device__ __forceinline__ bool is_rough(uint32_t bin) const {
+    return bin == 0 || bin == kLast || fabsf(offset - bin * (1.0f / kBins)) < 1.0f / 64;
+  }
+};
+
+// For active threads, with no jump around it, for which the compiler would wait: the count at that address of shared
+// memory, which becomes one more.
+__device__ __forceinline__ void count_if(bool active, uint32_t address, uint32_t& place) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.shared.add.u32 %0, [%1], 1; }"
+               : "+r"(place)
+               : "r"(address), "r"(static_cast<uint32_t>(active))
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool active, uint32_t address, uint64_t pair) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b64 [%0], %1; }" ::"r"(address), "l"(pair),
+               "r"(static_cast<uint32_t>(active))
+               : "memory");
+}
+
 // Of the shortest rows, one block more fits a multiprocessor.
-template <typename T, int kThreads, int kVectors>
+template <typename T, int kThreads, int kVectors, bool kSorted>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVectors * (16 / sizeof(T)) <= 1024 ? 1 : 0))
     topk_select_many(const TopkSelect op) {
   using Row = RegisterRow<T, kThreads, kVectors>;
   using Select = BlockSelect<T, kThreads, kVectors>;
   constexpr int kWarps = kThreads / 32, kHalf = Row::kElements / 2, kEdge = kVectors * Row::kElements;
   constexpr int kWords = (kVectors + 1) / 2;  // of numbers of a vector each, two in a word
+  constexpr uint32_t kNoLeast = 0xFFFFFFFFu;
   __shared__ uint32_t counts[2][kWarps];
   __shared__ uint32_t sizes[kWords][kWarps];   // how many are chosen of a warp's vectors
   __shared__ uint32_t members_chosen[kWarps];  // of the list of the k-th's bin, a bit each
   __shared__ uint64_t exact_bound;
+  struct alignas(16) Range {
+    uint32_t low, middle, high;
+    uint32_t more_bits;  // than those of bf16, that some element has
+  };
+  __shared__ Range range;  // of the keys
   __shared__ uint32_t count, head_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -248,32 +305,98 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
   const Row row(data, length);
   Select::clear_bins();
   Select::init();
-  if (threadIdx.x == 0) count = 0;
+  if (threadIdx.x == 0) {
+    count = 0;
+    range = {kNoLeast, 0, 0, 0};
+  }
   __syncthreads();
 
   if (k != 0) {
-    const auto bin_of = [](float x) { return bins_of_two<Select::kBinBits>(x, x) & 0xFFFF; };
     uint32_t bins_of[kVectors][kHalf];  // of a vector's element e, and e + kHalf
+    uint32_t edge_bin;
+    const auto count_rounded = [&] {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-      for (int e = 0; e < kHalf; ++e) {
-        bins_of[v][e] = bins_of_two<Select::kBinBits>(row.element(v, e), row.element(v, e + kHalf));
+        for (int e = 0; e < kHalf; ++e) {
+          bins_of[v][e] = bins_of_two<Select::kBinBits>(row.element(v, e), row.element(v, e + kHalf));
+        }
+        if (!row.exists(v)) continue;
+#pragma unroll
+        for (int e = 0; e < kHalf; ++e) {
+          atomicAdd(&bins[bins_of[v][e] & 0xFFFF], 1);
+          atomicAdd(&bins[bins_of[v][e] >> 16], 1);
+        }
       }
-      if (!row.exists(v)) continue;
-#pragma unroll
-      for (int e = 0; e < kHalf; ++e) {
-        atomicAdd(&bins[bins_of[v][e] & 0xFFFF], 1);
-        atomicAdd(&bins[bins_of[v][e] >> 16], 1);
-      }
-    }
-    const uint32_t edge_bin = bin_of(row.edge);
-    if (row.has_edge) atomicAdd(&bins[edge_bin], 1);
-    __syncthreads();
+      edge_bin = bins_of_two<Select::kBinBits>(row.edge, row.edge) & 0xFFFF;
+      if (row.has_edge) atomicAdd(&bins[edge_bin], 1);
+    };
     bool crowded = false;
-    if (op.sorted) {
-      crowded = Select::find_bin_and_starts(k);
+    if constexpr (kSorted) {
+      // Of each 8 elements, or 4 where a thread has no more, the largest: that the least of these is above the k-th,
+      // which is not far below it, does not happen by chance. The middle is the largest of the warps' least.
+      constexpr int kOfGroup = sizeof(T) == 4 && kVectors > 1 ? 2 : 1;
+      constexpr uint32_t kLowest = 0x007FFFFFu;  // order_key(-inf)
+      uint32_t least = kNoLeast, largest = order_key(row.edge), more_bits = float_bits(row.edge);
+#pragma unroll
+      for (int v = 0; v < kVectors; v += kOfGroup) {
+        uint4 group[kOfGroup];
+#pragma unroll
+        for (int i = 0; i < kOfGroup; ++i) group[i] = row.vectors[v + i];
+        const uint32_t key = order_key(largest_element<T>(group));
+        if (key != kLowest) least = min(least, key);
+        largest = max(largest, key);
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+          for (const uint4& vector : group) more_bits |= vector.x | vector.y | vector.z | vector.w;
+        }
+      }
+      least = __reduce_min_sync(kFullWarp, least);
+      largest = __reduce_max_sync(kFullWarp, largest);
+      if (lane == 0 && least != kNoLeast) {
+        atomicMin(&range.low, least);
+        atomicMax(&range.middle, least);
+      }
+      if (lane == 0) atomicMax(&range.high, largest);
+      if constexpr (sizeof(T) == 4) {
+        more_bits = __reduce_or_sync(kFullWarp, more_bits) & 0xFFFF;
+        if (lane == 0 && more_bits != 0) atomicOr(&range.more_bits, more_bits);
+      }
+      __syncthreads();
+      // The bins lie between the least and the largest, or a bound that some outliers may be above.
+      const float low = float_of_key(range.low), middle = float_of_key(range.middle);
+      const float bound = middle > low ? low + 32.0f * (middle - low) : INFINITY;
+      const float high = fminf(float_of_key(range.high), bound);
+      const LinearBins<T, Select::kBins> linear_bin(low, high, !std::is_same_v<T, __half> && range.more_bits == 0);
+#pragma unroll 1
+      for (bool linear = 3 * k <= length && high >= low;; linear = false) {
+        if (linear) {
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            const float step = linear_bin.step_at(row.index(v));
+#pragma unroll
+            for (int e = 0; e < kHalf; ++e) {
+              const uint32_t a = linear_bin(row.element(v, e), step), b = linear_bin(row.element(v, e + kHalf), step);
+              bins_of[v][e] = __byte_perm(a, b, 0x5410);
+              atomicAdd(&bins[a], 1);
+              atomicAdd(&bins[b], 1);
+            }
+          }
+          edge_bin = linear_bin(row.edge, linear_bin.step_at(row.edge_index));
+          if (row.has_edge) atomicAdd(&bins[edge_bin], 1);
+        } else {
+          count_rounded();
+        }
+        __syncthreads();
+        crowded = Select::find_bin_and_starts(k);
+        const uint32_t bin = Select::shared().found.bin;
+        if (!linear || (bin != linear_bin.kLast && !(crowded && linear_bin.is_rough(bin)))) break;
+        Select::clear_bins();
+        __syncthreads();
+      }
     } else {
+      count_rounded();
+      __syncthreads();
       Select::find_bin(k);
     }
     const auto found = Select::shared().found;
@@ -293,229 +416,245 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
       }
       return mask;
     };
-    // How many elements of a mask come before each of the thread's vectors, and before its edge, in the order of the
-    // row: by vector, warp and lane. For all threads together.
-    struct Places {
-      uint32_t of_vector[kVectors], of_edge;
-    };
-    const auto places_in_order = [&](uint32_t mask) {
-      const auto size_of_vector = [&](int v) {
-        return __popc(mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1));
-      };
-      Places places;
-      uint32_t own[kWords], sums[kWords];
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        own[w] = size_of_vector(2 * w);
-        if (2 * w + 1 < kVectors) own[w] |= size_of_vector(2 * w + 1) << 16;
-        sums[w] = inclusive_sum_of_lanes(own[w]);
-        if (lane == 31) sizes[w][warp] = sums[w];
-      }
-      // The edges belong to the first warp.
-      const uint32_t edges = __ballot_sync(kFullWarp, (mask >> kEdge & 1) != 0);
-      if (threadIdx.x == 0) head_size = __popc(edges & ((1u << row.head) - 1));
-      __syncthreads();
-      uint32_t start = head_size;  // of a vector of all threads
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const uint32_t size = lane < kWarps ? sizes[w][lane] : 0;
-        const uint32_t all = __reduce_add_sync(kFullWarp, size);
-        const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? size : 0) + sums[w] - own[w];
-#pragma unroll
-        for (int v = 2 * w; v < 2 * w + 2 && v < kVectors; ++v) {
-          places.of_vector[v] = start + (before >> (v % 2 * 16) & 0xFFFF);
-          start += all >> (v % 2 * 16) & 0xFFFF;
-        }
-      }
-      const uint32_t earlier = __popc(edges & ((1u << lane) - 1));
-      places.of_edge = lane < row.head ? earlier : start - head_size + earlier;
-      return places;
-    };
     const int kth_bin = static_cast<int>(found.bin);
-    uint32_t chosen = mask_up_to(kth_bin - 1);
-    const uint32_t members = mask_up_to(kth_bin) & ~chosen;  // of the bin of the k-th
-    const auto pair_at = [&](uint32_t i) {
-      const uint32_t index = row.index_at(i);
-      return format.pair(load_one(data + index), index);
-    };
-    uint32_t first_place = 0;  // of the thread's members in their list
-    if (members != 0 && found.count <= kThreads) {
-      first_place = atomicAdd(&count, __popc(members));
-      uint32_t place = first_place;
-#pragma unroll 1
-      for (uint32_t rest = members; rest != 0; rest &= rest - 1) pairs[place++] = pair_at(__ffs(rest) - 1);
-    }
-    if (threadIdx.x == 0 && found.count <= kThreads) pairs[found.count] = kNoPair;
-    __syncthreads();
-    if (found.count <= kThreads) {
-      if (32 * warp < found.count) {
-        const uint64_t pair = threadIdx.x < found.count ? pairs[threadIdx.x] : kNoPair;
-        const uint32_t place = found.before + count_larger(pair, pairs, found.count);
-        const bool exists = threadIdx.x < found.count;
-        const uint32_t those_chosen = __ballot_sync(kFullWarp, exists && place < k);
-        if (lane == 0) members_chosen[warp] = those_chosen;
-        if (exists && place == k - 1) exact_bound = pair;
-      }
-    } else {
-      // Too many to be listed: a bisection of the range of their keys, and of those that equal the k-th's the first.
-      const auto for_each_member = [&](auto body) {
-#pragma unroll 1
-        for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
-          body(rest & -rest, format.key_of(load_one(data + row.index_at(__ffs(rest) - 1))));
-        }
-      };
-      uint32_t low = 0xFFFFFFFFu, high = 0;
-      for_each_member([&](uint32_t, uint32_t key) {
-        low = min(low, key);
-        high = max(high, key);
-      });
-      low = __reduce_min_sync(kFullWarp, low);
-      high = __reduce_max_sync(kFullWarp, high);
-      if (lane == 0) atomicMin(&Select::shared().key_min, low);
-      if (lane == 0) atomicMax(&Select::shared().key_max, high);
-      __syncthreads();
-      low = Select::shared().key_min;
-      high = Select::shared().key_max;
-      uint32_t larger = found.before;  // elements of the row above `high`, at most k
-#pragma unroll 1
-      for (int round = 0; low < high; round ^= 1) {
-        const uint32_t middle = high - (high - low) / 2;
-        uint32_t own = 0;
-#pragma unroll 4
-        for (uint32_t i = threadIdx.x; i < length; i += kThreads) own += format.key_of(load_one(data + i)) >= middle;
-        own = __reduce_add_sync(kFullWarp, own);
-        if (lane == 0) counts[round][warp] = own;
-        __syncthreads();
-        const uint32_t size = __reduce_add_sync(kFullWarp, lane < kWarps ? counts[round][lane] : 0);
-        if (size > k) {
-          low = middle;
-        } else {
-          high = middle - 1;
-          larger = size;
-          if (size == k) low = high;
-        }
-      }
-      uint32_t equal = 0;
-      for_each_member([&](uint32_t bit, uint32_t key) {
-        chosen |= key > low ? bit : 0;
-        equal |= key == low ? bit : 0;
-      });
-      const Places places = places_in_order(equal);
-      const auto choose = [&](uint32_t bit, uint32_t place) {
-        if ((equal & bit) != 0 && place < k - larger) chosen |= bit;
-      };
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        uint32_t place = places.of_vector[v];
-#pragma unroll
-        for (int e = 0; e < Row::kElements; ++e) {
-          const uint32_t bit = 1u << (v * Row::kElements + e);
-          choose(bit, place);
-          if ((equal & bit) != 0) ++place;
-        }
-      }
-      choose(1u << kEdge, places.of_edge);
-      if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kRowIndexBits | ~(length - 1);
-    }
-    if (threadIdx.x == 0) count = 0;
-    __syncthreads();
-    const uint64_t bound = exact_bound;
-    if (found.count <= kThreads) {
-#pragma unroll 1
-      for (uint32_t rest = members; rest != 0; rest &= rest - 1, ++first_place) {
-        if ((members_chosen[first_place / 32] >> first_place % 32 & 1) != 0) chosen |= rest & -rest;
-      }
-    }
-    const bool edge_chosen = (chosen >> kEdge & 1) != 0;
-    const auto is_chosen = [&](int v, int e) { return (chosen >> (v * Row::kElements + e) & 1) != 0; };
-
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, data, place, format, pair); };
-    if (op.sorted && !crowded) {
-      // Several places are asked for before the first is used.
+    if (kSorted && !crowded) {
+      // All up to the k-th's bin go to shared memory by their bins. A pair has its bin where its index has bits that
+      // are 1 in all. Several places are asked for before the first is used.
+      static_assert(kMaxBlockLength <= 1 << 16);
+      constexpr int kAtOnce = kVectors * Row::kElements < 8 ? 4 : 8;
+      const auto with_bin = [](uint64_t pair, uint32_t bin) { return pair ^ (0xFFFFu ^ bin) << 16; };
+      const uint32_t bins_address = static_cast<uint32_t>(__cvta_generic_to_shared(bins));
+      const uint32_t pairs_address = static_cast<uint32_t>(__cvta_generic_to_shared(pairs));
+      const uint32_t candidates = mask_up_to(kth_bin);
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        uint32_t places[Row::kElements];
+      for (int first = 0; first < kVectors * Row::kElements; first += kAtOnce) {
+        const auto bin_at = [&](int i) {
+          const int e = i % Row::kElements;
+          return bins_of[i / Row::kElements][e % kHalf] >> (e / kHalf * 16) & 0xFFFF;
+        };
+        uint32_t places[kAtOnce] = {};
 #pragma unroll
-        for (int e = 0; e < Row::kElements; ++e) {
-          if (is_chosen(v, e)) places[e] = atomicAdd(&bins[bins_of[v][e % kHalf] >> (e / kHalf * 16) & 0xFFFF], 1);
+        for (int i = first; i < first + kAtOnce; ++i) {
+          count_if((candidates >> i & 1) != 0, bins_address + 4 * bin_at(i), places[i - first]);
         }
 #pragma unroll
-        for (int e = 0; e < Row::kElements; ++e) {
-          if (is_chosen(v, e)) pairs[places[e]] = row.pair(v, e);
+        for (int i = first; i < first + kAtOnce; ++i) {
+          store_if((candidates >> i & 1) != 0, pairs_address + 8 * places[i - first],
+                   with_bin(row.pair(i / Row::kElements, i % Row::kElements), bin_at(i)));
         }
       }
-      if (edge_chosen) pairs[atomicAdd(&bins[edge_bin], 1)] = row.edge_pair();
+      if ((candidates >> kEdge & 1) != 0) {
+        pairs[atomicAdd(&bins[edge_bin], 1)] = with_bin(row.edge_pair(), edge_bin);
+      }
       __syncthreads();
       // Now bins[b] is where bin b ends, and the next begins.
 #pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
+      for (uint32_t i = threadIdx.x; i < found.before + found.count; i += kThreads) {
         const uint64_t pair = pairs[i];
-        const uint32_t bin = bin_of(format.element(pair));
+        const uint32_t bin = static_cast<uint32_t>(pair) >> 16;
         uint32_t place = bin == 0 ? 0 : bins[bin - 1];
 #pragma unroll 4
         for (uint32_t other = place, end = bins[bin]; other < end; ++other) place += pairs[other] > pair;
-        write(place, pair);
+        if (place < k) write(place, with_bin(pair, bin));
       }
-    } else if (op.sorted) {
-      uint64_t best = 0;
-      uint32_t varying = 0;
-      const auto keep = [&](uint64_t pair) {
-        best = max(best, pair);
-        varying |= static_cast<uint32_t>((pair ^ bound) >> format.index_bits);
-        pairs[atomicAdd(&count, 1)] = pair;
-      };
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-        for (int e = 0; e < Row::kElements; ++e) {
-          if (is_chosen(v, e)) keep(row.pair(v, e));
-        }
-      }
-      if (edge_chosen) keep(row.edge_pair());
-      const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(best >> format.index_bits));
-      varying = __reduce_or_sync(kFullWarp, varying);
-      if (lane == 0) {
-        atomicMax(&Select::shared().key_max, key_max);
-        atomicOr(&Select::shared().key_varying, varying);
-      }
-      __syncthreads();
-      varying = Select::shared().key_varying;
-      best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
-      Select::template order<true>(k, bound, best, varying, k, format.index_bits, length, pairs + op.k, write);
     } else {
-      // In ascending order of the index. They go to shared memory first, since whole lines are faster to write.
-      using Bits = typename Row::Bits;
-      struct alignas(2 * sizeof(Bits)) Result {
-        Bits bits, index;
+      // How many elements of a mask come before each of the thread's vectors, and before its edge, in the order of the
+      // row: by vector, warp and lane. For all threads together.
+      struct Places {
+        uint32_t of_vector[kVectors], of_edge;
       };
-      static_assert(sizeof(Bits) == 4 || kMaxBlockLength <= 1 << 16);
-      Result* results = reinterpret_cast<Result*>(pairs);
-      // Of a sorted row, a thread with 8 elements has 8 results side by side: a gap behind them spreads these over the
-      // banks.
-      const auto result_at = [&](uint32_t place) -> Result& {
-        return results[Row::kElements == 8 ? place + place / 8 : place];
+      const auto places_in_order = [&](uint32_t mask) {
+        const auto size_of_vector = [&](int v) {
+          return __popc(mask >> (v * Row::kElements) & ((1u << Row::kElements) - 1));
+        };
+        Places places;
+        uint32_t own[kWords], sums[kWords];
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          own[w] = size_of_vector(2 * w);
+          if (2 * w + 1 < kVectors) own[w] |= size_of_vector(2 * w + 1) << 16;
+          sums[w] = inclusive_sum_of_lanes(own[w]);
+          if (lane == 31) sizes[w][warp] = sums[w];
+        }
+        // The edges belong to the first warp.
+        const uint32_t edges = __ballot_sync(kFullWarp, (mask >> kEdge & 1) != 0);
+        if (threadIdx.x == 0) head_size = __popc(edges & ((1u << row.head) - 1));
+        __syncthreads();
+        uint32_t start = head_size;  // of a vector of all threads
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          const uint32_t size = lane < kWarps ? sizes[w][lane] : 0;
+          const uint32_t all = __reduce_add_sync(kFullWarp, size);
+          const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? size : 0) + sums[w] - own[w];
+#pragma unroll
+          for (int v = 2 * w; v < 2 * w + 2 && v < kVectors; ++v) {
+            places.of_vector[v] = start + (before >> (v % 2 * 16) & 0xFFFF);
+            start += all >> (v % 2 * 16) & 0xFFFF;
+          }
+        }
+        const uint32_t earlier = __popc(edges & ((1u << lane) - 1));
+        places.of_edge = lane < row.head ? earlier : start - head_size + earlier;
+        return places;
       };
-      const Places places = places_in_order(chosen);
+      uint32_t chosen = mask_up_to(kth_bin - 1);
+      const uint32_t members = mask_up_to(kth_bin) & ~chosen;  // of the bin of the k-th
+      const auto pair_at = [&](uint32_t i) {
+        const uint32_t index = row.index_at(i);
+        return format.pair(load_one(data + index), index);
+      };
+      uint32_t first_place = 0;  // of the thread's members in their list
+      if (members != 0 && found.count <= kThreads) {
+        first_place = atomicAdd(&count, __popc(members));
+        uint32_t place = first_place;
+#pragma unroll 1
+        for (uint32_t rest = members; rest != 0; rest &= rest - 1) pairs[place++] = pair_at(__ffs(rest) - 1);
+      }
+      if (threadIdx.x == 0 && found.count <= kThreads) pairs[found.count] = kNoPair;
+      __syncthreads();
+      if (found.count <= kThreads) {
+        if (32 * warp < found.count) {
+          const uint64_t pair = threadIdx.x < found.count ? pairs[threadIdx.x] : kNoPair;
+          const uint32_t place = found.before + count_larger(pair, pairs, found.count);
+          const bool exists = threadIdx.x < found.count;
+          const uint32_t those_chosen = __ballot_sync(kFullWarp, exists && place < k);
+          if (lane == 0) members_chosen[warp] = those_chosen;
+          if (exists && place == k - 1) exact_bound = pair;
+        }
+      } else {
+        // Too many to be listed: a bisection of the range of their keys, and of those that equal the k-th's the first.
+        const auto for_each_member = [&](auto body) {
+#pragma unroll 1
+          for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
+            body(rest & -rest, format.key_of(load_one(data + row.index_at(__ffs(rest) - 1))));
+          }
+        };
+        uint32_t low = 0xFFFFFFFFu, high = 0;
+        for_each_member([&](uint32_t, uint32_t key) {
+          low = min(low, key);
+          high = max(high, key);
+        });
+        low = __reduce_min_sync(kFullWarp, low);
+        high = __reduce_max_sync(kFullWarp, high);
+        if (lane == 0) atomicMin(&Select::shared().key_min, low);
+        if (lane == 0) atomicMax(&Select::shared().key_max, high);
+        __syncthreads();
+        low = Select::shared().key_min;
+        high = Select::shared().key_max;
+        uint32_t larger = found.before;  // elements of the row above `high`, at most k
+#pragma unroll 1
+        for (int round = 0; low < high; round ^= 1) {
+          const uint32_t middle = high - (high - low) / 2;
+          uint32_t own = 0;
+#pragma unroll 4
+          for (uint32_t i = threadIdx.x; i < length; i += kThreads) own += format.key_of(load_one(data + i)) >= middle;
+          own = __reduce_add_sync(kFullWarp, own);
+          if (lane == 0) counts[round][warp] = own;
+          __syncthreads();
+          const uint32_t size = __reduce_add_sync(kFullWarp, lane < kWarps ? counts[round][lane] : 0);
+          if (size > k) {
+            low = middle;
+          } else {
+            high = middle - 1;
+            larger = size;
+            if (size == k) low = high;
+          }
+        }
+        uint32_t equal = 0;
+        for_each_member([&](uint32_t bit, uint32_t key) {
+          chosen |= key > low ? bit : 0;
+          equal |= key == low ? bit : 0;
+        });
+        const Places places = places_in_order(equal);
+        const auto choose = [&](uint32_t bit, uint32_t place) {
+          if ((equal & bit) != 0 && place < k - larger) chosen |= bit;
+        };
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        uint32_t place = places.of_vector[v];
+        for (int v = 0; v < kVectors; ++v) {
+          uint32_t place = places.of_vector[v];
 #pragma unroll
-        for (int e = 0; e < Row::kElements; ++e) {
-          if (is_chosen(v, e)) result_at(place++) = {row.bits(v, e), static_cast<Bits>(row.index(v) + e)};
+          for (int e = 0; e < Row::kElements; ++e) {
+            const uint32_t bit = 1u << (v * Row::kElements + e);
+            choose(bit, place);
+            if ((equal & bit) != 0) ++place;
+          }
+        }
+        choose(1u << kEdge, places.of_edge);
+        if (threadIdx.x == 0) exact_bound = static_cast<uint64_t>(low) << kRowIndexBits | ~(length - 1);
+      }
+      if (threadIdx.x == 0) count = 0;
+      __syncthreads();
+      const uint64_t bound = exact_bound;
+      if (found.count <= kThreads) {
+#pragma unroll 1
+        for (uint32_t rest = members; rest != 0; rest &= rest - 1, ++first_place) {
+          if ((members_chosen[first_place / 32] >> first_place % 32 & 1) != 0) chosen |= rest & -rest;
         }
       }
-      if (edge_chosen) {
-        result_at(places.of_edge) = {reinterpret_cast<const Bits*>(data)[row.edge_index],
-                                     static_cast<Bits>(row.edge_index)};
-      }
-      __syncthreads();
-      Bits* values = static_cast<Bits*>(op.values) + row_index * op.k;
-      int32_t* indices = op.indices + row_index * op.k;
+      const bool edge_chosen = (chosen >> kEdge & 1) != 0;
+      const auto is_chosen = [&](int v, int e) { return (chosen >> (v * Row::kElements + e) & 1) != 0; };
+
+      if constexpr (kSorted) {
+        uint64_t best = 0;
+        uint32_t varying = 0;
+        const auto keep = [&](uint64_t pair) {
+          best = max(best, pair);
+          varying |= static_cast<uint32_t>((pair ^ bound) >> format.index_bits);
+          pairs[atomicAdd(&count, 1)] = pair;
+        };
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+          for (int e = 0; e < Row::kElements; ++e) {
+            if (is_chosen(v, e)) keep(row.pair(v, e));
+          }
+        }
+        if (edge_chosen) keep(row.edge_pair());
+        const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(best >> format.index_bits));
+        varying = __reduce_or_sync(kFullWarp, varying);
+        if (lane == 0) {
+          atomicMax(&Select::shared().key_max, key_max);
+          atomicOr(&Select::shared().key_varying, varying);
+        }
+        __syncthreads();
+        varying = Select::shared().key_varying;
+        best = (static_cast<uint64_t>(Select::shared().key_max) + 1 << format.index_bits) - 1;
+        Select::template order<true>(k, bound, best, varying, k, format.index_bits, length, pairs + op.k, write);
+      } else {
+        // In ascending order of the index. They go to shared memory first, since whole lines are faster to write.
+        using Bits = typename Row::Bits;
+        struct alignas(2 * sizeof(Bits)) Result {
+          Bits bits, index;
+        };
+        static_assert(sizeof(Bits) == 4 || kMaxBlockLength <= 1 << 16);
+        Result* results = reinterpret_cast<Result*>(pairs);
+        // Of a sorted row, a thread with 8 elements has 8 results side by side: a gap behind them spreads these over
+        // the banks.
+        const auto result_at = [&](uint32_t place) -> Result& {
+          return results[Row::kElements == 8 ? place + place / 8 : place];
+        };
+        const Places places = places_in_order(chosen);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          uint32_t place = places.of_vector[v];
+#pragma unroll
+          for (int e = 0; e < Row::kElements; ++e) {
+            if (is_chosen(v, e)) result_at(place++) = {row.bits(v, e), static_cast<Bits>(row.index(v) + e)};
+          }
+        }
+        if (edge_chosen) {
+          result_at(places.of_edge) = {reinterpret_cast<const Bits*>(data)[row.edge_index],
+                                       static_cast<Bits>(row.edge_index)};
+        }
+        __syncthreads();
+        Bits* values = static_cast<Bits*>(op.values) + row_index * op.k;
+        int32_t* indices = op.indices + row_index * op.k;
 #pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
-        const Result result = result_at(i);
-        values[i] = result.bits;
-        indices[i] = static_cast<int32_t>(result.index);
+        for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
+          const Result result = result_at(i);
+          values[i] = result.bits;
+          indices[i] = static_cast<int32_t>(result.index);
+        }
       }
     }
   }
@@ -535,7 +674,9 @@ cudaError_t run_block(const TopkSelect& op, const TopkSelectPlan& plan, cudaStre
         if constexpr (kInstance.kernel == TopkKernel::kFew) {
           return launch_kernel(topk_select_few<T, kInstance.threads, kInstance.size>, shape, stream, op);
         } else if constexpr (kInstance.kernel == TopkKernel::kMany) {
-          return launch_kernel(topk_select_many<T, kInstance.threads, kInstance.size>, shape, stream, op);
+          const auto kernel = op.sorted ? topk_select_many<T, kInstance.threads, kInstance.size, true>
+                                        : topk_select_many<T, kInstance.threads, kInstance.size, false>;
+          return launch_kernel(kernel, shape, stream, op);
         }
       }
       return cudaErrorInvalidValue;

@@ -45,6 +45,9 @@ INSTRUCTIONS = {
     "mapa.shared::cluster": "{0} = emulation::in_block({0}, {1})",
     "ld.shared::cluster.u32": "{0} = *static_cast<const volatile uint32_t*>(emulation::at({1}))",
     "ld.shared.u32": "{0} = *static_cast<const volatile uint32_t*>(emulation::at({1}))",
+    "setp.ne.u32 p, %2, 0; @p atom.shared.add.u32": "if ({2}) {0} = "
+    "atomicAdd(static_cast<uint32_t*>(emulation::at({1})), 1)",
+    "setp.ne.u32 p, %2, 0; @p st.shared.b64": "if ({2}) *static_cast<uint64_t*>(emulation::at({0})) = {1}",
     "red.shared.add.u32": "++*static_cast<uint32_t*>(emulation::at({0}))",
     "atom.shared::cluster.add.u32": "{0} = atomicAdd(static_cast<uint32_t*>(emulation::at({1})), {2})",
     "atom.shared.add.u32": "{0} = atomicAdd(static_cast<uint32_t*>(emulation::at({1})), {2})",
