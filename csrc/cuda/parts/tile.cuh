@@ -448,11 +448,11 @@ __device__ __forceinline__ LaneMaxima<kLanes> lane_maxima(const PackedTile<T, kE
 }
 
 // The sum of x over the tile's earlier lanes, and that over all of them: more than kSlots, but not exact, where that or
-// some x above 7 makes it so.
-template <int kLanes>
+// some x above 7 makes it so. kInSteps: with fewer instructions, of which more wait for each other.
+template <int kLanes, bool kInSteps>
 __device__ __forceinline__ int exclusive_sum_of_tile(int x, int& all) {
-  if constexpr (kLanes > 8) {
-    // Bit by bit of the numbers: more instructions than below, of which fewer wait for each other.
+  if constexpr (!kInSteps) {
+    // Bit by bit of the numbers.
     const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
     const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
     int sum = 0;
@@ -482,8 +482,8 @@ __device__ __forceinline__ int exclusive_sum_of_tile(int x, int& all) {
 
 // Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
 // counts them: at least `needed`, at most kSlots. False, for the whole warp, where that fails: too many nearly equal
-// keys. maximum: maximum(i) gives number i of sorted_maxima.
-template <int kLanes, class Keys, class Maximum>
+// keys. maximum: maximum(i) gives number i of sorted_maxima. kInSteps: see exclusive_sum_of_tile.
+template <int kLanes, bool kInSteps, class Keys, class Maximum>
 __device__ __forceinline__ bool list_candidates_by(const Keys& keys, uint32_t eligible, const Maximum& maximum, int k,
                                                    int needed, float margin, int* candidates, int& count) {
   const int lane = tile_lane<kLanes>();
@@ -497,7 +497,7 @@ __device__ __forceinline__ bool list_candidates_by(const Keys& keys, uint32_t el
   for (int attempt = 0;; ++attempt) {
     const float threshold = margin == 0.0f || probing ? bound : bound - margin - fabsf(bound) * kKeyMargin;
     reach = reaching(keys, threshold) & eligible;
-    position = exclusive_sum_of_tile<kLanes>(__popc(reach), count);
+    position = exclusive_sum_of_tile<kLanes, kInSteps>(__popc(reach), count);
     const bool crowded = count > kSlots<kLanes>;
     const bool fits = !crowded && count >= needed;
     if (!__any_sync(kFullWarp, (probing && margin != 0.0f) || !fits)) break;
@@ -526,12 +526,12 @@ __device__ __forceinline__ bool list_candidates_by(const Keys& keys, uint32_t el
   }
   return true;
 }
-template <int kLanes, class Keys>
+template <int kLanes, bool kInSteps = kLanes == 8, class Keys>
 __device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, LaneMaxima<kLanes> maxima, int k,
                                                 int needed, float margin, int* candidates, int& count) {
   const float sorted = sorted_maxima<kLanes>(maxima, k);
   const auto maximum = [&](int i) { return __shfl_sync(kFullWarp, sorted, i, kLanes); };
-  return list_candidates_by<kLanes>(keys, eligible, maximum, k, needed, margin, candidates, count);
+  return list_candidates_by<kLanes, kInSteps>(keys, eligible, maximum, k, needed, margin, candidates, count);
 }
 
 }  // namespace jax_router::cuda
