@@ -19,9 +19,9 @@ struct GlobalRow {
   __device__ __forceinline__ float operator()(int expert) const { return load_one(row + expert); }
 };
 
-// The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
-// generous with registers for scores.
-constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
+// The least number of blocks of 128 threads that a multiprocessor must have room for; 0 leaves it to the compiler,
+// which is too generous with registers for scores.
+constexpr int least_room(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
   if (lanes == 8) {
     if (mode == KeyMode::kGroups) return 6;
     if (mode == KeyMode::kScores) return chunks <= 4 ? 9 : 8;
@@ -33,13 +33,17 @@ constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_b
   return (lanes == 16 ? 9 : 8) - (element_bytes == 2 ? 1 : 0);
 }
 
+constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
+  return least_room(mode, lanes, chunks, element_bytes) * 128 / gate_threads(mode);
+}
+
 // kChunks: quads a lane, of which the first kFullChunks are within the row. quads: see rows_have_quads, of the logits
 // and the biases.
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
-__global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChunks, sizeof(T)))
+__global__ void __launch_bounds__(gate_threads(kMode), least_blocks(kMode, kLanes, kChunks, sizeof(T)))
     activation_topk_tiles(const ActivationTopk op, const bool quads) {
   constexpr int kElements = 4 * kChunks;
-  constexpr int kTokens = kTileThreads / kLanes;
+  constexpr int kTokens = gate_threads(kMode) / kLanes;
   __shared__ SelectScratch<kLanes> scratch[kTokens];
   // Where there is no token the last one's row is loaded, so that the loads need no condition; and a masked token's
   // before it is known that it is masked. The numbers of tokens and of choices fit 31 bits, see can_use: products of
