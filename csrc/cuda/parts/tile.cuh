@@ -96,8 +96,9 @@ constexpr int kElementsOf<PackedTile<T, kElements>> = kElements;
 
 // A row of `length` elements into the registers of a tile of kLanes lanes, in the layout above; -inf where there is
 // no element. kFullChunks: the first so many of the quads are within any row that comes here.
-template <int kLanes, int kFullChunks, class T, int kElements>
-__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, PackedTile<T, kElements>& packed) {
+template <int kLanes, int kFullChunks, class T, int kElements, class Loads = OrdinaryLoads>
+__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, PackedTile<T, kElements>& packed,
+                                          Loads loads = {}) {
   const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
   row += first;
   asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
@@ -107,7 +108,7 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
 #pragma unroll
     for (int c = 0; c < kElements / 4; ++c) {
       uint2 quad = make_uint2(none, none);
-      if (c < kFullChunks || 4 * kLanes * c < left) quad = load_packed_quad(row + 4 * kLanes * c);
+      if (c < kFullChunks || 4 * kLanes * c < left) quad = loads.packed_quad(row + 4 * kLanes * c);
       packed.words[2 * c] = quad.x;
       packed.words[2 * c + 1] = quad.y;
     }
@@ -123,8 +124,9 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
 }
 
 // The same as f32.
-template <int kLanes, int kFullChunks, int kElements, class T>
-__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements]) {
+template <int kLanes, int kFullChunks, int kElements, class T, class Loads = OrdinaryLoads>
+__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements],
+                                          Loads loads = {}) {
   const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
   row += first;
   asm("" : "+l"(row));
@@ -136,7 +138,7 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
     if constexpr (kPacked) {
 #pragma unroll
       for (int c = 0; c < kElements / 4; ++c) {
-        if (c < kFullChunks || 4 * kLanes * c < left) packed[c] = load_packed_quad(row + 4 * kLanes * c);
+        if (c < kFullChunks || 4 * kLanes * c < left) packed[c] = loads.packed_quad(row + 4 * kLanes * c);
       }
     }
 #pragma unroll
@@ -146,7 +148,7 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
         if constexpr (kPacked) {
           quad = unpack_quad(row, packed[c]);
         } else {
-          quad = load_quad(row + 4 * kLanes * c);
+          quad = loads.quad(row + 4 * kLanes * c);
         }
       }
       elements[4 * c + 0] = quad.x;
