@@ -19,9 +19,9 @@ struct GlobalRow {
   __device__ __forceinline__ float operator()(int expert) const { return load_one(row + expert); }
 };
 
-// The least number of blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which is too
-// generous with registers for scores.
-constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
+// The least number of blocks of 128 threads that a multiprocessor must have room for; 0 leaves it to the compiler,
+// which is too generous with registers for scores.
+constexpr int least_room(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
   if (lanes == 8) {
     if (mode == KeyMode::kGroups) return 6;
     if (mode == KeyMode::kScores) return chunks <= 4 ? 9 : 8;
@@ -33,13 +33,17 @@ constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_b
   return (lanes == 16 ? 9 : 8) - (element_bytes == 2 ? 1 : 0);
 }
 
+constexpr int least_blocks(KeyMode mode, int lanes, int chunks, size_t element_bytes) {
+  return least_room(mode, lanes, chunks, element_bytes) * 128 / gate_threads(mode);
+}
+
 // kChunks: quads a lane, of which the first kFullChunks are within the row. quads: see rows_have_quads, of the logits
-// and the biases.
+// and the biases. passing: see PassingLoads.
 template <class T, KeyMode kMode, int kLanes, int kChunks, int kFullChunks>
-__global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChunks, sizeof(T)))
-    activation_topk_tiles(const ActivationTopk op, const bool quads) {
+__global__ void __launch_bounds__(gate_threads(kMode), least_blocks(kMode, kLanes, kChunks, sizeof(T)))
+    activation_topk_tiles(const ActivationTopk op, const bool quads, const bool passing) {
   constexpr int kElements = 4 * kChunks;
-  constexpr int kTokens = kTileThreads / kLanes;
+  constexpr int kTokens = gate_threads(kMode) / kLanes;
   __shared__ SelectScratch<kLanes> scratch[kTokens];
   // Where there is no token the last one's row is loaded, so that the loads need no condition; and a masked token's
   // before it is known that it is masked. The numbers of tokens and of choices fit 31 bits, see can_use: products of
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(kTileThreads, least_blocks(kMode, kLanes, kChu
   [[maybe_unused]] float keys[kElements];
   // Logits of 16 bits are unpacked where they are loaded, which the biases need not wait for.
   if constexpr (sizeof(T) == 2) load_biases<kMode, kLanes, kFullChunks>(op.selection.experts, bias, quads, keys);
-  load_tile<kLanes, kFullChunks>(row, op.selection.experts, kLanes == 8 || quads, logits);
+  load_tile<kLanes, kFullChunks>(row, op.selection.experts, kLanes == 8 || quads, logits, PassingLoads(passing));
   if constexpr (sizeof(T) == 4) load_biases<kMode, kLanes, kFullChunks>(op.selection.experts, bias, quads, keys);
   bool wanted = exists;
   if (op.token_mask != nullptr) wanted = exists && !is_masked(op, token);
@@ -94,17 +98,18 @@ cudaError_t run_tiles(const ActivationTopk& op, const ActivationTopkPlan& plan, 
     if constexpr (has_tile(kTile, dtype_of(T{}), kMode)) {
       const bool quads = rows_have_quads(op.logits, op.selection.experts, sizeof(T)) &&
                          rows_have_quads(op.bias, op.selection.experts, sizeof(float));
+      const bool passing = logits_pass(op);
       const LaunchShape shape{plan.blocks, plan.threads};
       // Rows that fill their tile, as those of most models do, need not ask what lies within them.
       constexpr int kFilled = 4 * kTile.lanes * kTile.chunks;
       if constexpr (kFilled % 128 == 0 && kFilled <= 384) {
         if (op.selection.experts == kFilled) {
           return launch_kernel(activation_topk_tiles<T, kMode, kTile.lanes, kTile.chunks, kTile.chunks>, shape, stream,
-                               op, quads);
+                               op, quads, passing);
         }
       }
       return launch_kernel(activation_topk_tiles<T, kMode, kTile.lanes, kTile.chunks, kTile.full_chunks>, shape, stream,
-                           op, quads);
+                           op, quads, passing);
     }
     return cudaErrorInvalidValue;
   });

@@ -119,6 +119,39 @@ __device__ __forceinline__ float4 load_quad(const T* p) {
   return unpack_quad(p, load_packed_quad(p));
 }
 
+// These two, as a choice.
+struct OrdinaryLoads {
+  __device__ __forceinline__ float4 quad(const float* p) const { return load_quad(p); }
+  template <class T>
+  __device__ __forceinline__ uint2 packed_quad(const T* p) const {
+    return load_packed_quad(p);
+  }
+};
+// The same, and where `passing` is said, their places in the L2 cache are the first to be given away.
+struct PassingLoads {
+  uint64_t policy;
+
+  __device__ __forceinline__ explicit PassingLoads(bool passing) {
+    uint64_t normal;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(normal));
+    if (!passing) policy = normal;
+  }
+  __device__ __forceinline__ float4 quad(const float* p) const {
+    float4 x;
+    asm("ld.global.nc.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+        : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+        : "l"(p), "l"(policy));
+    return x;
+  }
+  template <class T>
+  __device__ __forceinline__ uint2 packed_quad(const T* p) const {
+    uint2 x;
+    asm("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(x.x), "=r"(x.y) : "l"(p), "l"(policy));
+    return x;
+  }
+};
+
 // Elements first .. first + 3 of a row of `length`, -inf where there is none. quads: rows_have_quads.
 template <class T>
 __device__ __forceinline__ float4 load_quad_of_row(const T* row, int first, int length, bool quads) {

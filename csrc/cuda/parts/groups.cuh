@@ -92,35 +92,26 @@ __device__ __forceinline__ bool is_best_group(const Selection& selection, Select
   return exists && rank < selection.groups.top_groups;
 }
 
-// The same without an order. `doubtful`, of any of the tile's lanes, says that the order or more exact scores decide:
-// that a group outside the best is at most `margin` below one of these, or that a score is no number to subtract from.
+// The same without an order: whether no more than top_groups groups, itself among them, are better than the lane's own
+// or at most `margin` below it. Fewer than top_groups groups are that where the order or more exact scores decide.
 template <int kLanes>
-__device__ __forceinline__ bool is_best_group(const Selection& selection, float margin,
-                                              const SelectScratch<kLanes>& scratch, bool& doubtful) {
-  const int lane = tile_lane<kLanes>();
-  const float score = scratch.values[lane];
+__device__ __forceinline__ bool is_clearly_best_group(const Selection& selection, float margin,
+                                                      const SelectScratch<kLanes>& scratch, float score) {
   const float rival_score = score - margin;
-  SumOfTrue better;
-  SumOfTrue rivals;  // and the group itself
+  SumOfTrue rivals[2];
 #pragma unroll 1
   for (int begin = 0; begin < selection.groups.num_groups; begin += 8) {
 #pragma unroll
     for (int i = begin; i < begin + 8; i += 4) {
       const float4 others = *reinterpret_cast<const float4*>(scratch.values + i);
-      better.add_if_greater(others.x, score);
-      rivals.add_if_reaches(others.x, rival_score);
-      better.add_if_greater(others.y, score);
-      rivals.add_if_reaches(others.y, rival_score);
-      better.add_if_greater(others.z, score);
-      rivals.add_if_reaches(others.z, rival_score);
-      better.add_if_greater(others.w, score);
-      rivals.add_if_reaches(others.w, rival_score);
+      rivals[0].add_if_reaches(others.x, rival_score);
+      rivals[1].add_if_reaches(others.y, rival_score);
+      rivals[0].add_if_reaches(others.z, rival_score);
+      rivals[1].add_if_reaches(others.w, rival_score);
     }
   }
-  const bool best =
-      lane < selection.groups.num_groups && static_cast<int>(better.value()) < selection.groups.top_groups;
-  doubtful = (best && static_cast<int>(rivals.value()) > selection.groups.top_groups) || !(score < INFINITY);
-  return best;
+  return tile_lane<kLanes>() < selection.groups.num_groups &&
+         static_cast<int>(rivals[0].value() + rivals[1].value()) <= selection.groups.top_groups;
 }
 
 // Makes every expert outside the top_groups best groups ineligible. The result is the largest of the lane's keys that
@@ -157,10 +148,13 @@ __device__ __forceinline__ LaneMaxima<kLanes> keep_best_groups(const Selection& 
       // cheap, which with that of the difference is 18 halves of a unit in the last place of the largest key.
       margin = 2.0f * margin + 1.25f * kKeyMargin * largest;
     }
-    best = is_best_group(selection, margin, scratch, doubtful);
+    const float score = scratch.values[tile_lane<kLanes>()];
+    best = is_clearly_best_group(selection, margin, scratch, score);
+    doubtful = !(score < INFINITY);
   }
   uint32_t kept = __ballot_sync(kFullWarp, best);
-  if constexpr (kLanes < 32) kept >>= threadIdx.x & 31 & ~(kLanes - 1);
+  if constexpr (kLanes < 32) kept = kept >> (threadIdx.x & 31 & ~(kLanes - 1)) & ((1u << (kLanes & 31)) - 1);
+  if constexpr (kAccuracy != Accuracy::kExact) doubtful |= __popc(kept) != selection.groups.top_groups;
   const int shift = group_shift(selection);
   kept >>= tile_lane<kLanes>() >> shift;
   const auto keep_quads = [&](auto include_quad) {

@@ -119,6 +119,8 @@ __device__ __forceinline__ float finish_weight(const Scoring& scoring, int k, bo
   if (scoring.renormalize) {
     if (chosen) values[rank] = score;
     sync();
+    // A quotient of 0 would take the long way of the division, and the whole warp with it.
+    if (!chosen) score = 1.0f;
     score = divide(score, divisor_of_scores(scoring, values, k));
   }
   return __fmul_rn(score, scoring.scale);

@@ -96,8 +96,9 @@ constexpr int kElementsOf<PackedTile<T, kElements>> = kElements;
 
 // A row of `length` elements into the registers of a tile of kLanes lanes, in the layout above; -inf where there is
 // no element. kFullChunks: the first so many of the quads are within any row that comes here.
-template <int kLanes, int kFullChunks, class T, int kElements>
-__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, PackedTile<T, kElements>& packed) {
+template <int kLanes, int kFullChunks, class T, int kElements, class Loads = OrdinaryLoads>
+__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, PackedTile<T, kElements>& packed,
+                                          Loads loads = {}) {
   const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
   row += first;
   asm("" : "+l"(row));  // one address with constant offsets, where the compiler would make one for each load
@@ -107,7 +108,7 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
 #pragma unroll
     for (int c = 0; c < kElements / 4; ++c) {
       uint2 quad = make_uint2(none, none);
-      if (c < kFullChunks || 4 * kLanes * c < left) quad = load_packed_quad(row + 4 * kLanes * c);
+      if (c < kFullChunks || 4 * kLanes * c < left) quad = loads.packed_quad(row + 4 * kLanes * c);
       packed.words[2 * c] = quad.x;
       packed.words[2 * c + 1] = quad.y;
     }
@@ -123,8 +124,9 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
 }
 
 // The same as f32.
-template <int kLanes, int kFullChunks, int kElements, class T>
-__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements]) {
+template <int kLanes, int kFullChunks, int kElements, class T, class Loads = OrdinaryLoads>
+__device__ __forceinline__ void load_tile(const T* row, int length, bool quads, float (&elements)[kElements],
+                                          Loads loads = {}) {
   const int first = 4 * (static_cast<int>(threadIdx.x) & (kLanes - 1));
   row += first;
   asm("" : "+l"(row));
@@ -136,7 +138,7 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
     if constexpr (kPacked) {
 #pragma unroll
       for (int c = 0; c < kElements / 4; ++c) {
-        if (c < kFullChunks || 4 * kLanes * c < left) packed[c] = load_packed_quad(row + 4 * kLanes * c);
+        if (c < kFullChunks || 4 * kLanes * c < left) packed[c] = loads.packed_quad(row + 4 * kLanes * c);
       }
     }
 #pragma unroll
@@ -146,7 +148,7 @@ __device__ __forceinline__ void load_tile(const T* row, int length, bool quads, 
         if constexpr (kPacked) {
           quad = unpack_quad(row, packed[c]);
         } else {
-          quad = load_quad(row + 4 * kLanes * c);
+          quad = loads.quad(row + 4 * kLanes * c);
         }
       }
       elements[4 * c + 0] = quad.x;
@@ -448,11 +450,11 @@ __device__ __forceinline__ LaneMaxima<kLanes> lane_maxima(const PackedTile<T, kE
 }
 
 // The sum of x over the tile's earlier lanes, and that over all of them: more than kSlots, but not exact, where that or
-// some x above 7 makes it so.
-template <int kLanes>
+// some x above 7 makes it so. kInSteps: with fewer instructions, of which more wait for each other.
+template <int kLanes, bool kInSteps>
 __device__ __forceinline__ int exclusive_sum_of_tile(int x, int& all) {
-  if constexpr (kLanes > 8) {
-    // Bit by bit of the numbers: more instructions than below, of which fewer wait for each other.
+  if constexpr (!kInSteps) {
+    // Bit by bit of the numbers.
     const uint32_t tile = kLanes == 32 ? kFullWarp : 0xFFFFu << (threadIdx.x & 16);
     const uint32_t before = tile & ((1u << (threadIdx.x & 31)) - 1);
     int sum = 0;
@@ -482,8 +484,8 @@ __device__ __forceinline__ int exclusive_sum_of_tile(int x, int& all) {
 
 // Lists the experts of the tile's eligible keys that are among the `needed` best or at most `margin` below these, and
 // counts them: at least `needed`, at most kSlots. False, for the whole warp, where that fails: too many nearly equal
-// keys. maximum: maximum(i) gives number i of sorted_maxima.
-template <int kLanes, class Keys, class Maximum>
+// keys. maximum: maximum(i) gives number i of sorted_maxima. kInSteps: see exclusive_sum_of_tile.
+template <int kLanes, bool kInSteps, class Keys, class Maximum>
 __device__ __forceinline__ bool list_candidates_by(const Keys& keys, uint32_t eligible, const Maximum& maximum, int k,
                                                    int needed, float margin, int* candidates, int& count) {
   const int lane = tile_lane<kLanes>();
@@ -497,7 +499,7 @@ __device__ __forceinline__ bool list_candidates_by(const Keys& keys, uint32_t el
   for (int attempt = 0;; ++attempt) {
     const float threshold = margin == 0.0f || probing ? bound : bound - margin - fabsf(bound) * kKeyMargin;
     reach = reaching(keys, threshold) & eligible;
-    position = exclusive_sum_of_tile<kLanes>(__popc(reach), count);
+    position = exclusive_sum_of_tile<kLanes, kInSteps>(__popc(reach), count);
     const bool crowded = count > kSlots<kLanes>;
     const bool fits = !crowded && count >= needed;
     if (!__any_sync(kFullWarp, (probing && margin != 0.0f) || !fits)) break;
@@ -526,12 +528,12 @@ __device__ __forceinline__ bool list_candidates_by(const Keys& keys, uint32_t el
   }
   return true;
 }
-template <int kLanes, class Keys>
+template <int kLanes, bool kInSteps = kLanes == 8, class Keys>
 __device__ __forceinline__ bool list_candidates(const Keys& keys, uint32_t eligible, LaneMaxima<kLanes> maxima, int k,
                                                 int needed, float margin, int* candidates, int& count) {
   const float sorted = sorted_maxima<kLanes>(maxima, k);
   const auto maximum = [&](int i) { return __shfl_sync(kFullWarp, sorted, i, kLanes); };
-  return list_candidates_by<kLanes>(keys, eligible, maximum, k, needed, margin, candidates, count);
+  return list_candidates_by<kLanes, kInSteps>(keys, eligible, maximum, k, needed, margin, candidates, count);
 }
 
 }  // namespace jax_router::cuda

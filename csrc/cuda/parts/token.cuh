@@ -226,9 +226,10 @@ __device__ __forceinline__ void select_token(const Selection& selection, const L
       // Counting them was measured to pay where there is little else to compute, or few tokens.
       if constexpr ((kMode == KeyMode::kLogits && kLanes > 8) || (kMode == KeyMode::kScores && kLanes == 32)) {
         const CountedMaxima<kLanes> maximum(maxima, k, wanted, scratch);
-        return list_candidates_by<kLanes>(row, eligible, maximum, k, needed, margin, scratch.candidates, count);
+        return list_candidates_by<kLanes, false>(row, eligible, maximum, k, needed, margin, scratch.candidates, count);
       } else {
-        return list_candidates<kLanes>(row, eligible, maxima, k, needed, margin, scratch.candidates, count);
+        return list_candidates<kLanes, kLanes <= 16>(row, eligible, maxima, k, needed, margin, scratch.candidates,
+                                                     count);
       }
     };
     if constexpr (kMode == KeyMode::kLogits) return list_those_of(logits);

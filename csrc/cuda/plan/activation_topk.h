@@ -49,6 +49,15 @@ constexpr KeyMode key_mode(const ActivationTopk& op) {
   return op.bias != nullptr ? KeyMode::kScores : KeyMode::kLogits;
 }
 
+// Of a block of tiles. Smaller ones were measured to pay for scores alone.
+JR_HOST_DEVICE constexpr int gate_threads(KeyMode mode) { return mode == KeyMode::kScores ? 64 : kTileThreads; }
+
+// Whether the logits' places in the L2 cache are given away first. Measured on an H100, whose L2 has 50 MB: up to 7 %
+// faster where it has room for them, 4 % slower where it has not.
+constexpr bool logits_pass(const ActivationTopk& op) {
+  return op.rows * op.selection.experts * size_of(op.dtype) <= 40 << 20;
+}
+
 struct ActivationTopkPlan {
   int tile;     // of kActivationTopkTiles, or -1: rows in shared memory
   int threads;  // of a block
@@ -78,7 +87,8 @@ inline bool can_use(const ActivationTopk& op, const RowTile& tile) {
 constexpr int kActivationTopkTileCount = static_cast<int>(std::size(kActivationTopkTiles));
 
 inline ActivationTopkPlan tile_plan(const ActivationTopk& op, int tile) {
-  return {tile, kTileThreads, tile_blocks(op.rows, kActivationTopkTiles[tile].lanes), 0};
+  const int threads = gate_threads(key_mode(op));
+  return {tile, threads, ceil_div(op.rows, threads / kActivationTopkTiles[tile].lanes), 0};
 }
 
 inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
