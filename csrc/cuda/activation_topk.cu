@@ -108,7 +108,7 @@ cudaError_t run_in_registers(const ActivationTopk& op, const ActivationTopkPlan&
   if constexpr (kMode != KeyMode::kLogits) {
     if (plan.tile == kBlockOfToken) {
       const auto kernel = plan.threads <= 256 ? activation_topk_block<T, kMode, 256>
-                                              : activation_topk_block<T, kMode, kMostBlockExperts>;
+                                              : activation_topk_block<T, kMode, kMostBlockThreads>;
       return launch_kernel(kernel, {plan.blocks, plan.threads}, stream, op);
     }
   }
