@@ -163,7 +163,8 @@ def _plan_sizes(op: str, avals: dict[str, Any], params: dict[str, Any]) -> dict[
         return _native.choice_sizes(avals["expert_ids"], params["num_experts"])
     if op == "activation_topk":
         selection = params["selection"]
-        sizes = {"k": selection.top_k, "num_groups": selection.num_groups, "bias": "bias" in avals}
+        groups = {"num_groups": selection.num_groups, "top_groups": selection.top_groups}
+        sizes = {"k": selection.top_k, **groups, "bias": "bias" in avals}
         return {**_rows(avals["logits"]), "experts": avals["logits"].shape[-1], **sizes}
     if op == "route_cotangent":
         scoring = params["scoring"]

@@ -72,6 +72,14 @@ NUMBERS = {
         "activation_topk/rows/bf16/groups8/E256/k8",
         ("bf16 groups tile 32x2", "bf16 groups tile 16x4"),
     ),
+    "ActivationTopkNumbers.block_rows, scores": (
+        "activation_topk/rows/f32/bias/E256/k6",
+        ("f32 scores block of 256", "f32 scores tile 32x2"),
+    ),
+    "ActivationTopkNumbers.block_rows, groups": (
+        "activation_topk/rows/f32/groups8/E256/k8",
+        ("f32 groups block of 256", "f32 groups tile 32x2"),
+    ),
     "ActivationTopkNumbers.quarter_warps, logits": (
         "activation_topk/rows/bf16/E256/k6",
         ("bf16 logits tile 16x4", "bf16 logits tile 8x8"),

@@ -84,15 +84,15 @@ TAKEN_BY_AN_H100 = {
     "expert_dispatch/E256/k6/N4096": "cluster of 512 threads, 16 chunks",
     "expert_dispatch/E256/k6/N65536": "one wave of 512 threads",
     "expert_counts/E256/k6/N65536": "one cluster",
-    "activation_topk/E256/k6/N1/bias": "f32 scores tile 32x2",
-    "activation_topk/E256/k6/N64/bias": "f32 scores tile 32x2",
+    "activation_topk/E256/k6/N1/bias": "f32 scores block of 256",
+    "activation_topk/E256/k6/N64/bias": "f32 scores block of 256",
     "activation_topk/E256/k6/N65536/bias": "f32 scores tile 16x4",
     "activation_topk/E256/k6/N65536/bf16": "bf16 logits tile 8x8",
     "activation_topk/E256/k6/N65536/bf16/bias": "bf16 scores tile 8x8",
-    "activation_topk/E384/k6/N1/bias": "f32 scores tile 32x3",
+    "activation_topk/E384/k6/N1/bias": "f32 scores block of 512",
     "activation_topk/E384/k6/N65536/bias": "f32 scores tile 16x6",
-    "activation_topk/sigmoid/E256/k8/groups8-4/N1": "f32 groups tile 32x2",
-    "activation_topk/sigmoid/E256/k8/groups8-4/N64": "f32 groups tile 32x2",
+    "activation_topk/sigmoid/E256/k8/groups8-4/N1": "f32 groups block of 256",
+    "activation_topk/sigmoid/E256/k8/groups8-4/N64": "f32 groups block of 256",
     "activation_topk/sigmoid/E256/k8/groups8-4/N65536": "f32 groups tile 8x8",
     "activation_topk/softmax/E128/k8/N1": "f32 logits tile 16x2",
     "activation_topk/softmax/E128/k8/N4096": "f32 logits tile 16x2",
@@ -355,7 +355,7 @@ def test_twice_the_multiprocessors_take_twice_the_rows_alike(op, device):
 
 
 def lanes_of_row(plan):
-    return 64 if "shared memory" in plan else int(re.search(r"tile (\d+)x", plan)[1])
+    return 64 if "shared memory" in plan else int(re.search(r"(?:tile|block of) (\d+)", plan)[1])
 
 
 def blocks_of_row(plan):

@@ -104,8 +104,8 @@ struct RouteAt {
 // Where the ids of a row begin, or null if its token id is outside the table.
 JR_HOST_DEVICE const int32_t* ids_of_row(const RouteAt& op, int64_t row) {
   if (op.token_ids == nullptr) return op.expert_ids + row * op.k;
-  const int64_t token_id = op.token_ids[row];
-  return token_id >= 0 && token_id < op.vocab_size ? op.expert_ids + token_id * op.k : nullptr;
+  const int32_t token_id = op.token_ids[row];
+  return token_id >= 0 && token_id < op.vocab_size ? op.expert_ids + int64_t{token_id} * op.k : nullptr;
 }
 
 // route_at with the ids of a table: a hash layer whose weights are scores.

@@ -1,10 +1,12 @@
 // activation_topk: scores, selection and weights of tokens whose logits lie in device memory.
 //
 // A tile of 8, 16 or 32 lanes owns one token: it reads the row once into registers, 4 logits a lane at a time, and
-// selects there (parts/token.cuh). Rows too long or with too many choices for that are kept in shared memory, one warp
-// a token. Floor: the logits are read once, and k weights and ids are written: rows * (experts * sizeof(logit) + 8 k)
+// selects there (parts/token.cuh). Few tokens that are selected by scores have a block each, with a thread for each
+// expert (parts/block_token.cuh). Rows too long or with too many choices for that are kept in shared memory, one warp a
+// token. Floor: the logits are read once, and k weights and ids are written: rows * (experts * sizeof(logit) + 8 k)
 // bytes.
 #include "kernels.h"
+#include "parts/block_token.cuh"
 #include "parts/launch.cuh"
 #include "parts/long_token.cuh"
 #include "parts/token.cuh"
@@ -73,6 +75,20 @@ __global__ void __launch_bounds__(gate_threads(kMode), least_blocks(kMode, kLane
                                            scratch[threadIdx.x / kLanes]);
 }
 
+template <class T, KeyMode kMode, int kThreads>
+__global__ void __launch_bounds__(kThreads) activation_topk_block(const ActivationTopk op) {
+  __shared__ BlockScratch scratch;
+  const unsigned token = blockIdx.x;
+  const unsigned expert = threadIdx.x;
+  const bool exists = expert < static_cast<unsigned>(op.selection.experts);
+  const bool has_bias = kMode == KeyMode::kScores || op.bias != nullptr;
+  const uint64_t place = static_cast<uint64_t>(token) * static_cast<unsigned>(op.selection.experts) + expert;
+  const float logit = exists ? load_one(static_cast<const T*>(op.logits) + place) : -INFINITY;
+  const float bias = exists && has_bias ? __ldg(op.bias + token * op.bias_stride + expert) : 0.0f;
+  const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, 0, static_cast<int>(token) * op.selection.k};
+  select_token_of_block<kMode, kThreads>(op.selection, logit, has_bias, bias, !is_masked(op, token), output, scratch);
+}
+
 template <class T>
 __global__ void activation_topk_long(const ActivationTopk op, const int scratch_bytes, const bool quads) {
   extern __shared__ __align__(16) char shared[];
@@ -92,7 +108,14 @@ __global__ void activation_topk_long(const ActivationTopk op, const int scratch_
 }
 
 template <class T, KeyMode kMode>
-cudaError_t run_tiles(const ActivationTopk& op, const ActivationTopkPlan& plan, cudaStream_t stream) {
+cudaError_t run_in_registers(const ActivationTopk& op, const ActivationTopkPlan& plan, cudaStream_t stream) {
+  if constexpr (kMode != KeyMode::kLogits) {
+    if (plan.tile == kBlockOfToken) {
+      const auto kernel = plan.threads <= 256 ? activation_topk_block<T, kMode, 256>
+                                              : activation_topk_block<T, kMode, kMostBlockThreads>;
+      return launch_kernel(kernel, {plan.blocks, plan.threads}, stream, op);
+    }
+  }
   return with_index<kActivationTopkTileCount>(plan.tile, [&](auto index) {
     constexpr RowTile kTile = kActivationTopkTiles[decltype(index)::value];
     if constexpr (has_tile(kTile, dtype_of(T{}), kMode)) {
@@ -120,18 +143,18 @@ cudaError_t run_tiles(const ActivationTopk& op, const ActivationTopkPlan& plan, 
 cudaError_t run(const ActivationTopk& op, const ActivationTopkPlan& plan, cudaStream_t stream) {
   return with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    if (plan.tile < 0) {
+    if (plan.tile == kRowInShared) {
       const bool quads = rows_have_quads(op.logits, op.selection.experts, sizeof(T));
       return launch_kernel(activation_topk_long<T>, {plan.blocks, plan.threads, plan.threads / 32 * plan.warp_bytes},
                            stream, op, plan.warp_bytes, quads);
     }
     switch (key_mode(op)) {
       case KeyMode::kLogits:
-        return run_tiles<T, KeyMode::kLogits>(op, plan, stream);
+        return run_in_registers<T, KeyMode::kLogits>(op, plan, stream);
       case KeyMode::kScores:
-        return run_tiles<T, KeyMode::kScores>(op, plan, stream);
+        return run_in_registers<T, KeyMode::kScores>(op, plan, stream);
       case KeyMode::kGroups:
-        return run_tiles<T, KeyMode::kGroups>(op, plan, stream);
+        return run_in_registers<T, KeyMode::kGroups>(op, plan, stream);
     }
     return cudaErrorInvalidValue;
   });

@@ -5,8 +5,8 @@
 // shared memory, to be added up in the order of activation_topk. Softmax without renormalisation needs the whole row:
 // there a warp owns a token. Floor: rows * k * (a 32-byte sector for the logit + 12 bytes for id, weight and valid id).
 //
-// Few tokens wait for one load after another. There a block owns one token, and scores its whole row while the ids are
-// on their way.
+// Few tokens wait for one load after another. There a block owns one token, and scores its whole row, a thread an
+// expert, while the ids are on their way.
 #include "kernels.h"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
@@ -18,7 +18,7 @@ namespace {
 
 // The id, or -1 where the expert does not exist.
 __device__ __forceinline__ int load_expert(const RouteAt& op, int64_t token, int j) {
-  const int32_t* ids = token < op.rows ? ids_of_row(op, token) : nullptr;
+  const int32_t* ids = ids_of_row(op, token);
   if (ids == nullptr) return -1;
   const int expert = __ldg(ids + j);
   return static_cast<uint32_t>(expert) < static_cast<uint32_t>(op.experts) ? expert : -1;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kRouteAtThreads) route_at_choices(const RouteA
   __shared__ __align__(16) float shared[4 * kRouteAtThreads];
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int j = static_cast<int>(threadIdx.x);
-  const int expert = load_expert(op, token, j);
+  const int expert = token < op.rows ? load_expert(op, token, j) : -1;
   const float logit = load_logit<T>(op, token, expert);
   const int padded = (op.k + 3) / 4 * 4;
   float* values = shared + static_cast<int>(threadIdx.y) * padded;
@@ -65,32 +65,42 @@ __device__ __forceinline__ float finish_weight_of_lane(const Scoring& scoring, b
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kAheadChoices; ++i) sum = __fadd_rn(sum, __shfl_sync(kFullWarp, score, i));
-    score = divide(score, renormalize_divisor(scoring, sum));
+    score = divide(chosen ? score : 1.0f, renormalize_divisor(scoring, sum));  // as in finish_weight
   }
   return __fmul_rn(score, scoring.scale);
 }
 
-// Warp 0 has the choices, each thread of the others four experts.
+// Warp 0 has the choices, the other threads the experts.
 template <class T>
-__global__ void __launch_bounds__(kAheadThreads) route_at_ahead(const RouteAt op, const bool quads) {
-  __shared__ __align__(16) float logits[kAheadExperts], scores[kAheadExperts];
+__global__ void __launch_bounds__(kAheadThreads) route_at_ahead(const RouteAt op) {
+  __shared__ float2 scored[kAheadExperts];  // scores and logits
   const int64_t token = blockIdx.x;
   const int j = static_cast<int>(threadIdx.x);
-  const RowScore score{op.scoring.score_fn};
+  const int64_t place = token * op.k + j;
   int expert = -1;
   if (j < 32) {
-    if (j < op.k) expert = load_expert(op, token, j);
-  } else if (const int e = 4 * (j - 32); e < op.experts) {
+    if (j < op.k) {
+      expert = load_expert(op, token, j);
+      op.valid_ids[place] = expert;
+    }
+  } else {
+    const RowScore score{op.scoring.score_fn};
     const T* row = static_cast<const T*>(op.logits) + token * op.experts;
-    const float4 quad = load_quad_of_row(row, e, op.experts, quads);
-    *reinterpret_cast<float4*>(logits + e) = quad;
-    *reinterpret_cast<float4*>(scores + e) = make_float4(score(quad.x), score(quad.y), score(quad.z), score(quad.w));
+#pragma unroll 1
+    for (int e = j - 32; e < op.experts; e += static_cast<int>(blockDim.x) - 32) {
+      const float logit = load_one(row + e);
+      scored[e] = make_float2(score(logit), logit);
+    }
   }
+  float* weight_place = op.weights + place;
+  asm("" : "+l"(weight_place));  // before the barrier, as nobody waits for it there
   __syncthreads();
   if (j >= 32) return;
-  const float logit = expert < 0 ? -INFINITY : logits[expert];
-  const float weight = finish_weight_of_lane(op.scoring, j < op.k, logit, expert < 0 ? 0.0f : scores[expert]);
-  if (j < op.k) store_choice(op, token, j, expert, logit, weight);
+  const float2 chosen = expert < 0 ? make_float2(0.0f, -INFINITY) : scored[expert];
+  const float weight = finish_weight_of_lane(op.scoring, j < op.k, chosen.y, chosen.x);
+  if (j >= op.k) return;
+  *weight_place = expert < 0 ? 0.0f : weight;
+  if (op.chosen_logits != nullptr) op.chosen_logits[place] = expert < 0 ? 0.0f : chosen.y;
 }
 
 template <class T>
@@ -114,7 +124,7 @@ cudaError_t run(const RouteAt& op, const RouteAtPlan& plan, cudaStream_t stream)
     const bool quads = rows_have_quads(op.logits, op.experts, sizeof(T));
     switch (plan.kernel) {
       case RouteAtKernel::kAhead:
-        return launch_kernel(route_at_ahead<T>, {plan.blocks, plan.threads}, stream, op, quads);
+        return launch_kernel(route_at_ahead<T>, {plan.blocks, plan.threads}, stream, op);
       case RouteAtKernel::kChoices:
         return launch_kernel(route_at_choices<T>, {plan.blocks, dim3(op.k, plan.tokens)}, stream, op);
       case RouteAtKernel::kRows:

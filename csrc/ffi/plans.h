@@ -66,6 +66,7 @@ inline void take_sizes(Sizes& sizes, ActivationTopk& op) {
   op.selection.experts = sizes.take<int32_t>("experts");
   op.selection.k = sizes.take<int32_t>("k");
   op.selection.groups.num_groups = sizes.take<int32_t>("num_groups", 1);
+  op.selection.groups.top_groups = sizes.take<int32_t>("top_groups", (op.selection.groups.num_groups + 1) / 2);
   op.bias = an_operand(sizes.take<bool>("bias", false));
   op.dtype = sizes.dtype();
 }

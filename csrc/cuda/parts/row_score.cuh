@@ -119,9 +119,8 @@ __device__ __forceinline__ float finish_weight(const Scoring& scoring, int k, bo
   if (scoring.renormalize) {
     if (chosen) values[rank] = score;
     sync();
-    // A quotient of 0 would take the long way of the division, and the whole warp with it.
-    if (!chosen) score = 1.0f;
-    score = divide(score, divisor_of_scores(scoring, values, k));
+    // Not the 0 of a thread without a choice: for that the whole warp would take the division's long way.
+    score = divide(chosen ? score : 1.0f, divisor_of_scores(scoring, values, k));
   }
   return __fmul_rn(score, scoring.scale);
 }

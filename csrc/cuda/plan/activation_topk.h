@@ -1,5 +1,5 @@
-// Which kernel computes an activation_topk: one whose tiles hold a row in registers, or one that keeps rows that are
-// too long for that, or that have too many choices, in shared memory.
+// Which kernel computes an activation_topk: one whose tiles hold a row in registers, for few tokens one with a block a
+// token, or one that keeps rows that are too long for that, or that have too many choices, in shared memory.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,17 @@ struct ActivationTopkNumbers {
   // ones, which only groups have.
   int64_t quarter_warps[3];
   int64_t long_quarter_warps;
+  // Up to how many rows a block a token is the fastest, by KeyMode. Not for logits: there is little to compute.
+  int64_t block_rows[3];
 };
-// Measured on an H100 alone: half warps for up to 512 experts, quarters for 128 and 256, and up to 65536 rows.
+// Measured on an H100 alone: blocks for 256 and 384 experts and for no others, half warps for up to 512 experts,
+// quarters for 128 and 256, and up to 65536 rows.
 constexpr auto kActivationTopkNumbers =
     everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 1920, 2560, 9216}}, {{6144, 6144, 6144, 6144}}},
                                       {{{1, 1, 512, 2048}}, {{1, 2304, 6144, 27648}}, {{3840, 3840, 3840, 3840}}}},
                                      {16384, 12288, 26624},
-                                     22528});
+                                     22528,
+                                     {0, 64, 264}});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
 constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4},
@@ -58,8 +62,15 @@ constexpr bool logits_pass(const ActivationTopk& op) {
   return op.rows * op.selection.experts * size_of(op.dtype) <= 40 << 20;
 }
 
+// In the place of a tile.
+constexpr int kRowInShared = -1;
+constexpr int kBlockOfToken = -2;
+
+constexpr int kMostBlockThreads = 512;
+constexpr int kBlockCandidates = 32;  // that a block has room for: a lane each of the warp that ranks them
+
 struct ActivationTopkPlan {
-  int tile;     // of kActivationTopkTiles, or -1: rows in shared memory
+  int tile;     // of kActivationTopkTiles, or one of these
   int threads;  // of a block
   int64_t blocks;
   int warp_bytes;  // of shared memory, for rows there
@@ -95,8 +106,29 @@ inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
   const int64_t bytes = long_token_bytes(op.selection.experts, op.selection.groups.num_groups);
   const int64_t warps = std::min<int64_t>(8, kUnaskedSharedBytes / bytes);
   if (warps == 0 || op.selection.k > kMaxTopK) return std::nullopt;
-  const ActivationTopkPlan plan{-1, static_cast<int>(32 * warps), ceil_div(op.rows, warps), static_cast<int>(bytes)};
+  const ActivationTopkPlan plan{kRowInShared, static_cast<int>(32 * warps), ceil_div(op.rows, warps),
+                                static_cast<int>(bytes)};
   return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
+}
+
+// The kernel's maxima are over a 32nd of the most threads, all of one group, and a group is of one warp. From twice as
+// many maxima as choices on, few more keys than choices reach the bound.
+inline std::optional<ActivationTopkPlan> block_plan(const ActivationTopk& op) {
+  const Selection& selection = op.selection;
+  const KeyMode mode = key_mode(op);
+  const int of_maximum = (selection.experts <= 256 ? 256 : kMostBlockThreads) / 32;
+  if (mode == KeyMode::kLogits || selection.experts <= 128 || selection.experts > 384) return std::nullopt;
+  int eligible = selection.experts;
+  if (mode == KeyMode::kGroups) {
+    const int size = selection.experts / selection.groups.num_groups;
+    if (!tile_can_group(32, selection.experts, selection.groups.num_groups)) return std::nullopt;
+    if (size > 32 || size < of_maximum) return std::nullopt;
+    eligible = size * selection.groups.top_groups;
+  }
+  if (3 * selection.k > kBlockCandidates) return std::nullopt;
+  if (eligible > kBlockCandidates && eligible < 2 * selection.k * of_maximum) return std::nullopt;
+  if (op.rows > INT32_MAX / std::max(selection.k, 1)) return std::nullopt;
+  return ActivationTopkPlan{kBlockOfToken, static_cast<int>(round_up(selection.experts, 32)), op.rows, 0};
 }
 
 inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const Device& device) {
@@ -110,6 +142,9 @@ inline std::optional<ActivationTopkPlan> plan(const ActivationTopk& op, const De
     const HalfWarpRows& half_warps = numbers.half_warps[op.dtype == DType::kF32][mode];
     return tile.lanes == 32 || half_warps.pay(op.rows, tile.chunks, device);
   };
+  if (op.rows <= device.scaled(numbers.block_rows[mode])) {
+    if (const auto plan = block_plan(op)) return plan;
+  }
   for (int lanes : {8, 16, 32}) {
     for (int i = 0; i < kActivationTopkTileCount; ++i) {
       const RowTile& tile = kActivationTopkTiles[i];
@@ -124,16 +159,22 @@ inline std::vector<ActivationTopkPlan> plans(const ActivationTopk& op, const Dev
   for (int i = 0; i < kActivationTopkTileCount; ++i) {
     if (can_use(op, kActivationTopkTiles[i])) found.push_back(tile_plan(op, i));
   }
+  if (const auto plan = block_plan(op)) found.push_back(*plan);
   if (const auto plan = long_plan(op)) found.push_back(*plan);
   return found;
 }
 
+inline std::string block_name(DType dtype, KeyMode mode, int threads) {
+  return name(dtype) + " " + name(mode) + " block of " + std::to_string(threads <= 256 ? 256 : kMostBlockThreads);
+}
+
 inline std::string instance_name(DType dtype, KeyMode mode, int tile) {
-  if (tile < 0) return name(dtype) + " shared memory";
+  if (tile == kRowInShared) return name(dtype) + " shared memory";
   return name(dtype) + " " + name(mode) + " " + name(kActivationTopkTiles[tile]);
 }
 
 inline std::string name(const ActivationTopk& op, const ActivationTopkPlan& plan) {
+  if (plan.tile == kBlockOfToken) return block_name(op.dtype, key_mode(op), plan.threads);
   return instance_name(op.dtype, key_mode(op), plan.tile);
 }
 
@@ -142,8 +183,11 @@ constexpr Needs needs(const ActivationTopkPlan& plan) { return {plan.threads / 3
 inline std::vector<std::string> instances(const ActivationTopk&, const Device&) {
   std::vector<std::string> all;
   for (DType dtype : kDTypes) {
-    all.push_back(instance_name(dtype, KeyMode::kLogits, -1));
+    all.push_back(instance_name(dtype, KeyMode::kLogits, kRowInShared));
     for (KeyMode mode : kKeyModes) {
+      for (int threads : {256, kMostBlockThreads}) {
+        if (mode != KeyMode::kLogits) all.push_back(block_name(dtype, mode, threads));
+      }
       for (int i = 0; i < kActivationTopkTileCount; ++i) {
         if (has_tile(kActivationTopkTiles[i], dtype, mode)) all.push_back(instance_name(dtype, mode, i));
       }
