@@ -63,9 +63,10 @@ constexpr int kManyBlockExperts = 128;
 constexpr int kManyExperts = 2 * kManyBlockExperts;
 constexpr int kManyWideTokens = 128;
 constexpr int kManyWarps = 16;
-constexpr int kManyWideWarps = 12;  // whose threads have registers for sums of all experts
-constexpr int kManyWideLanes = 8;   // that select for a token
-constexpr int kManyBoxDepth = 64;   // hidden elements that a copy brings
+constexpr int kManyWideWarps = 12;     // whose threads have registers for sums of all experts
+constexpr int kManyWideLanes = 8;      // that select for a token
+constexpr int kManyWideHidden = 3072;  // from here on they pay: they were level with XLA at 2048, ahead at 4096
+constexpr int kManyBoxDepth = 64;      // hidden elements that a copy brings
 constexpr int kManyBoxRowBytes = 2 * kManyBoxDepth;
 constexpr int kManyStages = 16;  // of the ring, at most
 constexpr int kManyPieceBits = 3;
@@ -299,7 +300,7 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
   // Few of the experts a block may be missing.
   if (experts * 8 <= (kManyBlockExperts << plan.many.sharer_bits) * numbers.filled_eighths) return false;
   if (plan.many.split_bits > 0) return true;
-  if (plan.many.sharer_bits == 0) return false;
+  if (plan.many.sharer_bits == 0 || (plan.many.wide && op.hidden < kManyWideHidden)) return false;
   const int64_t wave = wave_of(plan.many, device);
   const int64_t tenths = plan.many.wide ? numbers.wide_filled_tenths : numbers.filled_tenths;
   return rows <= wave && rows * 10 >= wave * tenths;
