@@ -174,6 +174,7 @@ def plan_sizes(avals: dict[str, Any], selection: Selection) -> dict[str, Any]:
         "experts": num_experts,
         "k": selection.top_k,
         "num_groups": selection.num_groups,
+        "bias": "bias" in avals,
         "dtype": NATIVE_DTYPES[x.dtype.name],
         "weight_dtype": NATIVE_DTYPES[avals["weight"].dtype.name],
     }

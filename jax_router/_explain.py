@@ -158,7 +158,7 @@ def _cuda_plan(
 def _plan_sizes(op: str, avals: dict[str, Any], params: dict[str, Any]) -> dict[str, Any] | None:
     """What a plan is asked by; None of an op whose plans nobody names."""
     if op == "dense_router":
-        return {**_dense_router.plan_sizes(avals, params["selection"]), "bias": "bias" in avals}
+        return _dense_router.plan_sizes(avals, params["selection"])
     if op == "expert_dispatch":
         return _native.choice_sizes(avals["expert_ids"], params["num_experts"])
     if op == "activation_topk":

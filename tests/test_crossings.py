@@ -219,6 +219,10 @@ NUMBERS = {
         "dense_router/rows/bf16/D4096/E256/k8",
         (UNFUSED, "bf16 logits many 112 by 1", "bf16 logits many 128 by 1", UNFUSED),
     ),
+    "DenseRouterNumbers.wide_filled_tenths": (
+        "dense_router/rows/bf16/D4096/E256/k8",
+        (UNFUSED, "bf16 logits many 128 wide"),
+    ),
     "ExpertDispatchNumbers.few_experts": (
         "expert_dispatch/experts/N512/k8",
         ("cluster of 256 threads, 16 chunks", "cluster of 512 threads, 8 chunks"),

@@ -77,7 +77,7 @@ TAKEN_BY_AN_H100 = {
     "dense_router/bf16/D7168/E384/k6/N64": "bf16 logits few 64x24 of 384",
     "dense_router/bf16/D4096/E256/k6/N512": "bf16 logits many 40 by 4",
     "dense_router/bf16/D4096/E256/k6/N4096": "bf16 logits many 144 by 2",
-    "dense_router/bf16/D4096/E256/k6/N16384": "unfused",
+    "dense_router/bf16/D4096/E256/k6/N16384": "bf16 logits many 128 wide",
     "dense_router/bf16/D7168/E384/k6/N512": "unfused",
     "dense_router/bf16/D7168/E384/k6/N4096": "unfused",
     "dense_router/bf16/D7168/E384/k6/N16384": "unfused",

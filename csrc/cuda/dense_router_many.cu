@@ -12,8 +12,13 @@
 // The tensor cores cut off what does not fit when they add: an f32 sum of 4096 products is off by some 2^-16. So they
 // begin a new sum every 128 hidden elements, and ordinary additions, which round, add these sums up.
 //
-// A token's sums depend on the number of splits, and so on the plan for the number of tokens, but on nothing else of
-// its batch.
+// For the most tokens, blocks are wide: each owns 128 tokens, which are the rows of its product, all experts and the
+// whole hidden axis. Two of them make a cluster only to fetch the weight for each other in turn, so that the chip reads
+// it half as often; each selects for its own tokens. Such a block has no registers for two sums of a logit: the tensor
+// cores add up all of it, as they do in XLA's product.
+//
+// A token's sums depend on the number of splits and on whether its block is wide, and so on the plan for the number of
+// tokens, but on nothing else of its batch.
 //
 // Floor: x and the weight are read once from device memory. What takes longer: each cluster reads the weight from the
 // L2 cache, which bounds a few tokens; the tensor cores run at nine tenths of their rate at best, as they read both
@@ -34,7 +39,8 @@ namespace {
 constexpr int kGroups = 2;  // warpgroups that multiply
 constexpr int kMultipliers = 128 * kGroups;
 static_assert(kManyBlockExperts == 64 * kGroups);
-constexpr int kThreads = 32 * kManyWarps;
+template <bool kWide>
+constexpr int kWarps = kWide ? kManyWideWarps : kManyWarps;
 static_assert(kManyBoxDepth == kBoxColumns);
 constexpr int kCopier = kMultipliers / 32;  // the warp that keeps the copy engine busy
 
@@ -70,15 +76,19 @@ struct Work {
   int rank;  // of the cluster's blocks
   int sharers;
   int sharer;
+  int first_row;  // of the matrices that are multiplied
+  int first_column;
   int first_step;
   int steps;  // of a stage each
 
   __device__ Work(const ManyTiling& tiling, int hidden)
-      : first_token(static_cast<int64_t>(blockIdx.x >> tiling.cluster_bits()) * tiling.tokens),
+      : first_token(static_cast<int64_t>(blockIdx.x >> tiling.tile_bits()) * tiling.tokens),
         rank(static_cast<int>(block_of_cluster())),
         sharers(1 << tiling.sharer_bits),
-        sharer(rank & (sharers - 1)) {
-    const int depth = boxes_of(tiling.tokens) * kManyBoxDepth;
+        sharer(rank & (sharers - 1)),
+        first_row(tiling.wide ? static_cast<int>(first_token) : sharer * kManyBlockExperts),
+        first_column(tiling.wide ? 0 : static_cast<int>(first_token)) {
+    const int depth = boxes_of(tiling.columns()) * kManyBoxDepth;
     const int all_steps = (hidden + depth - 1) / depth;
     const int split = rank >> tiling.sharer_bits;
     first_step = (split * all_steps) >> tiling.split_bits;
@@ -98,35 +108,34 @@ struct Ring {
 
 // Fills the ring; all of it by one thread.
 struct Copier {
-  const CUtensorMap& x_map;
-  const CUtensorMap& weight_map;
+  const CUtensorMap& rows_map;
+  const CUtensorMap& columns_map;
   const Ring& ring;
   const Work& work;
-  int tokens;
+  int columns;
 
-  __device__ __forceinline__ void copy_weight(int step, int slot) const {
-    announce(address_of(&ring.full[slot]), stage_bytes_of(tokens));
-    for (int box = 0; box < boxes_of(tokens); ++box) {
-      copy_box(place(slot, box), weight_map, column(step, box), work.sharer * kManyBlockExperts, &ring.full[slot]);
+  __device__ __forceinline__ void copy_rows(int step, int slot) const {
+    announce(address_of(&ring.full[slot]), stage_bytes_of(columns));
+    for (int box = 0; box < boxes_of(columns); ++box) {
+      copy_box(place(slot, box), rows_map, element(step, box), work.first_row, &ring.full[slot]);
     }
   }
-  __device__ __forceinline__ void copy_x(int step, int slot, bool to_all) const {
-    for (int box = 0; box < boxes_of(tokens); ++box) {
-      char* destination = place(slot, box) + kManyBlockExperts * kManyBoxRowBytes;
-      const int row = static_cast<int>(work.first_token);
+  __device__ __forceinline__ void copy_columns(int step, int slot, bool to_all) const {
+    for (int box = 0; box < boxes_of(columns); ++box) {
+      char* destination = place(slot, box) + kManyRows * kManyBoxRowBytes;
       if (to_all) {
-        copy_box_to_blocks(destination, x_map, column(step, box), row, &ring.full[slot],
+        copy_box_to_blocks(destination, columns_map, element(step, box), work.first_column, &ring.full[slot],
                            static_cast<uint16_t>(((1 << work.sharers) - 1) << work.first_sharer()));
       } else {
-        copy_box(destination, x_map, column(step, box), row, &ring.full[slot]);
+        copy_box(destination, columns_map, element(step, box), work.first_column, &ring.full[slot]);
       }
     }
   }
   // As long as the other blocks' barriers may not exist, each block fetches all it needs.
   __device__ __forceinline__ void begin() const {
     for (int step = 0; step < min(work.steps, ring.size); ++step) {
-      copy_weight(step, step);
-      copy_x(step, step, false);
+      copy_rows(step, step);
+      copy_columns(step, step, false);
     }
   }
   __device__ __forceinline__ void go_on() const {
@@ -134,8 +143,8 @@ struct Copier {
     uint32_t phase = 0;
     for (int step = ring.size; step < work.steps; ++step) {
       wait_for_transfers(&ring.empty[slot], phase);
-      copy_weight(step, slot);
-      if ((step & (work.sharers - 1)) == work.sharer) copy_x(step, slot, true);
+      copy_rows(step, slot);
+      if ((step & (work.sharers - 1)) == work.sharer) copy_columns(step, slot, true);
       if (++slot == ring.size) {
         slot = 0;
         ++phase;
@@ -145,10 +154,10 @@ struct Copier {
 
  private:
   __device__ __forceinline__ char* place(int slot, int box) const {
-    return ring.stages + (slot * boxes_of(tokens) + box) * box_bytes_of(tokens);
+    return ring.stages + (slot * boxes_of(columns) + box) * box_bytes_of(columns);
   }
-  __device__ __forceinline__ int column(int step, int box) const {
-    return ((work.first_step + step) * boxes_of(tokens) + box) * kManyBoxDepth;
+  __device__ __forceinline__ int element(int step, int box) const {
+    return ((work.first_step + step) * boxes_of(columns) + box) * kManyBoxDepth;
   }
 };
 
@@ -235,13 +244,65 @@ __device__ __forceinline__ void multiply(const Ring& ring, const Work& work) {
   }
 }
 
+// The same of 64 tokens and all experts, for a wide block.
+template <class T>
+__device__ __forceinline__ void multiply_wide(const Ring& ring, const Work& work) {
+  constexpr int kBoxPlaces = box_bytes_of(kManyExperts) / 16;  // of 16 bytes
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
+  float sums[kManyExperts / 2];
+#pragma unroll
+  for (int i = 0; i < kManyExperts / 2; ++i) sums[i] = 0.0f;
+
+  const uint32_t x = __shfl_sync(kFullWarp, wgmma_place(ring.stages + group * 64 * kManyBoxRowBytes), 0);
+  const uint32_t weight = __shfl_sync(kFullWarp, wgmma_place(ring.stages + kManyRows * kManyBoxRowBytes), 0);
+  const uint32_t empty_of_sharer = address_in_block(ring.empty, lane < work.sharers ? lane : 0);
+  int slot = 0;
+  int last_slot = 0;
+  uint32_t phase = 0;
+#pragma unroll 1
+  for (int left = work.steps; left > 0; --left) {
+    wait_for_transfers(&ring.full[slot], phase);
+    wgmma_fence();
+    const uint32_t offset = slot * kBoxPlaces;
+#pragma unroll
+    for (int k = 0; k < kManyBoxDepth / 16; ++k) {
+      const uint32_t place = offset + 2 * k;
+      wgmma(T{}, sums, wgmma_descriptor(x + place), wgmma_descriptor(weight + place), true);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    // Nobody waits to hear of a slot that is not filled again.
+    if (left < work.steps && left >= ring.size && lane < work.sharers) {
+      arrive_in_block(empty_of_sharer + last_slot * sizeof(TransferBarrier));
+    }
+    last_slot = slot;
+    if (++slot == ring.size) {
+      slot = 0;
+      ++phase;
+    }
+  }
+
+  wgmma_wait<0>();
+  asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers) : "memory");  // nobody multiplies from the ring any more
+  float* rows = reinterpret_cast<float*>(ring.stages) + (16 * warp + lane / 4) * kManyPitch + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kManyExperts / 2; i += 4) {
+    constexpr int kHalf = kManyWideTokens * kManyPitch;
+    float* row = rows + i * 2 / kManyBlockExperts * kHalf + i * 2 % kManyBlockExperts;
+    *reinterpret_cast<float2*>(row) = make_float2(sums[i], sums[i + 1]);
+    *reinterpret_cast<float2*>(row + 8 * kManyPitch) = make_float2(sums[i + 2], sums[i + 3]);
+  }
+}
+
 // The sums of a block's share of the tokens, from all blocks of the cluster. They come in pieces of 1 << piece_bits
 // tokens, so that the first are selected from while the last are on their way.
 struct Parts {
   int first_row;  // of the tile
   int rows;
   float* own;
-  float* received;  // of the other blocks
+  float* received;  // of the other blocks; where there are none, the second half of the experts
   int stride;       // between blocks
   int rank;         // this block
   int sharer_bits;
@@ -353,14 +414,15 @@ __device__ __forceinline__ void add_parts(const DenseRouter& op, const Parts& pa
 }
 
 // Selects for the tokens of `parts`; the tile's first is `first_token`.
-template <KeyMode kMode, int kLanes>
+template <bool kWide, KeyMode kMode, int kLanes>
 __device__ __forceinline__ void select_for_rows(const DenseRouter& op, const ManyTiling& tiling, const Parts& parts,
-                                                int64_t first_token, SelectScratch<32>* scratches) {
+                                                int64_t first_token, char* scratches) {
   constexpr int kTiles = 32 / kLanes;  // of a warp
+  static_assert(sizeof(SelectScratch<kLanes>) * kTiles * kWarps<kWide> <= many_scratch_bytes(kWide));
   const ActivationTopk& select = op.select;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int tile = static_cast<int>(threadIdx.x) % 32 / kLanes;
-  SelectScratch<kLanes>& scratch = reinterpret_cast<SelectScratch<kLanes>*>(&scratches[warp])[tile];
+  SelectScratch<kLanes>& scratch = reinterpret_cast<SelectScratch<kLanes>*>(scratches)[warp * kTiles + tile];
   const int rows = parts.rows;
   // When all threads of the cluster have arrived here, no block reads another one's sums any more.
   const auto arrive = [&] {
@@ -369,20 +431,22 @@ __device__ __forceinline__ void select_for_rows(const DenseRouter& op, const Man
   };
   if (warp * kTiles >= rows) arrive();
 #pragma unroll 1
-  for (int base = warp * kTiles; base < rows; base += kManyWarps * kTiles) {
+  for (int base = warp * kTiles; base < rows; base += kWarps<kWide> * kTiles) {
     if (parts.pieces != nullptr) wait_for_transfers(&parts.pieces[base >> parts.piece_bits], 0);
-    if (base + kManyWarps * kTiles >= rows) arrive();
+    if (base + kWarps<kWide> * kTiles >= rows) arrive();
     const int row = base + tile;
     const bool exists = row < rows;
     const int64_t token = first_token + parts.first_row + row;
     const bool wanted = exists && !is_masked(select, token);
     float logits[kManyExperts / kLanes];
-    if (tiling.split_bits == 0) {
+    if (kWide || tiling.split_bits == 0) {
       add_parts<1, kLanes>(op, parts, row, exists, logits);
-    } else if (tiling.split_bits == 1) {
-      add_parts<2, kLanes>(op, parts, row, exists, logits);
-    } else if constexpr (kLanes == 32) {
-      add_parts<4, kLanes>(op, parts, row, exists, logits);
+    } else if constexpr (!kWide) {
+      if (tiling.split_bits == 1) {
+        add_parts<2, kLanes>(op, parts, row, exists, logits);
+      } else if constexpr (kLanes == 32) {
+        add_parts<4, kLanes>(op, parts, row, exists, logits);
+      }
     }
     __syncwarp();
     const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits, token * select.selection.k,
@@ -396,20 +460,21 @@ __device__ __forceinline__ void select_for_rows(const DenseRouter& op, const Man
 }
 
 // What a block does.
-__device__ __forceinline__ void route_tile(const CUtensorMap& x_map, const CUtensorMap& weight_map,
+template <bool kWide>
+__device__ __forceinline__ void route_tile(const CUtensorMap& rows_map, const CUtensorMap& columns_map,
                                            const DenseRouter& op, const ManyTiling& tiling) {
   extern __shared__ char raw[];
   __shared__ TransferBarrier full[kManyStages];
   __shared__ TransferBarrier empty[kManyStages];
   __shared__ TransferBarrier pieces[kManyPieces];
-  __shared__ SelectScratch<32> scratches[kManyWarps];
+  __shared__ __align__(16) char scratches[many_scratch_bytes(kWide)];
   // Aligned by an offset, so that the compiler still knows it for shared memory.
   char* shared = raw + (0u - address_of(raw)) % kManyAlignment;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const Work work(tiling, op.hidden);
   const Ring ring{shared, full, empty, tiling.stages};
-  const Copier copier{x_map, weight_map, ring, work, tiling.tokens};
+  const Copier copier{rows_map, columns_map, ring, work, tiling.columns()};
 
   if (warp == kCopier) {
     if (lane < ring.size) {
@@ -425,47 +490,66 @@ __device__ __forceinline__ void route_tile(const CUtensorMap& x_map, const CUten
   cluster_arrive_relaxed();
   cluster_wait();
 
+  // A wide block's threads have registers enough for all they do.
   if (warp < kCopier) {
-    raise_registers<kMoreRegisters>();
-    with_tokens(tiling.tokens, [&](auto tokens) {
-      constexpr int kTokens = decltype(tokens)::value;
-      if (op.operand_dtype == DType::kBF16) {
-        multiply<__nv_bfloat16, kTokens>(ring, work);
+    const auto multiply_in = [&](auto type) {
+      using T = decltype(type);
+      if constexpr (kWide) {
+        multiply_wide<T>(ring, work);
       } else {
-        multiply<__half, kTokens>(ring, work);
+        with_tokens(tiling.tokens, [&](auto tokens) { multiply<T, decltype(tokens)::value>(ring, work); });
       }
-    });
+    };
+    if constexpr (!kWide) raise_registers<kMoreRegisters>();
+    if (op.operand_dtype == DType::kBF16) {
+      multiply_in(__nv_bfloat16{});
+    } else {
+      multiply_in(__half{});
+    }
   } else {
-    lower_registers<kFewerRegisters>();
+    if constexpr (!kWide) lower_registers<kFewerRegisters>();
     if (warp == kCopier && lane == 0) copier.go_on();
     __syncwarp();
   }
   fence_copies();
   __syncthreads();
-  if (warp < kCopier) {
-    lower_registers<kRegisters>();
-  } else {
-    raise_registers<kRegisters>();
-  }
-  if (!tiling.apart) {
-    // Other blocks may multiply from what is to be overwritten.
-    cluster_arrive_relaxed();
-    cluster_wait();
+  if constexpr (!kWide) {
+    if (warp < kCopier) {
+      lower_registers<kRegisters>();
+    } else {
+      raise_registers<kRegisters>();
+    }
+    if (!tiling.apart) {
+      // Other blocks may multiply from what is to be overwritten.
+      cluster_arrive_relaxed();
+      cluster_wait();
+    }
   }
 
   const int64_t left = op.select.rows - work.first_token;
   const int tokens = left < tiling.tokens ? static_cast<int>(left) : tiling.tokens;
-  const Parts parts = exchange_sums(tiling, work.rank, tokens, shared, pieces, warp == kCopier);
+  const Parts parts = [&] {
+    if constexpr (kWide) {
+      float* sums = reinterpret_cast<float*>(shared);
+      return Parts{0, tokens, sums, sums, kManyWideTokens * kManyPitch, 0, 1, nullptr, 0};
+    } else {
+      return exchange_sums(tiling, work.rank, tokens, shared, pieces, warp == kCopier);
+    }
+  }();
   __syncwarp();
   const auto select = [&](auto mode) {
     constexpr KeyMode kMode = decltype(mode)::value;
-    if (!tiling.half_warps || kMode == KeyMode::kGroups) {
-      select_for_rows<kMode, 32>(op, tiling, parts, work.first_token, scratches);
+    if constexpr (kWide) {
+      select_for_rows<kWide, kMode, kManyWideLanes>(op, tiling, parts, work.first_token, scratches);
+    } else if (!tiling.half_warps || kMode == KeyMode::kGroups) {
+      select_for_rows<kWide, kMode, 32>(op, tiling, parts, work.first_token, scratches);
     } else if constexpr (kMode != KeyMode::kGroups) {
-      select_for_rows<kMode, 16>(op, tiling, parts, work.first_token, scratches);
+      select_for_rows<kWide, kMode, 16>(op, tiling, parts, work.first_token, scratches);
     }
   };
-  if (op.select.selection.groups.num_groups > 1) {
+  if constexpr (kWide) {
+    select(std::integral_constant<KeyMode, KeyMode::kLogits>{});
+  } else if (op.select.selection.groups.num_groups > 1) {
     select(std::integral_constant<KeyMode, KeyMode::kGroups>{});
   } else if (op.select.bias != nullptr) {
     select(std::integral_constant<KeyMode, KeyMode::kScores>{});
@@ -482,26 +566,28 @@ constexpr bool kOnHopper = true;
 constexpr bool kOnHopper = false;
 #endif
 
-__global__ void __launch_bounds__(kThreads, 1)
-    dense_router_many_tokens(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
-                             const __grid_constant__ DenseRouter op, const ManyTiling tiling) {
-  if constexpr (kOnHopper) route_tile(x_map, weight_map, op, tiling);
+template <bool kWide>
+__global__ void __launch_bounds__(32 * kWarps<kWide>, 1)
+    dense_router_many_tokens(const __grid_constant__ CUtensorMap rows_map,
+                             const __grid_constant__ CUtensorMap columns_map, const __grid_constant__ DenseRouter op,
+                             const ManyTiling tiling) {
+  if constexpr (kOnHopper) route_tile<kWide>(rows_map, columns_map, op, tiling);
 }
-
-static_assert(sizeof(SelectScratch<32>) * kManyWarps + sizeof(TransferBarrier) * (2 * kManyStages + kManyPieces) ==
-              kManyStaticBytes);
 
 }  // namespace
 
 cudaError_t run_many(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream) {
+  const bool wide = plan.many.wide;
   CUtensorMap x_map, weight_map;
   cudaError_t error = make_tensor_map(x_map, op.operand_dtype, op.x, op.select.rows, op.hidden, plan.many.tokens);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(weight_map, op.operand_dtype, op.weight, op.select.selection.experts, op.hidden,
-                          kManyBlockExperts);
+                          wide ? kManyExperts : kManyBlockExperts);
   if (error != cudaSuccess) return error;
-  const LaunchShape shape{plan.blocks, kThreads, plan.shared_bytes, 1 << plan.many.cluster_bits()};
-  return launch_kernel(dense_router_many_tokens, shape, stream, x_map, weight_map, op, plan.many);
+  const LaunchShape shape{plan.blocks, wide ? 32 * kWarps<true> : 32 * kWarps<false>, plan.shared_bytes,
+                          1 << plan.many.cluster_bits()};
+  return wide ? launch_kernel(dense_router_many_tokens<true>, shape, stream, x_map, weight_map, op, plan.many)
+              : launch_kernel(dense_router_many_tokens<false>, shape, stream, weight_map, x_map, op, plan.many);
 }
 
 }  // namespace jax_router::cuda

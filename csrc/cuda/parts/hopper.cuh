@@ -122,11 +122,14 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t place) { return 64
 #define JR_50 JR_30 ", " JR_10("3") ", " JR_10("4")
 #define JR_60 JR_50 ", " JR_10("5")
 #define JR_70 JR_60 ", " JR_10("6")
+#define JR_100 JR_70 ", " JR_10("7") ", " JR_10("8") ", " JR_10("9")
+#define JR_120 JR_100 ", " JR_10("10") ", " JR_10("11")
 #define JR_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JR_D8(i) JR_D4(i), JR_D4(i + 4)
 #define JR_D16(i) JR_D8(i), JR_D8(i + 8)
 #define JR_D20(i) JR_D16(i), JR_D4(i + 16)
 #define JR_D48(i) JR_D16(i), JR_D16(i + 16), JR_D16(i + 32)
+#define JR_D64(i) JR_D48(i), JR_D16(i + 48)
 #define JR_WGMMA(T, type, columns, registers, a_operand, b_operand, accumulate_operand, ...)                          \
   __device__ __forceinline__ void wgmma(T, float (&d)[columns / 2], uint64_t a, uint64_t b, bool accumulate) {        \
     asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, " accumulate_operand                             \
@@ -136,14 +139,15 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t place) { return 64
                  : __VA_ARGS__                                                                                        \
                  : "l"(a), "l"(b), "r"(static_cast<uint32_t>(accumulate)));                                           \
   }
-#define JR_WGMMAS(T, type)                                                                 \
-  JR_WGMMA(T, type, 24, JR_10("") ", " JR_2("1"), "%12", "%13", "%14", JR_D8(0), JR_D4(8)) \
-  JR_WGMMA(T, type, 40, JR_20, "%20", "%21", "%22", JR_D20(0))                             \
-  JR_WGMMA(T, type, 56, JR_20 ", " JR_8("2"), "%28", "%29", "%30", JR_D20(0), JR_D8(20))   \
-  JR_WGMMA(T, type, 72, JR_30 ", " JR_6("3"), "%36", "%37", "%38", JR_D16(0), JR_D20(16))  \
-  JR_WGMMA(T, type, 112, JR_50 ", " JR_6("5"), "%56", "%57", "%58", JR_D48(0), JR_D8(48))  \
-  JR_WGMMA(T, type, 128, JR_60 ", " JR_4("6"), "%64", "%65", "%66", JR_D48(0), JR_D16(48)) \
-  JR_WGMMA(T, type, 144, JR_70 ", " JR_2("7"), "%72", "%73", "%74", JR_D48(0), JR_D16(48), JR_D8(64))
+#define JR_WGMMAS(T, type)                                                                            \
+  JR_WGMMA(T, type, 24, JR_10("") ", " JR_2("1"), "%12", "%13", "%14", JR_D8(0), JR_D4(8))            \
+  JR_WGMMA(T, type, 40, JR_20, "%20", "%21", "%22", JR_D20(0))                                        \
+  JR_WGMMA(T, type, 56, JR_20 ", " JR_8("2"), "%28", "%29", "%30", JR_D20(0), JR_D8(20))              \
+  JR_WGMMA(T, type, 72, JR_30 ", " JR_6("3"), "%36", "%37", "%38", JR_D16(0), JR_D20(16))             \
+  JR_WGMMA(T, type, 112, JR_50 ", " JR_6("5"), "%56", "%57", "%58", JR_D48(0), JR_D8(48))             \
+  JR_WGMMA(T, type, 128, JR_60 ", " JR_4("6"), "%64", "%65", "%66", JR_D48(0), JR_D16(48))            \
+  JR_WGMMA(T, type, 144, JR_70 ", " JR_2("7"), "%72", "%73", "%74", JR_D48(0), JR_D16(48), JR_D8(64)) \
+  JR_WGMMA(T, type, 256, JR_120 ", " JR_8("12"), "%128", "%129", "%130", JR_D64(0), JR_D64(64))
 
 // wgmma(T{}, d, a, b, accumulate): d = a @ b.T, or d += a @ b.T; 64 rows of a by 2 * size(d) rows of b, 16 deep.
 // Element d[i] of a lane is of row 16 * (warp % 4) + lane / 4 + (i & 2) * 4 and column i / 4 * 8 + lane % 4 * 2 + i
@@ -169,11 +173,14 @@ JR_WGMMA_HELD(wgmma_across, 128, JR_60 ", " JR_4("6"), "%64, %65, %66, %67", "%6
 #undef JR_WGMMA_HELD
 #undef JR_WGMMAS
 #undef JR_WGMMA
+#undef JR_D64
 #undef JR_D48
 #undef JR_D20
 #undef JR_D16
 #undef JR_D8
 #undef JR_D4
+#undef JR_120
+#undef JR_100
 #undef JR_70
 #undef JR_60
 #undef JR_50

@@ -57,46 +57,69 @@ constexpr OperandDTypes kOperandDTypes[] = {
 constexpr bool takes(const FewTile& tile, DType x) { return tile.token_tiles == 1 || x != DType::kF32; }
 
 // Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
-// the hidden axis.
+// the hidden axis. Or, for the most tokens, each block has a tile of its own, which is called wide: all experts and the
+// whole hidden axis; two such blocks share what they read of the weight.
 constexpr int kManyBlockExperts = 128;
 constexpr int kManyExperts = 2 * kManyBlockExperts;
+constexpr int kManyWideTokens = 128;
 constexpr int kManyWarps = 16;
-constexpr int kManyBoxDepth = 64;  // hidden elements that a copy brings
+constexpr int kManyWideWarps = 12;     // whose threads have registers for sums of all experts
+constexpr int kManyWideLanes = 8;      // that select for a token
+constexpr int kManyWideHidden = 3072;  // from here on they pay: they were level with XLA at 2048, ahead at 4096
+constexpr int kManyBoxDepth = 64;      // hidden elements that a copy brings
 constexpr int kManyBoxRowBytes = 2 * kManyBoxDepth;
 constexpr int kManyStages = 16;  // of the ring, at most
 constexpr int kManyPieceBits = 3;
 constexpr int kManyPieces = 1 << kManyPieceBits;   // in which the sums of other blocks come, at most
 constexpr int kManyAlignment = 1024;               // of what the copy engine writes
 constexpr int kManyPitch = kManyBlockExperts + 4;  // of a row of sums: rows that are written together differ in banks
-constexpr int kManyStaticBytes = 512 * kManyWarps + 8 * (2 * kManyStages + kManyPieces);
+JR_HOST_DEVICE constexpr int many_scratch_bytes(bool wide) { return wide ? 896 * kManyWideWarps : 512 * kManyWarps; }
+constexpr int many_static_bytes(bool wide) { return many_scratch_bytes(wide) + 8 * (2 * kManyStages + kManyPieces); }
 
-// Boxes of each operand in a stage: small tiles would spend more time on barriers than on products.
-JR_HOST_DEVICE constexpr int boxes_of(int tokens) { return tokens <= 72 ? 2 : 1; }
-JR_HOST_DEVICE constexpr int box_bytes_of(int tokens) { return (kManyBlockExperts + tokens) * kManyBoxRowBytes; }
-JR_HOST_DEVICE constexpr int stage_bytes_of(int tokens) { return boxes_of(tokens) * box_bytes_of(tokens); }
+// The product of a block has 128 rows, experts or, where it is wide, tokens. Its columns are the others. Boxes of each
+// operand in a stage: small tiles would spend more time on barriers than on products.
+constexpr int kManyRows = 128;
+static_assert(kManyRows == kManyBlockExperts && kManyRows == kManyWideTokens);
+JR_HOST_DEVICE constexpr int boxes_of(int columns) { return columns <= 72 ? 2 : 1; }
+JR_HOST_DEVICE constexpr int box_bytes_of(int columns) { return (kManyRows + columns) * kManyBoxRowBytes; }
+JR_HOST_DEVICE constexpr int stage_bytes_of(int columns) { return boxes_of(columns) * box_bytes_of(columns); }
 
 // How a launch for many tokens divides the work.
 struct ManyTiling {
   int tokens;       // of a tile
-  int sharer_bits;  // log2 of the blocks that have the same tokens and hidden elements
+  int sharer_bits;  // log2 of the blocks that have the same columns and hidden elements
   int split_bits;   // log2 of the parts of the hidden axis
+  bool wide;
   bool half_warps;  // select, rather than whole ones: not with four parts
   int stages;       // of the ring
   int received;     // where in shared memory the sums of other blocks go
   bool apart;       // whether that is outside of the ring
 
   JR_DEVICE_TOO constexpr int cluster_bits() const { return sharer_bits + split_bits; }
+  // log2 of the blocks that have a tile together.
+  JR_DEVICE_TOO constexpr int tile_bits() const { return wide ? 0 : cluster_bits(); }
+  JR_DEVICE_TOO constexpr int columns() const { return wide ? kManyExperts : tokens; }
   // The most tokens that one block selects for.
-  JR_DEVICE_TOO constexpr int share() const { return (tokens + (1 << cluster_bits()) - 1) >> cluster_bits(); }
+  JR_DEVICE_TOO constexpr int share() const { return (tokens + (1 << tile_bits()) - 1) >> tile_bits(); }
 };
 
 // In the order of preference, of those of which one wave has all tokens; the last is for all that is more.
 struct ManyTile {
   int tokens;
   int split_bits;
+  bool wide = false;
 };
-constexpr ManyTile kManyTiles[] = {{24, 2}, {40, 2},  {56, 2},  {72, 2},  {56, 1},
-                                   {72, 1}, {112, 1}, {144, 1}, {112, 0}, {128, 0}};
+constexpr ManyTile kManyTiles[] = {{24, 2},
+                                   {40, 2},
+                                   {56, 2},
+                                   {72, 2},
+                                   {56, 1},
+                                   {72, 1},
+                                   {112, 1},
+                                   {144, 1},
+                                   {112, 0},
+                                   {128, 0},
+                                   {kManyWideTokens, 0, true}};
 
 struct DenseRouterNumbers {
   int64_t lone_token_experts;  // a lone token is worth the kernel with up to so many: XLA multiplies one by a large
@@ -106,17 +129,18 @@ struct DenseRouterNumbers {
   int64_t small_tile_tokens;   // up to so many, blocks have 16 tokens instead of 64 (of most experts, up to few_tokens)
   int64_t tile_tokens;         // of more than these, more than least_experts up to most_experts
   int64_t least_experts, most_experts;
-  int clusters[4];     // of 1, 2, 4 and 8 blocks that have room at a time
-  int filled_eighths;  // of the experts' tiles, that must be more than this to be worth it
-  int filled_tenths;   // of a wave of tokens, at least, where the hidden axis is not split
+  int clusters[4];         // of 1, 2, 4 and 8 blocks that have room at a time
+  int filled_eighths;      // of the experts' tiles, that must be more than this to be worth it
+  int filled_tenths;       // of a wave of tokens, at least, where the hidden axis is not split
+  int wide_filled_tenths;  // of one of wide blocks
 };
 // Measured on an H100: up to 128 tokens with 64 to 1024 experts and hidden sizes from 2048 to 7168, more with 64 to 256
-// experts. In numbers of tokens, the last two come to up to 4320 tokens of 256 experts and 9504 of 128, and to 5175 to
-// 8448 of 256.
+// experts. In numbers of tokens, the clusters and the tenths come to up to 4320 tokens of 256 experts and 9504 of 128,
+// to 5175 to 8448 of 256, and to 13517 to 16896 of 256.
 constexpr auto kDenseRouterNumbers = everywhere(
     DenseRouterNumbers{/*lone_token_experts=*/256, /*few_tokens=*/16, /*few_experts=*/512, /*small_tile_tokens=*/32,
                        /*tile_tokens=*/64, /*least_experts=*/96, /*most_experts=*/384, /*clusters=*/{132, 66, 30, 15},
-                       /*filled_eighths=*/6, /*filled_tenths=*/7});
+                       /*filled_eighths=*/6, /*filled_tenths=*/7, /*wide_filled_tenths=*/8});
 
 struct DenseRouterPlan {
   int few;          // of kFewTiles, or -1: the kernel for many tokens, with
@@ -170,13 +194,12 @@ inline DenseRouterPlan few_plan(const DenseRouter& op, int tile) {
 // Divides the shared memory; returns the bytes that a block needs, or 0 if it has less.
 constexpr int place_in_shared_memory(ManyTiling& tiling, int most) {
   constexpr int kEnoughBoxes = 8;  // under way, so that a ring that leaves room for the sums is no slower
-  const int stage_bytes = stage_bytes_of(tiling.tokens);
-  const int sums_bytes = tiling.tokens * kManyPitch * 4;
-  const int received_bytes =
-      tiling.cluster_bits() == 0 ? 0 : (tiling.share() * kManyPitch * 4) << tiling.cluster_bits();
+  const int stage_bytes = stage_bytes_of(tiling.columns());
+  const int sums_bytes = (tiling.tokens * kManyPitch * 4) << tiling.wide;
+  const int received_bytes = tiling.tile_bits() == 0 ? 0 : (tiling.share() * kManyPitch * 4) << tiling.tile_bits();
   const auto stages_in = [&](int bytes) { return std::min(bytes / stage_bytes, kManyStages); };
   tiling.stages = stages_in(most - received_bytes);
-  tiling.apart = tiling.cluster_bits() == 0 || tiling.stages * boxes_of(tiling.tokens) >= kEnoughBoxes;
+  tiling.apart = tiling.tile_bits() == 0 || tiling.stages * boxes_of(tiling.columns()) >= kEnoughBoxes;
   if (!tiling.apart) tiling.stages = stages_in(most);
   tiling.received = std::max(sums_bytes, tiling.apart ? tiling.stages * stage_bytes : 0);
   const int bytes = std::max(tiling.stages * stage_bytes, tiling.received + received_bytes);
@@ -188,19 +211,24 @@ inline std::optional<DenseRouterPlan> many_plan(const DenseRouter& op, const Man
   if (!device.has_hopper_kernels || op.weight_dtype == DType::kF32 || selection.experts > kManyExperts) {
     return std::nullopt;
   }
-  ManyTiling tiling{tile.tokens, selection.experts > kManyBlockExperts, tile.split_bits, false, 0, 0, false};
+  // Wide blocks select last, with nothing to hide that behind: with a bias or groups it would take too long.
+  const bool can_be_wide = key_mode(op.select) == KeyMode::kLogits && selection.k <= max_tile_k(kManyWideLanes) &&
+                           selection.experts > kManyBlockExperts;
+  if (tile.wide && !can_be_wide) return std::nullopt;
+  ManyTiling tiling{tile.tokens, selection.experts > kManyBlockExperts, tile.split_bits, tile.wide, false, 0, 0, false};
   tiling.half_warps = selection.k <= max_tile_k(16) && tiling.split_bits < 2 && tiling.share() > kManyWarps;
-  const int bytes = place_in_shared_memory(tiling, device.shared_bytes - kManyStaticBytes - kManyAlignment);
+  const int bytes = place_in_shared_memory(tiling, device.shared_bytes - many_static_bytes(tile.wide) - kManyAlignment);
   const int64_t tiles = ceil_div(op.select.rows, tiling.tokens);
   // Coordinates of the copy engine are 32 bits wide, and so is a grid.
   if (bytes == 0 || op.select.rows > INT32_MAX - 1024) return std::nullopt;
-  return DenseRouterPlan{-1, tiling, tiles << tiling.cluster_bits(), bytes + kManyAlignment, 0};
+  const int64_t blocks = round_up(tiles << tiling.tile_bits(), int64_t{1} << tiling.cluster_bits());
+  return DenseRouterPlan{-1, tiling, blocks, bytes + kManyAlignment, 0};
 }
 
 // The tokens that have room at a time.
 inline int64_t wave_of(const ManyTiling& tiling, const Device& device) {
   const int clusters = kDenseRouterNumbers.of(device).clusters[tiling.cluster_bits()];
-  return device.scaled(int64_t{tiling.tokens} * clusters);
+  return device.scaled(int64_t{tiling.tokens} * clusters << (tiling.cluster_bits() - tiling.tile_bits()));
 }
 
 inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& device) {
@@ -208,8 +236,10 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
   if (op.select.rows > kFewTokens) {
     std::optional<DenseRouterPlan> found;
     for (const ManyTile& tile : kManyTiles) {
-      found = many_plan(op, tile, device);
-      if (found && op.select.rows <= wave_of(found->many, device)) break;
+      const std::optional<DenseRouterPlan> next = many_plan(op, tile, device);
+      if (!next) continue;
+      found = next;
+      if (op.select.rows <= wave_of(found->many, device)) break;
     }
     return found;
   }
@@ -240,7 +270,7 @@ inline std::vector<DenseRouterPlan> plans(const DenseRouter& op, const Device& d
 
 constexpr Needs needs(const DenseRouterPlan& plan) {
   if (plan.few >= 0) return {plan.shared_bytes + kFewTiles[plan.few].static_bytes(), 1, false};
-  return {plan.shared_bytes + kManyStaticBytes, 1 << plan.many.cluster_bits(), true};
+  return {plan.shared_bytes + many_static_bytes(plan.many.wide), 1 << plan.many.cluster_bits(), true};
 }
 
 // Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of 16 tokens, and
@@ -270,8 +300,10 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
   // Few of the experts a block may be missing.
   if (experts * 8 <= (kManyBlockExperts << plan.many.sharer_bits) * numbers.filled_eighths) return false;
   if (plan.many.split_bits > 0) return true;
+  if (plan.many.sharer_bits == 0 || (plan.many.wide && op.hidden < kManyWideHidden)) return false;
   const int64_t wave = wave_of(plan.many, device);
-  return plan.many.sharer_bits > 0 && rows <= wave && rows * 10 >= wave * numbers.filled_tenths;
+  const int64_t tenths = plan.many.wide ? numbers.wide_filled_tenths : numbers.filled_tenths;
+  return rows <= wave && rows * 10 >= wave * tenths;
 }
 
 inline std::string instance_name(DType x, DType weight, KeyMode mode, const FewTile& tile) {
@@ -279,15 +311,15 @@ inline std::string instance_name(DType x, DType weight, KeyMode mode, const FewT
          std::to_string(tile.tokens()) + "x" + std::to_string(tile.experts()) + " of " +
          std::to_string(128 * tile.chunks);
 }
-inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int split_bits) {
-  return name(dtype) + " " + name(mode) + " many " + std::to_string(many_tokens) + " by " +
-         std::to_string(1 << split_bits);
+inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int split_bits, bool wide) {
+  return name(dtype) + " " + name(mode) + " many " + std::to_string(many_tokens) +
+         (wide ? " wide" : " by " + std::to_string(1 << split_bits));
 }
 
 inline std::string name(const DenseRouter& op, const DenseRouterPlan& plan) {
   const KeyMode mode = key_mode(op.select);
   if (plan.few >= 0) return instance_name(op.operand_dtype, op.weight_dtype, mode, kFewTiles[plan.few]);
-  return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits);
+  return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits, plan.many.wide);
 }
 
 inline std::vector<std::string> instances(const DenseRouter&, const Device& device) {
@@ -300,7 +332,8 @@ inline std::vector<std::string> instances(const DenseRouter&, const Device& devi
       }
       for (const ManyTile& tile : kManyTiles) {
         if (!device.has_hopper_kernels || weight == DType::kF32) continue;
-        all.push_back(instance_name(x, mode, tile.tokens, tile.split_bits));
+        if (tile.wide && mode != KeyMode::kLogits) continue;
+        all.push_back(instance_name(x, mode, tile.tokens, tile.split_bits, tile.wide));
       }
     }
   }
