@@ -171,7 +171,7 @@ NUMBERS = {
     ),
     "DenseRouterNumbers.small_tile_tokens": (
         "dense_router/rows/bf16/D4096/E256/k8",
-        ("bf16 logits few 16x8 of 256", "bf16 logits few 64x16 of 256"),
+        ("bf16 logits few 16x16 of 256", "bf16 logits few 64x16 of 256"),
     ),
     "DenseRouterNumbers.tile_tokens": (
         "dense_router/rows/f32/D4096/E256/k8",

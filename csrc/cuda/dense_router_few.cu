@@ -5,7 +5,7 @@
 // shared memory, so that no warp waits for another before the sums. A lane then reads 16 bytes of a row, neighbouring
 // hidden elements; the tensor core instruction wants others, but any order of the inner axis gives the same sum as long
 // as both operands use it. The block's sums go to the workspace as packets, and the last blocks of the grid also
-// select, a token each. Sums are added up in the same order whatever the number of tokens.
+// select, a token each. Sums are added up in an order that depends on the number of slices alone.
 //
 // With x in bf16 an f32 weight is three parts in bf16, which a lane makes of it as it reads it: three products on
 // tensor cores take less time than one without them, and memory holds nothing but the weight.

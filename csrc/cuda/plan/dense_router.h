@@ -58,8 +58,8 @@ struct FewTile {
 // In the order of preference. The blocks of a launch should all run at once, one a multiprocessor, of which an H100 has
 // 132: a block has so many experts that 384 of them, or 512 with 64 tokens a block, make at most 128 blocks a tile of
 // tokens. A device with fewer multiprocessors, or less shared memory, takes them for fewer experts; see pays.
-// Fewer splits hand fewer sums over, but more blocks read the same tokens: of 64 that is more than they are worth, and
-// of an f32 weight a block would have too few experts for its products.
+// Four splits hand fewer sums over than eight, but more blocks read the same tokens: that is worth it for up to 16 of
+// them, if the weight is not in f32.
 constexpr FewTile kFewTiles[] = {{4, 4, 2, 0, 8}, {4, 6, 3, 2, 8}, {4, 2, 2, 0, 8}, {4, 3, 3, 2, 8},
                                  {4, 4, 8, 3, 8}, {1, 1, 2, 0, 4}, {1, 1, 3, 2, 4}, {1, 2, 8, 3, 4},
                                  {1, 2, 2, 0, 8}, {1, 3, 3, 2, 8}, {1, 3, 8, 3, 8}};
@@ -73,7 +73,7 @@ constexpr OperandDTypes kOperandDTypes[] = {
 
 // Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block.
 constexpr bool takes(const FewTile& tile, DType x, DType weight) {
-  return tile.token_tiles > 1 ? x != DType::kF32 : (tile.splits < 8) == (weight != DType::kF32);
+  return (tile.token_tiles == 1 || x != DType::kF32) && (tile.splits == 8 || weight != DType::kF32);
 }
 
 // Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
@@ -253,6 +253,7 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
   for (int i = 0; i < kFewTileCount; ++i) {
     const FewTile& tile = kFewTiles[i];
     if (tile.token_tiles > 1 && op.select.rows <= small) continue;
+    if (tile.splits < 8 && op.select.rows > tile.tokens()) continue;
     if (tile.is_for_two() && (op.select.rows <= tile.tokens() || op.select.selection.experts <= numbers.least_experts))
       continue;
     if (can_use(op, tile, device)) return few_plan(op, i);
