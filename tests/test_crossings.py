@@ -169,13 +169,9 @@ NUMBERS = {
             "f32 streamed 512, 2 blocks a row",
         ),
     ),
-    "DenseRouterNumbers.lone_token_experts": (
-        "dense_router/experts/bf16/D4096/N1/k8",
-        ("bf16 logits few 16x16 of 256", UNFUSED),
-    ),
     "DenseRouterNumbers.few_tokens": (
         "dense_router/rows/bf16/D4096/E1024/k8",
-        ("bf16 logits few 16x24 of 1024", UNFUSED),
+        ("bf16 logits few 16x16 of 1024", UNFUSED),
     ),
     "DenseRouterNumbers.few_experts": (
         "dense_router/experts/bf16/D4096/N32/k8",

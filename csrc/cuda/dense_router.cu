@@ -12,6 +12,7 @@ cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t
   if (all % 16 != 0) {
     return cudaErrorMisalignedAddress;
   }
+  if (plan.one >= 0) return run_one(op, plan, stream);
   return plan.few >= 0 ? run_few(op, plan, stream) : run_many(op, plan, stream);
 }
 

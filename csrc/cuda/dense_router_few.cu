@@ -1,72 +1,33 @@
 // dense_router for up to 128 tokens: one kernel multiplies all tokens by the weight and selects each token's experts.
 //
-// A thread block owns 16 to 48 experts x one of kFewSplits slices of the hidden axis, for 16 or 64 tokens. Its warps
+// A thread block owns 8 to 48 experts x one of several slices of the hidden axis, for 16 or 64 tokens. Its warps
 // take turns along the slice, 128 bytes of every expert's row at a time, each warp with its own copies to its own
 // shared memory, so that no warp waits for another before the sums. A lane then reads 16 bytes of a row, neighbouring
 // hidden elements; the tensor core instruction wants others, but any order of the inner axis gives the same sum as long
 // as both operands use it. The block's sums go to the workspace as packets, and the last blocks of the grid also
-// select, a token each. Sums are added up in the same order whatever the number of tokens.
+// select, a token each. Sums are added up in an order that depends on the number of slices alone.
 //
 // With x in bf16 an f32 weight is three parts in bf16, which a lane makes of it as it reads it: three products on
 // tensor cores take less time than one without them, and memory holds nothing but the weight.
 //
-// The hand-over: a packet is two partial logits and a tag, written and read as one 16-byte word, so that a reader who
-// sees the tag has the logits: no fence, no counter, nothing to initialise. A tag is a random number of this launch (of
-// a CUDA graph, of its recording) that nobody else knows, and the reader removes it: whatever the memory holds when the
-// kernel begins, it holds the tag by a chance of 2^-64 a packet. The readers are the blocks that start last, and
-// publish before they wait, so they never keep a writer from running as long as they all run at once, which the plan
-// sees to. Should a packet never come, the launch ends with an error.
-//
-// The selection is that of parts/token.cuh, but all warps look for its candidates: a thread makes the keys of its
-// experts and lists those that reach a bound. One warp ranks these. Groups, softmax over all experts, and rows with NaN
-// or too many equal keys are left to that warp as a whole.
+// The sums of blocks are handed over by parts/packets.cuh. The readers are the blocks that start last, of which the
+// plan sees to it that they all run at once. The selection is that of parts/lone_token.cuh.
 //
 // Floor: the weight is read once, experts * hidden elements; the tokens come from the L2, once for each tile of
 // experts.
-#include <atomic>
 #include <cstdint>
-#include <random>
 
 #include "dense_router.h"
 #include "parts/async_copy.cuh"
+#include "parts/lone_token.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
-#include "parts/token.cuh"
+#include "parts/packets.cuh"
 
 namespace jax_router::cuda {
 namespace {
 
 constexpr int kThreads = 32 * kFewWarps;
-constexpr int kCandidates = 32;
-
-// Two neighbouring experts' partial logits of one token.
-struct alignas(16) Packet {
-  float logits[2];
-  uint64_t tag;
-};
-constexpr uint64_t kNoTag = 0;
-// A reader looks at a packet so often, a minute or so, before it gives up.
-constexpr uint32_t kMostLooks = 1u << 26;
-
-__device__ __forceinline__ void publish(Packet* packet, float2 sum, uint64_t tag) {
-  const uint64_t logits = static_cast<uint64_t>(float_bits(sum.y)) << 32 | float_bits(sum.x);
-  asm volatile(
-      "{\n.reg .b128 packet;\nmov.b128 packet, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], packet;\n}" ::"l"(packet),
-      "l"(logits), "l"(tag)
-      : "memory");
-}
-
-// The packet's tag.
-__device__ __forceinline__ uint64_t receive(const Packet* packet, float2& sum) {
-  uint64_t logits, tag;
-  asm volatile("{\n.reg .b128 packet;\nld.relaxed.gpu.global.b128 packet, [%2];\nmov.b128 {%0, %1}, packet;\n}"
-               : "=l"(logits), "=l"(tag)
-               : "l"(packet)
-               : "memory");
-  sum.x = bits_float(static_cast<uint32_t>(logits));
-  sum.y = bits_float(static_cast<uint32_t>(logits >> 32));
-  return tag;
-}
 
 // What the product needs to know, small enough for one line of the constant cache: the first thing a block waits for.
 struct Product {
@@ -242,14 +203,9 @@ struct WarpSums<float, float, kTokenTiles, kExpertTiles> {
   }
 };
 
-// Whether the scores take a sum over the whole row.
-template <KeyMode kMode>
-__device__ __forceinline__ bool needs_softmax(const Scoring& scoring) {
-  return scoring.score_fn == ScoreFn::kSoftmax && (kMode != KeyMode::kLogits || !scoring.renormalize);
-}
-
-// kTokenTiles: of 16 tokens; kExpertTiles: of 8 experts; kChunks, of 128 experts, hold all, and kFullChunks are full.
-template <class X, class W, int kTokenTiles, int kExpertTiles, KeyMode kMode, int kChunks, int kFullChunks>
+// kTokenTiles: of 16 tokens; kExpertTiles: of 8 experts; kSplits of the hidden axis; kChunks, of 128 experts, hold all,
+// and kFullChunks are full.
+template <class X, class W, int kTokenTiles, int kExpertTiles, int kSplits, KeyMode kMode, int kChunks, int kFullChunks>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_router_few_tokens(const Product product, const __grid_constant__ DenseRouter op) {
   constexpr int kTokens = 16 * kTokenTiles;
@@ -259,13 +215,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kStageBytes = kTokens * kXBytes + kExperts * kFewStepBytes;
   constexpr int kStride = kExperts + (kExperts % 16 == 8 ? 0 : 8);  // of sums in shared memory
   static_assert(kTokens * kStride * 4 <= kFewStages * kStageBytes);
-  constexpr int kExpertsOfThread = (128 * kChunks + kThreads - 1) / kThreads;
+  constexpr int kOwn = kExpertsOfThread<kChunks, kThreads>;
   extern __shared__ __align__(128) char shared[];
-  __shared__ float token_logits[kThreads * kExpertsOfThread];
-  __shared__ __align__(16) float maxima[32];
-  __shared__ int candidates_listed;
-  __shared__ SelectScratch<32> scratch;
-  __shared__ float2 scored[kMode == KeyMode::kScores ? kCandidates : 1];  // the candidates' scores and keys
+  __shared__ BlockScratch<kChunks, kThreads> scratch;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -280,8 +232,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   {
     const uint32_t row_bytes = product.row_bytes;
     const uint32_t steps = (row_bytes + kXBytes - 1) / kXBytes;
-    const int end = static_cast<int>((split + 1) * steps / kFewSplits);
-    int step = static_cast<int>(split * steps / kFewSplits) + warp;
+    const int end = static_cast<int>((split + 1) * steps / kSplits);
+    int step = static_cast<int>(split * steps / kSplits) + warp;
     int next = step;
     // A lane copies 16 bytes of every fourth row of the weight, and of as many bytes of x.
     constexpr int kAtOnce = 32 * 16 / kFewStepBytes;
@@ -367,126 +319,60 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
   for (int token = blocks - 1 - block; token < rows; token += blocks) {
     const float* bias = select.bias == nullptr ? nullptr : select.bias + token * select.bias_stride;
-    float logit_offset[kExpertsOfThread];
-    float key_offset[kExpertsOfThread];
+    float logit_offset[kOwn];
+    float biases[kOwn];
 #pragma unroll
-    for (int j = 0; j < kExpertsOfThread; ++j) {
+    for (int j = 0; j < kOwn; ++j) {
       const int e = j * kThreads + thread;
       logit_offset[j] = op.logit_bias != nullptr && e < selection.experts ? __ldg(op.logit_bias + e) : 0.0f;
-      key_offset[j] = kMode == KeyMode::kScores && e < selection.experts ? __ldg(bias + e) : 0.0f;
+      biases[j] = kMode == KeyMode::kScores && e < selection.experts ? __ldg(bias + e) : 0.0f;
     }
     const bool wanted = !is_masked(select, token);
-    if (thread == 0) candidates_listed = 0;
+    scratch.clear();
 
     // Expert e's two neighbouring threads receive half of the pair's packets each, and swap. All packets are asked for
     // at once, so threads without an expert read a packet of the last one's.
-    Packet* first = packets + (thread % 2 * (kFewSplits / 2) * rows + token) * pairs;
-    float2 parts[kExpertsOfThread][kFewSplits / 2];
+    Packet* first = packets + (thread % 2 * (kSplits / 2) * rows + token) * pairs;
+    float2 parts[kOwn][kSplits / 2];
     bool complete;
     uint32_t looks = 0;
     do {
       if (++looks == kMostLooks) __trap();
-      uint64_t tags[kExpertsOfThread][kFewSplits / 2];
+      uint64_t tags[kOwn][kSplits / 2];
 #pragma unroll
-      for (int j = 0; j < kExpertsOfThread; ++j) {
+      for (int j = 0; j < kOwn; ++j) {
         const int pair = min((j * kThreads + thread) / 2, pairs - 1);
 #pragma unroll
-        for (int s = 0; s < kFewSplits / 2; ++s) tags[j][s] = receive(first + s * rows * pairs + pair, parts[j][s]);
+        for (int s = 0; s < kSplits / 2; ++s) tags[j][s] = receive(first + s * rows * pairs + pair, parts[j][s]);
       }
       complete = true;
 #pragma unroll
-      for (int j = 0; j < kExpertsOfThread; ++j) {
+      for (int j = 0; j < kOwn; ++j) {
 #pragma unroll
-        for (int s = 0; s < kFewSplits / 2; ++s) complete &= tags[j][s] == product.tag;
+        for (int s = 0; s < kSplits / 2; ++s) complete &= tags[j][s] == product.tag;
       }
     } while (!__all_sync(kFullWarp, complete));
-    float keys[kExpertsOfThread];
-    [[maybe_unused]] float scores[kExpertsOfThread];
+    float logits[kOwn];
 #pragma unroll
-    for (int j = 0; j < kExpertsOfThread; ++j) {
-      const int e = j * kThreads + thread;
+    for (int j = 0; j < kOwn; ++j) {
       float2 sum = parts[j][0];
 #pragma unroll
-      for (int s = 1; s < kFewSplits / 2; ++s) {
+      for (int s = 1; s < kSplits / 2; ++s) {
         sum.x += parts[j][s].x;
         sum.y += parts[j][s].y;
       }
-      const float other = __shfl_xor_sync(kFullWarp, e % 2 == 0 ? sum.y : sum.x, 1);
-      float logit = e % 2 == 0 ? sum.x + other : other + sum.y;
-      if (op.logit_bias != nullptr) logit += logit_offset[j];
-      token_logits[e] = logit;
-      keys[j] = logit;
+      const float other = __shfl_xor_sync(kFullWarp, thread % 2 == 0 ? sum.y : sum.x, 1);
+      logits[j] = thread % 2 == 0 ? sum.x + other : other + sum.y;
+      if (op.logit_bias != nullptr) logits[j] += logit_offset[j];
     }
-
-    // The k-th largest of 32 maxima is a bound that all of the k best reach, and only a few others.
-    const RowScore score{selection.scoring.score_fn};
-    bool listed = kMode != KeyMode::kGroups && !needs_softmax<kMode>(selection.scoring);
-    if (listed) {
-      float maximum = -INFINITY;
+    const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
+                             static_cast<int64_t>(token) * selection.k};
+    select_token_of_block<kMode, kThreads, kChunks, kFullChunks>(selection, logits, biases, wanted, bias, output,
+                                                                 scratch);
 #pragma unroll
-      for (int j = 0; j < kExpertsOfThread; ++j) {
-        if constexpr (kMode == KeyMode::kScores) {
-          scores[j] = score(keys[j]);
-          keys[j] = __fadd_rn(scores[j], key_offset[j]);
-        }
-        if (j * kThreads + thread < selection.experts) maximum = max_nan(maximum, keys[j]);
-      }
+    for (int j = 0; j < kOwn; ++j) {
 #pragma unroll
-      for (int step = 1; step < kThreads / 32; step *= 2) {
-        maximum = max_nan(maximum, __shfl_xor_sync(kFullWarp, maximum, step));
-      }
-      maxima[thread / (kThreads / 32)] = maximum;
-      __syncthreads();
-      const float own_maximum = maxima[lane];
-      SumOfTrue larger[4];  // short sums in place of a long one
-#pragma unroll
-      for (int i = 0; i < 32; i += 4) {
-        const float4 others = *reinterpret_cast<const float4*>(maxima + i);
-        larger[0].add_if_greater(others.x, own_maximum);
-        larger[1].add_if_greater(others.y, own_maximum);
-        larger[2].add_if_greater(others.z, own_maximum);
-        larger[3].add_if_greater(others.w, own_maximum);
-      }
-      const uint32_t count = larger[0].value() + larger[1].value() + larger[2].value() + larger[3].value();
-      const uint32_t bound_key = count < static_cast<uint32_t>(selection.k) ? order_key(own_maximum) : 0xFFFFFFFFu;
-      const float bound = float_of_key(__reduce_min_sync(kFullWarp, bound_key));
-      listed = !__any_sync(kFullWarp, own_maximum != own_maximum);
-#pragma unroll
-      for (int j = 0; j < kExpertsOfThread; ++j) {
-        const int e = j * kThreads + thread;
-        if (keys[j] >= bound && e < selection.experts) {
-          // In any order: the ranking makes one.
-          const int place = atomicAdd(&candidates_listed, 1);
-          if (place < kCandidates) {
-            scratch.candidates[place] = e;
-            if constexpr (kMode == KeyMode::kScores) scored[place] = make_float2(scores[j], keys[j]);
-          }
-        }
-      }
-    }
-    __syncthreads();
-    if (warp == 0) {
-      const auto logit_at = [&](int expert) { return token_logits[expert]; };
-      const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
-                               static_cast<int64_t>(token) * selection.k};
-      const int count = candidates_listed;
-      if (listed && count <= kCandidates) {
-        finish_token<kMode, 32>(selection, score, wanted ? count : 0, wanted, bias, logit_at, output, scratch,
-                                kMode == KeyMode::kScores ? scored : nullptr);
-      } else {
-        float logits[4 * kChunks];
-#pragma unroll
-        for (int i = 0; i < 4 * kChunks; ++i) {
-          const int e = expert_of<32>(lane, i);
-          logits[i] = e < selection.experts ? token_logits[e] : -INFINITY;
-        }
-        select_token<kMode, 32, kFullChunks>(selection, logits, wanted, bias, logit_at, output, scratch);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kExpertsOfThread; ++j) {
-#pragma unroll
-      for (int s = 0; s < kFewSplits / 2; ++s) {
+      for (int s = 0; s < kSplits / 2; ++s) {
         const int pair = (j * kThreads + thread) / 2;
         if (pair < pairs) first[s * rows * pairs + pair].tag = kNoTag;
       }
@@ -495,66 +381,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-static_assert(sizeof(Packet) == kPacketBytes);
-
-// One that no launch of this process had before (splitmix64, from a random start).
-uint64_t new_tag() {
-  static const uint64_t start = [] {
-    std::random_device random;
-    return static_cast<uint64_t>(random()) << 32 | random();
-  }();
-  static std::atomic<uint64_t> launches = 0;
-  uint64_t tag = start + 0x9E3779B97F4A7C15 * ++launches;
-  tag = (tag ^ tag >> 30) * 0xBF58476D1CE4E5B9;
-  tag = (tag ^ tag >> 27) * 0x94D049BB133111EB;
-  tag ^= tag >> 31;
-  return tag == kNoTag ? new_tag() : tag;
-}
-
-template <class X, class W, KeyMode kMode>
-cudaError_t run_mode(const DenseRouter& op, const DenseRouterPlan& plan, Packet* packets, cudaStream_t stream) {
-  return with_index<kFewTileCount>(plan.few, [&](auto index) {
-    constexpr FewTile kTile = kFewTiles[decltype(index)::value];
-    if constexpr (takes(kTile, dtype_of(X{}))) {
-      const int rows = static_cast<int>(op.select.rows);
-      const int experts = op.select.selection.experts;
-      LaunchShape shape{ceil_div(experts, kTile.experts()), kThreads, plan.shared_bytes};
-      shape.blocks_y = kFewSplits;
-      shape.blocks_z = static_cast<unsigned>(ceil_div(rows, kTile.tokens()));
-      const Product product{static_cast<const char*>(op.x),
-                            static_cast<const char*>(op.weight),
-                            packets,
-                            new_tag(),
-                            op.hidden * static_cast<uint32_t>(sizeof(X)),
-                            rows,
-                            experts};
-      return launch_kernel(
-          dense_router_few_tokens<X, W, kTile.token_tiles, kTile.expert_tiles, kMode, kTile.chunks, kTile.full_chunks>,
-          shape, stream, product, op);
-    }
-    return cudaErrorInvalidValue;
-  });
-}
-
 }  // namespace
 
 cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t stream) {
-  const auto run_types = [&](auto x, auto weight) {
+  return with_types(op, [&](auto x, auto weight, auto mode) {
     using X = decltype(x);
     using W = decltype(weight);
-    auto* packets = static_cast<Packet*>(op.workspace.data);
-    switch (key_mode(op.select)) {
-      case KeyMode::kLogits:
-        return run_mode<X, W, KeyMode::kLogits>(op, plan, packets, stream);
-      case KeyMode::kScores:
-        return run_mode<X, W, KeyMode::kScores>(op, plan, packets, stream);
-      case KeyMode::kGroups:
-        return run_mode<X, W, KeyMode::kGroups>(op, plan, packets, stream);
-    }
-    return cudaErrorInvalidValue;
-  };
-  if (op.operand_dtype != op.weight_dtype) return run_types(__nv_bfloat16{}, float{});
-  return with_type(op.operand_dtype, [&](auto type) { return run_types(type, type); });
+    return with_index<kFewTileCount>(plan.few, [&](auto index) {
+      constexpr FewTile kTile = kFewTiles[decltype(index)::value];
+      if constexpr (takes(kTile, dtype_of(X{}), dtype_of(W{}))) {
+        const int rows = static_cast<int>(op.select.rows);
+        const int experts = op.select.selection.experts;
+        LaunchShape shape{ceil_div(experts, kTile.experts()), kThreads, plan.shared_bytes};
+        shape.blocks_y = kTile.splits;
+        shape.blocks_z = static_cast<unsigned>(ceil_div(rows, kTile.tokens()));
+        const Product product{static_cast<const char*>(op.x),
+                              static_cast<const char*>(op.weight),
+                              static_cast<Packet*>(op.workspace.data),
+                              new_tag(),
+                              op.hidden * static_cast<uint32_t>(sizeof(X)),
+                              rows,
+                              experts};
+        return launch_kernel(dense_router_few_tokens<X, W, kTile.token_tiles, kTile.expert_tiles, kTile.splits,
+                                                     decltype(mode)::value, kTile.chunks, kTile.full_chunks>,
+                             shape, stream, product, op);
+      }
+      return cudaErrorInvalidValue;
+    });
+  });
 }
 
 }  // namespace jax_router::cuda

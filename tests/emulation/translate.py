@@ -11,8 +11,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "cuda_runtime_api.h")
-# Kernels with tensor cores, and the copy engine's part.
-LEFT_OUT = ("dense_router.cu", "dense_router_few.cu", "dense_router_many.cu", "hopper.cuh")
+# Kernels with tensor cores, those that wait across blocks, and the copy engine's part.
+LEFT_OUT = (
+    "dense_router.cu",
+    "dense_router_few.cu",
+    "dense_router_many.cu",
+    "dense_router_one.cu",
+    "hopper.cuh",
+    "packets.cuh",
+)
 
 # What a statement's text has in it, and what that does to its operands.
 INSTRUCTIONS = {
@@ -62,6 +69,7 @@ INSTRUCTIONS = {
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32": "emulation::store_later({0}, {1}, 4, {2})",
     "cp.async.cg.shared.global [%0], [%1], 16;": "emulation::copy_later({0}, {1}, 16)",
     "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulation::copy_later({0}, {1}, {2})",
+    "cp.async.ca.shared.global [%0], [%1], 8;": "emulation::copy_later({0}, {1}, 8)",
     "cp.async.commit_group": "emulation::commit_copies()",
     "cp.async.wait_group": "emulation::wait_for_groups({0})",
     "cp.async.wait_all": "emulation::wait_for_copies()",

@@ -150,7 +150,7 @@ inline void dense_router_cases(const Visit& visit) {
   Maker make;
   for (const auto& [x, weight] : cuda::kOperandDTypes) {
     for (Keys keys : kKeys) {
-      for (int64_t rows : {make.pick({1, 2, 16}), make.pick({17, 64, 65, 128})}) {
+      for (int64_t rows : {1, make.pick({2, 16}), make.pick({17, 64, 65, 128})}) {
         for (auto [experts, num_groups] :
              {Experts{36, 9}, {256, 8}, {257, 0}, {384, 12}, {512, 8}, {1023, 0}, {1024, 32}}) {
           if (keys == Keys::kGroups && num_groups == 0) continue;

@@ -80,12 +80,11 @@ __device__ __forceinline__ void score_keys(const RowScore& score, const float (&
 }
 
 // Ranks the experts in scratch.candidates[0 .. count), which are among the tile's eligible ones and include its k best,
-// and writes the k weights and ids. The arguments are those of select_token; kNarrow: the logits were 16-bit numbers;
-// scored: where they are known, the candidates' scores and keys.
+// and writes the k weights and ids. The arguments are those of select_token; kNarrow: the logits were 16-bit numbers.
 template <KeyMode kMode, int kLanes, bool kNarrow = false, class LogitAt>
 __device__ __forceinline__ void finish_token(const Selection& selection, const RowScore& score, int count, bool wanted,
                                              const float* bias, LogitAt logit_at, const TokenOutput& output,
-                                             SelectScratch<kLanes>& scratch, const float2* scored = nullptr) {
+                                             SelectScratch<kLanes>& scratch) {
   const int lane = tile_lane<kLanes>();
   const int k = selection.k;
   const Scoring& scoring = selection.scoring;
@@ -107,10 +106,7 @@ __device__ __forceinline__ void finish_token(const Selection& selection, const R
       const int expert = scratch.candidates[slot];
       const float logit = logit_at(expert);
       float key = logit;
-      if (scored != nullptr) {
-        scores[i] = scored[slot].x;
-        key = scored[slot].y;
-      } else if constexpr (kMode != KeyMode::kLogits) {
+      if constexpr (kMode != KeyMode::kLogits) {
         const bool biased = kMode == KeyMode::kScores || bias != nullptr;
         const float offset = biased ? __ldg(bias + expert) : 0.0f;
         scores[i] = score(logit);

@@ -13,9 +13,23 @@
 
 namespace jax_router::cuda {
 
-// Few tokens (dense_router_few.cu): kFewSplits blocks share the hidden axis of the same tokens and experts.
+// One token (dense_router_one.cu): a block has two experts.
+constexpr int kOneThreads = 256;
+constexpr int kOneStages = 4;                     // steps of a thread that are under way at once, of 16 bytes of a row
+constexpr int kOneStageBytes = 48 * kOneThreads;  // of two rows of the weight, and at most as many of x
+// How the block that selects holds a row.
+struct OneTile {
+  int chunks;       // of 128 experts, which hold all
+  int full_chunks;  // of them, the first
+
+  // Of what the kernel declares as __shared__.
+  constexpr int static_bytes() const { return 4 * 256 * ((chunks + 1) / 2) + 1024; }
+};
+constexpr OneTile kOneTiles[] = {{2, 0}, {3, 2}, {4, 3}};
+constexpr int kOneTileCount = static_cast<int>(std::size(kOneTiles));
+
+// Few tokens (dense_router_few.cu): several blocks share the hidden axis of the same tokens and experts.
 constexpr int kFewTokens = 128;  // at most
-constexpr int kFewSplits = 8;
 constexpr int kFewWarps = 8;
 constexpr int kFewStepBytes = 128;  // of every expert's row, for one warp
 constexpr int kFewStages = 2;       // steps of a warp that are under way at once
@@ -29,6 +43,7 @@ struct FewTile {
   int expert_tiles;  // of 8 experts
   int chunks;        // of 128 experts, which hold all
   int full_chunks;   // of them, the first
+  int splits;        // blocks that share the hidden axis
 
   constexpr int tokens() const { return 16 * token_tiles; }
   constexpr int experts() const { return 8 * expert_tiles; }
@@ -43,8 +58,11 @@ struct FewTile {
 // In the order of preference. The blocks of a launch should all run at once, one a multiprocessor, of which an H100 has
 // 132: a block has so many experts that 384 of them, or 512 with 64 tokens a block, make at most 128 blocks a tile of
 // tokens. A device with fewer multiprocessors, or less shared memory, takes them for fewer experts; see pays.
-constexpr FewTile kFewTiles[] = {{4, 4, 2, 0}, {4, 6, 3, 2}, {4, 2, 2, 0}, {4, 3, 3, 2},
-                                 {4, 4, 8, 3}, {1, 2, 2, 0}, {1, 3, 3, 2}, {1, 3, 8, 3}};
+// Four splits hand fewer sums over than eight, but more blocks read the same tokens: that is worth it for up to 16 of
+// them, if the weight is not in f32.
+constexpr FewTile kFewTiles[] = {{4, 4, 2, 0, 8}, {4, 6, 3, 2, 8}, {4, 2, 2, 0, 8}, {4, 3, 3, 2, 8},
+                                 {4, 4, 8, 3, 8}, {1, 1, 2, 0, 4}, {1, 1, 3, 2, 4}, {1, 2, 8, 3, 4},
+                                 {1, 2, 2, 0, 8}, {1, 3, 3, 2, 8}, {1, 3, 8, 3, 8}};
 constexpr int kFewTileCount = static_cast<int>(std::size(kFewTiles));
 // Those of x and weight that there are kernels for.
 struct OperandDTypes {
@@ -54,7 +72,9 @@ constexpr OperandDTypes kOperandDTypes[] = {
     {DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kF16, DType::kF16}, {DType::kBF16, DType::kF32}};
 
 // Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block.
-constexpr bool takes(const FewTile& tile, DType x) { return tile.token_tiles == 1 || x != DType::kF32; }
+constexpr bool takes(const FewTile& tile, DType x, DType weight) {
+  return (tile.token_tiles == 1 || x != DType::kF32) && (tile.splits == 8 || weight != DType::kF32);
+}
 
 // Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
 // the hidden axis. Or, for the most tokens, each block has a tile of its own, which is called wide: all experts and the
@@ -122,12 +142,10 @@ constexpr ManyTile kManyTiles[] = {{24, 2},
                                    {kManyWideTokens, 0, true}};
 
 struct DenseRouterNumbers {
-  int64_t lone_token_experts;  // a lone token is worth the kernel with up to so many: XLA multiplies one by a large
-                               // weight as fast, and needs no hand-over
-  int64_t few_tokens;          // up to so many, any number of experts is worth it
-  int64_t few_experts;         // of more tokens, up to so many
-  int64_t small_tile_tokens;   // up to so many, blocks have 16 tokens instead of 64 (of most experts, up to few_tokens)
-  int64_t tile_tokens;         // of more than these, more than least_experts up to most_experts
+  int64_t few_tokens;         // up to so many, any number of experts is worth it
+  int64_t few_experts;        // of more tokens, up to so many
+  int64_t small_tile_tokens;  // up to so many, blocks have 16 tokens instead of 64 (of most experts, up to few_tokens)
+  int64_t tile_tokens;        // of more than these, more than least_experts up to most_experts
   int64_t least_experts, most_experts;
   int clusters[4];         // of 1, 2, 4 and 8 blocks that have room at a time
   int filled_eighths;      // of the experts' tiles, that must be more than this to be worth it
@@ -138,11 +156,12 @@ struct DenseRouterNumbers {
 // experts. In numbers of tokens, the clusters and the tenths come to up to 4320 tokens of 256 experts and 9504 of 128,
 // to 5175 to 8448 of 256, and to 13517 to 16896 of 256.
 constexpr auto kDenseRouterNumbers = everywhere(
-    DenseRouterNumbers{/*lone_token_experts=*/256, /*few_tokens=*/16, /*few_experts=*/512, /*small_tile_tokens=*/32,
+    DenseRouterNumbers{/*few_tokens=*/16, /*few_experts=*/512, /*small_tile_tokens=*/32,
                        /*tile_tokens=*/64, /*least_experts=*/96, /*most_experts=*/384, /*clusters=*/{132, 66, 30, 15},
                        /*filled_eighths=*/6, /*filled_tenths=*/7, /*wide_filled_tenths=*/8});
 
 struct DenseRouterPlan {
+  int one;          // of kOneTiles, or -1:
   int few;          // of kFewTiles, or -1: the kernel for many tokens, with
   ManyTiling many;  // this
   int64_t blocks;
@@ -151,7 +170,7 @@ struct DenseRouterPlan {
 };
 
 constexpr int64_t few_blocks(const DenseRouter& op, const FewTile& tile) {
-  return ceil_div(op.select.selection.experts, tile.experts()) * kFewSplits * ceil_div(op.select.rows, tile.tokens());
+  return ceil_div(op.select.selection.experts, tile.experts()) * tile.splits * ceil_div(op.select.rows, tile.tokens());
 }
 
 // Why no kernel for few or many tokens can compute the op on the device; empty where one can.
@@ -172,8 +191,20 @@ inline std::string why_not_fused(const DenseRouter& op) {
   return "";
 }
 
-constexpr int64_t few_workspace_bytes(const DenseRouter& op) {
-  return kFewSplits * op.select.rows * ceil_div(op.select.selection.experts, 2) * kPacketBytes;
+inline std::optional<DenseRouterPlan> one_plan(const DenseRouter& op, int index, const Device& device) {
+  const OneTile& tile = kOneTiles[index];
+  const int experts = op.select.selection.experts;
+  const int64_t blocks = ceil_div(experts, 2);
+  constexpr int kSharedBytes = kOneStages * kOneStageBytes;
+  if (op.select.rows != 1 || experts < 128 * tile.full_chunks || experts > 128 * tile.chunks ||
+      kSharedBytes + tile.static_bytes() > device.shared_bytes || blocks * kPacketBytes > op.workspace.bytes) {
+    return std::nullopt;
+  }
+  return DenseRouterPlan{index, -1, {}, blocks, kSharedBytes, blocks * kPacketBytes};
+}
+
+constexpr int64_t few_workspace_bytes(const DenseRouter& op, const FewTile& tile) {
+  return tile.splits * op.select.rows * ceil_div(op.select.selection.experts, 2) * kPacketBytes;
 }
 
 inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& device) {
@@ -181,14 +212,14 @@ inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& de
   // The blocks that select wait for all others: each must be running.
   const int64_t waiting = std::min(op.select.rows, few_blocks(op, tile));
   return op.select.rows <= kFewTokens && waiting <= device.multiprocessors && 128 * tile.full_chunks <= experts &&
-         experts <= 128 * tile.chunks && takes(tile, op.operand_dtype) &&
+         experts <= 128 * tile.chunks && takes(tile, op.operand_dtype, op.weight_dtype) &&
          tile.shared_bytes(op.operand_dtype, op.weight_dtype) + tile.static_bytes() <= device.shared_bytes &&
-         few_workspace_bytes(op) <= op.workspace.bytes;
+         few_workspace_bytes(op, tile) <= op.workspace.bytes;
 }
 
 inline DenseRouterPlan few_plan(const DenseRouter& op, int tile) {
   const int64_t shared_bytes = kFewTiles[tile].shared_bytes(op.operand_dtype, op.weight_dtype);
-  return {tile, {}, few_blocks(op, kFewTiles[tile]), shared_bytes, few_workspace_bytes(op)};
+  return {-1, tile, {}, few_blocks(op, kFewTiles[tile]), shared_bytes, few_workspace_bytes(op, kFewTiles[tile])};
 }
 
 // Divides the shared memory; returns the bytes that a block needs, or 0 if it has less.
@@ -222,7 +253,7 @@ inline std::optional<DenseRouterPlan> many_plan(const DenseRouter& op, const Man
   // Coordinates of the copy engine are 32 bits wide, and so is a grid.
   if (bytes == 0 || op.select.rows > INT32_MAX - 1024) return std::nullopt;
   const int64_t blocks = round_up(tiles << tiling.tile_bits(), int64_t{1} << tiling.cluster_bits());
-  return DenseRouterPlan{-1, tiling, blocks, bytes + kManyAlignment, 0};
+  return DenseRouterPlan{-1, -1, tiling, blocks, bytes + kManyAlignment, 0};
 }
 
 // The tokens that have room at a time.
@@ -243,12 +274,16 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
     }
     return found;
   }
+  for (int i = 0; i < kOneTileCount; ++i) {
+    if (const auto plan = one_plan(op, i, device)) return plan;
+  }
   const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
   const bool most = op.select.selection.experts > numbers.most_experts;
   const int64_t small = most ? numbers.few_tokens : numbers.small_tile_tokens;
   for (int i = 0; i < kFewTileCount; ++i) {
     const FewTile& tile = kFewTiles[i];
     if (tile.token_tiles > 1 && op.select.rows <= small) continue;
+    if (tile.splits < 8 && op.select.rows > tile.tokens()) continue;
     if (tile.is_for_two() && (op.select.rows <= tile.tokens() || op.select.selection.experts <= numbers.least_experts))
       continue;
     if (can_use(op, tile, device)) return few_plan(op, i);
@@ -259,6 +294,9 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
 inline std::vector<DenseRouterPlan> plans(const DenseRouter& op, const Device& device) {
   std::vector<DenseRouterPlan> found;
   if (!why_not_fused(op).empty()) return found;
+  for (int i = 0; i < kOneTileCount; ++i) {
+    if (const auto plan = one_plan(op, i, device)) found.push_back(*plan);
+  }
   for (int i = 0; i < kFewTileCount; ++i) {
     if (can_use(op, kFewTiles[i], device)) found.push_back(few_plan(op, i));
   }
@@ -269,6 +307,7 @@ inline std::vector<DenseRouterPlan> plans(const DenseRouter& op, const Device& d
 }
 
 constexpr Needs needs(const DenseRouterPlan& plan) {
+  if (plan.one >= 0) return {plan.shared_bytes + kOneTiles[plan.one].static_bytes(), 1, false};
   if (plan.few >= 0) return {plan.shared_bytes + kFewTiles[plan.few].static_bytes(), 1, false};
   return {plan.shared_bytes + many_static_bytes(plan.many.wide), 1 << plan.many.cluster_bits(), true};
 }
@@ -289,8 +328,9 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
   const int64_t rows = op.select.rows;
   const int64_t experts = op.select.selection.experts;
   const bool is_short = op.operand_dtype != DType::kF32;
+  // A token of more experts XLA multiplies as fast, without a hand-over.
+  if (rows == 1) return plan.one >= 0;
   if (plan.few >= 0) {
-    if (rows == 1) return experts <= numbers.lone_token_experts && is_short;
     if (rows > numbers.few_tokens && is_short && !all_run_at_once(plan, device)) return false;
     if (rows > numbers.tile_tokens) {
       return experts > numbers.least_experts && experts <= numbers.most_experts && is_short;
@@ -306,10 +346,15 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
   return rows <= wave && rows * 10 >= wave * tenths;
 }
 
+inline std::string operands_name(DType x, DType weight, KeyMode mode) {
+  return name(x) + (x == weight ? "" : "x" + name(weight)) + " " + name(mode);
+}
+inline std::string instance_name(DType x, DType weight, KeyMode mode, const OneTile& tile) {
+  return operands_name(x, weight, mode) + " one of " + std::to_string(128 * tile.chunks);
+}
 inline std::string instance_name(DType x, DType weight, KeyMode mode, const FewTile& tile) {
-  return name(x) + (x == weight ? "" : "x" + name(weight)) + " " + name(mode) + " few " +
-         std::to_string(tile.tokens()) + "x" + std::to_string(tile.experts()) + " of " +
-         std::to_string(128 * tile.chunks);
+  return operands_name(x, weight, mode) + " few " + std::to_string(tile.tokens()) + "x" +
+         std::to_string(tile.experts()) + " of " + std::to_string(128 * tile.chunks);
 }
 inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int split_bits, bool wide) {
   return name(dtype) + " " + name(mode) + " many " + std::to_string(many_tokens) +
@@ -318,6 +363,7 @@ inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int
 
 inline std::string name(const DenseRouter& op, const DenseRouterPlan& plan) {
   const KeyMode mode = key_mode(op.select);
+  if (plan.one >= 0) return instance_name(op.operand_dtype, op.weight_dtype, mode, kOneTiles[plan.one]);
   if (plan.few >= 0) return instance_name(op.operand_dtype, op.weight_dtype, mode, kFewTiles[plan.few]);
   return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits, plan.many.wide);
 }
@@ -326,9 +372,10 @@ inline std::vector<std::string> instances(const DenseRouter&, const Device& devi
   std::vector<std::string> all;
   for (const auto& [x, weight] : kOperandDTypes) {
     for (KeyMode mode : kKeyModes) {
+      for (const OneTile& tile : kOneTiles) all.push_back(instance_name(x, weight, mode, tile));
       for (const FewTile& tile : kFewTiles) {
         const bool fits = tile.shared_bytes(x, weight) + tile.static_bytes() <= device.shared_bytes;
-        if (fits && takes(tile, x)) all.push_back(instance_name(x, weight, mode, tile));
+        if (fits && takes(tile, x, weight)) all.push_back(instance_name(x, weight, mode, tile));
       }
       for (const ManyTile& tile : kManyTiles) {
         if (!device.has_hopper_kernels || weight == DType::kF32) continue;
