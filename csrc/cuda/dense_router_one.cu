@@ -12,9 +12,9 @@
 
 #include "dense_router.h"
 #include "parts/async_copy.cuh"
-#include "parts/lone_token.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
+#include "parts/lone_token.cuh"
 #include "parts/packets.cuh"
 
 namespace jax_router::cuda {
