@@ -24,7 +24,7 @@ constexpr auto kActivationTopkNumbers =
     everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 1920, 2560, 9216}}, {{6144, 6144, 6144, 6144}}},
                                       {{{1, 1, 512, 2048}}, {{1, 2304, 6144, 27648}}, {{3840, 3840, 3840, 3840}}}},
                                      {16384, 12288, 26624},
-                                     22528});
+                                     67584});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
 constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4},
