@@ -121,8 +121,9 @@ def _gradients_apart(params: Any, grad_weights: Array, known: dict[str, Array]) 
 def _gradients_from_kernel(
     grad_weights: Array, known: dict[str, Array], *, scoring: Scoring, implementation: str
 ) -> list[Array]:
-    params = {"scoring": scoring, "num_experts": known["weight"].shape[0], "implementation": implementation}
-    operands = {"grad_weights": grad_weights, **known}
+    num_experts = known["weight"].shape[0]
+    params: dict[str, Any] = {"scoring": scoring, "num_experts": num_experts, "implementation": implementation}
+    operands: dict[str, Any] = {"grad_weights": grad_weights, **known}
     mask = operands.pop("token_mask", None)
     if mask is None:
         values = vary_over_the_same_axes([operands[name] for name in _PRODUCTS.operands])

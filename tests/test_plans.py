@@ -93,7 +93,7 @@ TAKEN_BY_AN_H100 = {
     "activation_topk/E384/k6/N65536/bias": "f32 scores tile 16x6",
     "activation_topk/sigmoid/E256/k8/groups8-4/N1": "f32 groups block of 256",
     "activation_topk/sigmoid/E256/k8/groups8-4/N64": "f32 groups block of 256",
-    "activation_topk/sigmoid/E256/k8/groups8-4/N65536": "f32 groups tile 8x8",
+    "activation_topk/sigmoid/E256/k8/groups8-4/N65536": "f32 groups tile 16x4",
     "activation_topk/softmax/E128/k8/N1": "f32 logits tile 16x2",
     "activation_topk/softmax/E128/k8/N4096": "f32 logits tile 16x2",
     "activation_topk/softmax/E128/k8/N65536": "f32 logits tile 8x4",
