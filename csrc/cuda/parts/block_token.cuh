@@ -116,14 +116,14 @@ __device__ __forceinline__ void select_token_of_block(const Selection& selection
   __syncthreads();
 
   const uint32_t own = scratch.maxima[lane];
-  uint32_t reaching[4] = {};  // short chains in place of a long one
+  SumOfTrue reaching[4];  // a bit for each maximum that is no less than the lane's own
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
     const uint4 others = *reinterpret_cast<const uint4*>(scratch.maxima + i);
-    if (others.x >= own) reaching[0] |= 1u << i;
-    if (others.y >= own) reaching[1] |= 2u << i;
-    if (others.z >= own) reaching[2] |= 4u << i;
-    if (others.w >= own) reaching[3] |= 8u << i;
+    reaching[i / 8].add_if_reaches(others.x, own, 1u << i % 8);
+    reaching[i / 8].add_if_reaches(others.y, own, 2u << i % 8);
+    reaching[i / 8].add_if_reaches(others.z, own, 4u << i % 8);
+    reaching[i / 8].add_if_reaches(others.w, own, 8u << i % 8);
   }
   uint32_t counting = kFullWarp;  // which of the maxima
   if constexpr (kMode == KeyMode::kGroups) {
@@ -134,8 +134,9 @@ __device__ __forceinline__ void select_token_of_block(const Selection& selection
     const int group_of_maximum = lane * kFold / 4 >> group_shift(selection);
     counting = __ballot_sync(kFullWarp, best_groups >> (group_of_maximum & 31) & 1);
   }
-  const uint32_t reached = (reaching[0] | reaching[1] | reaching[2] | reaching[3]) & counting;
-  const bool bounds = (counting >> lane & 1) != 0 && __popc(reached) >= k;
+  const uint32_t reached =
+      reaching[0].value() | reaching[1].value() << 8 | reaching[2].value() << 16 | reaching[3].value() << 24;
+  const bool bounds = (counting >> lane & 1) != 0 && __popc(reached & counting) >= k;
   const uint32_t bound = max(__reduce_max_sync(kFullWarp, bounds ? own : kNoKey), kNoKey + 1);
   const auto list = [&](int place) {
     scratch.pairs[place] = ranked_pair(key, thread);

@@ -187,6 +187,11 @@ struct SumOfTrue {
         : "+f"(bits)
         : "f"(a), "f"(b), "f"(bits_float(term)));
   }
+  __device__ __forceinline__ void add_if_reaches(uint32_t a, uint32_t b, uint32_t term) {
+    asm("{ .reg .pred p; setp.ge.u32 p, %1, %2; @p add.f32 %0, %0, %3; }"
+        : "+f"(bits)
+        : "r"(a), "r"(b), "f"(bits_float(term)));
+  }
   __device__ __forceinline__ void add_unless_below(float a, float b, uint32_t term) {
     asm("{ .reg .pred p; setp.geu.f32 p, %1, %2; @p add.f32 %0, %0, %3; }"
         : "+f"(bits)

@@ -21,14 +21,14 @@ struct ActivationTopkNumbers {
   // Up to how many rows a block a token is the fastest, by KeyMode. Not for logits: there is little to compute.
   int64_t block_rows[3];
 };
-// Measured on an H100 alone: blocks for 256 and 384 experts and for no others, half warps for up to 512 experts,
+// Measured on an H100 alone: blocks for 128 to 512 experts, half warps for up to 512 experts,
 // quarters for 128 and 256, and up to 65536 rows.
 constexpr auto kActivationTopkNumbers =
     everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 1920, 2560, 9216}}, {{6144, 6144, 6144, 6144}}},
                                       {{{1, 1, 512, 2048}}, {{1, 2304, 6144, 27648}}, {{3840, 3840, 3840, 3840}}}},
                                      {16384, 12288, 26624},
                                      67584,
-                                     {0, 64, 264}});
+                                     {0, 132, 264}});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
 constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4},
@@ -66,8 +66,9 @@ constexpr bool logits_pass(const ActivationTopk& op) {
 constexpr int kRowInShared = -1;
 constexpr int kBlockOfToken = -2;
 
-constexpr int kMostBlockThreads = 512;
-constexpr int kBlockCandidates = 32;  // that a block has room for: a lane each of the warp that ranks them
+constexpr int kLeastBlockExperts = 128;  // fewer were not measured
+constexpr int kMostBlockThreads = 512;   // each of which has an expert
+constexpr int kBlockCandidates = 32;     // that a block has room for: a lane each of the warp that ranks them
 
 struct ActivationTopkPlan {
   int tile;     // of kActivationTopkTiles, or one of these
@@ -117,7 +118,8 @@ inline std::optional<ActivationTopkPlan> block_plan(const ActivationTopk& op) {
   const Selection& selection = op.selection;
   const KeyMode mode = key_mode(op);
   const int of_maximum = (selection.experts <= 256 ? 256 : kMostBlockThreads) / 32;
-  if (mode == KeyMode::kLogits || selection.experts <= 128 || selection.experts > 384) return std::nullopt;
+  if (mode == KeyMode::kLogits || selection.experts < kLeastBlockExperts) return std::nullopt;
+  if (selection.experts > kMostBlockThreads) return std::nullopt;
   int eligible = selection.experts;
   if (mode == KeyMode::kGroups) {
     const int size = selection.experts / selection.groups.num_groups;
