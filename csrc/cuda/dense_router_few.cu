@@ -11,7 +11,7 @@
 // tensor cores take less time than one without them, and memory holds nothing but the weight.
 //
 // The sums of blocks are handed over by parts/packets.cuh. The readers are the blocks that start last, of which the
-// plan sees to it that they all run at once. The selection is that of parts/lone_token.cuh.
+// plan sees to it that they all run at once. The selection is that of parts/dense_token.cuh.
 //
 // Floor: the weight is read once, experts * hidden elements; the tokens come from the L2, once for each tile of
 // experts.
@@ -19,9 +19,9 @@
 
 #include "dense_router.h"
 #include "parts/async_copy.cuh"
+#include "parts/dense_token.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
-#include "parts/lone_token.cuh"
 #include "parts/packets.cuh"
 
 namespace jax_router::cuda {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(kTokens * kStride * 4 <= kFewStages * kStageBytes);
   constexpr int kOwn = kExpertsOfThread<kChunks, kThreads>;
   extern __shared__ __align__(128) char shared[];
-  __shared__ BlockScratch<kChunks, kThreads> scratch;
+  __shared__ DenseTokenScratch<kChunks, kThreads> scratch;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -367,8 +367,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
                              static_cast<int64_t>(token) * selection.k};
-    select_token_of_block<kMode, kThreads, kChunks, kFullChunks>(selection, logits, biases, wanted, bias, output,
-                                                                 scratch);
+    select_dense_token<kMode, kThreads, kChunks, kFullChunks>(selection, logits, biases, wanted, bias, output, scratch);
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
 #pragma unroll

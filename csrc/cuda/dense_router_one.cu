@@ -2,7 +2,7 @@
 //
 // A thread block owns two experts: it multiplies their whole rows by the token, in f32, and hands the two logits over
 // as one packet (parts/packets.cuh). The last block of the grid also waits for all packets and selects
-// (parts/lone_token.cuh). A thread copies 16 bytes of each row and the same elements of the token to places in shared
+// (parts/dense_token.cuh). A thread copies 16 bytes of each row and the same elements of the token to places in shared
 // memory that it alone reads, kOneStages times before it waits for the first: no thread waits for another before the
 // sums, and with up to 8192 hidden elements of 16 bits all that the kernel reads is under way at once.
 //
@@ -12,9 +12,9 @@
 
 #include "dense_router.h"
 #include "parts/async_copy.cuh"
+#include "parts/dense_token.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
-#include "parts/lone_token.cuh"
 #include "parts/packets.cuh"
 
 namespace jax_router::cuda {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kOneThreads)
   constexpr int kOwn = kExpertsOfThread<kChunks, kOneThreads>;
   extern __shared__ __align__(128) char stages[];
   __shared__ __align__(16) float warp_sums[2][kWarps];
-  __shared__ BlockScratch<kChunks, kOneThreads> scratch;
+  __shared__ DenseTokenScratch<kChunks, kOneThreads> scratch;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int block = static_cast<int>(blockIdx.x);
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kOneThreads)
     if (op.logit_bias != nullptr) logits[j] += logit_offset[j];
   }
   const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits, 0};
-  select_token_of_block<kMode, kOneThreads, kChunks, kFullChunks>(selection, logits, biases, wanted, select.bias,
-                                                                  output, scratch);
+  select_dense_token<kMode, kOneThreads, kChunks, kFullChunks>(selection, logits, biases, wanted, select.bias, output,
+                                                               scratch);
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) packet(j)->tag = kNoTag;
 }

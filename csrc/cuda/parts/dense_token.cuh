@@ -1,6 +1,6 @@
-// The selection of token.cuh by a whole block, for a lone token that nothing else hides: expert e belongs to thread
-// e % kThreads, all warps look for the candidates, and one ranks them. Groups, softmax over all experts, and rows with
-// NaN or too many equal keys are left to that warp as a whole.
+// The selection of token.cuh by a block of dense_router, whose threads have the logits of several experts each: expert
+// e belongs to thread e % kThreads. All warps look for the candidates, and one ranks them. Groups, softmax over all
+// experts, and rows with NaN or too many equal keys are left to that warp as a whole.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ constexpr int kCandidates = 32;
 
 // Shared memory of a block that selects.
 template <int kChunks, int kThreads>
-struct BlockScratch {
+struct DenseTokenScratch {
   alignas(16) float logits[kThreads * kExpertsOfThread<kChunks, kThreads>];
   alignas(16) float maxima[32];
   SelectScratch<32> token;     // its candidates are those of the block
@@ -45,10 +45,10 @@ struct BlockScratch {
 //   biases  theirs, for kScores
 // The other arguments are those of select_token. Another barrier must lie between the return and the next token.
 template <KeyMode kMode, int kThreads, int kChunks, int kFullChunks>
-__device__ __forceinline__ void select_token_of_block(
+__device__ __forceinline__ void select_dense_token(
     const Selection& selection, const float (&logits)[kExpertsOfThread<kChunks, kThreads>],
     [[maybe_unused]] const float (&biases)[kExpertsOfThread<kChunks, kThreads>], bool wanted, const float* bias,
-    const TokenOutput& output, BlockScratch<kChunks, kThreads>& scratch) {
+    const TokenOutput& output, DenseTokenScratch<kChunks, kThreads>& scratch) {
   constexpr int kOwn = kExpertsOfThread<kChunks, kThreads>;
   constexpr int kSharers = kThreads / 32;  // threads of a maximum
   const int thread = static_cast<int>(threadIdx.x);
