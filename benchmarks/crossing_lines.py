@@ -95,6 +95,8 @@ def _activation_topk() -> Iterator[Line]:
     for dtype, experts in itertools.product(DTYPES, (64, 256, 512, 1024, 2048)):
         is_timed = dtype != "f16" and experts == 256
         yield line("rows", 1, 70000, is_timed, dtype=dtype, num_groups=8, experts=experts, k=8)
+    for dtype in DTYPES:
+        yield line("rows", 1, 70000, False, dtype=dtype, num_groups=16, experts=512, k=8)
 
 
 def _topk_select() -> Iterator[Line]:
@@ -106,6 +108,7 @@ def _topk_select() -> Iterator[Line]:
     yield from line("rows", 1, 70000, "f32", length=512, k=6, sorted=True)
     yield from line("rows", 1, 70000, "f32", length=512, k=64, sorted=False)
     yield from line("rows", 1, 70000, "f32", length=1024, k=24, sorted=False)
+    yield from line("rows", 1, 70000, "f32", length=1024, k=24, sorted=True)
     yield from line("rows", 1, 70000, "f32", length=512, k=100, sorted=False)
     yield from line("rows", 1, 70000, "f32", length=1024, k=100, sorted=False)
     yield from line("rows", 1, 16384, "f32", "bf16", length=4096, k=64, sorted=False)
@@ -115,7 +118,7 @@ def _topk_select() -> Iterator[Line]:
     yield from line("length", 64, 65536, "f32", rows=256, k=64, sorted=False)
     yield from line("length", 64, 16384, "f32", rows=4096, k=64, sorted=False)
     yield from line("k", 1, 256, "f32", rows=4096, length=256, sorted=False)
-    yield from line("k", 1, 256, "f32", rows=700, length=512, sorted=True)
+    yield from line("k", 1, 256, "f32", rows=500, length=1024, sorted=True)
     # In the registers of a block.
     yield from line("rows", 1, 8192, "f32", length=4096, k=512, sorted=False)
     yield from line("rows", 1, 8192, "bf16", length=8192, k=1024, sorted=True)

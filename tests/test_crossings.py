@@ -101,7 +101,7 @@ NUMBERS = {
     "TopkSelectNumbers.many_warp_rows": ("topk_select/rows/f32/L1024/k100", ("f32 many 256x1", "f32 warp 32x8")),
     "TopkSelectNumbers.warp_length": ("topk_select/length/f32/N256/k64", ("f32 warp 32x2", "f32 many 256x1")),
     "TopkSelectNumbers.sorting_length": ("topk_select/length/f32/N4096/k64", ("f32 warp 32x2", "f32 sorting 32x4")),
-    "TopkSelectNumbers.sorting_rows": ("topk_select/rows/f32/L1024/k24", ("f32 few 256x1", "f32 sorting 32x8")),
+    "TopkSelectNumbers.sorting_rows": ("topk_select/rows/f32/L1024/k24/sorted", ("f32 few 256x1", "f32 sorting 32x8")),
     "TopkSelectNumbers.sorting_longest": ("topk_select/rows/f32/L4096/k64", ("f32 few 256x4", "f32 sorting 32x32")),
     "TopkSelectNumbers.sorting_rows_of_16_bits": (
         "topk_select/rows/bf16/L4096/k64",
@@ -111,7 +111,7 @@ NUMBERS = {
         "topk_select/rows/bf16/L8192/k64",
         ("bf16 few 256x4", "bf16 sorting 32x32"),
     ),
-    "TopkSelectNumbers.short_few_k": ("topk_select/k/f32/N700/L512/sorted", ("f32 few 256x1", "f32 many 256x1")),
+    "TopkSelectNumbers.short_few_k": ("topk_select/k/f32/N500/L1024/sorted", ("f32 few 256x1", "f32 many 256x1")),
     "TopkSelectNumbers.ordered_k": (
         "topk_select/k/bf16/N1024/L4096/sorted",
         ("bf16 many 256x2", "bf16 many 512x1"),

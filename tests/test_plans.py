@@ -397,11 +397,15 @@ def test_dense_router_of_few_tokens_pays_from_some_number_of_multiprocessors_on(
     assert some_pay
 
 
-def test_only_dense_router_may_not_pay():
+def test_only_what_has_matrix_products_may_not_pay():
     unfused = {"rows": 65536, "hidden": 4096, "experts": 256, "k": 6, "dtype": "bf16"}
     assert CUDA.plans("dense_router", H100, **unfused)[0] is not None
     assert not CUDA.pays("dense_router", H100, **unfused)
-    for op in set(OPS) - {"dense_router"}:
+    few = {"rows": 512, "hidden": 2048, "experts": 128, "k": 8}
+    assert CUDA.plans("routed_gradients", H100, **few)[0] is not None
+    assert not CUDA.pays("routed_gradients", H100, **few)
+    assert CUDA.pays("routed_gradients", H100, **few | {"rows": 8192})
+    for op in set(OPS) - {"dense_router", "routed_gradients"}:
         assert all(CUDA.pays(op, H100, **sizes) for sizes, *_ in answers(op, "H100")[:100])
 
 

@@ -71,9 +71,11 @@ struct OperandDTypes {
 constexpr OperandDTypes kOperandDTypes[] = {
     {DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kF16, DType::kF16}, {DType::kBF16, DType::kF32}};
 
-// Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block.
+// Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block. So many experts that no more than
+// 16 tokens of them are worth it have one number of splits.
 constexpr bool takes(const FewTile& tile, DType x, DType weight) {
-  return (tile.token_tiles == 1 || x != DType::kF32) && (tile.splits == 8 || weight != DType::kF32);
+  if (tile.token_tiles > 1) return x != DType::kF32 && tile.splits == 8;
+  return weight == DType::kF32 ? tile.splits == 8 : tile.splits == 4 || tile.chunks < 8;
 }
 
 // Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
