@@ -109,10 +109,10 @@ __global__ void activation_topk_long(const ActivationTopk op, const int scratch_
 
 template <class T, KeyMode kMode>
 cudaError_t run_in_registers(const ActivationTopk& op, const ActivationTopkPlan& plan, cudaStream_t stream) {
-  if constexpr (kMode != KeyMode::kLogits) {
+  if constexpr (constexpr int kMost = most_block_threads(kMode); kMost > 0) {
     if (plan.tile == kBlockOfToken) {
-      const auto kernel = plan.threads <= 256 ? activation_topk_block<T, kMode, 256>
-                                              : activation_topk_block<T, kMode, kMostBlockThreads>;
+      const auto kernel =
+          plan.threads <= 256 ? activation_topk_block<T, kMode, 256> : activation_topk_block<T, kMode, kMost>;
       return launch_kernel(kernel, {plan.blocks, plan.threads}, stream, op);
     }
   }

@@ -67,8 +67,13 @@ constexpr int kRowInShared = -1;
 constexpr int kBlockOfToken = -2;
 
 constexpr int kLeastBlockExperts = 128;  // fewer were not measured
-constexpr int kMostBlockThreads = 512;   // each of which has an expert
-constexpr int kBlockCandidates = 32;     // that a block has room for: a lane each of the warp that ranks them
+// The most threads of a block, each of which has an expert; 0: no kernel has a block a token.
+constexpr int most_block_threads(KeyMode mode) {
+  return mode == KeyMode::kLogits ? 0 : mode == KeyMode::kGroups ? 256 : 512;
+}
+// The threads that a kernel has room for.
+constexpr int block_size(int experts) { return experts <= 256 ? 256 : 512; }
+constexpr int kBlockCandidates = 32;  // that a block has room for: a lane each of the warp that ranks them
 
 struct ActivationTopkPlan {
   int tile;     // of kActivationTopkTiles, or one of these
@@ -117,9 +122,8 @@ inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
 inline std::optional<ActivationTopkPlan> block_plan(const ActivationTopk& op) {
   const Selection& selection = op.selection;
   const KeyMode mode = key_mode(op);
-  const int of_maximum = (selection.experts <= 256 ? 256 : kMostBlockThreads) / 32;
-  if (mode == KeyMode::kLogits || selection.experts < kLeastBlockExperts) return std::nullopt;
-  if (selection.experts > kMostBlockThreads) return std::nullopt;
+  const int of_maximum = block_size(selection.experts) / 32;
+  if (selection.experts < kLeastBlockExperts || selection.experts > most_block_threads(mode)) return std::nullopt;
   int eligible = selection.experts;
   if (mode == KeyMode::kGroups) {
     const int size = selection.experts / selection.groups.num_groups;
@@ -167,7 +171,7 @@ inline std::vector<ActivationTopkPlan> plans(const ActivationTopk& op, const Dev
 }
 
 inline std::string block_name(DType dtype, KeyMode mode, int threads) {
-  return name(dtype) + " " + name(mode) + " block of " + std::to_string(threads <= 256 ? 256 : kMostBlockThreads);
+  return name(dtype) + " " + name(mode) + " block of " + std::to_string(block_size(threads));
 }
 
 inline std::string instance_name(DType dtype, KeyMode mode, int tile) {
@@ -187,8 +191,8 @@ inline std::vector<std::string> instances(const ActivationTopk&, const Device&) 
   for (DType dtype : kDTypes) {
     all.push_back(instance_name(dtype, KeyMode::kLogits, kRowInShared));
     for (KeyMode mode : kKeyModes) {
-      for (int threads : {256, kMostBlockThreads}) {
-        if (mode != KeyMode::kLogits) all.push_back(block_name(dtype, mode, threads));
+      for (int threads : {256, 512}) {
+        if (threads <= most_block_threads(mode)) all.push_back(block_name(dtype, mode, threads));
       }
       for (int i = 0; i < kActivationTopkTileCount; ++i) {
         if (has_tile(kActivationTopkTiles[i], dtype, mode)) all.push_back(instance_name(dtype, mode, i));
