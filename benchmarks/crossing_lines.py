@@ -95,8 +95,6 @@ def _activation_topk() -> Iterator[Line]:
     for dtype, experts in itertools.product(DTYPES, (64, 256, 512, 1024, 2048)):
         is_timed = dtype != "f16" and experts == 256
         yield line("rows", 1, 70000, is_timed, dtype=dtype, num_groups=8, experts=experts, k=8)
-    for dtype in DTYPES:
-        yield line("rows", 1, 70000, False, dtype=dtype, num_groups=16, experts=512, k=8)
 
 
 def _topk_select() -> Iterator[Line]:

@@ -71,8 +71,8 @@ struct OperandDTypes {
 constexpr OperandDTypes kOperandDTypes[] = {
     {DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kF16, DType::kF16}, {DType::kBF16, DType::kF32}};
 
-// Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block. So many experts that no more than
-// 16 tokens of them are worth it have one number of splits.
+// Whether there is a kernel. An x in f32 takes no tensor core, and few tokens a block. So many experts that no more
+// than 16 tokens of them are worth it have one number of splits.
 constexpr bool takes(const FewTile& tile, DType x, DType weight) {
   if (tile.token_tiles > 1) return x != DType::kF32 && tile.splits == 8;
   return weight == DType::kF32 ? tile.splits == 8 : tile.splits == 4 || tile.chunks < 8;
