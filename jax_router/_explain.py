@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -91,6 +92,12 @@ def _calls(jaxpr: Jaxpr, platform: str) -> Iterator[tuple[Op, dict[str, Any], di
                 yield from _calls(_made_of(op, avals, **params), platform)
             else:
                 yield op, avals, params
+            continue
+        if equation.primitive is _routed_gradient.PRODUCTS_OF_TOKENS:
+            avals_in: list[Any] = [var.aval for var in equation.invars]
+            structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals_in]
+            made_of = jax.make_jaxpr(partial(_routed_gradient.products_in_one, **equation.params))(*structs)
+            yield from _calls(made_of.jaxpr, platform)
             continue
         for inner in _programs_in(equation.params, platform):
             yield from _calls(inner, platform)

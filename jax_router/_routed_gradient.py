@@ -127,7 +127,7 @@ def _gradients_from_kernel(
     mask = operands.pop("token_mask", None)
     if mask is None:
         values = vary_over_the_same_axes([operands[name] for name in _PRODUCTS.operands])
-        return _PRODUCTS_OF_TOKENS.bind(*values, **params)
+        return PRODUCTS_OF_TOKENS.bind(*values, **params)
     # The sum is over tokens, and 0 * NaN is NaN.
     operands["x"] = jnp.where(mask[..., None], known["x"], jnp.zeros((), known["x"].dtype))
     return _products_apart(**operands, **params)
@@ -196,7 +196,8 @@ _PRODUCTS = Op(
 )
 
 
-def _products_in_one(*values: Array, **params: Any) -> list[Array]:
+def products_in_one(*values: Array, **params: Any) -> list[Array]:
+    """The operands of PRODUCTS_OF_TOKENS with all tokens on one axis, as the kernels take them."""
     *of_tokens, weight = values
     flat = [value.reshape(-1, value.shape[-1]) for value in of_tokens]
     grad_x, grad_weight = _PRODUCTS(dict(zip(_PRODUCTS.operands, (*flat, weight))), **params)
@@ -205,7 +206,7 @@ def _products_in_one(*values: Array, **params: Any) -> list[Array]:
 
 def _lower_products(ctx: Any, *values: Any, **params: Any) -> Any:
     """Tokens get one axis only where XLA may not split several over devices."""
-    products = _products_apart if may_be_partitioned(ctx) else _products_in_one
+    products = _products_apart if may_be_partitioned(ctx) else products_in_one
     return mlir.lower_fun(partial(products, **params), multiple_results=True)(ctx, *values)
 
 
@@ -214,12 +215,12 @@ def _batch_products(values: Sequence[Any], dims: Sequence[int | None], **params:
 
 
 # Both gradients of any number of axes of tokens, the operands in the order of _PRODUCTS.
-_PRODUCTS_OF_TOKENS = Primitive("jax_router.routed_gradients_of_tokens")
-_PRODUCTS_OF_TOKENS.multiple_results = True
-_PRODUCTS_OF_TOKENS.def_impl(partial(xla.apply_primitive, _PRODUCTS_OF_TOKENS))
-_PRODUCTS_OF_TOKENS.def_abstract_eval(lambda *avals, **_: list(avals[-2:]))
-batching.primitive_batchers[_PRODUCTS_OF_TOKENS] = _batch_products
-mlir.register_lowering(_PRODUCTS_OF_TOKENS, _lower_products)
+PRODUCTS_OF_TOKENS = Primitive("jax_router.routed_gradients_of_tokens")
+PRODUCTS_OF_TOKENS.multiple_results = True
+PRODUCTS_OF_TOKENS.def_impl(partial(xla.apply_primitive, PRODUCTS_OF_TOKENS))
+PRODUCTS_OF_TOKENS.def_abstract_eval(lambda *avals, **_: list(avals[-2:]))
+batching.primitive_batchers[PRODUCTS_OF_TOKENS] = _batch_products
+mlir.register_lowering(PRODUCTS_OF_TOKENS, _lower_products)
 
 
 def _cotangent_reference(

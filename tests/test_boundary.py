@@ -68,7 +68,7 @@ RIGHT = {
             "x": BF16(3, 16),
             "weight": BF16(8, 16),
         },
-        {"grad_x": BF16(3, 16), "grad_weight": BF16(8, 16), "workspace": U8(65536)},
+        {"grad_x": BF16(3, 16), "grad_weight": BF16(8, 16), "workspace": U8(2**17)},
         {**SCORING, "num_experts": np.int64(8)},
     ),
     "topk_select": (

@@ -22,6 +22,7 @@ namespace cuda {
 
 // Has tensor cores; nothing here calls it.
 cudaError_t run(const DenseRouter&, const DenseRouterPlan&, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t run(const RoutedGradients&, const RoutedGradientsPlan&, cudaStream_t) { return cudaErrorNotSupported; }
 
 }  // namespace cuda
 
@@ -77,7 +78,8 @@ int emulate(double seconds, uint64_t seed, const std::string& prefix) {
   const auto begins = [](const std::string& text, const std::string& with) { return text.rfind(with, 0) == 0; };
   std::vector<std::string> ops;
   for (const auto& [op, of_op] : kOps) {
-    if (op != "dense_router" && (begins(op, prefix) || begins(prefix, op))) ops.push_back(op);
+    const bool is_left_out = op == "dense_router" || op == "routed_gradients";
+    if (!is_left_out && (begins(op, prefix) || begins(prefix, op))) ops.push_back(op);
   }
   for (const std::string& op : ops) {
     const OpCases& of_op = kOps.at(op);

@@ -19,6 +19,8 @@ LEFT_OUT = (
     "dense_router_one.cu",
     "hopper.cuh",
     "packets.cuh",
+    "routed_gradients.cu",
+    "tensor_map.cuh",
 )
 
 # What a statement's text has in it, and what that does to its operands.
