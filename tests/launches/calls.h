@@ -444,19 +444,25 @@ inline Call route_cotangent(Maker& make, DType dtype, int64_t rows, int32_t expe
                      [](RouteCotangent& op, const Results& results) { op.grad_logits = results.get<void>(0); });
 }
 
-inline Call routed_cotangent(Maker& make, int64_t rows, int32_t experts, int32_t k, Scoring scoring, Content content) {
-  make.name("routed_cotangent", DType::kF32, content,
-            {{"N", rows}, {"E", experts}, {"k", k}, {"score_fn ", static_cast<int>(scoring.score_fn)}});
-  RoutedCotangent op{};
+// What the cotangents of chosen weights are found from.
+template <class Op>
+void set_choices(Maker& make, Op& op, int64_t rows, int32_t experts, int32_t k, Scoring scoring, Content content) {
   op.rows = rows;
   op.experts = experts;
   op.k = k;
-  op.dtype = DType::kF32;
-  op.in_parts = true;
   op.scoring = scoring;
   op.grad_weights = make.floats(rows * k, content);
   op.residual = make.floats(rows * k, content);
   op.expert_ids = make.ids(rows * k, experts);
+}
+
+inline Call routed_cotangent(Maker& make, int64_t rows, int32_t experts, int32_t k, Scoring scoring, Content content) {
+  make.name("routed_cotangent", DType::kF32, content,
+            {{"N", rows}, {"E", experts}, {"k", k}, {"score_fn ", static_cast<int>(scoring.score_fn)}});
+  RoutedCotangent op{};
+  set_choices(make, op, rows, experts, k, scoring, content);
+  op.dtype = DType::kF32;
+  op.in_parts = true;
   const size_t count = rows * experts;
   return make.finish(op, {4 * count, static_cast<size_t>(4 * rows * k)},
                      [](RoutedCotangent& op, const Results& results) {
@@ -470,14 +476,8 @@ inline Call routed_gradients(Maker& make, int64_t rows, int32_t experts, int32_t
   make.name("routed_gradients", DType::kBF16, content,
             {{"N", rows}, {"E", experts}, {"k", k}, {"D", hidden}, {"score_fn ", static_cast<int>(scoring.score_fn)}});
   RoutedGradients op{};
-  op.rows = rows;
-  op.experts = experts;
-  op.k = k;
+  set_choices(make, op, rows, experts, k, scoring, content);
   op.hidden = hidden;
-  op.scoring = scoring;
-  op.grad_weights = make.floats(rows * k, content);
-  op.residual = make.floats(rows * k, content);
-  op.expert_ids = make.ids(rows * k, experts);
   op.x = make.floats(DType::kBF16, rows * hidden, content);
   op.weight = make.floats(DType::kBF16, int64_t{experts} * hidden, content);
   return make.finish(op, {static_cast<size_t>(2 * rows * hidden), size_t{2} * experts * hidden},
