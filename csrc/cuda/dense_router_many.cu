@@ -560,18 +560,12 @@ __device__ __forceinline__ void route_tile(const CUtensorMap& rows_map, const CU
   if (parts.pieces != nullptr) cluster_wait();
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kOnHopper = true;
-#else
-constexpr bool kOnHopper = false;
-#endif
-
 template <bool kWide>
 __global__ void __launch_bounds__(32 * kWarps<kWide>, 1)
     dense_router_many_tokens(const __grid_constant__ CUtensorMap rows_map,
                              const __grid_constant__ CUtensorMap columns_map, const __grid_constant__ DenseRouter op,
                              const ManyTiling tiling) {
-  if constexpr (kOnHopper) route_tile<kWide>(rows_map, columns_map, op, tiling);
+  if (kOnHopper) route_tile<kWide>(rows_map, columns_map, op, tiling);
 }
 
 }  // namespace

@@ -308,17 +308,11 @@ __device__ __forceinline__ void multiply_tiles(const CUtensorMap& x_map, const C
   }
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kOnHopper = true;
-#else
-constexpr bool kOnHopper = false;
-#endif
-
 __global__ void __launch_bounds__(kThreads, 1)
     routed_gradients_tiles(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                            const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ RoutedGradients op,
                            const __grid_constant__ RoutedGradientsPlan plan) {
-  if constexpr (kOnHopper) multiply_tiles(x_map, weight_map, grad_map, op, plan);
+  if (kOnHopper) multiply_tiles(x_map, weight_map, grad_map, op, plan);
 }
 
 // The cotangents of the choices, of whole tiles.

@@ -13,6 +13,13 @@
 
 namespace jax_router::cuda {
 
+// Whether this is compiled for such a device. Elsewhere the compiler drops what stands behind it, though it checks it.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kOnHopper = true;
+#else
+constexpr bool kOnHopper = false;
+#endif
+
 // A box of the matrix into shared memory, announced to `barrier`; what lies outside the matrix becomes zero.
 __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap& map, int column, int row,
                                          TransferBarrier* barrier) {
