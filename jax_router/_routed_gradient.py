@@ -124,13 +124,11 @@ def _gradients_from_kernel(
     num_experts = known["weight"].shape[0]
     params: dict[str, Any] = {"scoring": scoring, "num_experts": num_experts, "implementation": implementation}
     operands: dict[str, Any] = {"grad_weights": grad_weights, **known}
-    mask = operands.pop("token_mask", None)
-    if mask is None:
-        values = vary_over_the_same_axes([operands[name] for name in _PRODUCTS.operands])
-        return PRODUCTS_OF_TOKENS.bind(*values, **params)
-    # The sum is over tokens, and 0 * NaN is NaN.
-    operands["x"] = jnp.where(mask[..., None], known["x"], jnp.zeros((), known["x"].dtype))
-    return _products_apart(**operands, **params)
+    if (mask := operands.pop("token_mask", None)) is not None:
+        # The sum is over tokens, and 0 * NaN is NaN.
+        operands["x"] = jnp.where(mask[..., None], known["x"], jnp.zeros((), known["x"].dtype))
+    values = vary_over_the_same_axes([operands[name] for name in _PRODUCTS.operands])
+    return PRODUCTS_OF_TOKENS.bind(*values, **params)
 
 
 def _products_apart(

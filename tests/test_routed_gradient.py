@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 import jax_router
 from jax_router import _routed_gradient
@@ -41,6 +41,22 @@ def test_both_gradients(how, rng):
     x, weight, cotangent = draw(rng, 4, 5, 16), draw(rng, 80, 16), rng.normal(0, 1, (4, 5, 3)).astype(np.float32)
     found = jax.jit(partial(gradients, **SCORINGS[how]))(x, weight, cotangent)
     assert_close(found, gradients(x, weight, cotangent, implementation="reference", **SCORINGS[how]))
+
+
+@pytest.mark.parametrize("how", SCORINGS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_tokens(how, masked, rng):
+    """As many as one kernel on a GPU finds both gradients of, which no tile of it divides."""
+    x, weight = draw(rng, 3, 430, 136), draw(rng, 100, 136)
+    cotangent = rng.normal(0, 1, (3, 430, 3)).astype(np.float32)
+    options = dict(SCORINGS[how])
+    if masked:
+        options["token_mask"] = mask = rng.random((3, 430)) < 0.8
+        x, cotangent = jnp.where(mask[..., None], x, jnp.nan), np.where(mask[..., None], cotangent, np.nan)
+    found = jax.jit(partial(gradients, **options))(x, weight, cotangent)
+    assert_close(found, gradients(x, weight, cotangent, implementation="reference", **options))
+    if masked:
+        assert_array_equal(np.asarray(found[0], np.float32)[~mask], 0)
 
 
 @pytest.mark.parametrize("how", SCORINGS)
