@@ -24,14 +24,18 @@ from jax_router import (
     hash_router,
     permute,
     route_at,
+    scored_hash_router,
     topk_select,
 )
 from jax_router._logits import router_logits
+from jax_router._routed_gradient import products_apart, products_in_one
+from jax_router._types import Scoring
 from support.models import DTYPES
 
 from .cases import Contender, Spec, backward
 
-# In the place of a plan: dense_router as XLA's product and the kernel of activation_topk.
+# Ops whose kernels take the place of products of XLA's and other kernels. These are a plan of theirs: UNFUSED.
+COMPOSED = ("dense_router", "routed_gradients")
 UNFUSED = "unfused"
 
 Sizes = Mapping[str, Any]  # as `plans` of the native module takes them
@@ -50,6 +54,7 @@ class Line:
         fixed: all others.
         is_timed: unless only lines of certain names are asked for. The other lines are like a timed one in another
             dtype or with other keys.
+        step: of which all sizes of the line are multiples.
     """
 
     op: str
@@ -58,6 +63,7 @@ class Line:
     last: int
     fixed: Sizes
     is_timed: bool = True
+    step: int = 1
 
     @property
     def id(self) -> str:
@@ -65,6 +71,9 @@ class Line:
 
     def sizes(self, value: int) -> dict[str, Any]:
         return {**self.fixed, self.varied: value}
+
+    def rounded(self, value: float) -> int:
+        return round(value / self.step) * self.step
 
 
 def _described(name: str, value: Any) -> str:
@@ -74,7 +83,7 @@ def _described(name: str, value: Any) -> str:
 
 
 def lines() -> list[Line]:
-    makers = (_activation_topk, _topk_select, _dense_router, _expert_dispatch, _moved, _others)
+    makers = (_activation_topk, _topk_select, _dense_router, _routed_gradients, _expert_dispatch, _moved, _others)
     return [line for maker in makers for line in maker()]
 
 
@@ -84,13 +93,14 @@ def _activation_topk() -> Iterator[Line]:
 
     for dtype, bias in itertools.product(DTYPES, (False, True)):
         is_plain = dtype == "f32" and not bias
+        is_scored = dtype == "f32" and bias
         # Up to 256 experts without a bias have halves of warps however few the rows.
         for experts in (64, 256, 384, 512):
             of_f32 = dtype == "f32" and experts >= (256 if bias else 384)
             is_timed = of_f32 or (dtype == "bf16" and (experts == 256 or (bias and experts > 256)))
             yield line("rows", 1, 70000, is_timed, dtype=dtype, bias=bias, experts=experts, k=6)
-        for rows in (256, 16384):
-            yield line("experts", 8, 4096, is_plain and rows > 256, dtype=dtype, bias=bias, rows=rows, k=6)
+        for rows, is_timed in ((64, is_scored), (256, False), (16384, is_plain)):
+            yield line("experts", 8, 4096, is_timed, dtype=dtype, bias=bias, rows=rows, k=6)
         yield line("k", 1, 64, is_plain, dtype=dtype, bias=bias, rows=16384, experts=256)
     for dtype, experts in itertools.product(DTYPES, (64, 256, 512, 1024, 2048)):
         is_timed = dtype != "f16" and experts == 256
@@ -153,6 +163,17 @@ def _dense_router() -> Iterator[Line]:
             yield line("rows", 1, 16384, False, **mixed, **key, hidden=4096, experts=experts, k=8)
     for rows in (1, 32, 100, 1024):
         yield line("experts", 16, 1024, True, dtype="bf16", hidden=4096, rows=rows, k=8)
+    # Wide blocks.
+    yield line("rows", 10000, 18000, True, dtype="bf16", hidden=7168, experts=256, k=8)
+    fixed = {"dtype": "bf16", "rows": 16384, "experts": 256, "k": 8}
+    yield Line("dense_router", "hidden", 1024, 7168, fixed, step=8)
+
+
+def _routed_gradients() -> Iterator[Line]:
+    for hidden in (1024, 4096, 7168):
+        fixed = {"hidden": hidden, "experts": 128, "k": 8}
+        yield Line("routed_gradients", "rows", 64, 16384, fixed, is_timed=hidden == 4096)
+    yield Line("routed_gradients", "experts", 2, 160, {"rows": 8192, "hidden": 4096, "k": 2})
 
 
 def _expert_dispatch() -> Iterator[Line]:
@@ -190,7 +211,8 @@ def _others() -> Iterator[Line]:
         yield Line("hash_router", "rows", 1, 1000000, {"k": k}, is_timed=k == 2)
     for dtype, whole_row in itertools.product(DTYPES, (False, True)):
         fixed = {"dtype": dtype, "whole_row": whole_row, "experts": 256, "k": 8}
-        yield Line("route_at", "rows", 1, 70000, fixed, is_timed=dtype == "f32" and not whole_row)
+        for op in ("route_at", "scored_hash_router"):
+            yield Line(op, "rows", 1, 70000, fixed, is_timed=dtype == "f32" and not whole_row)
         fixed = {"dtype": dtype, "whole_row": whole_row, "rows": 16384, "experts": 256}
         yield Line("route_cotangent", "k", 1, 64, fixed, is_timed=dtype == "f32")
     for dtype in DTYPES:
@@ -250,6 +272,23 @@ def _product_and_selection(
     return Contender(unfused if plan == UNFUSED else partial(dense_router, **options)), inputs
 
 
+def _both_gradients(plan: str, rows: int, hidden: int, experts: int, k: int) -> Program:
+    scoring = Scoring("sqrtsoftplus", renormalize=True, scale=1.0)
+
+    def prepare(grad_weights, x, weight):
+        chosen, expert_ids = jax.lax.top_k(router_logits(x, weight), k)
+        return grad_weights, expert_ids, chosen, x, weight
+
+    run = partial(
+        products_apart if plan == UNFUSED else products_in_one,
+        scoring=scoring,
+        num_experts=experts,
+        implementation="auto",
+    )
+    x = Spec((rows, hidden), jnp.bfloat16)
+    return Contender(run, prepare), (Spec((rows, k)), x, Spec((experts, hidden), x.dtype, scale=hidden**-0.5))
+
+
 def _top_k(plan: str, rows: int, length: int, k: int, sorted: bool, dtype: str) -> Program:
     select = partial(topk_select, k=k, sorted=sorted, implementation="native")
     return Contender(select), (Spec((rows, length), DTYPES[dtype]),)
@@ -302,12 +341,12 @@ def _counts(plan: str, tokens: int, experts: int, k: int) -> Program:
 
 
 def _hash(plan: str, rows: int, k: int) -> Program:
+    return Contender(partial(hash_router, implementation="native")), _hash_inputs(rows, k, 256)
+
+
+def _hash_inputs(rows: int, k: int, experts: int) -> tuple[Spec, Spec]:
     vocab_size = 129280
-    tokens = Spec((rows,), jnp.int32, bound=vocab_size)
-    return Contender(partial(hash_router, implementation="native")), (
-        tokens,
-        Spec((vocab_size, k), jnp.int32, bound=256),
-    )
+    return Spec((rows,), jnp.int32, bound=vocab_size), Spec((vocab_size, k), jnp.int32, bound=experts)
 
 
 def _scoring(whole_row: bool) -> dict[str, Any]:
@@ -317,6 +356,11 @@ def _scoring(whole_row: bool) -> dict[str, Any]:
 def _weights_at(plan: str, rows: int, experts: int, k: int, dtype: str, whole_row: bool) -> Program:
     run = partial(route_at, implementation="native", **_scoring(whole_row))
     return Contender(run), (Spec((rows, experts), DTYPES[dtype]), Spec((rows, k), jnp.int32, bound=experts))
+
+
+def _scored_hash(plan: str, rows: int, experts: int, k: int, dtype: str, whole_row: bool) -> Program:
+    run = partial(scored_hash_router, implementation="native", **_scoring(whole_row))
+    return Contender(run), (Spec((rows, experts), DTYPES[dtype]), *_hash_inputs(rows, k, experts))
 
 
 def _cotangent(
@@ -343,5 +387,7 @@ _PROGRAMS: dict[str, Callable[..., Program]] = {
     "expert_counts": _counts,
     "hash_router": _hash,
     "route_at": _weights_at,
+    "routed_gradients": _both_gradients,
+    "scored_hash_router": _scored_hash,
     "route_cotangent": _cotangent,
 }

@@ -22,7 +22,7 @@ from rich.table import Table
 from jax_router._native import forced_plan, native_module
 from jax_router._timing import Pool, Timing, kernel_timing
 
-from .crossing_lines import UNFUSED, Line, program
+from .crossing_lines import COMPOSED, UNFUSED, Line, program
 from .timing import lowered
 
 # What a device is, for the native module: None is the one at hand.
@@ -75,7 +75,7 @@ class Record:
 def taken(line: Line, value: int, device: Device) -> str:
     """The plan that is taken at a size of a line."""
     module, sizes = native_module("cuda"), line.sizes(value)
-    if line.op == "dense_router" and not module.pays(line.op, device, **sizes):
+    if line.op in COMPOSED and not module.pays(line.op, device, **sizes):
         return UNFUSED
     plan, _ = module.plans(line.op, device, **sizes)
     assert plan is not None, (line, value)
@@ -85,7 +85,7 @@ def taken(line: Line, value: int, device: Device) -> str:
 def possible(line: Line, value: int, device: Device) -> set[str]:
     """All that could be taken there."""
     _, plans = native_module("cuda").plans(line.op, device, **line.sizes(value))
-    return {*plans, UNFUSED} if line.op == "dense_router" else set(plans)
+    return {*plans, UNFUSED} if line.op in COMPOSED else set(plans)
 
 
 def thresholds(line: Line, device: Device) -> list[Crossing]:
@@ -93,11 +93,11 @@ def thresholds(line: Line, device: Device) -> list[Crossing]:
     found = []
     last_value = line.first
     last = taken(line, last_value, device)
-    for value in _spaced(line.first, line.last):
+    for value in _spaced(line):
         while taken(line, value, device) != last:
             low, high = last_value, value
-            while high - low > 1:
-                middle = (low + high) // 2
+            while high - low > line.step:
+                middle = line.rounded((low + high) / 2)
                 low, high = (middle, high) if taken(line, middle, device) == last else (low, middle)
             above = taken(line, high, device)
             found.append(Crossing(high, last, above))
@@ -106,13 +106,14 @@ def thresholds(line: Line, device: Device) -> list[Crossing]:
     return found
 
 
-def _spaced(first: int, last: int) -> list[int]:
-    """Whole numbers from `first` to `last`, about 16 from one to its double.
+def _spaced(line: Line) -> list[int]:
+    """The line's sizes from the first to the last, about 16 from one to its double.
 
     What is taken between two of them alone, with the same plan on both sides, goes unseen.
     """
-    steps = math.ceil(16 * math.log2(last / first))
-    return sorted({round(first * (last / first) ** (step / steps)) for step in range(steps + 1)})
+    whole = line.last / line.first
+    parts = math.ceil(16 * math.log2(whole))
+    return sorted({line.rounded(line.first * whole ** (part / parts)) for part in range(parts + 1)})
 
 
 def values_around(line: Line, found: Sequence[Crossing], index: int, device: Device, *, quick: bool) -> list[int]:
@@ -127,11 +128,11 @@ def values_around(line: Line, found: Sequence[Crossing], index: int, device: Dev
     further = [value for value in (at.threshold / 2, 2 * at.threshold) if begin <= value <= end and not quick]
 
     def usable(values: Iterable[float]) -> set[int]:
-        inside = {round(value) for value in values if line.first <= round(value) <= line.last}
+        inside = {line.rounded(value) for value in values if line.first <= line.rounded(value) <= line.last}
         return {value for value in inside if {at.below, at.above} <= possible(line, value, device)}
 
     values = usable([*nearest, *further])
-    return sorted(values if at.threshold in values else values | usable([at.threshold - 1]))
+    return sorted(values if at.threshold in values else values | usable([at.threshold - line.step]))
 
 
 class Work(NamedTuple):

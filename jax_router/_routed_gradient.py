@@ -131,7 +131,7 @@ def _gradients_from_kernel(
     return PRODUCTS_OF_TOKENS.bind(*values, **params)
 
 
-def _products_apart(
+def products_apart(
     grad_weights: Array,
     expert_ids: Array,
     residual: Array,
@@ -152,7 +152,7 @@ def _products_apart(
 
 
 def _products_reference(grad_weights: Array, **rest: Any) -> list[Array]:
-    return _products_apart(grad_weights, problem_ndim=grad_weights.ndim - 2, **rest)
+    return products_apart(grad_weights, problem_ndim=grad_weights.ndim - 2, **rest)
 
 
 def plan_sizes(avals: dict[str, Any]) -> dict[str, int]:
@@ -204,12 +204,12 @@ def products_in_one(*values: Array, **params: Any) -> list[Array]:
 
 def _lower_products(ctx: Any, *values: Any, **params: Any) -> Any:
     """Tokens get one axis only where XLA may not split several over devices."""
-    products = _products_apart if may_be_partitioned(ctx) else products_in_one
+    products = products_apart if may_be_partitioned(ctx) else products_in_one
     return mlir.lower_fun(partial(products, **params), multiple_results=True)(ctx, *values)
 
 
 def _batch_products(values: Sequence[Any], dims: Sequence[int | None], **params: Any) -> Any:
-    return jax.vmap(partial(_products_apart, **params), in_axes=tuple(dims))(*values), [0, 0]
+    return jax.vmap(partial(products_apart, **params), in_axes=tuple(dims))(*values), [0, 0]
 
 
 # Both gradients of any number of axes of tokens, the operands in the order of _PRODUCTS.

@@ -19,7 +19,7 @@ pytest.importorskip("rich", reason="the benchmarks need the extra `bench`")
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import crossings
-from benchmarks.crossing_lines import UNFUSED, Line, lines, program
+from benchmarks.crossing_lines import COMPOSED, UNFUSED, Line, lines, program
 
 H100 = DEVICES["H100"]
 CUDA = _native.native_module("cuda")
@@ -79,6 +79,10 @@ NUMBERS = {
     "ActivationTopkNumbers.block_rows, groups": (
         "activation_topk/rows/f32/groups8/E256/k8",
         ("f32 groups block of 256", "f32 groups tile 32x2"),
+    ),
+    "kLeastBlockExperts": (
+        "activation_topk/experts/f32/bias/N64/k6",
+        ("f32 scores tile 16x2", "f32 scores block of 256"),
     ),
     "ActivationTopkNumbers.quarter_warps, logits": (
         "activation_topk/rows/bf16/E256/k6",
@@ -169,6 +173,14 @@ NUMBERS = {
             "f32 streamed 512, 2 blocks a row",
         ),
     ),
+    "kOneTiles": (
+        "dense_router/experts/bf16/D4096/N1/k8",
+        ("bf16 logits one of 256", "bf16 logits one of 384", "bf16 logits one of 512", UNFUSED),
+    ),
+    "one token": (
+        "dense_router/rows/bf16/D4096/E256/k8",
+        ("bf16 logits one of 256", "bf16 logits few 16x8 of 256"),
+    ),
     "DenseRouterNumbers.few_tokens": (
         "dense_router/rows/bf16/D4096/E1024/k8",
         ("bf16 logits few 16x16 of 1024", UNFUSED),
@@ -219,6 +231,16 @@ NUMBERS = {
         "dense_router/rows/bf16/D4096/E256/k8",
         (UNFUSED, "bf16 logits many 128 wide"),
     ),
+    "the wave of wide blocks": (
+        "dense_router/rows/bf16/D7168/E256/k8",
+        (UNFUSED, "bf16 logits many 128 wide", UNFUSED),
+    ),
+    "kManyWideHidden": (
+        "dense_router/hidden/bf16/N16384/E256/k8",
+        (UNFUSED, "bf16 logits many 128 wide"),
+    ),
+    "kGradientLeastTokens": ("routed_gradients/rows/D4096/E128/k8", (UNFUSED, "bf16")),
+    "kGradientLeastExperts": ("routed_gradients/experts/N8192/D4096/k2", (UNFUSED, "bf16", UNFUSED)),
     "ExpertDispatchNumbers.few_experts": (
         "expert_dispatch/experts/N512/k8",
         ("cluster of 256 threads, 16 chunks", "cluster of 512 threads, 8 chunks"),
@@ -266,6 +288,13 @@ NUMBERS = {
         "expert_counts/tokens/E256/k8",
         ("one cluster", "several clusters"),
     ),
+    "HashRouterNumbers.past_l1_rows": ("hash_router/rows/k2", ("width 2 past the L1", "width 2")),
+    "RouteAtNumbers.ahead_rows": ("route_at/rows/f32/E256/k8", ("f32 ahead", "f32 choices")),
+    "RouteAtNumbers.ahead_rows by a table": (
+        "scored_hash_router/rows/f32/E256/k8",
+        ("f32 ahead", "f32 choices"),
+    ),
+    "kManyChoices": ("route_cotangent/k/f32/identity/N1024/E4096", ("f32 choices", "f32 stretches")),
     "kFewChoiceExperts": ("route_cotangent/experts/f32/N4096/k8", ("f32 few choices", "f32 choices")),
 }
 
@@ -292,7 +321,7 @@ def test_every_kernel_that_an_h100_takes_is_taken_on_a_line(op):
         taken.add(crossings.taken(line, line.first, H100))
         # What pays nowhere on the line is chosen all the same.
         steps = range(line.first, line.last + 1, max(1, (line.last - line.first) // 2000))
-        taken |= {CUDA.plans(op, H100, **line.sizes(value))[0] for value in steps if op == "dense_router"}
+        taken |= {CUDA.plans(op, H100, **line.sizes(value))[0] for value in steps if op in COMPOSED}
     kernels = {plan.split(",")[0] for plan in taken - {UNFUSED, None}}
     # Fewer threads are for devices with less shared memory.
     never_taken = {f"{kernel} of 128 threads" for kernel in ("cluster", "one wave", "longer")} | {
@@ -310,7 +339,8 @@ def test_lines_can_be_walked_on_any_device(device_name):
             {crossing.threshold for crossing in work.found}
         )
         for crossing, values in zip(work.found, work.values):
-            assert crossing.below == crossings.taken(line, crossing.threshold - 1, device)
+            assert crossing.threshold % line.step == 0
+            assert crossing.below == crossings.taken(line, crossing.threshold - line.step, device)
             assert crossing.above == crossings.taken(line, crossing.threshold, device)
             assert crossing.below != crossing.above
             assert values == sorted(set(values))
@@ -481,7 +511,7 @@ def test_the_clock_times_each_plan_where_it_is_forced(op):
 def test_programs_have_the_sizes_of_their_line(line_id):
     """Traced, not run: the operands fit the op."""
     line = LINES[line_id]
-    plans = {crossings.taken(line, line.first, H100)} | ({UNFUSED} if line.op == "dense_router" else set())
+    plans = {crossings.taken(line, line.first, H100)} | ({UNFUSED} if line.op in COMPOSED else set())
     for plan in plans:
         contender, inputs = program(line.op, line.sizes(line.first), plan)
         prepared = jax.eval_shape(contender.prepare, *(spec.struct for spec in inputs))
