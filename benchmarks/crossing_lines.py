@@ -142,10 +142,10 @@ def _topk_select() -> Iterator[Line]:
     yield from line("length", 4096, 65536, "f32", rows=64, k=64, sorted=False)
     yield from line("rows", 1, 512, "f32", length=65536, k=512, sorted=False)
     yield from line("rows", 1, 2048, "f32", "bf16", length=16384, k=64, sorted=False)
-    yield from line("k", 1, 4096, "bf16", rows=1024, length=16384, sorted=False)
+    yield from line("rows", 1, 2048, "f32", length=16384, k=2400, sorted=False)
+    yield from line("k", 1, 4096, "f32", "bf16", rows=1024, length=16384, sorted=False)
     yield from line("k", 1, 4096, "f32", rows=1, length=65536, sorted=False)
     yield from line("k", 1, 4096, "f32", rows=1, length=16384, sorted=False)
-    yield from line("k", 1, 4096, "f32", rows=256, length=16384, sorted=False)
 
 
 def _dense_router() -> Iterator[Line]:

@@ -133,11 +133,19 @@ NUMBERS = {
         "topk_select/length/f32/N256/k64",
         ("f32 streamed 256, 1 blocks a row", "f32 streamed 512, 1 blocks a row"),
     ),
-    "TopkSelectNumbers.narrow_k": (
-        "topk_select/k/f32/N256/L16384",
+    "room for more blocks of 256 threads": (
+        "topk_select/k/f32/N1024/L16384",
+        (
+            "f32 streamed 256, 1 blocks a row",
+            "f32 streamed 512, 1 blocks a row",
+            "f32 streamed 256, 1 blocks a row",
+        ),
+    ),
+    "room for all blocks of 256 threads": (
+        "topk_select/rows/f32/L16384/k2400",
         ("f32 streamed 256, 1 blocks a row", "f32 streamed 512, 1 blocks a row"),
     ),
-    "TopkSelectNumbers.narrow_few_length": (
+    "TopkSelectNumbers.narrow_length of few rows": (
         "topk_select/length/f32/N64/k64",
         ("f32 streamed 256, 2 blocks a row", "f32 streamed 512, 2 blocks a row"),
     ),

@@ -65,6 +65,14 @@ TAKEN_BY_AN_H100 = {
     "topk_select/B256/L65536/k2048": "f32 streamed 512, 1 blocks a row",
     "topk_select/B1024/L16384/k512": "f32 streamed 256, 1 blocks a row",
     "topk_select/B128/L262144/k1024": "f32 streamed 512, 1 blocks a row",
+    # With 256 threads a row three are under way for two, as many, two for one, and as many.
+    "topk_select/B1024/L16384/k2000": "f32 streamed 256, 1 blocks a row",
+    "topk_select/B1024/L16384/k2400": "f32 streamed 512, 1 blocks a row",
+    "topk_select/B1024/L16384/k3000": "f32 streamed 256, 1 blocks a row",
+    "topk_select/B1024/L16384/k5000": "f32 streamed 512, 1 blocks a row",
+    "topk_select/B256/L16384/k2400": "f32 streamed 256, 1 blocks a row",  # all are
+    "topk_select/B128/L16384/k3000": "f32 streamed 512, 1 blocks a row",  # each on a multiprocessor of its own
+    "topk_select/B1024/L65536/k3000": "f32 streamed 512, 1 blocks a row",
     "topk_select/B4096/L4096/k64": "f32 sorting 32x32",
     "topk_select/B65536/L256/k6": "f32 tile 16x4",
     "dense_router/bf16/D4096/E256/k6/N1": "bf16 logits one of 256",
@@ -163,6 +171,9 @@ TAKEN_ELSEWHERE = {
     ("A100", "expert_dispatch/E256/k6/N4096"): "longer of 512 threads",
     ("A100", "expert_dispatch/E256/k6/N65536"): "longer of 512 threads",
     ("A100", "topk_select/B1/L65536/k512"): "f32 streamed 512, 1 blocks a row",
+    # Shared memory has room for one row of 512 threads and two of 256, and then for one of either.
+    ("A100", "topk_select/B1024/L16384/k2400"): "f32 streamed 256, 1 blocks a row",
+    ("A100", "topk_select/B1024/L16384/k3000"): "f32 streamed 512, 1 blocks a row",
     # 128 blocks of 64 tokens do not all run at once, which those of 16 tokens need not.
     ("A100", "dense_router/bf16/D4096/E256/k6/N64"): "unfused",
     ("A100", "dense_router/bf16/D4096/E256/k6/N16"): "bf16 logits few 16x8 of 256",

@@ -49,8 +49,7 @@ struct TopkSelectNumbers {
   int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
   int64_t long_ordered_k;   // and from so many on where they are sorted
   int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
-  int64_t narrow_k;         // and so many choices, where rows are many,
-  int64_t narrow_few_k;     // or so many, where they are few
+  int64_t narrow_few_k;     // and so many choices, where rows are few
   int64_t narrowest_rows;   // and 128 from so many rows of an H100 on,
   int64_t narrowest_k;      // up to so many choices
   int64_t narrowest_bytes;  // and so many bytes of a row
@@ -77,7 +76,6 @@ constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/
                                                                  /*long_block_k=*/200,
                                                                  /*long_ordered_k=*/300,
                                                                  /*narrow_length=*/32768,
-                                                                 /*narrow_k=*/2000,
                                                                  /*narrow_few_k=*/560,
                                                                  /*narrowest_rows=*/528,
                                                                  /*narrowest_k=*/512,
@@ -183,12 +181,18 @@ constexpr uint32_t streamed_capacity(int64_t k, int threads, bool in_cluster, co
   return streamed_bytes(threads, enough, k) + kStaticSharedBytes <= device.shared_bytes ? enough : even(sample);
 }
 
-// The same for a block that is alone with its row: it has what shared memory the blocks of a multiprocessor leave free.
+// How many blocks that are alone with their rows a multiprocessor has room for.
+constexpr int64_t lone_blocks(int64_t k, int threads, const Device& device) {
+  const int64_t bytes = streamed_bytes(threads, streamed_capacity(k, threads, false, device), k) + kStaticSharedBytes;
+  return std::min<int64_t>(device.blocks_with(bytes), kStreamedThreads / threads);
+}
+
+// The candidates of such a block: it has what shared memory the blocks of a multiprocessor leave free.
 constexpr uint32_t lone_capacity(const TopkSelect& op, int threads, const Device& device) {
   const uint32_t least = streamed_capacity(op.k, threads, false, device);
   const auto bytes = [&](uint32_t capacity) { return streamed_bytes(threads, capacity, op.k) + kStaticSharedBytes; };
-  const int64_t fit = std::min<int64_t>(device.blocks_with(bytes(least)), kStreamedThreads / threads);
-  const int64_t blocks = std::clamp<int64_t>(ceil_div(op.rows, device.multiprocessors), 1, std::max<int64_t>(fit, 1));
+  const int64_t most_blocks = std::max<int64_t>(lone_blocks(op.k, threads, device), 1);
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(op.rows, device.multiprocessors), 1, most_blocks);
   const int64_t free = (device.bytes_with(blocks) - bytes(0)) / 8;
   const int64_t most = std::min<int64_t>(free, op.k + kTopkSelectNumbers.of(device).most_candidates);
   return std::max(least, static_cast<uint32_t>(std::max<int64_t>(most, 0) / 2 * 2));
@@ -302,6 +306,13 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
   return plan;
 }
 
+// Whether many streamed rows are to have 256 threads each: where shared memory then has room for more of them at a time
+// than with 512, or for all.
+constexpr bool narrow_pays(const TopkSelect& op, const Device& device) {
+  const int64_t blocks = lone_blocks(op.k, 256, device);
+  return blocks > lone_blocks(op.k, 512, device) || op.rows <= blocks * device.multiprocessors;
+}
+
 constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   const TopkSelectNumbers& numbers = kTopkSelectNumbers.of(device);
   const bool few_rows = op.rows <= device.multiprocessors;
@@ -341,7 +352,7 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
     if (held >= 0) return held;
   }
   const bool narrow =
-      op.length <= numbers.narrow_length && op.k <= (few_rows ? numbers.narrow_few_k : numbers.narrow_k);
+      op.length <= numbers.narrow_length && (few_rows ? op.k <= numbers.narrow_few_k : narrow_pays(op, device));
   // Of many rows that are not too long for it, more are under way where each has fewer threads.
   const bool narrowest = op.rows >= device.scaled(numbers.narrowest_rows) && op.k <= numbers.narrowest_k &&
                          op.length * size_of(op.dtype) <= numbers.narrowest_bytes;
