@@ -118,6 +118,7 @@ def _topk_select() -> Iterator[Line]:
     yield from line("rows", 1, 70000, "f32", length=1024, k=24, sorted=False)
     yield from line("rows", 1, 70000, "f32", length=1024, k=24, sorted=True)
     yield from line("rows", 1, 70000, "f32", length=512, k=100, sorted=False)
+    yield from line("rows", 1, 70000, "f32", length=512, k=100, sorted=True)
     yield from line("rows", 1, 70000, "f32", length=1024, k=100, sorted=False)
     yield from line("rows", 1, 16384, "f32", "bf16", length=4096, k=64, sorted=False)
     yield from line("rows", 1, 16384, "bf16", length=8192, k=64, sorted=False)

@@ -103,6 +103,10 @@ NUMBERS = {
     "TopkSelectNumbers.half_warps": ("topk_select/rows/f32/L512/k6/sorted", ("f32 tile 32x4", "f32 tile 16x8")),
     "TopkSelectNumbers.warp_rows": ("topk_select/rows/f32/L512/k100", ("f32 many 256x1", "f32 warp 32x4")),
     "TopkSelectNumbers.many_warp_rows": ("topk_select/rows/f32/L1024/k100", ("f32 many 256x1", "f32 warp 32x8")),
+    "TopkSelectNumbers.ordered_warp_rows": (
+        "topk_select/rows/f32/L512/k100/sorted",
+        ("f32 many 256x1", "f32 warp 32x4"),
+    ),
     "TopkSelectNumbers.warp_length": ("topk_select/length/f32/N256/k64", ("f32 warp 32x2", "f32 many 256x1")),
     "TopkSelectNumbers.sorting_length": ("topk_select/length/f32/N4096/k64", ("f32 warp 32x2", "f32 sorting 32x4")),
     "TopkSelectNumbers.sorting_rows": ("topk_select/rows/f32/L1024/k24/sorted", ("f32 few 256x1", "f32 sorting 32x8")),

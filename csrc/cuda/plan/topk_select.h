@@ -35,12 +35,13 @@ constexpr int max_select_k(const Device& device) {
 
 struct TopkSelectNumbers {
   HalfWarpRows half_warps;
-  int64_t warp_rows;        // from so many of an H100 on, a warp a row of up to kMaxShortLength / 2 elements
-  int64_t many_warp_rows;   // for more choices than few, and for rows of up to kMaxShortLength
-  int64_t warp_length;      // of fewer rows, a warp for rows so short that a block has nothing to share out
-  int64_t sorting_length;   // a warp sorts the candidates for few choices of rows longer than so,
-  int64_t sorting_rows;     // from so many of an H100 on,
-  int64_t sorting_longest;  // or so many where they are for the kernel that holds the longest,
+  int64_t warp_rows;          // from so many of an H100 on, a warp a row of up to kMaxShortLength / 2 elements
+  int64_t many_warp_rows;     // for more choices than few, and for rows of up to kMaxShortLength
+  int64_t ordered_warp_rows;  // of the shorter rows, for more sorted choices than few
+  int64_t warp_length;        // of fewer rows, a warp for rows so short that a block has nothing to share out
+  int64_t sorting_length;     // a warp sorts the candidates for few choices of rows longer than so,
+  int64_t sorting_rows;       // from so many of an H100 on,
+  int64_t sorting_longest;    // or so many where they are for the kernel that holds the longest,
   int64_t sorting_rows_of_16_bits;
   int64_t sorting_longest_of_16_bits;
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
@@ -63,7 +64,8 @@ struct TopkSelectNumbers {
 // Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/{{1, 1, 2048, 2048}},
                                                                  /*warp_rows=*/768,
-                                                                 /*many_warp_rows=*/2048,
+                                                                 /*many_warp_rows=*/2640,
+                                                                 /*ordered_warp_rows=*/2048,
                                                                  /*warp_length=*/64,
                                                                  /*sorting_length=*/256,
                                                                  /*sorting_rows=*/661,
@@ -336,7 +338,7 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   const bool orders_many = op.sorted && op.k > kMaxFewK && op.length > kMaxWarpK;
   const bool pays_for_many = op.rows >= device.scaled(numbers.many_warp_rows);
   const bool pays_long = pays_for_many && !orders_many;
-  const bool pays_short = orders_many ? pays_for_many : op.rows >= device.scaled(numbers.warp_rows);
+  const bool pays_short = op.rows >= device.scaled(orders_many ? numbers.ordered_warp_rows : numbers.warp_rows);
   const int64_t warp_length = pays_long ? kMaxShortLength : pays_short ? kMaxShortLength / 2 : numbers.warp_length;
   if (op.length <= warp_length && op.k <= kMaxWarpK) return find_instance(op, device, TopkKernel::kWarp);
   // Where all rows are under way at once, the order of the index comes cheaper of bins than of a ranking. (Of longer
