@@ -54,15 +54,16 @@ inline std::optional<RouteCotangentPlan> plan_with(const RouteCotangent& op, Cot
   return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
 }
 
-// Measured on an H100: of more experts, a row is a warp's work also where its choices are few, and of more choices too
-// that may be apart, a block's.
-constexpr int kFewChoiceExperts = 800;
+// Measured on an H100: of more experts, a row is a warp's work also where its choices are few, or a block's where they
+// are many and may be apart.
+constexpr int kFewChoiceExperts = 1000;
 constexpr int kManyChoices = 32;
+constexpr int kManyChoiceExperts = 800;
 
 inline std::optional<RouteCotangentPlan> plan(const RouteCotangent& op, const Device&) {
   for (CotangentKernel kernel : kCotangentKernels) {
     if (kernel == CotangentKernel::kFewChoices && op.experts > kFewChoiceExperts) continue;
-    const bool crowded = op.experts > kFewChoiceExperts && op.k > kManyChoices;
+    const bool crowded = op.experts > kManyChoiceExperts && op.k > kManyChoices;
     if (kernel == CotangentKernel::kChoices && crowded && plan_with(op, CotangentKernel::kStretches)) continue;
     if (const auto plan = plan_with(op, kernel)) return plan;
   }
