@@ -238,7 +238,7 @@ struct LinearBins {
 
   // is_bf16: whether the elements have no more bits than bf16.
   __device__ __forceinline__ LinearBins(float low, float high, bool is_bf16) {
-    // Of f32 none of a number's own size, but not 0: -inf stays -inf.
+    // Of f32 so little that no number changes. But not 0, of which -inf would become NaN.
     const float step = is_bf16 ? 1.0f / (1 << 8) : std::is_same_v<T, __half> ? 1.0f / (1 << 11) : 0x1p-100f;
     low -= fabsf(low) * step;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(factor) : "f"(high - low));
@@ -333,8 +333,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
     };
     bool crowded = false;
     if constexpr (kSorted) {
-      // Of each 8 elements, or 4 where a thread has no more, the largest: that the least of these is above the k-th,
-      // which is not far below it, does not happen by chance. The middle is the largest of the warps' least.
+      // Of each 8 elements, or 4 where a thread has no more, the largest. By chance the least of these is never above
+      // the k-th, and seldom far below it. The middle is the largest of the warps' least.
       constexpr int kOfGroup = sizeof(T) == 4 && kVectors > 1 ? 2 : 1;
       constexpr uint32_t kLowest = 0x007FFFFFu;  // order_key(-inf)
       uint32_t least = kNoLeast, largest = order_key(row.edge), more_bits = float_bits(row.edge);
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVecto
         __syncthreads();
         low = Select::shared().key_min;
         high = Select::shared().key_max;
-        uint32_t larger = found.before;  // elements of the row above `high`, at most k
+        uint32_t larger = found.before;  // elements of the row above `high`, or in earlier bins: at most k
 #pragma unroll 1
         for (int round = 0; low < high; round ^= 1) {
           const uint32_t middle = high - (high - low) / 2;

@@ -159,6 +159,9 @@ inline float fminf(float a, float b) { return a != a || b < a || (a == b && std:
 
 // What inline assembly does
 
+// A denormal number becomes 0.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? x * 0.0f : x; }
+
 constexpr uint32_t kNaNBits = 0x7FFFFFFF;
 inline float max_nan(float a, float b) { return a != a || b != b ? bits_as<float>(kNaNBits) : fmaxf(a, b); }
 template <class Half>

@@ -17,6 +17,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -162,12 +163,16 @@ Bits sorted_on_host(const TopkSelect& op, const std::vector<char>& scores, const
 // What the floating-point numbers of an operand are.
 enum class Content {
   kOrdinary,
-  kBits,    // any: NaN of both signs, infinities, denormals
-  kTies,    // one of four
-  kRising,  // neighbours in ascending order
-  kZeros,   // -1, but for stretches of -0 with a few 0
-  kNarrow,  // one of six that lie close together
-  kSteps,   // one of sixteen
+  kBits,      // any: NaN of both signs, infinities, denormals
+  kTies,      // one of four
+  kRising,    // neighbours in ascending order
+  kZeros,     // -1, but for stretches of -0 with a few 0
+  kNarrow,    // one of six that lie close together
+  kSteps,     // one of sixteen
+  kBinade,    // one of the numbers from 1 to 2 of an f16, or of a bf16 in other types
+  kOutliers,  // one in 64 as large as can be, of either sign, or NaN
+  kDenormals,
+  kSpikes,  // -1, but for an element of each of the first 64 vectors of 16 bytes, in ascending order
 };
 // Those that every case has.
 constexpr Content kContents[] = {Content::kOrdinary, Content::kBits, Content::kTies, Content::kRising, Content::kZeros};
@@ -197,7 +202,8 @@ class Maker {
     for (const auto& [what, size] : sizes) call_.name += std::string(" ") + what + std::to_string(size);
   }
   void name(const std::string& op, DType dtype, Content content, Sizes sizes) {
-    constexpr const char* kContentNames[] = {" ordinary", " bits", " ties", " rising", " zeros", " narrow", " steps"};
+    constexpr const char* kContentNames[] = {" ordinary", " bits",   " ties",     " rising",    " zeros", " narrow",
+                                             " steps",    " binade", " outliers", " denormals", " spikes"};
     const char* type = dtype == DType::kF32 ? " f32" : dtype == DType::kBF16 ? " bf16" : " f16";
     name(op + type + kContentNames[static_cast<int>(content)], sizes);
   }
@@ -290,6 +296,17 @@ class Maker {
         values[i] = T(1.0f + bits % 6 * 0x1p-7f);
       } else if (content == Content::kSteps) {
         values[i] = T(static_cast<float>(bits % 16));
+      } else if (content == Content::kBinade) {
+        values[i] = T(1.0f + (std::is_same_v<T, __half> ? bits % 1024 * 0x1p-10f : bits % 128 * 0x1p-7f));
+      } else if (content == Content::kOutliers && bits % 64 == 0) {
+        values[i] = T(bits >> 6 & 1 ? bits >> 7 & 1 ? NAN : -3e38f : 3e38f);
+      } else if (content == Content::kDenormals) {
+        const uint32_t sign = 1u << (8 * sizeof(T) - 1), below = std::is_same_v<T, __half> ? 0x400 : sign >> 8;
+        const uint32_t denormal = (bits & sign) | bits % below;
+        std::memcpy(static_cast<void*>(&values[i]), &denormal, sizeof(T));
+      } else if (content == Content::kSpikes) {
+        constexpr int64_t kElements = 16 / sizeof(T);
+        values[i] = T(i % kElements == 0 && i < 64 * kElements ? 1.0f + i / kElements : -1.0f);
       } else {
         values[i] = T(content == Content::kTies ? static_cast<float>(bits % 4) : (bits >> 8) * 0x1p-21f - 4.0f);
       }

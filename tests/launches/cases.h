@@ -144,6 +144,15 @@ inline void topk_select_cases(const Visit& visit) {
   for (DType dtype : kDTypes)
     for (auto [length, k] : {std::array{12285, 4096}, {24573, 8192}})
       visit(topk_select(make, dtype, 140, length, k, make.pick({false, true}), false, Content::kRising));
+  // Neighbours among a type's numbers, numbers far from all others, and such as are below all normal ones.
+  for (DType dtype : kDTypes)
+    for (Content content : {Content::kBinade, Content::kOutliers, Content::kDenormals}) {
+      for (auto [length, k] : {std::array{1001, 300}, {4001, 700}, {8000, 2500}})
+        visit(topk_select(make, dtype, 2, length, k, true, false, content));
+      visit(topk_select(make, dtype, 2, 20001, 512, make.pick({false, true}), false, content));
+    }
+  // Candidates of which a warp of the block has too few for its share of a bound.
+  for (DType dtype : kDTypes) visit(topk_select(make, dtype, 1, 4000, 64, true, false, Content::kSpikes));
 }
 
 inline void dense_router_cases(const Visit& visit) {

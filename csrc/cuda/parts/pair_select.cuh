@@ -167,8 +167,8 @@ struct alignas(16) PairSelect {
     __syncthreads();
   }
 
-  // The same, and each bin becomes the number of what lies in earlier ones. Whether a bin up to the k-th's holds more
-  // than kMostMembers, or than twice as many where few are ranked.
+  // The same, and each bin becomes the number of what lies in earlier ones. Whether a bin up to the k-th's, or another
+  // of that one's thread, holds more than kMostMembers, or than twice as many where few are ranked.
   static __device__ __forceinline__ bool find_bin_and_starts(uint32_t k) {
     const Bins own = own_bins();
     const uint32_t before = exclusive_sum(own.sum);
