@@ -27,6 +27,8 @@ def array(name: str, value: Any, *, min_rank: int = 0) -> Array:
     """An array with axes that int32 can number."""
     try:
         values = jnp.asarray(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be an array whose dtype holds its integers, got {value!r}") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {value!r}") from error
     if values.ndim < min_rank:
@@ -194,7 +196,7 @@ def static_float(name: str, value: Any) -> float:
     return number
 
 
-def _not_negative(name: str, value: Any) -> float:
+def not_negative(name: str, value: Any) -> float:
     number = static_float(name, value)
     if number < 0:
         raise ValueError(f"{name} must be 0 or more, got {number}")
@@ -243,6 +245,15 @@ def function(name: str, value: Any, example: str) -> None:
         raise TypeError(f"{name} must be a function, {example} for example, got {value!r}")
 
 
+def axis_names(name: str, value: Any) -> str | tuple[str, ...]:
+    """One mesh axis or several, hashable."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or not all(isinstance(axis, str) for axis in value):
+        raise TypeError(f"{name} must be a mesh axis or a sequence of them, strings, got {value!r}")
+    return tuple(value)
+
+
 def float_dtype(name: str, value: Any) -> np.dtype[Any]:
     """The dtype float32, bfloat16 or float16, however it is written."""
     try:
@@ -270,7 +281,7 @@ def scoring(score_fn: Any, renormalize: Any, scale: Any, eps: Any) -> Scoring:
         score_fn=choice("score_fn", score_fn, get_args(ScoreFn)),
         renormalize=static_bool("renormalize", renormalize),
         scale=static_float("scale", scale),
-        eps=_not_negative("eps", eps),
+        eps=not_negative("eps", eps),
     )
 
 

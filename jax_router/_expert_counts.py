@@ -47,8 +47,9 @@ def expert_counts(
         int32 `[num_experts]`.
 
     Raises:
-        TypeError: a wrong dtype, or num_experts is no int.
+        TypeError: a wrong dtype, num_experts is no int, or axis_name no string.
         ValueError: a wrong shape or number.
+        NameError: there is no such axis here.
         NotImplementedError: `implementation="native"` where no kernel can run.
 
     Example:
@@ -63,6 +64,8 @@ def expert_counts(
     operands = {"expert_ids": as_int32_ids(expert_ids, num_experts)}
     if token_mask is not None:
         operands["token_mask"] = _check.mask_array("token_mask", token_mask, expert_ids.shape[:-1])
+    if axis_name is not None:
+        axis_name = _check.axis_names("axis_name", axis_name)
     may_split = _sharding.may_split(expert_ids) and all(isinstance(size, int) for size in expert_ids.shape)
     as_problems = _as_parts if may_split else _as_one_problem
     operands = {name: as_problems(value, expert_ids.ndim - 1) for name, value in operands.items()}

@@ -265,6 +265,8 @@ def quantile_bias(
     bias = lax.stop_gradient(_check.float32_array("bias", bias))
     scores, token_mask = _checked("scores", scores, token_mask)
     experts = scores.shape[-1]
+    if experts < 2:
+        raise ValueError(f"scores must have at least two experts, of which one is not chosen, got shape {scores.shape}")
     _check.same_shape("bias", bias, (experts,))
     scores, bias = align([scores, bias], [1, 1])  # a selection needs all scores of a token
     top_k = _check.static_int("top_k", top_k, 1, experts - 1, " (num_experts - 1)")
@@ -366,7 +368,7 @@ def _number_of_tokens(logits: Array, token_mask: Array | None, axis_name: AxisNa
     """int32, of valid tokens on all devices; along one of their axes, or of all."""
     valid = jnp.ones_like(logits[..., 0], jnp.bool_) if token_mask is None else token_mask
     number = valid.sum(axis=axis, dtype=jnp.int32)
-    return number if axis_name is None else lax.psum(number, axis_name)
+    return number if axis_name is None else lax.psum(number, _check.axis_names("axis_name", axis_name))
 
 
 def _share(sums: Array, tokens: Array, axis_name: AxisName) -> Array:

@@ -173,10 +173,7 @@ class RouterConfig:
             return
         if not counts:
             raise ValueError(f"count_axis_name must be None, the default, without count_experts, got {names!r}")
-        if not isinstance(names, str):
-            if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-                raise TypeError(f"count_axis_name must be a mesh axis or a sequence of them, strings, got {names!r}")
-            object.__setattr__(self, "count_axis_name", tuple(names))
+        object.__setattr__(self, "count_axis_name", _check.axis_names("count_axis_name", names))
 
     @classmethod
     def from_preset(cls, name: str, layer: int | None = None) -> RouterConfig:

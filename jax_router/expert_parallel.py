@@ -108,17 +108,24 @@ class Links:
             itemsize: bytes of an element.
             slots: of a pair of devices; None is T.
 
+        Raises:
+            TypeError: a size is no int.
+            ValueError: there is no such way, or a size is too small.
+
         Example:
             >>> from jax_router.expert_parallel import Links
             >>> links = Links(all_to_all=100e9, memory=float("inf"), latency=0.0)
             >>> round(1e3 * links.seconds("exchange", devices=2, tokens=1000, hidden=50_000), 3)  # milliseconds
             2.0
         """
-        others, row = devices - 1, hidden * itemsize
+        _check.choice("way", way, get_args(Way))
+        others = _check.static_int("devices", devices, 1, None) - 1
+        row = _check.static_int("hidden", hidden, 0, None) * _check.static_int("itemsize", itemsize, 1, None)
+        tokens = _check.static_int("tokens", tokens, 0, None)
         if way == "gather":
             sent = others * tokens * row
             return 2 * self.latency + sent / self.all_gather + sent / self.reduce_scatter
-        slots = tokens if slots is None else slots
+        slots = tokens if slots is None else _check.static_int("slots", slots, 0, None)
         # The rows are written to their slots before the first all-to-all, and read from them after the second.
         moved = 2 * (others + 1) * slots * row
         return 2 * self.latency + 2 * others * slots * row / self.all_to_all + moved / self.memory
@@ -129,6 +136,10 @@ def choose_way(
 ) -> Way:
     """The way that `compute` takes with `way="auto"`: that which `links.seconds` says is the faster.
 
+    Raises:
+        TypeError: links are no Links, or a size is no int.
+        ValueError: a size is too small.
+
     Example:
         >>> from jax_router.expert_parallel import Links, choose_way, expected_slots
         >>> choose_way(Links(), devices=8, tokens=8192, hidden=4096, slots=expected_slots(8192, 6, 8, headroom=1.05))
@@ -136,6 +147,7 @@ def choose_way(
         >>> choose_way(Links(all_to_all=50e9), devices=8, tokens=8192, hidden=4096)
         'gather'
     """
+    _check.instance("links", links, Links, "Links(all_to_all=257e9)")
 
     def seconds(way: Way) -> float:
         return links.seconds(way, devices=devices, tokens=tokens, hidden=hidden, itemsize=itemsize, slots=slots)
@@ -155,11 +167,19 @@ def expected_slots(tokens: int, top_k: int, devices: int, *, headroom: float = 1
         devices: n, along the axis.
         headroom: a factor of 0 or more.
 
+    Raises:
+        TypeError: a size is no int, or headroom no number.
+        ValueError: a size is too small, or headroom below 0.
+
     Example:
         >>> from jax_router.expert_parallel import expected_slots
         >>> expected_slots(8192, top_k=6, devices=8)
         4516
     """
+    tokens = _check.static_int("tokens", tokens, 0, None)
+    top_k = _check.static_int("top_k", top_k, 0, None)
+    devices = _check.static_int("devices", devices, 1, None)
+    headroom = _check.not_negative("headroom", headroom)
     return min(tokens, math.ceil(headroom * tokens * (1 - (1 - 1 / devices) ** top_k)))
 
 
@@ -231,9 +251,10 @@ def compute(
     """
     x, weights, expert_ids = _checked(x, routing)
     num_experts = _check.static_int("num_experts", num_experts, 1, 2**24, " (ids are exact in f32)")
-    axis = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+    axis = _check.axis_names("axis_name", axis_name)
     devices = lax.axis_size(axis)
     experts_of_device = _share(num_experts, devices, f"axis_name = {axis!r}")
+    _check.function("experts", experts, "one by grouped_matmul")
     _check.choice("way", way, ("auto", *get_args(Way)))
     _check.choice("weigh", weigh, get_args(Weigh))
     links = Links() if links is None else links
@@ -300,14 +321,15 @@ def over_mesh(
         expert_axis: the mesh axis over which the experts are spread.
         data_axes: a further mesh axis that splits the tokens, or several. None is all others of the mesh, without those
             of a `jax.shard_map` around this, along which the tokens are a device's own (with jax 0.10.2 or later).
-        mesh: None is that of `jax.set_mesh`.
+        mesh: None is that of `jax.set_mesh`, which one with Explicit axes must be.
         options: of `compute`.
 
     Returns:
         `ExpertSum(output, dropped)`, `output` sharded as x in a mesh with Explicit axes; `dropped` of all devices.
 
     Raises:
-        TypeError, ValueError: as of `compute`; there is no mesh or it has no such axis; weights have different E.
+        TypeError, ValueError: as of `compute`; there is no mesh, or it has no such axis or Explicit axes and is not
+            entered; weights have different E.
 
     Example:
         >>> import jax
@@ -325,6 +347,11 @@ def over_mesh(
     """
     x, *choices = _checked(x, routing)
     routing = Routing(*choices)
+    _check.function("experts", experts, "one by grouped_matmul")
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, jax.make_mesh((8,), ('expert',)) for example, got {mesh!r}")
+    if not isinstance(expert_axis, str):
+        raise TypeError(f"expert_axis must be a mesh axis, a string, got {expert_axis!r}")
     sizes = {jnp.shape(array)[:1] for array in jax.tree.leaves(weights)}
     if len(sizes) != 1 or not all(sizes):
         raise ValueError(f"weights must be arrays [E, ...] with one E, got leading axes {sorted(sizes)}")
@@ -334,14 +361,15 @@ def over_mesh(
         local = partial(experts, weights)
         num_experts *= lax.axis_size(expert_axis)
         return compute(x, routing, local, num_experts=num_experts, axis_name=expert_axis, **options)
-    mesh = mesh or context
+    mesh = context if mesh is None else mesh
     if expert_axis not in mesh.axis_names:
         raise ValueError(
             f"expert_axis must be an axis of the mesh, which has {mesh.axis_names or 'none'}, got {expert_axis!r}: "
             "enter a mesh with jax.set_mesh, or give one as mesh"
         )
     others = [name for name in mesh.axis_names if name != expert_axis and name not in context.manual_axes]
-    data_axes = others if data_axes is None else (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
+    data_axes = others if data_axes is None else _check.axis_names("data_axes", data_axes)
+    data_axes = (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
     if len(data_axes) != len(set(data_axes) & set(others)):
         raise ValueError(f"data_axes must be some of the mesh's other axes, {others}, got {data_axes!r}")
     axes = *data_axes, expert_axis
@@ -375,6 +403,11 @@ def over_mesh(
         return output[:tokens].reshape(x.shape), dropped
 
     explicit = explicit_axes(mesh)
+    if not set(explicit) <= set(context.axis_names):
+        raise ValueError(
+            f"mesh must have Auto axes or be that of jax.set_mesh, got {mesh}, which has Explicit axes and is not "
+            "entered: call this under jax.set_mesh(mesh)"
+        )
     if explicit:
         of_all = jax.sharding.auto_axes(of_all, axes=explicit, out_sharding=(jax.typeof(x).sharding.spec, P()))
     return ExpertSum(*of_all(x, routing, weights))

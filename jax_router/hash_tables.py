@@ -60,7 +60,8 @@ def make_hash_table(
     if isinstance(key, jax.core.Tracer):
         raise TypeError(f"key must be known, since the table is made on the host: not under jax.jit; got {key}")
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
-    done = progress or (lambda rows, of: None)
+    done = (lambda rows, of: None) if progress is None else progress
+    _check.function("progress", done, "print")
     table = np.empty((vocab_size, top_k), np.int32)
     if token_counts is None:
         ids = rng.permutation(vocab_size)
@@ -84,8 +85,9 @@ def _counts(token_counts: Any, vocab_size: int) -> np.ndarray:
     if counts.shape != (vocab_size,):
         raise ValueError(f"token_counts must have shape ({vocab_size},) (vocab_size), got {counts.shape}")
     counts = counts.astype(np.float64)
-    if not (np.isfinite(counts) & (counts >= 0)).all():
-        raise ValueError("token_counts must be finite and 0 or more")
+    wrong = ~(np.isfinite(counts) & (counts >= 0))
+    if wrong.any():
+        raise ValueError(f"token_counts must be finite and 0 or more, got {counts[wrong][0]} at {wrong.argmax()}")
     return counts
 
 

@@ -119,7 +119,7 @@ def presets() -> tuple[str, ...]:
 def preset(name: str) -> Preset:
     """A preset by its name."""
     rows = all_presets()
-    if name not in rows:
+    if not isinstance(name, str) or name not in rows:
         raise ValueError(f"name must be one of jax_router.presets(), got {name!r}; near it: {_near(name, rows)}")
     return rows[name]
 

@@ -48,6 +48,14 @@ class ExpertWeights(NamedTuple):
         gate_proj: `[E, D, F]`.
         up_proj: `[E, D, F]`.
         down_proj: `[E, F, D]`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.moe import ExpertWeights
+        >>> of_checkpoint = jnp.ones((4, 3, 2))  # the gates of four experts, stacked, as they lie in a file
+        >>> weights = ExpertWeights(of_checkpoint.mT, of_checkpoint.mT, jnp.ones((4, 3, 2)))
+        >>> weights.gate_proj.shape, weights.down_proj.shape
+        ((4, 2, 3), (4, 3, 2))
     """
 
     gate_proj: Array
@@ -110,6 +118,8 @@ def sum_of_experts(
     tokens = routing.expert_ids.shape[:-1]
     if x.shape[:-1] != tokens:
         raise ValueError(f"x must have shape {(*tokens, 'D')}, with the tokens of routing.expert_ids; got {x.shape}")
+    _check.function("activation", activation, "jax.nn.silu")
+    _check.function("matmul", matmul, "jax.lax.ragged_dot")
     _check.choice("weigh", weigh, get_args(Weigh))
     num_experts, hidden_size = weights.down_proj.shape[0], x.shape[-1]
     inner = weights.down_proj.shape[1:2]
@@ -161,6 +171,13 @@ def experts_of_rows(
 
     Returns:
         `[S, D]`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_router.moe import ExpertWeights, experts_of_rows
+        >>> weights = ExpertWeights(jnp.ones((2, 2, 3)), jnp.ones((2, 2, 3)), jnp.ones((2, 3, 2)))
+        >>> experts_of_rows(weights, jnp.ones((1, 2)), jnp.array([0, 1]), activation=lambda gate: gate)
+        Array([[12., 12.]], dtype=float32)
     """
     return _swiglu(rows, weights, activation, lambda lhs, rhs: matmul(lhs, rhs, group_sizes))
 
@@ -305,7 +322,8 @@ class MoE(nnx.Module):
         _check.function("activation", activation, "jax.nn.silu")
         _check.function("matmul", matmul, "jax.lax.ragged_dot")
         self.activation, self.matmul, self.align = activation, matmul, _check.concrete_int("align", align, 1)
-        given = expert_options or {}
+        given = {} if expert_options is None else expert_options
+        _check.instance("expert_options", given, Mapping, "{'way': 'exchange'}")
         if given and expert_axis is None:
             raise ValueError(f"expert_options must be None without expert_axis, got {expert_options!r}")
         self.expert_axis = expert_axis
@@ -314,6 +332,7 @@ class MoE(nnx.Module):
         self.expert_options = tuple(options.items())
         self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
         param_dtype = _check.float_dtype("param_dtype", param_dtype)
+        _check.function("kernel_init", kernel_init, "nnx.initializers.lecun_normal()")
         if not isinstance(router, Router):
             _check.instance("router", router, RouterConfig, "RouterConfig(**options)")
             router = Router(router, rngs=rngs)

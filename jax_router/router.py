@@ -84,6 +84,9 @@ def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> A
         shape: `(V, k)`.
         num_experts: the number of experts, at least k.
 
+    Returns:
+        int32 `[V, k]`.
+
     Raises:
         TypeError: shape is no pair of ints, or num_experts no int.
         ValueError: more experts a token id than there are.
@@ -136,7 +139,8 @@ class Router(nnx.Module):
         hash_lut_init: of the table, called with (key, (V, k), E); default k distinct experts at random.
 
     Raises:
-        TypeError: config is no RouterConfig, rngs are no Rngs, or the initial table is not of integers.
+        TypeError: config is no RouterConfig, rngs are no Rngs, an initializer is no function, or the initial table is
+            not of integers.
         ValueError: the initial weight or table has a wrong shape.
     """
 
@@ -150,6 +154,8 @@ class Router(nnx.Module):
     ):
         _check.instance("config", config, RouterConfig, "RouterConfig(**options)")
         _check.instance("rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
+        _check.function("weight_init", weight_init, "nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)")
+        _check.function("hash_lut_init", hash_lut_init, "random_hash_table")
         self.config = config
         if config.has_weight:
             shape = (config.num_experts, config.hidden_size)
@@ -220,6 +226,7 @@ class Router(nnx.Module):
         Raises:
             ImportError: safetensors is missing.
             OSError: there is no such file.
+            TypeError: path is neither a path nor a dict, config neither a name nor a RouterConfig, or layer no int.
             ValueError: the preset or its layer has no router; or, as a `CheckpointError` that lists everything that is
                 wrong, tensors are missing, unexpected or doubled, have a wrong shape or dtype, or a table has entries
                 outside `[0, E)`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,50 @@ def _kernel_time(op: str, record: Record, target: Record, by_draws: bool) -> lis
     return [f"`{case}`", *figures, reached, elsewhere]
 
 
+MOST_OVER_MEDIAN = 1.1  # of the worst draw
+
+
+def draws() -> str:
+    """How much the data matter to topk_select: the worst draw over the median of the draws."""
+    ratios = {
+        case: record["us"] / record["median_us"]
+        for case, record in records(KERNEL_TIMES).items()
+        if record.get("median_us")
+    }
+    worst = max(ratios, key=ratios.__getitem__)
+    above = sum(ratio > MOST_OVER_MEDIAN for ratio in ratios.values())
+    return (
+        f"The worst draw takes at most {ratios[worst]:.2f} times the median (`{worst.removeprefix('topk_select/')}`), "
+        f"and more than {MOST_OVER_MEDIAN} times in {above} of {len(ratios)} cases."
+    )
+
+
+NEARLY = 1.05
+
+
+def missed() -> str:
+    """The cases that are above their targets: those that nearly reach them in a sentence, the others in a table."""
+    aimed = {case: record for case, record in records(KERNEL_TIMES).items() if record["target_us"]}
+    over = {case: record["us"] / record["target_us"] for case, record in aimed.items()}
+    above = sorted((case for case in over if over[case] > 1), key=over.__getitem__, reverse=True)
+    nearly = [case for case in above if over[case] <= NEARLY]
+    listed = ", ".join(f"`{case}`" for case in sorted(nearly))
+    sentence = (
+        f"{len(above)} of {len(aimed)} figures are above their targets, {len(nearly)} of them by 5 % or less: "
+        f"{listed}. The others:"
+    )
+    rows = [_missed(aimed[case], over[case]) for case in above if case not in nearly]
+    head = ["case", "us", "target", "above it", "floor", "median", "worst draw"]
+    lines = textwrap.fill(sentence, 128, break_long_words=False, break_on_hyphens=False)
+    return f"{lines}\n\n{table(head, rows, words=(0, len(head) - 1))}\n\n{where(KERNEL_TIMES)}"
+
+
+def _missed(record: Record, over: float) -> list[str]:
+    of_draws = [number(record.get("median_us")), record.get("worst_draw") or "-"]
+    figures = [ours(record["us"]), number(record["target_us"]), f"{100 * (over - 1):.0f} %", number(record["floor_us"])]
+    return [f"`{record['id']}`", *figures, *of_draws]
+
+
 def in_jit() -> str:
     """What a call adds to a jitted program, beside XLA's, where both were taken."""
     both = [record for record in records(H100).values() if record["in_jit_us"] and record["xla_in_jit_us"]]
@@ -231,12 +276,14 @@ FIGURES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "kernel times": partial(where, KERNEL_TIMES),
         "pictures": partial(where, f"{H100}-sweep"),
         **{op: partial(kernel_times, op) for op in _OPS},
+        "draws": draws,
         "in jit": in_jit,
         "layers": layers,
         "grouped": grouped,
         "exactness": exactness,
         "cpu": cpu,
     },
+    "docs/background/bounds.md": {"missed": missed},
 }
 
 

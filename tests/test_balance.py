@@ -328,7 +328,10 @@ COUNTS = np.zeros(E, np.int32)
             ValueError,
             "bins.*axis_name = 'd'",
         ),
+        (lambda: balance.quantile_bias(LOGITS[:, :1], LOGITS[0, :1], top_k=1), ValueError, r"scores.*two.*\(4, 1\)"),
         (lambda: balance.load_statistics(LOGITS[0]), TypeError, "counts.*integer.*float32"),
+        (lambda: balance.z_loss(LOGITS, axis_name=0), TypeError, "axis_name.*strings, got 0"),
+        (lambda: balance.load_balancing_loss(LOGITS, IDS, axis_name=[0]), TypeError, r"axis_name.*strings, got \[0\]"),
     ],
 )
 def test_errors(call, error, words):

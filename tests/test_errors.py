@@ -385,11 +385,24 @@ def test_router_config(change, error, words):
             ValueError,
             "weight_init must have shape",
         ),
+        (
+            [RouterConfig(**CONFIG)],
+            {"weight_init": None},
+            TypeError,
+            "weight_init function lecun_normal None",
+        ),
+        ([RouterConfig(**CONFIG)], {"hash_lut_init": 1}, TypeError, "hash_lut_init function random_hash_table 1"),
     ],
 )
 def test_router(arguments, options, error, words):
     with pytest.raises(error, match=says(words)):
         Router(*arguments, **{"rngs": nnx.Rngs(0), **options})
+
+
+def test_integers_beyond_their_dtype():
+    """Python's own, of which JAX makes int32."""
+    with pytest.raises(ValueError, match=says("token_ids array holds integers [1000000000000]")):
+        jax_router.hash_router([10**12], np.zeros((9, 2), np.int32))
 
 
 @pytest.mark.parametrize(

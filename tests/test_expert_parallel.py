@@ -338,6 +338,8 @@ def test_under_remat_and_scan(mesh):
             "experts must return rows of shape (",
         ),
         ({"axis_name": "nowhere"}, NameError, "nowhere"),
+        ({"axis_name": None}, TypeError, "axis_name must be a mesh axis or a sequence of them, strings, got None"),
+        ({"experts": None}, TypeError, "experts must be a function, one by grouped_matmul for example, got None"),
         ({"links": {"latency": 1e-5}}, TypeError, "links must be of type Links, Links(all_to_all=257e9) for example"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -370,6 +372,8 @@ OVER_MESH_ERRORS = {
         {"data_axes": "nowhere"},
         "data_axes must be some of the mesh's other axes, [], got ('nowhere',)",
     ),
+    "no data axis": ({"data_axes": 1}, "data_axes must be a mesh axis or a sequence of them, strings, got 1"),
+    "no axis": ({"expert_axis": 0}, "expert_axis must be a mesh axis, a string, got 0"),
     "the same axis twice": (
         {"data_axes": ["expert"]},
         "data_axes must be some of the mesh's other axes, [], got ('expert',)",
@@ -389,8 +393,36 @@ def test_errors_over_mesh(change, message, mesh):
     x, weights, parameters, *axes = (parts | change).values()
     options = dict(zip(("expert_axis", "data_axes"), axes))
     routing = Routing(weights, jnp.zeros((5, 2), jnp.int32))
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         expert_parallel.over_mesh(x, routing, with_weights, parameters, mesh=mesh, **options)
+
+
+def test_errors_of_a_mesh():
+    routing = Routing(jnp.zeros((5, 2)), jnp.zeros((5, 2), jnp.int32))
+    over_mesh = partial(
+        expert_parallel.over_mesh, jnp.zeros((5, 8)), routing, with_weights, jnp.zeros((16, 1)), expert_axis=AXIS
+    )
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, .* got 'mesh'"):
+        over_mesh(mesh="mesh")
+    with pytest.raises(ValueError, match=r"mesh must have Auto axes or be that of jax.set_mesh, got .*'expert'"):
+        over_mesh(mesh=jax.make_mesh((jax.device_count(),), (AXIS,), (jax.sharding.AxisType.Explicit,)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda of: of.expected_slots(1.5, 2, 2), TypeError, "tokens must be a Python int"),
+        (lambda of: of.expected_slots(8, 2, 0), ValueError, "devices must be at least 1, got 0"),
+        (lambda of: of.expected_slots(8, 2, 2, headroom=-1), ValueError, "headroom must be 0 or more, got -1"),
+        (lambda of: of.choose_way(None, devices=2, tokens=8, hidden=8), TypeError, "links must be of type Links"),
+        (lambda of: of.choose_way(of.Links(), devices=2, tokens=8, hidden=None), TypeError, "hidden must be"),
+        (lambda of: of.Links().seconds("ragged", devices=2, tokens=8, hidden=8), ValueError, "way must be one of"),
+        (lambda of: of.Links().seconds("exchange", devices=2, tokens=8, hidden=8, slots=-1), ValueError, "slots must"),
+    ],
+)
+def test_errors_of_a_choice(call, error, message):
+    with pytest.raises(error, match=message):
+        call(expert_parallel)
 
 
 def test_choice_of_way():

@@ -111,11 +111,16 @@ def test_a_traced_key():
         ((0, 4, 2), None, ValueError, "vocab_size must be at least 1, got 0"),
         ((10, 4.5, 2), None, TypeError, "num_experts must be"),
         ((10, 4, 2), np.ones(9), ValueError, r"token_counts must have shape \(10,\)"),
-        ((10, 4, 2), -np.ones(10), ValueError, "token_counts must be finite and 0 or more"),
-        ((10, 4, 2), np.full(10, np.nan), ValueError, "token_counts must be finite and 0 or more"),
+        ((10, 4, 2), 5 - np.arange(10), ValueError, "token_counts must be finite and 0 or more, got -1.0 at 6"),
+        ((10, 4, 2), np.full(10, np.nan), ValueError, "token_counts must be finite and 0 or more, got nan at 0"),
         ((10, 4, 2), ["a"] * 10, TypeError, "token_counts must be numbers"),
     ],
 )
 def test_wrong_arguments(sizes, counts, error, words):
     with pytest.raises(error, match=words):
         make_hash_table(*sizes, key=KEY, token_counts=counts)
+
+
+def test_progress_is_no_function():
+    with pytest.raises(TypeError, match="progress must be a function, print for example, got 1"):
+        make_hash_table(10, 4, 2, key=KEY, progress=1)

@@ -224,6 +224,7 @@ def says(words):
         ("phi_3_5_moe", None, "phi_3_5_moe no RouterConfig sparsemixer"),
         ("gigachat_3_5", None, "gigachat_3_5 from_hf_config"),
         ("DeepSeek-V3.2", None, "name presets 'DeepSeek-V3.2' near deepseek_v3_2"),
+        (["mixtral_8x7b"], None, "name presets ['mixtral_8x7b'] near mixtral_8x7b"),
     ],
 )
 def test_no_router(name, layer, words):

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_router import MoE, Router, RouterConfig, Routing, models, presets
-from jax_router.moe import sum_of_experts
+from jax_router.moe import ExpertWeights, sum_of_experts
 
 pytestmark = pytest.mark.usefixtures("f32_products")
 
@@ -360,6 +360,12 @@ def test_in_shard_map(devices):
             "activation must be a function, jax.nn.silu for example, got 'silu'",
         ),
         (lambda: MoE(config(), F, matmul=None, rngs=nnx.Rngs(0)), TypeError, "matmul must be a function"),
+        (lambda: MoE(config(), F, kernel_init=1, rngs=nnx.Rngs(0)), TypeError, "kernel_init must be a function"),
+        (
+            lambda: MoE(config(), F, expert_axis="expert", expert_options=["way"], rngs=nnx.Rngs(0)),
+            TypeError,
+            "expert_options must be of type Mapping",
+        ),
         (
             lambda: sum_of_experts(
                 jnp.zeros((1, D)), Routing(jnp.ones((1, 1)), jnp.zeros((1, 1), jnp.int32)), (1, 2, 3)
@@ -367,11 +373,19 @@ def test_in_shard_map(devices):
             TypeError,
             "weights must be of type ExpertWeights",
         ),
+        (lambda: call_sum(activation="silu"), TypeError, "activation must be a function"),
+        (lambda: call_sum(matmul=None), TypeError, "matmul must be a function"),
     ],
 )
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def call_sum(**options):
+    routing = Routing(jnp.ones((1, 1)), jnp.zeros((1, 1), jnp.int32))
+    weights = ExpertWeights(jnp.zeros((1, D, F)), jnp.zeros((1, D, F)), jnp.zeros((1, F, D)))
+    return sum_of_experts(jnp.zeros((1, D)), routing, weights, **options)
 
 
 def make_and_call(x, **options):
