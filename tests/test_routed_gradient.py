@@ -64,6 +64,14 @@ def test_from_the_two_forms_of_the_cotangent(how, masked, rng, monkeypatch):
     assert_close(found, wanted)
 
 
+def test_many_columns(rng):
+    """So many that a block of an H100's kernel has all tokens: more tiles than it has places for at a time."""
+    x, weight, cotangent = draw(rng, 1100, 8712), draw(rng, 40, 8712), rng.normal(0, 1, (1100, 3)).astype(np.float32)
+    x = x * 8712**-0.5
+    found = jax.jit(gradients)(x, weight, cotangent)
+    assert_close(found, gradients(x, weight, cotangent, implementation="reference"))
+
+
 @pytest.mark.parametrize("shape", [(20, 0), (2, 0, 16)])
 def test_gradients_of_nothing(shape, monkeypatch):
     """No hidden elements, or no tokens."""
