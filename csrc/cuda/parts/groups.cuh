@@ -34,6 +34,7 @@ __device__ __forceinline__ int group_shift(const Selection& selection) {
 template <int kLanes, int kChunks>
 __device__ __forceinline__ float score_groups(const Selection& selection, BestTwo (&quads)[kChunks],
                                               SelectScratch<kLanes>& scratch) {
+  static_assert((kChunks & (kChunks - 1)) == 0, "chunks are halved");
   const int shift = group_shift(selection);
   const int lanes_a_group = 1 << shift;
   const int lane = tile_lane<kLanes>();
