@@ -147,15 +147,16 @@ def _cuda_plan(
 ) -> tuple[str | None, str | None]:
     """The name of the plan, or why there is none."""
     module = _native.native_module("cuda")
-    # Whether dense_router pays is a question of the device, and may be asked of one that is described.
-    asks_device = device is not None and op.name == "dense_router" and params["precision"] is None
+    # Whether a composed op pays is a question of the device, and may be asked of one that is described.
+    asks_device = device is not None and op.composed and params.get("precision") is None
     if not asks_device and (reason := op.reason_against_kernels("cuda", avals, partitioned=False, **params)):
         return None, reason
     if (sizes := _plan_sizes(op.name, avals, params)) is None:
         return None, None
     plan, _ = module.plans(op.name, device, **sizes)
     if plan is None:
-        reason = module.dense_router_unsupported(**{**sizes, "rows": 1}) if asks_device else ""
+        asks_why = asks_device and op.name == "dense_router"
+        reason = module.dense_router_unsupported(**{**sizes, "rows": 1}) if asks_why else ""
         return None, reason or "no kernel for so many tokens and experts on that GPU"
     if not module.pays(op.name, device, **sizes):
         return None, "the kernels do not pay"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -197,7 +198,7 @@ _PRODUCTS = Op(
 def products_in_one(*values: Array, **params: Any) -> list[Array]:
     """The operands of PRODUCTS_OF_TOKENS with all tokens on one axis, as the kernels take them."""
     *of_tokens, weight = values
-    flat = [value.reshape(-1, value.shape[-1]) for value in of_tokens]
+    flat = [value.reshape(prod(value.shape[:-1]), value.shape[-1]) for value in of_tokens]
     grad_x, grad_weight = _PRODUCTS(dict(zip(_PRODUCTS.operands, (*flat, weight))), **params)
     return [grad_x.reshape(of_tokens[-1].shape), grad_weight]
 

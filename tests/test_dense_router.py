@@ -130,6 +130,20 @@ def test_a_token_does_not_know_its_batch(num_experts, hidden, dtype, counts, cud
             np.testing.assert_array_equal(mine, all_rows[-tokens:])
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize(("num_experts", "num_groups"), [(256, 8), (288, 9), (320, 20), (384, 12), (512, 16)])
+def test_groups_of_few_tokens(num_experts, num_groups, tokens, rng):
+    """Integer operands make the logits exact. The best groups lie anywhere."""
+    options = {"top_k": 8, "score_fn": "sigmoid", "num_groups": num_groups, "top_groups": 4}
+    x = rng.integers(-3, 4, (tokens, 72)).astype(DTYPES["bf16"])
+    weight = rng.integers(-3, 4, (num_experts, 72)).astype(DTYPES["bf16"])
+    logits = np.float32(x) @ np.float32(weight).T + 0.0
+    bias = rng.normal(0, 0.3, num_experts).astype(np.float32)
+    got = jax.jit(partial(jax_router.dense_router, **options))(x, weight, bias)
+    for mine, theirs in zip(got, jax.jit(partial(jax_router.activation_topk, **options))(logits, bias)):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 MANY_TOKENS = {
     "logits": {"top_k": 6, "score_fn": "sqrtsoftplus", "scale": 1.5},
     "k 16": {"top_k": 16, "score_fn": "softmax"},

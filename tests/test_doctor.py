@@ -83,6 +83,16 @@ def test_a_gpu_that_is_not_here(gpu):
 
 
 @needs_cuda
+@pytest.mark.parametrize("gpu", GPUS)
+def test_both_gradients_on_a_gpu_that_is_not_here(gpu):
+    config = RouterConfig(hidden_size=2048, num_experts=128, top_k=8, selection_bias=False)
+    big = Case(config, 8192, jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.bfloat16))
+    (found,) = (finding for finding in _doctor.ops(big, gpu) if finding.subject == "routed_gradients")
+    plan, _ = CUDA.plans("routed_gradients", GPUS[gpu], rows=8192, hidden=2048, experts=128, k=8)
+    assert found.text.startswith(f"native: {plan}" if plan else "XLA's product, then routed_cotangent")
+
+
+@needs_cuda
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -420,6 +420,13 @@ def test_only_what_has_matrix_products_may_not_pay():
         assert all(CUDA.pays(op, H100, **sizes) for sizes, *_ in answers(op, "H100")[:100])
 
 
+@pytest.mark.parametrize("size", ["rows", "hidden", "experts", "k"])
+def test_no_kernel_finds_gradients_of_nothing(size):
+    sizes = {"rows": 8192, "hidden": 2048, "experts": 128, "k": 8} | {size: 0}
+    assert CUDA.plans("routed_gradients", H100, **sizes) == (None, [])
+    assert not CUDA.pays("routed_gradients", H100, **sizes)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_no_rows_are_no_harm(op):
     for sizes, *_ in answers(op, "H100")[:300]:

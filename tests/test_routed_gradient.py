@@ -36,6 +36,10 @@ def assert_close(found, wanted):
         assert_allclose(mine, its, rtol=2**-6, atol=2**-9 * np.abs(its).max())
 
 
+def from_kernel(params, grad_weights, known):
+    return _routed_gradient._gradients_from_kernel(grad_weights, known, **dict(params))
+
+
 @pytest.mark.parametrize("how", SCORINGS)
 def test_both_gradients(how, rng):
     x, weight, cotangent = draw(rng, 4, 5, 16), draw(rng, 80, 16), rng.normal(0, 1, (4, 5, 3)).astype(np.float32)
@@ -70,13 +74,29 @@ def test_from_the_two_forms_of_the_cotangent(how, masked, rng, monkeypatch):
         x = jnp.where(options["token_mask"][:, None], x, jnp.nan)
     wanted = gradients(x, weight, cotangent, **options)
 
-    def from_kernel(params, grad_weights, known):
-        return _routed_gradient._gradients_from_kernel(grad_weights, known, **dict(params))
-
     monkeypatch.setattr(_routed_gradient, "_gradients", from_kernel)
     found = gradients(x, weight, cotangent, **options)
     assert all(np.isfinite(np.asarray(value, np.float32)).all() for value in found)
     assert_close(found, wanted)
+
+
+def test_many_columns(rng):
+    """So many that a block of an H100's kernel has all tokens: more tiles than it has places for at a time."""
+    x, weight, cotangent = draw(rng, 1100, 8712), draw(rng, 40, 8712), rng.normal(0, 1, (1100, 3)).astype(np.float32)
+    x = x * 8712**-0.5
+    found = jax.jit(gradients)(x, weight, cotangent)
+    assert_close(found, gradients(x, weight, cotangent, implementation="reference"))
+
+
+@pytest.mark.parametrize("shape", [(20, 0), (2, 0, 16)])
+def test_gradients_of_nothing(shape, monkeypatch):
+    """No hidden elements, or no tokens."""
+    x, weight = jnp.zeros(shape, jnp.bfloat16), jnp.zeros((80, shape[-1]), jnp.bfloat16)
+    monkeypatch.setattr(_routed_gradient, "_gradients", from_kernel)
+    grad_x, grad_weight = gradients(x, weight, np.ones((*shape[:-1], 3), np.float32))
+    assert grad_x.shape == shape
+    assert grad_weight.shape == weight.shape
+    assert not np.asarray(grad_weight, np.float32).any()
 
 
 def test_derivatives_of_the_gradients(rng):

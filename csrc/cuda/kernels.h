@@ -37,7 +37,7 @@ cudaError_t run(const DenseRouter& op, const DenseRouterPlan& plan, cudaStream_t
 inline bool is_empty(const ExpertDispatch& op) { return op.batch == 0; }
 inline bool is_empty(const ExpertCounts& op) { return op.batch == 0; }
 inline bool is_empty(const RouteCotangent& op) { return op.rows == 0 || op.experts == 0; }
-inline bool is_empty(const RoutedGradients& op) { return op.hidden == 0 || op.experts == 0; }
+inline bool is_empty(const RoutedGradients& op) { return op.hidden == 0; }
 inline bool is_empty(const ActivationTopk& op) { return op.rows == 0 || op.selection.k == 0; }
 inline bool is_empty(const DenseRouter& op) { return is_empty(op.select); }
 inline bool is_empty(const Permute& op) { return op.rows.slot_rows() == 0 || op.rows.hidden == 0; }

@@ -105,8 +105,9 @@ inline void routed_gradients_cases(const Visit& visit) {
     int64_t rows;
     int32_t experts, k, hidden;
   };
-  for (const Sizes& sizes : {Sizes{1, 1, 1, 8}, Sizes{63, 8, 8, 136}, Sizes{65, 70, 3, 1032}, Sizes{1000, 128, 8, 2048},
-                             Sizes{2500, 100, 5, 2880}, Sizes{300, 128, 7, 264}, Sizes{9000, 128, 1, 512}}) {
+  for (const Sizes& sizes :
+       {Sizes{1, 1, 1, 8}, Sizes{63, 8, 8, 136}, Sizes{65, 70, 3, 1032}, Sizes{1000, 128, 8, 2048},
+        Sizes{2500, 100, 5, 2880}, Sizes{300, 128, 7, 264}, Sizes{9000, 128, 1, 512}, Sizes{1300, 40, 3, 8712}}) {
     for (ScoreFn score_fn : {ScoreFn::kSqrtSoftplus, ScoreFn::kSigmoid, ScoreFn::kSoftmax}) {
       const bool renormalize = score_fn == ScoreFn::kSoftmax || make.pick({false, true});
       visit(routed_gradients(make, sizes.rows, sizes.experts, sizes.k, sizes.hidden, {score_fn, renormalize, 2.5f},

@@ -110,9 +110,10 @@ __device__ __forceinline__ void select_dense_token(
   if (thread >= 32) return;
   const int count = scratch.count;
   if (!listed || count > kCandidates) {
-    float row[4 * kChunks];
+    constexpr int kHeld = kMode == KeyMode::kGroups && kChunks == 3 ? 4 : kChunks;  // see score_groups
+    float row[4 * kHeld];
 #pragma unroll
-    for (int i = 0; i < 4 * kChunks; ++i) {
+    for (int i = 0; i < 4 * kHeld; ++i) {
       const int e = expert_of<32>(lane, i);
       row[i] = e < selection.experts ? scratch.logits[e] : -INFINITY;
     }

@@ -34,6 +34,7 @@ __device__ __forceinline__ int group_shift(const Selection& selection) {
 template <int kLanes, int kChunks>
 __device__ __forceinline__ float score_groups(const Selection& selection, BestTwo (&quads)[kChunks],
                                               SelectScratch<kLanes>& scratch) {
+  static_assert((kChunks & (kChunks - 1)) == 0, "chunks are halved");
   const int shift = group_shift(selection);
   const int lanes_a_group = 1 << shift;
   const int lane = tile_lane<kLanes>();
@@ -115,8 +116,8 @@ __device__ __forceinline__ bool is_clearly_best_group(const Selection& selection
 }
 
 // Makes every expert outside the top_groups best groups ineligible. The result is the largest of the lane's keys that
-// are left, or another one that is as good for a bound. kExact: all is decided; kFine: `doubtful`, see is_best_group,
-// says if not.
+// are left, or another one that is as good for a bound. kExact: all is decided; kFine: `doubtful`, in any of the tile's
+// lanes, says if not.
 template <Accuracy kAccuracy, int kLanes, int kElements>
 __device__ __forceinline__ LaneMaxima<kLanes> keep_best_groups(const Selection& selection,
                                                                const float (&keys)[kElements], bool wanted,

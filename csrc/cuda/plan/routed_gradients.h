@@ -38,8 +38,9 @@ struct RoutedGradientsPlan {
 
 inline std::optional<RoutedGradientsPlan> plan(const RoutedGradients& op, const Device& device) {
   // Coordinates of the copy engine are 32 bits wide, and so is a grid.
-  if (!device.has_hopper_kernels || op.rows < 1 || op.rows > INT32_MAX - 1024 || op.hidden % 8 != 0 ||
-      op.experts > kGradientExperts || op.k < 1 || op.k > kGradientChoices || op.scoring.needs_whole_row()) {
+  if (!device.has_hopper_kernels || op.rows < 1 || op.rows > INT32_MAX - 1024 || op.hidden < 1 || op.hidden % 8 != 0 ||
+      op.experts < 1 || op.experts > kGradientExperts || op.k < 1 || op.k > kGradientChoices ||
+      op.scoring.needs_whole_row()) {
     return std::nullopt;
   }
   RoutedGradientsPlan plan{};
