@@ -288,7 +288,7 @@ NUMBERS = {
         ("copy 16 bytes of a slot", "copy 16 bytes x1", "copy 16 bytes x2", "copy 16 bytes x4"),
     ),
     "CombineNumbers.reads_of_row": ("combine/tokens/bf16/slots256/D16384/k8", ("bf16 wide", "bf16 table")),
-    "CombineNumbers.filled_tenths": (
+    "CombineNumbers.filled_tenths and lone_round_tenths": (
         "combine/tokens/bf16/slots256/D2048/k8",
         ("bf16 wide", "bf16 table", "bf16 wide", "bf16 table"),
     ),

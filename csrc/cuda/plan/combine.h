@@ -31,12 +31,14 @@ struct CombinePlan {
 };
 
 struct CombineNumbers {
-  int64_t reads_of_row;  // on average, from which on its columns are worth a place in shared memory,
-  int filled_tenths;     // where so much of the device at least is busy, until the last of its rounds
+  int64_t reads_of_row;   // on average, from which on its columns are worth a place in shared memory,
+  int filled_tenths;      // where so much of the device at least is busy, until the last of its rounds,
+  int lone_round_tenths;  // and so much, if there is one
 };
 // Measured on an H100: 64 to 384 rows of 2048 to 16384 elements, 2 to 8 choices. The last round of pairs of a segment
 // and a batch takes as long as the others, however few they are.
-constexpr auto kCombineNumbers = everywhere(CombineNumbers{/*reads_of_row=*/6, /*filled_tenths=*/7});
+constexpr auto kCombineNumbers =
+    everywhere(CombineNumbers{/*reads_of_row=*/6, /*filled_tenths=*/7, /*lone_round_tenths=*/8});
 
 inline std::optional<CombinePlan> rows_plan(const Combine& op) {
   const DispatchedRows& rows = op.rows;
@@ -84,7 +86,8 @@ inline std::optional<CombinePlan> plan(const Combine& op, const Device& device) 
     if (const auto table = table_plan(op, device)) {
       const int64_t pairs = table->segments * table->batches;
       const int64_t rounds = ceil_div(pairs, device.multiprocessors);
-      if (10 * pairs >= numbers.filled_tenths * rounds * device.multiprocessors) return table;
+      const int tenths = rounds == 1 ? numbers.lone_round_tenths : numbers.filled_tenths;
+      if (10 * pairs >= tenths * rounds * device.multiprocessors) return table;
     }
   }
   return rows_plan(op);
