@@ -23,7 +23,8 @@ def permute(
     `x[token_index]` is a scatter-add. It has the same bits every time. That in `weights` is
     `<x[n], g[slot[n, j]]>`, 0 for a choice without a slot.
 
-    A slot is a choice's where `token_index` and `slot` say the same; any other slot has no choice.
+    A slot is a choice's where `token_index` and `slot` say the same; any other slot has no choice. Two choices of a
+    token have slots of their own, as `expert_dispatch` gives them: were they one, which weight counts is left open.
 
     Args:
         x: f32, bf16 or f16 `[..., D]`, a row a token; without `weights` also a float dtype of 8 bits, whose bits are
