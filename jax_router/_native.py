@@ -254,6 +254,8 @@ def choice_sizes(expert_ids: Any, num_experts: int) -> dict[str, int]:
     """Ids `[..., N, k]` as plans want to know them. Of open sizes it is one problem, which may be the largest."""
     *batch, tokens, k = expert_ids.shape
     problems = prod(batch) if all(isinstance(size, int) for size in batch) else 1
+    if not isinstance(k, int):
+        tokens, k = 2**31 - 1, 1  # as many choices as there can be
     tokens = tokens if isinstance(tokens, int) else (2**31 - 1) // k
     return {"batch": problems, "tokens": tokens, "k": k, "experts": num_experts}
 

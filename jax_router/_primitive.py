@@ -284,7 +284,9 @@ class Op:
         no_longer_shared = [name for name in mapped if self.operands[name].batched == "never"]
         params.update(names=names, implementation=implementation)
         insists = implementation == "native" and bool(self.platforms) and not self.composed
-        shares_first = dims[0] is None and (self.gathers or self.composed)
+        is_split = any(jax.typeof(value).sharding.spec[dim] for value, dim in zip(values, dims) if dim is not None)
+        # JAX has no rule for what gathers from a shared array by indices of which a mapped axis is split.
+        shares_first = dims[0] is None and (self.composed or (self.gathers and not is_split))
         if no_longer_shared and self.share_again and implementation == "native":
             operands = self.share_again(self._add_batch_axes(values, dims, names))
             results = self.primitive.bind(*operands.values(), **params)

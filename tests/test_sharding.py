@@ -437,6 +437,23 @@ def test_vmap_over_a_sharded_axis_of_one_operand(mode, devices):
         assert types[0].weights.sharding.spec == P("d", None, None)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "native"])
+def test_vmap_over_a_sharded_axis_of_ids_with_shared_logits(implementation, devices, rng):
+    mesh = make_mesh(devices, ("d",), "Explicit")
+    logits, ids = draw(rng, "logits", 3, 16), draw(rng, "ids", len(devices), 3, 2)
+
+    def loss(logits, ids, implementation):
+        return jax_router.route_at(logits, ids, implementation=implementation).weights.sum()
+
+    gradients = [
+        jax.jit(jax.vmap(jax.grad(partial(loss, implementation=how)), in_axes=(None, 0)))
+        for how in (implementation, "reference")
+    ]
+    with jax.set_mesh(mesh):
+        found = gradients[0](logits, put(mesh, ids, PartitionSpec("d")))
+    assert_close(found, gradients[1](logits, ids))
+
+
 @pytest.mark.parametrize("op", ["activation_topk, bias a token, groups, mask", "route_at", "dense_router, biases"])
 def test_constants_beside_sharded_operands(op, devices):
     """Operands that are no argument of the compiled function have no mesh in their types."""

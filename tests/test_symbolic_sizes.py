@@ -107,6 +107,14 @@ def test_symbolic_experts_of_a_dispatch_and_lengths(dtype, rng):
     )
 
 
+@pytest.mark.parametrize("shape", ["n, k:int32", "7, k:int32"])
+@pytest.mark.parametrize("op", [jax_router.expert_dispatch, jax_router.expert_counts])
+def test_symbolic_choices(op, shape, rng):
+    """As many of a token as the program is called with; its kernels on CUDA have memory for any number."""
+    check(partial(op, num_experts=16), [shape], [draw(rng, "ids", 7, 3)])
+    check(jax.vmap(partial(op, num_experts=16)), [f"2, {shape}"], [draw(rng, "ids", 2, 7, 3)])
+
+
 @pytest.mark.parametrize(
     ("op", "argument"),
     [(partial(jax_router.activation_topk, top_k=3), "top_k"), (partial(jax_router.topk_select, k=3), "k")],
