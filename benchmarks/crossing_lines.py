@@ -28,6 +28,7 @@ from jax_router import (
     topk_select,
 )
 from jax_router._logits import router_logits
+from jax_router._primitive import OPS
 from jax_router._routed_gradient import products_apart, products_in_one
 from jax_router._types import Scoring
 from support.models import DTYPES
@@ -35,7 +36,7 @@ from support.models import DTYPES
 from .cases import Contender, Spec, backward
 
 # Ops whose kernels take the place of products of XLA's and other kernels. These are a plan of theirs: UNFUSED.
-COMPOSED = ("dense_router", "routed_gradients")
+COMPOSED = tuple(op.name for op in OPS if op.composed and "cuda" in op.platforms)
 UNFUSED = "unfused"
 
 Sizes = Mapping[str, Any]  # as `plans` of the native module takes them

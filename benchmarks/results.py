@@ -14,8 +14,9 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from support.figures import MOST_OVER_MEDIAN, spread_in_words
+
 RESULTS = Path(__file__).parent / "results"
-MOST_OVER_MEDIAN = 1.1  # of the worst draw
 
 
 @dataclasses.dataclass
@@ -143,15 +144,7 @@ def _over_median(record: Record) -> str:
 
 def data_matter(records: Sequence[Record]) -> str:
     """Whether the worst draw of every case is near the median over its draws; nothing if none was drawn so."""
-    ratios = {record.id: record.worst_over_median for record in records if record.worst_over_median}
-    if not ratios:
-        return ""
-    worst = max(ratios, key=ratios.__getitem__)
-    above = sum(ratio > MOST_OVER_MEDIAN for ratio in ratios.values())
-    return (
-        f"the worst draw takes at most {ratios[worst]:.2f} times the median over the draws ({worst}); "
-        f"more than {MOST_OVER_MEDIAN} in {above} of {len(ratios)} cases"
-    )
+    return spread_in_words({record.id: record.worst_over_median for record in records if record.worst_over_median})
 
 
 def _verdict(record: Record) -> str:

@@ -150,19 +150,21 @@ def _kernel_time(op: str, record: Record, target: Record, by_draws: bool) -> lis
 MOST_OVER_MEDIAN = 1.1  # of the worst draw
 
 
-def draws() -> str:
-    """How much the data matter to topk_select: the worst draw over the median of the draws."""
-    ratios = {
-        case: record["us"] / record["median_us"]
-        for case, record in records(KERNEL_TIMES).items()
-        if record.get("median_us")
-    }
+def spread_in_words(ratios: Mapping[str, float]) -> str:
+    """How far the worst draw is from the median over the draws, by case; nothing of no cases."""
+    if not ratios:
+        return ""
     worst = max(ratios, key=ratios.__getitem__)
     above = sum(ratio > MOST_OVER_MEDIAN for ratio in ratios.values())
     return (
-        f"The worst draw takes at most {ratios[worst]:.2f} times the median (`{worst.removeprefix('topk_select/')}`), "
-        f"and more than {MOST_OVER_MEDIAN} times in {above} of {len(ratios)} cases."
+        f"The worst draw takes at most {ratios[worst]:.2f} times the median over the draws (`{worst}`); "
+        f"more than {MOST_OVER_MEDIAN} in {above} of {len(ratios)} cases."
     )
+
+
+def draws() -> str:
+    drawn = (record for record in records(KERNEL_TIMES).values() if record.get("median_us"))
+    return spread_in_words({record["id"]: record["us"] / record["median_us"] for record in drawn})
 
 
 NEARLY = 1.05
