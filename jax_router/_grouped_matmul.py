@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
 
 from . import _check
 from ._primitive import may_be_partitioned, vary_over_the_same_axes
-from ._sharding import explicit_axes, where_none_is_split
+from ._sharding import explicit_axes, explicit_mesh, is_split, mesh_axes, with_results_as
 from ._types import Implementation
 
 UnusedRows = Literal["zeros", "undefined"]
@@ -62,11 +64,12 @@ def grouped_matmul(
     Returns:
         `[S, F]` in the dtype of lhs, summed in f32 if that is bf16 or f16.
 
-    Differentiable in lhs and rhs, to any order, in reverse and forward mode; `vmap` is a loop.
+    Differentiable in lhs and rhs, to any order, in reverse and forward mode. `vmap` is a loop; over an axis that is
+    split over Explicit axes, a loop on each device.
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape.
+        ValueError: a wrong shape, or an operand is split over Explicit axes.
         NotImplementedError: `implementation="native"` where the kernels cannot run.
 
     Example:
@@ -90,6 +93,12 @@ def grouped_matmul(
     if rhs.dtype != lhs.dtype:
         raise TypeError(f"rhs must have the dtype of lhs, {lhs.dtype}, got {rhs.dtype}: cast one of them")
     _check.same_shape("group_sizes", group_sizes, rhs.shape[:1])
+    for name, value in (("lhs", lhs), ("rhs", rhs), ("group_sizes", group_sizes)):
+        if is_split(value, value.ndim):
+            raise ValueError(
+                f"{name} must not be split over Explicit axes of a mesh, got {jax.typeof(value)}: use jax.shard_map or "
+                "jax.sharding.reshard"
+            )
     _check.choice("unused_rows", unused_rows, get_args(UnusedRows))
     how = {"unused_rows": unused_rows, "implementation": _check.implementation(implementation)}
     return _grouped(lhs, rhs, group_sizes.astype(jnp.int32), form=Form.ROWS, **how)
@@ -123,11 +132,8 @@ def _reference(lhs: Array, rhs: Array, group_sizes: Array, *, form: Form, **how:
     def compute(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
         return lax.ragged_dot_general(lhs, rhs, group_sizes, _DIMENSION_NUMBERS[form], preferred_element_type=lhs.dtype)
 
-    # In meshes with Explicit axes JAX has no rule for it; of operands that are split there it says so.
-    sharding = where_none_is_split(lhs, rhs, group_sizes)
-    if sharding is not None:
-        compute = jax.sharding.auto_axes(compute, axes=explicit_axes(sharding.mesh), out_sharding=sharding)
-    return compute(lhs, rhs, group_sizes)
+    # In meshes with Explicit axes JAX has no rule for it.
+    return with_results_as(PartitionSpec(), lhs, rhs, group_sizes)(compute)(lhs, rhs, group_sizes)
 
 
 # The kernels
@@ -283,12 +289,25 @@ def _transpose(cotangent: Any, lhs: Any, rhs: Any, group_sizes: Array, *, form: 
 
 
 def _batch(values: Any, dims: Any, **params: Any):
-    mapped = {index: jnp.moveaxis(values[index], dim, 0) for index, dim in enumerate(dims) if dim is not None}
+    """A loop; over a sharded axis, that of each device over its own part."""
+    values = [value if dim is None else jnp.moveaxis(value, dim, 0) for value, dim in zip(values, dims)]
 
-    def one(of_mapped: dict[int, Array]) -> Array:
-        return _grouped(*(of_mapped.get(index, value) for index, value in enumerate(values)), **params)
+    def loop(*values: Array) -> Array:
+        mapped = {index: value for index, value in enumerate(values) if dims[index] is not None}
 
-    return lax.map(one, mapped), 0
+        def one(of_mapped: dict[int, Array]) -> Array:
+            return _grouped(*(of_mapped.get(index, value) for index, value in enumerate(values)), **params)
+
+        return lax.map(one, mapped)
+
+    shardings = [jax.typeof(value).sharding for value in values]
+    specs = [PartitionSpec(*sharding.spec[: dim is not None]) for sharding, dim in zip(shardings, dims)]
+    axes = mesh_axes(*chain(*specs))
+    if axes:
+        mesh = explicit_mesh(*values)
+        spec = next(filter(any, specs))
+        loop = jax.shard_map(loop, mesh=mesh, in_specs=tuple(specs), out_specs=spec, axis_names=axes)
+    return loop(*values), 0
 
 
 _GROUPED = Primitive("jax_router.grouped_matmul")

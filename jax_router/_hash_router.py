@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from . import _check, reference
 from ._ids import as_int32_ids
 from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
-from ._sharding import align, with_rows_as
+from ._sharding import align
 from ._types import Implementation, Routing
 
 
@@ -72,11 +71,6 @@ def table_operands(token_ids: Any, hash_lut: Any, token_mask: Any = None) -> dic
     return {"token_ids": token_ids, "hash_lut": as_int32_ids(hash_lut, 2**31)}
 
 
-def hash_reference(token_ids: Array, hash_lut: Array, *, scale: float = 1.0) -> Routing:
-    """The reference, on token ids that may be sharded."""
-    return with_rows_as(token_ids, partial(reference.hash_router, scale=scale))(token_ids, hash_lut)
-
-
 def share_table_again(operands: dict[str, Array]) -> dict[str, Array]:
     """The tables `[B, V, k]` of B problems as one `[B * V, k]`, and the token ids of each as rows of its part."""
     token_ids, tables = operands["token_ids"], operands["hash_lut"]
@@ -106,7 +100,7 @@ _HASH_ROUTER = Op(
     operands={"token_ids": Operand(0), "hash_lut": Operand(2, batched="never")},
     results=("weights", "expert_ids"),
     result_types=_result_types,
-    reference=hash_reference,
+    reference=reference.hash_router,
     attributes={"scale": float},
     unsupported=_unsupported,
     share_again=share_table_again,

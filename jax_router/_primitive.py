@@ -17,9 +17,10 @@ from jax import Array
 from jax.extend.core import InconclusiveDimensionOperation, Primitive
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
 
 from . import _native
-from ._sharding import align, is_split, merge_specs
+from ._sharding import align, is_split, merge_specs, with_results_as
 
 
 class Operand(NamedTuple):
@@ -132,7 +133,7 @@ class Op:
             "native": a kernel, or an error. Of a composed op: kernels throughout, its own or those of the ops that it
                 is made of. (An op that has kernels on no platform has nothing but its reference to offer.)
         """
-        given = {name: jnp.asarray(operands[name]) for name in self.operands if operands.get(name) is not None}
+        given = {name: _as_array(operands[name]) for name in self.operands if operands.get(name) is not None}
         split = any(is_split(value, self.operands[name].core_rank) for name, value in given.items())
         plainly = implementation == "reference" and not self.derives_itself
         if plainly or (self.composed and split):
@@ -185,21 +186,27 @@ class Op:
     def _abstract_eval(self, *avals, names, implementation, **params):
         batch_ndim = self.batch_ndim(names, avals)
         first = avals[0]
-        spec = merge_specs(
-            aval.sharding.spec[:batch_ndim]
-            for name, aval in zip(names, avals)
-            if self.operands[name].has_batch_axes(aval.ndim, batch_ndim)
-        )
+        results = self.result_types(dict(zip(names, avals)), **params)
         # Updates of an operand's aval, not new ones: it carries the mesh and the manual axes that it varies over.
         return [
             first.update(
                 shape=(*first.shape[:batch_ndim], *result.core_shape),
                 dtype=np.dtype(result.dtype),
                 weak_type=False,
-                sharding=first.sharding.update(spec=(*spec, *[None] * len(result.core_shape))),
+                sharding=first.sharding.update(spec=spec),
             )
-            for result in self.result_types(dict(zip(names, avals)), **params)
+            for result, spec in zip(results, self._result_specs(names, avals, results))
         ]
+
+    def _result_specs(self, names, avals, results) -> list[PartitionSpec]:
+        """How the results are sharded: as the operands' batch axes are, and whole along the others."""
+        batch_ndim = self.batch_ndim(names, avals)
+        spec = merge_specs(
+            aval.sharding.spec[:batch_ndim]
+            for name, aval in zip(names, avals)
+            if self.operands[name].has_batch_axes(aval.ndim, batch_ndim)
+        )
+        return [PartitionSpec(*spec, *[None] * len(result.core_shape)) for result in results]
 
     def _aligned(self, operands: Mapping[str, Array]) -> dict[str, Array]:
         values = align(list(operands.values()), [self.operands[name].core_rank for name in operands])
@@ -208,7 +215,12 @@ class Op:
     def _run_reference(self, operands: Mapping[str, Array], implementation: str, **params: Any) -> list[Array]:
         if self.composed:
             return list(self.reference(**operands, implementation=implementation, **params))
-        return list(self.reference(**self._aligned(operands), **params))
+        operands = self._aligned(operands)
+        avals = [jax.typeof(value) for value in operands.values()]
+        specs = self._result_specs(tuple(operands), avals, self.result_types(dict(zip(operands, avals)), **params))
+        # JAX has no rule for all that is in a reference: not for a gather by indices over whose sharded axis vmap maps.
+        compute = with_results_as(specs, *operands.values())(lambda given: list(self.reference(**given, **params)))
+        return compute(operands)
 
     def _run_without_kernel(self, why: str, *values, names, implementation, **params):
         """The reference, unless the caller insists on a kernel."""
@@ -284,9 +296,7 @@ class Op:
         no_longer_shared = [name for name in mapped if self.operands[name].batched == "never"]
         params.update(names=names, implementation=implementation)
         insists = implementation == "native" and bool(self.platforms) and not self.composed
-        is_split = any(jax.typeof(value).sharding.spec[dim] for value, dim in zip(values, dims) if dim is not None)
-        # JAX has no rule for what gathers from a shared array by indices of which a mapped axis is split.
-        shares_first = dims[0] is None and (self.composed or (self.gathers and not is_split))
+        shares_first = dims[0] is None and (self.composed or self.gathers)
         if no_longer_shared and self.share_again and implementation == "native":
             operands = self.share_again(self._add_batch_axes(values, dims, names))
             results = self.primitive.bind(*operands.values(), **params)
@@ -306,6 +316,11 @@ class Op:
             name: _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
             for name, value, dim in zip(names, values, dims)
         }
+
+
+def _as_array(value: Any) -> Array:
+    """jnp.asarray, which would convert a JAX array to its own dtype: jax 0.10.0 swaps axes when vmap shards that."""
+    return value if isinstance(value, Array) else jnp.asarray(value)
 
 
 def zero_tangent(primal: Array) -> ad.Zero:

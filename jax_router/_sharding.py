@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,26 +83,21 @@ def explicit_mesh(*values: Array) -> Any:
     return next((mesh for mesh in meshes if explicit_axes(mesh)), None)
 
 
-def where_none_is_split(*values: Array) -> NamedSharding | None:
-    """The sharding of a result for which JAX has no rule: where no operand is split over Explicit axes, not split.
+def with_results_as(specs: Any, *values: Array) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function of the values in which XLA decides what lies where, and whose results are sharded by `specs`.
 
-    None where there are no such axes, which needs none, and where an operand is split, which JAX refuses.
+    For what JAX has no rule for in a mesh with Explicit axes. vmap over a sharded axis adds that to the results.
     """
     mesh = explicit_mesh(*values)
-    is_any_split = any(any(jax.typeof(value).sharding.spec) for value in values)
-    return None if mesh is None or is_any_split else NamedSharding(mesh, PartitionSpec())
+    if mesh is None:
+        return lambda function: function
+    shardings = jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    return jax.sharding.auto_axes(axes=explicit_axes(mesh), out_sharding=shardings)
 
 
 def with_rows_as(model: Array, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose results are rows, one for each element of `model`: sharded as that is.
-
-    JAX asks for it where it cannot know how a result is sharded, as it cannot for rows that are taken from a table.
-    """
-    sharding = jax.typeof(model).sharding
-    if not any(sharding.spec):
-        return function
-    rows = sharding.update(spec=(*sharding.spec, None))
-    return jax.sharding.auto_axes(function, axes=tuple(_mesh_axes(*sharding.spec)), out_sharding=rows)
+    """A function of `model` and more whose results are rows, one for each element of `model`: sharded as that is."""
+    return with_results_as(PartitionSpec(*jax.typeof(model).sharding.spec, None), model)(function)
 
 
 def merge_specs(specs: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
@@ -113,7 +109,7 @@ def merge_specs(specs: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
     merged = list(first)
     for spec in others:
         for index, entry in enumerate(spec):
-            if merged[index] is None and _mesh_axes(*merged).isdisjoint(_mesh_axes(entry)):
+            if merged[index] is None and mesh_axes(*merged).isdisjoint(mesh_axes(entry)):
                 merged[index] = entry
     return tuple(merged)
 
@@ -128,7 +124,7 @@ def product_sharding(x: Array, weight: Array) -> Any:
     x_sharding, weight_sharding = jax.typeof(x).sharding, jax.typeof(weight).sharding
     *tokens, x_hidden = x_sharding.spec
     *experts, weight_hidden = weight_sharding.spec
-    conflict = not _mesh_axes(*tokens).isdisjoint(_mesh_axes(*experts))
+    conflict = not mesh_axes(*tokens).isdisjoint(mesh_axes(*experts))
     if not conflict and (x_hidden is None or weight_hidden is None):
         return None
     return x_sharding.update(spec=(*tokens, *([None] * len(experts) if conflict else experts)))
@@ -138,7 +134,7 @@ def _reshard(value: Array, sharding: Any) -> Array:
     return value if jax.typeof(value).sharding.spec == sharding.spec else jax.sharding.reshard(value, sharding)
 
 
-def _mesh_axes(*axes: Any) -> set[str]:
+def mesh_axes(*axes: Any) -> set[str]:
     """The mesh axes in entries of a PartitionSpec."""
     names: set[str] = set()
     for axis in axes:

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from . import _check, expert_parallel
 from ._expert_dispatch import expert_dispatch
 from ._grouped_matmul import grouped_matmul
 from ._permute import through_experts
-from ._sharding import explicit_axes, explicit_mesh, shard_as
+from ._sharding import shard_as, with_results_as
 from ._types import Implementation, Routing, Weigh, exportable
 from .config import RouterConfig
 from .router import Initializer, Router, Unset, null_experts_output
@@ -145,11 +144,7 @@ def _sharded_as(x: Array, *weights: Array) -> Callable[[Callable[..., Array]], C
     JAX has no rule for products of groups there, not even for those of arrays that are whole on every device, and
     refuses products of weights that are sharded over the axes of the tokens.
     """
-    mesh = explicit_mesh(x, *weights)
-    if mesh is None:
-        return lambda function: function
-    sharding = NamedSharding(mesh, jax.typeof(x).sharding.spec)
-    return jax.sharding.auto_axes(axes=explicit_axes(mesh), out_sharding=sharding)
+    return with_results_as(jax.typeof(x).sharding.spec, x, *weights)
 
 
 def experts_of_rows(

@@ -18,7 +18,7 @@ from . import _check, checkpoints
 from ._activation_topk import activation_topk
 from ._dense_router import dense_router
 from ._expert_counts import expert_counts
-from ._hash_router import hash_reference, hash_router, table_operands
+from ._hash_router import hash_router, table_operands
 from ._ids import as_int32_ids
 from ._logits import router_logits
 from ._route_at import route_at, scored_hash_router
@@ -516,13 +516,13 @@ class Router(nnx.Module):
         config, operands = self.config, self._table_operands(token_ids, token_mask)
         if config.hash_weights == "uniform":
             return hash_router(**operands, scale=config.scale, implementation=config.implementation), None
-        has_experts = self._are_experts(hash_reference(**operands).expert_ids).any(axis=-1)
+        has_experts = self._are_experts(hash_router(**operands, implementation="reference").expert_ids).any(axis=-1)
         logits = self._logits(x, has_experts)
         routing = scored_hash_router(logits, **operands, implementation=config.implementation, **config.scoring)
         return routing, _masked(logits, has_experts)
 
     def _look_up(self, token_ids: Any, token_mask: Array | None) -> Array:
-        return hash_reference(**self._table_operands(token_ids, token_mask)).expert_ids
+        return hash_router(**self._table_operands(token_ids, token_mask), implementation="reference").expert_ids
 
     def _table_operands(self, token_ids: Any, token_mask: Array | None) -> dict[str, Any]:
         # The table may have been restored in another dtype.

@@ -212,6 +212,43 @@ def test_whole_operands_in_an_explicit_mesh(devices, rng):
     assert_close(jax.jit(with_gradients)(*placed), oracle(*operands), "bf16")
 
 
+@pytest.mark.parametrize("mapped", [(0, 0, 0), (0, None, 0), (None, 0, None), (None, None, 0)])
+def test_vmap_over_a_sharded_axis(mapped, devices, rng):
+    """Each device has its own calls, and exchanges nothing."""
+    names = ("a", "b")
+    mesh = jax.make_mesh((2, len(devices) // 2), names, (jax.sharding.AxisType.Explicit,) * len(names), devices=devices)
+    *operands, cotangent = draw(rng, "uneven")
+    operands = [
+        np.stack([np.roll(value, n, axis=0) for n in range(4)]) if axis == 0 else value
+        for value, axis in zip(operands, mapped)
+    ]
+    specs = [jax.sharding.PartitionSpec(*"a" * (axis == 0)) for axis in (*mapped, None)]
+    placed = [
+        jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))
+        for value, spec in zip((*operands, cotangent), specs)
+    ]
+    run = jax.jit(jax.vmap(with_gradients, (*mapped, None)))
+    want = run(*operands, cotangent)
+    with jax.set_mesh(mesh):
+        compiled = run.lower(*placed).compile()
+        got = compiled(*placed)
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
+    assert all(leaf.sharding.spec[0] == "a" for leaf in got)
+    assert_close(run(*placed), want, "bf16")
+    assert_close(got, want, "bf16")
+
+
+@pytest.mark.parametrize("name", ["lhs", "rhs", "group_sizes"])
+def test_operands_that_are_split_over_explicit_axes(name, devices, rng):
+    operands = dict(zip(("lhs", "rhs", "group_sizes"), draw(rng, "aligned")))
+    sharding = jax.sharding.NamedSharding(explicit_mesh(devices[:2]), jax.sharding.PartitionSpec("d"))
+    operands[name] = jax.device_put(operands[name], sharding)
+    with pytest.raises(
+        ValueError, match=rf"{name} must not be split over Explicit axes of a mesh, got .*@d.*shard_map"
+    ):
+        jax.jit(grouped_matmul)(**operands)
+
+
 ERRORS = {
     "lhs must have shape": ((np.zeros(64, np.float32), None, None), ValueError),
     "lhs must have dtype": ((np.zeros((8, 64), np.int32), None, None), TypeError),

@@ -70,6 +70,25 @@ def test_a_sharded_table(devices, rng):
         np.testing.assert_array_equal(jax.jit(physical_expert_ids)(*sharded), want)
 
 
+@pytest.mark.parametrize("mapped", range(3))
+def test_vmap_over_a_sharded_axis(mapped, devices, rng):
+    """Of one operand, with the others shared."""
+    mesh = jax.make_mesh((2, len(devices) // 2), ("a", "b"), (AxisType.Explicit,) * 2, devices=devices)
+    values = [rng.integers(-1, 5, (16, 2)), REPLICAS, rng.integers(0, 99, 16)]
+    specs = [P("b"), P(), P("b")]
+    values[mapped] = np.stack([values[mapped], np.roll(values[mapped], 1, axis=0)])
+    specs[mapped] = P("a", *specs[mapped])
+
+    def call(ids, replicas, index):
+        return physical_expert_ids(ids, replicas, token_index=index)
+
+    call = jax.jit(jax.vmap(call, [0 if index == mapped else None for index in range(3)]))
+    with jax.set_mesh(mesh):
+        results = call(*(jax.device_put(value, NamedSharding(mesh, spec)) for value, spec in zip(values, specs)))
+    assert results.sharding.spec == P("a", "b", None)
+    np.testing.assert_array_equal(results, call(*values))
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

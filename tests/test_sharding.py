@@ -437,21 +437,27 @@ def test_vmap_over_a_sharded_axis_of_one_operand(mode, devices):
         assert types[0].weights.sharding.spec == P("d", None, None)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "native"])
-def test_vmap_over_a_sharded_axis_of_ids_with_shared_logits(implementation, devices, rng):
-    mesh = make_mesh(devices, ("d",), "Explicit")
-    logits, ids = draw(rng, "logits", 3, 16), draw(rng, "ids", len(devices), 3, 2)
-
-    def loss(logits, ids, implementation):
-        return jax_router.route_at(logits, ids, implementation=implementation).weights.sum()
-
-    gradients = [
-        jax.jit(jax.vmap(jax.grad(partial(loss, implementation=how)), in_axes=(None, 0)))
-        for how in (implementation, "reference")
-    ]
-    with jax.set_mesh(mesh):
-        found = gradients[0](logits, put(mesh, ids, PartitionSpec("d")))
-    assert_close(found, gradients[1](logits, ids))
+@pytest.mark.parametrize(
+    ("op", "implementation"),
+    [(op, how) for op in OPS if not op.startswith(OF_ALL_TOKENS) for how in ("auto", "reference")]
+    + [(op, "native") for op in ("hash_router", "route_at", "scored_hash_router")],  # "auto" is another way there
+)
+def test_vmap_of_each_operand_over_a_sharded_axis(op, implementation, devices):
+    """The others are shared, with tokens that are sharded over another axis of the mesh."""
+    mesh, case = make_mesh(devices, ("a", "b"), "Explicit"), OPS[op]
+    shared = case.draw(16)
+    for index, operand in enumerate(case.operands):
+        tokens = [("b",) if operand.per_token else () for operand in case.operands]
+        values, specs = list(shared), list(tokens)
+        values[index] = np.stack([np.roll(shared[index], n, axis=0) for n in range(4)])
+        specs[index] = ("a", *tokens[index])
+        axes = [0 if i == index else None for i in range(len(values))]
+        mapped = jax.jit(jax.vmap(case.derivative_of(partial(case.call, implementation=implementation)), axes))
+        with jax.set_mesh(mesh):
+            results = mapped(*(put(mesh, value, spec) for value, spec in zip(values, specs)))
+        assert_close(results, mapped(*values), atol=1e-5)
+        if operand.name != "lut" or implementation != "native":  # which has all tables on every device
+            assert {leaf.sharding.spec[:2] for leaf in jax.tree.leaves(results[0])} == {("a", "b")}
 
 
 @pytest.mark.parametrize("op", ["activation_topk, bias a token, groups, mask", "route_at", "dense_router, biases"])
