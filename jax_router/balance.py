@@ -237,6 +237,9 @@ def quantile_bias(
     and 1 (others count in the outer bins), interpolated linearly; histograms are integers, which are summed over
     devices. Without, it is exact, `jnp.quantile` of the valid tokens.
 
+    A NaN counts as +inf, as in a selection. An infinite difference is an end of that range, with and without bins, and
+    0 where score and a_t are the same infinity: so a finite bias stays finite, whatever the scores hold.
+
     Args:
         scores: f32, bf16 or f16 `[..., E]`: `score_fn(logits)`, without the bias.
         bias: f32 `[E]`.
@@ -275,13 +278,15 @@ def quantile_bias(
     elif axis_name is not None:
         raise ValueError(f"bins must be given with axis_name = {axis_name!r}: exact quantiles are those of one device")
     scores = lax.stop_gradient(_clean(scores, token_mask))
+    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
     needed = lax.top_k(scores + with_rank(bias, scores.ndim), top_k + 1)[0][..., -1:]
-    differences = needed - scores
+    low, high = bias.min() - 1, bias.max() + 1
+    differences = jnp.nan_to_num(needed - scores, nan=0.0, posinf=high, neginf=low)
     tokens = _number_of_tokens(scores, token_mask, axis_name)
     if bins is None:
         new = _exact_quantile(differences, token_mask, tokens, top_k / experts)
     else:
-        new = _histogram_quantile(differences, token_mask, tokens, top_k / experts, bias, bins, axis_name)
+        new = _histogram_quantile(differences, token_mask, tokens, top_k / experts, low, high, bins, axis_name)
     return jnp.where(tokens > 0, new - new.mean(), bias)
 
 
@@ -397,10 +402,16 @@ def _exact_quantile(values: Array, token_mask: Array | None, tokens: Array, q: f
 
 
 def _histogram_quantile(
-    values: Array, token_mask: Array | None, tokens: Array, q: float, bias: Array, bins: int, axis_name: AxisName
+    values: Array,
+    token_mask: Array | None,
+    tokens: Array,
+    q: float,
+    low: Array,
+    high: Array,
+    bins: int,
+    axis_name: AxisName,
 ) -> Array:
     experts = values.shape[-1]
-    low, high = bias.min() - 1, bias.max() + 1
     width = (high - low) / bins
     place = jnp.clip(jnp.floor((values - low) / width), 0, bins - 1).astype(jnp.int32)
     cells = numbers(experts, values.ndim) * bins + place  # of each expert's histogram

@@ -220,6 +220,33 @@ def test_quantile_bias(load, rng):
         np.testing.assert_array_equal(got, bias)
 
 
+NOT_FINITE = {
+    "an expert that no token may choose": (..., 2, -np.inf),
+    "an expert of all tokens": (..., 2, np.inf),
+    "fewer experts than choices": (3, slice(2, None), -np.inf),
+    "more experts than choices": (3, slice(0, K + 2), np.inf),
+    "a token without a score": (3, ..., -np.inf),
+    "one NaN": (3, 2, np.nan),
+    "a token of NaN": (3, ..., np.nan),
+}
+
+
+@pytest.mark.parametrize("bins", [1000, None])
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_quantile_bias_of_scores_that_are_not_finite(name, bins, rng):
+    """As of differences at the ends of the range, or 0 between equal infinities."""
+    token, expert, value = NOT_FINITE[name]
+    s, bias = rng.random((2048, E)).astype(np.float32), rng.normal(0, 0.1, E).astype(np.float32)
+    s[token, expert] = value
+    ordered = np.where(np.isnan(s), np.inf, s)
+    with np.errstate(invalid="ignore"):
+        difference = np.sort(ordered + bias, axis=-1)[:, -K - 1, None] - ordered
+    difference = np.nan_to_num(difference, nan=0, neginf=bias.min() - 1, posinf=bias.max() + 1)
+    want = np.quantile(difference, K / E, axis=0)
+    got = jax.jit(partial(balance.quantile_bias, top_k=K, bins=bins))(s, bias)
+    np.testing.assert_allclose(got, want - want.mean(), atol=1e-5 if bins is None else 1e-2)
+
+
 def test_quantile_bias_balances_in_one_step(rng):
     logits = (rng.normal(0, 1, (8192, E)) + np.linspace(0, 2, E)).astype(np.float32)
     s, bias = jax.nn.sigmoid(logits), jnp.zeros(E)
