@@ -149,14 +149,14 @@ def static_int(name: str, value: Any, low: int, high: int | None, meaning: str =
     A symbolic dimension of `jax.export` is one where its constraints say that it is in that range.
     """
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     is_symbolic = is_symbolic_dim(value)
     if not is_symbolic:
         try:
             value = operator.index(value)
         except Exception as error:
             raise TypeError(
-                f"{name} must be a Python int (it decides shapes), got {value!r}{_static_under_jit(name, value)}"
+                f"{name} must be a Python int (it decides shapes), got {shown(value)}{_static_under_jit(name, value)}"
             ) from error
     limits = f"at least {low}" if high is None else f"between {low} and {high}"
     try:
@@ -188,7 +188,9 @@ def static_float(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except Exception as error:
-        raise TypeError(f"{name} must be a Python number, got {value!r}{_static_under_jit(name, value)}") from error
+        raise TypeError(
+            f"{name} must be a Python number, got {shown(value)}{_static_under_jit(name, value)}"
+        ) from error
     if not np.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     if not (number == 0 or _TINY <= abs(number) <= _LARGEST):
@@ -206,6 +208,13 @@ def not_negative(name: str, value: Any) -> float:
 _TINY, _LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
+def shown(value: Any) -> str:
+    """What an option is instead; of an array its type alone, since it may be large, and on a device."""
+    if isinstance(value, (np.ndarray, Array)) and value.ndim > 0:
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    return repr(value)
+
+
 def _static_under_jit(name: str, value: Any) -> str:
     """What to do about a value that jax.jit traces."""
     return (
@@ -217,7 +226,7 @@ def _static_under_jit(name: str, value: Any) -> str:
 
 def static_bool(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}{_static_under_jit(name, value)}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}{_static_under_jit(name, value)}")
     return bool(value)
 
 
@@ -230,19 +239,19 @@ def precision(value: Any) -> Any:
             jax.eval_shape(partial(lax.dot, precision=value), one, one)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"precision must be None or what jax.lax.dot_general takes, 'highest' for example; got {value!r}"
+                f"precision must be None or what jax.lax.dot_general takes, 'highest' for example; got {shown(value)}"
             ) from error
     return value
 
 
 def instance(name: str, value: Any, kind: type, example: str) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be of type {kind.__name__}, {example} for example, got {value!r}")
+        raise TypeError(f"{name} must be of type {kind.__name__}, {example} for example, got {shown(value)}")
 
 
 def function(name: str, value: Any, example: str) -> None:
     if not callable(value):
-        raise TypeError(f"{name} must be a function, {example} for example, got {value!r}")
+        raise TypeError(f"{name} must be a function, {example} for example, got {shown(value)}")
 
 
 def axis_names(name: str, value: Any) -> str | tuple[str, ...]:
@@ -250,7 +259,7 @@ def axis_names(name: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or not all(isinstance(axis, str) for axis in value):
-        raise TypeError(f"{name} must be a mesh axis or a sequence of them, strings, got {value!r}")
+        raise TypeError(f"{name} must be a mesh axis or a sequence of them, strings, got {shown(value)}")
     return tuple(value)
 
 
@@ -261,13 +270,13 @@ def float_dtype(name: str, value: Any) -> np.dtype[Any]:
     except TypeError:
         dtype = None
     if value is None or dtype not in FLOATS:
-        raise TypeError(f"{name} must be one of jnp.float32, jnp.bfloat16 and jnp.float16, got {value!r}")
+        raise TypeError(f"{name} must be one of jnp.float32, jnp.bfloat16 and jnp.float16, got {shown(value)}")
     return dtype
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(value)}")
     return value
 
 

@@ -353,7 +353,10 @@ def _rate(rate: Any) -> Array:
 
 
 def _counts(counts: Any) -> Array:
-    return _check.int_array("counts", counts, min_rank=1).astype(jnp.int32)
+    counts = _check.int_array("counts", counts, min_rank=1)
+    if counts.shape[-1] < 1:
+        raise ValueError(f"counts must have at least one expert, got shape {counts.shape}")
+    return counts.astype(jnp.int32)
 
 
 def _clean(logits: Array, token_mask: Array | None) -> Array:

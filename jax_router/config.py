@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -16,6 +16,13 @@ from . import _check, models
 from ._types import GroupScore, Implementation, ScoreFn, Selection
 
 _FLOAT32 = np.dtype(np.float32)
+
+# What a field is as a Python number, by its type.
+_AS_PYTHON: dict[str, Callable[[str, Any], Any]] = {
+    "int": functools.partial(_check.static_int, low=0, high=None),
+    "float": _check.static_float,
+    "bool": _check.static_bool,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +140,11 @@ class RouterConfig:
         self._check_logits()
         self._check_counts()
         _check.implementation(self.implementation)
-        # One value for all ways to write it, so that equal configurations compare equal.
+        # One value for all ways to write it, so that equal configurations compare equal, and all have a hash.
+        for field in dataclasses.fields(self):
+            as_python = _AS_PYTHON.get(field.type.removesuffix(" | None"))  # type: ignore[union-attr]
+            if as_python and getattr(self, field.name) is not None:
+                object.__setattr__(self, field.name, as_python(field.name, getattr(self, field.name)))
         object.__setattr__(self, "precision", _check.precision(self.precision))
         object.__setattr__(self, "param_dtype", _check.float_dtype("param_dtype", self.param_dtype))
         for name in ("dtype", "logits_dtype"):

@@ -341,6 +341,7 @@ COUNTS = np.zeros(E, np.int32)
         (lambda: balance.z_loss(LOGITS, token_mask=np.ones(4)), TypeError, "token_mask.*bool.*float"),
         (lambda: balance.update_expert_bias(LOGITS[0], IDS[0]), ValueError, r"counts.*\(8,\).*\(2,\)"),
         (lambda: balance.update_expert_bias(LOGITS[0], LOGITS[0]), TypeError, "counts.*integer.*float32"),
+        (lambda: balance.load_statistics(np.zeros((3, 0), np.int32)), ValueError, r"counts.*expert.*\(3, 0\)"),
         (
             lambda: balance.update_expert_bias(LOGITS[0], COUNTS, rate=jnp.ones(8)),
             ValueError,

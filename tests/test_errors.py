@@ -264,6 +264,17 @@ def test_an_array_for_a_choice():
         jax_router.activation_topk(jnp.zeros((4, 16)), top_k=1, score_fn=np.array(["softmax", "sigmoid"]))
 
 
+@pytest.mark.parametrize("option", ["top_k", "scale", "renormalize", "score_fn", "implementation"])
+@pytest.mark.parametrize("array", [np.zeros((99, 9), np.float32), jnp.zeros((99, 9))], ids=["numpy", "jax"])
+def test_a_large_array_for_an_option(option, array):
+    """Its type is said, and not what it holds."""
+    with pytest.raises(
+        (TypeError, ValueError), match=says(f"{option} array of shape (99, 9) and dtype float32")
+    ) as info:
+        jax_router.activation_topk(jnp.zeros((4, 16)), **{"top_k": 1, option: array})
+    assert len(str(info.value)) < 200
+
+
 def test_blocks_of_no_dispatch():
     with pytest.raises(TypeError, match=says("dispatch Dispatch expert_dispatch (1, 2, 3)")):
         jax_router.block_experts((1, 2, 3), 4)

@@ -315,3 +315,13 @@ def test_equal_configurations_compare_equal():
     assert one == other
     assert hash(one) == hash(other)
     assert "dtype=dtype(bfloat16), param_dtype=dtype('float32')" in repr(one)
+
+
+def test_numbers_of_any_kind_are_those_of_python():
+    """As one of JAX's, a number would have no hash."""
+    sizes = {"hidden_size": np.int64(8), "num_experts": jnp.int32(16), "top_k": np.uint8(3)}
+    given = RouterConfig(**sizes, scale=jnp.float32(2), softcap=np.float32(30), renormalize=np.True_)
+    plain = RouterConfig(8, 16, 3, scale=2.0, softcap=30.0, renormalize=True)
+    assert given == plain
+    assert hash(given) == hash(plain)
+    assert repr(given) == repr(plain)
