@@ -115,8 +115,9 @@ def open_checkpoint(source: Source) -> Iterator[Checkpoint]:
             try:
                 return stack.enter_context(safe_open(file, framework="np"))
             except FileNotFoundError as error:
-                raise CheckpointError(str(path), [f"the index names {file.name}, and there is no such file"]) from error
-            except SafetensorError as error:
+                what = f"the index names {file.name}, and" if index else f"{file.name} is a link, and where it leads"
+                raise CheckpointError(str(path), [f"{what} there is no such file"]) from error
+            except (SafetensorError, OSError) as error:  # of the latter, what a folder is
                 raise CheckpointError(str(path), [f"{file.name} is no safetensors file: {error}"]) from error
 
         def tensor(name: str, file: Path) -> Tensor:
@@ -154,7 +155,7 @@ def _places(index: Path) -> dict[str, Path]:
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = sorted({name for name in places.values() if Path(name).is_absolute() or ".." in Path(name).parts})
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             str(index), [f"it is no index, a JSON object whose weight_map has a file for each name: {error!r}"]
         ) from error
@@ -384,6 +385,8 @@ def _layer(layer: Any) -> int | None:
 
 def save_router(path: str | PathLike[str], variables: Mapping[str, Any], layer: int | None, preset: str | None) -> None:
     """Writes the variables of a router, by role, under the names of a preset's layer or of the roles."""
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path must be a path, got {path!r}")
     layer = _layer(layer)
     if (layer is None) != (preset is None):
         raise ValueError(f"layer and preset must be given together, got layer={layer!r} and preset={preset!r}")
@@ -392,8 +395,12 @@ def save_router(path: str | PathLike[str], variables: Mapping[str, Any], layer: 
     if missing:
         raise ValueError(f"preset must have a name for {', '.join(missing)}; {preset!r} has none")
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError as error:
         raise ImportError(_MISSING) from error
     arrays = {names[role].format(i=layer): np.ascontiguousarray(value) for role, value in variables.items()}
-    save_file(arrays, path, metadata={"format": "jax_router"})
+    try:
+        save_file(arrays, path, metadata={"format": "jax_router"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

@@ -243,7 +243,7 @@ def _read(config: Any) -> Mapping[str, Any]:
         path /= "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config must be a JSON file, got {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"config must hold a JSON object, got a {type(content).__name__} in {path}")

@@ -298,7 +298,8 @@ class Router(nnx.Module):
 
         Raises:
             ImportError: safetensors is missing.
-            TypeError: layer is no int.
+            OSError: the file cannot be written.
+            TypeError: path is none, or layer is no int.
             ValueError: the preset has no name for a variable, only one of layer and preset is given, or this is a stack
                 of layers.
 

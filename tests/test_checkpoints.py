@@ -327,6 +327,24 @@ def test_files_that_are_wrong(tmp_path):
         Router.from_checkpoint(tmp_path, SIGMOID)
 
 
+def test_links_and_folders(tmp_path):
+    """As a cache of downloads has them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model").mkdir()
+    save_file(RIGHT, tmp_path / "blobs" / "1f3a")
+    link = tmp_path / "model" / "a.safetensors"
+    link.symlink_to(tmp_path / "blobs" / "1f3a")
+    for path in (link, link.parent):
+        assert_holds(Router.from_checkpoint(path, SIGMOID), {"weight": RIGHT[GATE], "bias": RIGHT[BIAS]})
+    (tmp_path / "blobs" / "1f3a").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is a link, and where it leads there is no such file"):
+        Router.from_checkpoint(link.parent, SIGMOID)
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is no safetensors file"):
+        Router.from_checkpoint(link.parent, SIGMOID)
+
+
 def header(tensors):
     text = (tensors if isinstance(tensors, str) else json.dumps(tensors)).encode()
     return len(text).to_bytes(8, "little") + text
@@ -400,6 +418,9 @@ def test_only_the_files_of_a_router_are_needed(tmp_path):
         ("{", "it is no index"),
         ("[]", "it is no index"),
         ('{"metadata": {}}', "it is no index, a JSON object whose weight_map"),
+        ("[" * 99999, "it is no index"),
+        ({GATE: ""}, "is no safetensors file"),
+        ({GATE: "."}, "is no safetensors file"),
     ],
 )
 def test_an_index_that_is_wrong(index, words, tmp_path):
@@ -462,6 +483,16 @@ def test_save_and_load(config, tmp_path):
     other.load_state(tmp_path / "router.safetensors")
     assert_holds(other, variables(router))
     assert other.weight[...].dtype == jnp.float32
+
+
+def test_where_nothing_can_be_saved(tmp_path):
+    router = Router(SIGMOID, rngs=nnx.Rngs(0))
+    for path in (tmp_path, tmp_path / "no" / "gate.safetensors"):
+        with pytest.raises(OSError, match=f"{path} cannot be written"):
+            router.save(path)
+    for path in (None, 3, b"gate.safetensors"):
+        with pytest.raises(TypeError, match=f"path must be a path, got {path!r}"):
+            router.save(path)
 
 
 def test_save_by_the_names_of_a_model(tmp_path):

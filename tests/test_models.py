@@ -459,9 +459,10 @@ def test_no_config_json():
 def test_unreadable_config_json(tmp_path):
     with pytest.raises(FileNotFoundError):
         RouterConfig.from_hf_config(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="JSON"):
-        RouterConfig.from_hf_config(tmp_path)
+    for text in ("{", "[" * 99999):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="JSON"):
+            RouterConfig.from_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="list"):
         RouterConfig.from_hf_config(tmp_path)
