@@ -36,8 +36,12 @@ class CheckpointError(ValueError):
     """A checkpoint does not hold the router that was asked for. The message lists everything that is wrong."""
 
     def __init__(self, where: str, problems: Sequence[str]):
-        self.problems = tuple(problems)
+        self.where, self.problems = where, tuple(problems)
         super().__init__(f"{where} does not hold this router:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that a process can hand it to another one."""
+        return type(self), (self.where, self.problems)
 
 
 class Tensor(Protocol):

@@ -4,6 +4,7 @@ import ctypes
 import json
 import mmap
 import os
+import pickle
 import sys
 from dataclasses import replace
 
@@ -301,6 +302,14 @@ def test_one_error_lists_all(name, in_file, tmp_path):
     for word in words:
         assert word in str(error.value)
     assert len(error.value.problems) >= len([word for word in words if " " in word])
+
+
+def test_the_error_of_another_process():
+    with pytest.raises(CheckpointError) as error:
+        Router.from_checkpoint({}, SIGMOID)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert str(again) == str(error.value)
+    assert again.problems == error.value.problems != ()
 
 
 @pytest.mark.parametrize(
