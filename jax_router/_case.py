@@ -10,7 +10,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from . import models
+from . import _check, models
 from ._native import NATIVE_DTYPES
 from ._types import ScoreFn
 from .config import RouterConfig
@@ -109,11 +109,13 @@ _NUMBERS = {
 
 
 def number_from(least: int) -> Callable[[str], int]:
-    """What reads an option that is a number, `least` or more."""
+    """What reads an option that is a number, `least` or more and one that int32 holds."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"must be a number, {least} or more, got {text!r}")
+        if int(text) > _check.MAX_SIZE:
+            raise argparse.ArgumentTypeError(f"must be below 2^31, got {text!r}")
         return int(text)
 
     return number
@@ -129,9 +131,10 @@ def case_of(arguments: argparse.Namespace) -> Case:
     options |= dict(_given(arguments))
     dtype = _DTYPES[arguments.dtype]
     weight_dtype = dtype if arguments.weight_dtype == "same" else _DTYPES[arguments.weight_dtype]
-    return Case(
-        RouterConfig(**options), arguments.tokens or 4096, dtype, weight_dtype, arguments.inner, arguments.preset or ""
-    )
+    config, tokens = RouterConfig(**options), arguments.tokens or 4096
+    if tokens * config.top_k > _check.MAX_SIZE:
+        raise ValueError(f"--tokens must be below 2^31 / {config.top_k}, the experts a token, got {tokens}")
+    return Case(config, tokens, dtype, weight_dtype, arguments.inner, arguments.preset or "")
 
 
 def _given(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:

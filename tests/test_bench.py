@@ -157,7 +157,10 @@ def test_both_ways_are_one_layer(rng):
         (["--preset=deepseek_v9"], "near it: deepseek_v"),
         (["--tokens=0"], "--tokens: must be a number, 1 or more, got '0'"),
         (["--png=figures.svg"], "--png: must be the name of a .png file"),
-        (["--tokens=1000000000"], "GB, and there are"),
+        (["--tokens=200000000"], "GB, and there are"),
+        (["--tokens=1000000000"], "--tokens must be below 2^31 / 8, the experts a token, got 1000000000"),
+        (["--tokens=2147483648"], "--tokens: must be below 2^31, got '2147483648'"),
+        (["--hidden=" + "9" * 5000], "--hidden: invalid number value"),
     ],
 )
 def test_errors_are_one_line(options, message, capsys):
