@@ -36,11 +36,23 @@ struct Cuda {
     return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>();
   }
 
+  // Of which kernel, and on what device.
+  template <typename Op>
+  static std::string launched(const Op& op) {
+    const cuda::Device* device = cuda::current_device();
+    if (device == nullptr) return "";
+    const auto plan = cuda::planned(op, *device);
+    return " (" + (plan ? cuda::name(op, *plan) : std::string("no plan")) + "; compute capability " +
+           std::to_string(device->compute_capability / 10) + "." + std::to_string(device->compute_capability % 10) +
+           ", " + std::to_string(device->multiprocessors) + " multiprocessors)";
+  }
+
   template <typename Op>
   static ffi::Error run(const Op& op, cudaStream_t stream) {
     const cudaError_t status = cuda::launch(op, stream);
     if (status == cudaSuccess) return ffi::Error::Success();
-    return ffi::Error::Internal(std::string("jax_router: kernel launch failed: ") + cudaGetErrorString(status));
+    return ffi::Error::Internal(std::string(kPrefix) + Target<Op>::kName + ": kernel launch failed" + launched(op) +
+                                ": " + cudaGetErrorString(status));
   }
 };
 
