@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -350,6 +351,39 @@ def test_an_h100_has_clusters_and_kernels_of_its_own(op, most_blocks):
     needs = [need for *_, all_needs in answers(op, "H100") for need in all_needs.values()]
     assert max(cluster_blocks for _, cluster_blocks, *_ in needs) == most_blocks
     assert any(is_for_hopper for _, _, is_for_hopper, _ in needs) == (op == "dense_router")
+
+
+# GPUs with clusters, and how many groups (GPCs) their multiprocessors lie in at most, by data sheets.
+GROUPS = {
+    "H100": (H100, 8),
+    "H100 PCIe": (DEVICES["H100 PCIe"], 8),
+    "H20": (described(90, 78, 227), 8),
+    "half of an H100": (DEVICES["half of an H100"], 4),
+    "a seventh of an H100": (DEVICES["a seventh of an H100"], 1),
+    "B200": (DEVICES["B200"], 8),
+    "a seventh of a B200": (DEVICES["a seventh of a B200"], 1),
+    "Jetson Thor": (described(110, 20, 227), 3),
+    "RTX 5090": (DEVICES["RTX 5090"], 12),
+    "RTX 5060": (described(120, 30, 99), 3),
+    "RTX 5050": (described(120, 20, 99), 2),
+    "DGX Spark": (described(121, 48, 99), 6),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_cluster_fits_into_a_group_of_multiprocessors(name):
+    """It lies in one group, and each of its blocks may fill a multiprocessor. A group has them in pairs."""
+    device, groups = GROUPS[name]
+    largest = 2 * math.ceil(device["multiprocessors"] / (2 * groups))
+    for op, sizes in {
+        "topk_select": {"rows": 1, "length": 2**20, "k": 512, "dtype": "f32"},
+        "expert_dispatch": {"tokens": 2**16, "k": 8, "experts": 256},
+        "expert_counts": {"tokens": 2**20, "k": 8, "experts": 256},
+        "dense_router": {"rows": 4096, "experts": 256, "k": 8, "hidden": 4096, "dtype": "bf16"},
+    }.items():
+        clusters = [blocks for _, blocks, *_ in CUDA.needs(op, device, **sizes).values()]
+        assert op == "dense_router" or max(clusters) > 1
+        assert max(clusters, default=1) <= largest, op
 
 
 @pytest.mark.parametrize("op", ["activation_topk", "topk_select", "permute", "combine_cotangent"])
