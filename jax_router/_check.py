@@ -23,10 +23,15 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 MAX_SIZE = 2**31 - 1
 
 
+def as_array(value: Any) -> Array:
+    """jnp.asarray, which would convert a JAX array to its own dtype: jax 0.10.0 swaps axes when vmap shards that."""
+    return value if isinstance(value, Array) else jnp.asarray(value)
+
+
 def array(name: str, value: Any, *, min_rank: int = 0) -> Array:
     """An array with axes that int32 can number."""
     try:
-        values = jnp.asarray(value)
+        values = as_array(value)
     except OverflowError as error:
         raise ValueError(f"{name} must be an array whose dtype holds its integers, got {value!r}") from error
     except (TypeError, ValueError) as error:

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from . import _check
 from ._primitive import may_be_partitioned, vary_over_the_same_axes
-from ._sharding import explicit_axes, explicit_mesh, is_split, mesh_axes, with_results_as
+from ._sharding import align, explicit_axes, explicit_mesh, is_split, mesh_axes, with_results_as
 from ._types import Implementation
 
 UnusedRows = Literal["zeros", "undefined"]
@@ -290,23 +289,22 @@ def _transpose(cotangent: Any, lhs: Any, rhs: Any, group_sizes: Array, *, form: 
 
 def _batch(values: Any, dims: Any, **params: Any):
     """A loop; over a sharded axis, that of each device over its own part."""
-    values = [value if dim is None else jnp.moveaxis(value, dim, 0) for value, dim in zip(values, dims)]
+    mapped = [index for index, dim in enumerate(dims) if dim is not None]
+    alike = align([jnp.moveaxis(values[i], dims[i], 0) for i in mapped], [values[i].ndim - 1 for i in mapped])
+    values = [alike.pop(0) if index in mapped else value for index, value in enumerate(values)]
+    axis = PartitionSpec(*jax.typeof(values[mapped[0]]).sharding.spec[:1])
 
     def loop(*values: Array) -> Array:
-        mapped = {index: value for index, value in enumerate(values) if dims[index] is not None}
-
         def one(of_mapped: dict[int, Array]) -> Array:
             return _grouped(*(of_mapped.get(index, value) for index, value in enumerate(values)), **params)
 
-        return lax.map(one, mapped)
+        return lax.map(one, {index: values[index] for index in mapped})
 
-    shardings = [jax.typeof(value).sharding for value in values]
-    specs = [PartitionSpec(*sharding.spec[: dim is not None]) for sharding, dim in zip(shardings, dims)]
-    axes = mesh_axes(*chain(*specs))
-    if axes:
-        mesh = explicit_mesh(*values)
-        spec = next(filter(any, specs))
-        loop = jax.shard_map(loop, mesh=mesh, in_specs=tuple(specs), out_specs=spec, axis_names=axes)
+    if any(axis):
+        specs = tuple(axis if index in mapped else PartitionSpec() for index in range(len(values)))
+        mesh, axes = explicit_mesh(*values), mesh_axes(*axis)
+        # Under jit, because eagerly the oldest JAX takes no jax.checkpoint in it.
+        loop = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=specs, out_specs=axis, axis_names=axes))
     return loop(*values), 0
 
 

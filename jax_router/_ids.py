@@ -7,13 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from ._check import as_array
+
 
 def as_int32_ids(ids: Any, bound: Any) -> Array:
     """ids as int32. One outside `[0, bound)` may become -1, and does where int32 cannot hold it.
 
     To compare them in their own dtype would be wrong: -1 is 255 in uint8, and so is no number of int8.
     """
-    ids = jnp.asarray(ids)
+    ids = as_array(ids)
     if _fits_int32(ids):
         return ids.astype(jnp.int32)
     # A 64-bit dtype, or uint32, which can hold every bound.
@@ -22,7 +24,7 @@ def as_int32_ids(ids: Any, bound: Any) -> Array:
 
 def as_int32_lengths(lengths: Any, limit: int) -> Array:
     """Lengths as int32, clamped to `[0, limit]`."""
-    lengths = jnp.asarray(lengths)
+    lengths = as_array(lengths)
     if _fits_int32(lengths):
         return jnp.clip(lengths.astype(jnp.int32), 0, jnp.asarray(limit, jnp.int32))
     return jnp.clip(lengths, 0, jnp.asarray(limit, lengths.dtype)).astype(jnp.int32)

@@ -20,6 +20,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec
 
 from . import _native
+from ._check import as_array
 from ._sharding import align, is_split, merge_specs, with_results_as
 
 
@@ -133,7 +134,7 @@ class Op:
             "native": a kernel, or an error. Of a composed op: kernels throughout, its own or those of the ops that it
                 is made of. (An op that has kernels on no platform has nothing but its reference to offer.)
         """
-        given = {name: _as_array(operands[name]) for name in self.operands if operands.get(name) is not None}
+        given = {name: as_array(operands[name]) for name in self.operands if operands.get(name) is not None}
         split = any(is_split(value, self.operands[name].core_rank) for name, value in given.items())
         plainly = implementation == "reference" and not self.derives_itself
         if plainly or (self.composed and split):
@@ -316,11 +317,6 @@ class Op:
             name: _add_batch_axis(self.operands[name], value, dim, size, batch_shape)
             for name, value, dim in zip(names, values, dims)
         }
-
-
-def _as_array(value: Any) -> Array:
-    """jnp.asarray, which would convert a JAX array to its own dtype: jax 0.10.0 swaps axes when vmap shards that."""
-    return value if isinstance(value, Array) else jnp.asarray(value)
 
 
 def zero_tangent(primal: Array) -> ad.Zero:

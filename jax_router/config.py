@@ -141,8 +141,8 @@ class RouterConfig:
         self._check_counts()
         _check.implementation(self.implementation)
         # One value for all ways to write it, so that equal configurations compare equal, and all have a hash.
-        for field in dataclasses.fields(self):
-            as_python = _AS_PYTHON.get(field.type.removesuffix(" | None"))  # type: ignore[union-attr]
+        for field in dataclasses.fields(RouterConfig):
+            as_python = _AS_PYTHON.get(str(field.type).removesuffix(" | None"))
             if as_python and getattr(self, field.name) is not None:
                 object.__setattr__(self, field.name, as_python(field.name, getattr(self, field.name)))
         object.__setattr__(self, "precision", _check.precision(self.precision))

@@ -238,6 +238,21 @@ def test_vmap_over_a_sharded_axis(mapped, devices, rng):
     assert_close(got, want, "bf16")
 
 
+def test_eager_vmap_over_a_sharded_axis(devices, rng):
+    """Of another axis than the first, and under jax.checkpoint."""
+    lhs, rhs, group_sizes, _ = draw(rng, "uneven", "f32")
+    lhs = np.stack([lhs, 2 * lhs], axis=1)
+    sharding = jax.sharding.NamedSharding(explicit_mesh(devices[:2]), jax.sharding.PartitionSpec(None, "d"))
+
+    def loss(lhs):
+        call = jax.vmap(lambda lhs: grouped_matmul(lhs, rhs, group_sizes), 1, 1)
+        return (jax.checkpoint(call)(lhs) ** 2).sum()
+
+    want = jax.grad(loss)(lhs)
+    with jax.set_mesh(sharding.mesh):
+        np.testing.assert_allclose(jax.grad(loss)(jax.device_put(lhs, sharding)), want, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["lhs", "rhs", "group_sizes"])
 def test_operands_that_are_split_over_explicit_axes(name, devices, rng):
     operands = dict(zip(("lhs", "rhs", "group_sizes"), draw(rng, "aligned")))

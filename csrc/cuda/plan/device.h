@@ -14,7 +14,7 @@ struct Device {
   bool has_hopper_kernels;  // runs what is compiled for 9.0a alone, and this build has it
 
   // The most blocks of a cluster, which lies in one of the 8 groups of a whole H100 or B200; of these one has 17
-  // multiprocessors at least. Elsewhere 8 are certain. To ask the driver takes a context, which lowering must not start.
+  // multiprocessors at least. Elsewhere 8 are certain. Asking the driver starts a context, which lowering must not do.
   constexpr int cluster_blocks() const {
     return !has_clusters ? 1 : compute_capability < 110 && multiprocessors >= 132 ? 16 : 8;
   }
