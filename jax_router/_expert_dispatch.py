@@ -132,10 +132,12 @@ def block_experts(dispatch: Dispatch, align: int) -> Array:
     """
     _check.instance("dispatch", dispatch, Dispatch, "expert_dispatch(expert_ids, num_experts)")
     align = _check.concrete_int("align", align, 1)
-    slots, num_experts = dispatch.token_index.shape[-1], dispatch.group_sizes.shape[-1]
+    token_index = _check.int_array("dispatch.token_index", dispatch.token_index, min_rank=1)
+    group_sizes = _check.int_array("dispatch.group_sizes", dispatch.group_sizes, min_rank=1)
+    slots, num_experts = token_index.shape[-1], group_sizes.shape[-1]
     if isinstance(slots, int) and slots % align:
         raise ValueError(f"align must divide the {slots} slots of the dispatch, got {align}")
-    ends = jnp.cumsum(dispatch.group_sizes, axis=-1)
+    ends = jnp.cumsum(group_sizes, axis=-1)
     first = numbers(slots // align, ends.ndim + 1) * align
     # As many groups as end before a block are before it; one comparison of each with each is one fusion.
     expert = (ends[..., :, None] <= first).sum(axis=-2, dtype=jnp.int32)

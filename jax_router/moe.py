@@ -120,14 +120,13 @@ def sum_of_experts(
     _check.function("activation", activation, "jax.nn.silu")
     _check.function("matmul", matmul, "jax.lax.ragged_dot")
     _check.choice("weigh", weigh, get_args(Weigh))
-    num_experts, hidden_size = weights.down_proj.shape[0], x.shape[-1]
-    inner = weights.down_proj.shape[1:2]
-    for name, value, shape in (
-        ("gate_proj", weights.gate_proj, (num_experts, hidden_size, *inner)),
-        ("up_proj", weights.up_proj, (num_experts, hidden_size, *inner)),
-        ("down_proj", weights.down_proj, (num_experts, *inner, hidden_size)),
-    ):
-        _check.same_shape(f"weights.{name}", value, shape)
+    weights = ExpertWeights(*(_check.array(f"weights.{name}", value) for name, value in weights._asdict().items()))
+    hidden_size = x.shape[-1]
+    if weights.down_proj.ndim != 3 or weights.down_proj.shape[-1] != hidden_size:
+        raise ValueError(f"weights.down_proj must have shape [E, F, {hidden_size}], got {weights.down_proj.shape}")
+    num_experts, inner, _ = weights.down_proj.shape
+    for name, value in (("gate_proj", weights.gate_proj), ("up_proj", weights.up_proj)):
+        _check.same_shape(f"weights.{name}", value, (num_experts, hidden_size, inner))
 
     def compute(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
         dispatch = expert_dispatch(routing.expert_ids, num_experts, align=align, implementation=implementation)

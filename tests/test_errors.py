@@ -280,6 +280,15 @@ def test_blocks_of_no_dispatch():
         jax_router.block_experts((1, 2, 3), 4)
 
 
+@pytest.mark.parametrize("part", ["token_index", "group_sizes"])
+def test_blocks_of_a_dispatch_without_arrays(part):
+    dispatch = jax_router.expert_dispatch(jnp.array([[1]]), 3)
+    with pytest.raises(TypeError, match=says(f"dispatch.{part} must be an array None")):
+        jax_router.block_experts(dispatch._replace(**{part: None}), 1)
+    with pytest.raises(ValueError, match=says(f"dispatch.{part} axes ()")):
+        jax_router.block_experts(dispatch._replace(**{part: 3}), 1)
+
+
 def test_traced_scale():
     with pytest.raises(TypeError, match=says("scale must be a Python number jax.jit static_argnames ('scale',)")):
         jax.eval_shape(lambda x, scale: jax_router.activation_topk(x, top_k=1, scale=scale), LOGITS, F32(()))

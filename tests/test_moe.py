@@ -375,6 +375,13 @@ def test_in_shard_map(devices):
         ),
         (lambda: call_sum(activation="silu"), TypeError, "activation must be a function"),
         (lambda: call_sum(matmul=None), TypeError, "matmul must be a function"),
+        (lambda: call_sum(gate_proj="gate"), TypeError, "weights.gate_proj must be an array, got 'gate'"),
+        (lambda: call_sum(down_proj=1.0), ValueError, r"weights.down_proj must have shape \[E, F, 16\], got \(\)"),
+        (
+            lambda: call_sum(up_proj=jnp.zeros((1, F, D))),
+            ValueError,
+            r"weights.up_proj must have shape \(1, 16, 8\), got \(1, 8, 16\)",
+        ),
     ],
 )
 def test_bad_arguments(make, error, message):
@@ -382,10 +389,11 @@ def test_bad_arguments(make, error, message):
         make()
 
 
-def call_sum(**options):
+def call_sum(**changed):
     routing = Routing(jnp.ones((1, 1)), jnp.zeros((1, 1), jnp.int32))
     weights = ExpertWeights(jnp.zeros((1, D, F)), jnp.zeros((1, D, F)), jnp.zeros((1, F, D)))
-    return sum_of_experts(jnp.zeros((1, D)), routing, weights, **options)
+    weights = weights._replace(**{name: changed.pop(name) for name in ExpertWeights._fields if name in changed})
+    return sum_of_experts(jnp.zeros((1, D)), routing, weights, **changed)
 
 
 def make_and_call(x, **options):
