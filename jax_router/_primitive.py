@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from . import _native
 from ._check import as_array
-from ._sharding import align, is_split, merge_specs, with_results_as
+from ._sharding import align, inside_shard_map, is_split, merge_specs, with_results_as
 
 
 class Operand(NamedTuple):
@@ -217,11 +217,18 @@ class Op:
         if self.composed:
             return list(self.reference(**operands, implementation=implementation, **params))
         operands = self._aligned(operands)
+
+        def compute(operands: Mapping[str, Array]) -> list[Array]:
+            return list(self.reference(**operands, **params))
+
+        # JAX has no rule for all that is in a reference: not for a gather by indices over whose sharded axis vmap maps.
+        # It finds no gradient of `auto_axes` inside of a shard_map over other axes.
+        has_gradient = any(jnp.issubdtype(value.dtype, jnp.floating) for value in operands.values())
+        if has_gradient and inside_shard_map():
+            return compute(operands)
         avals = [jax.typeof(value) for value in operands.values()]
         specs = self._result_specs(tuple(operands), avals, self.result_types(dict(zip(operands, avals)), **params))
-        # JAX has no rule for all that is in a reference: not for a gather by indices over whose sharded axis vmap maps.
-        compute = with_results_as(specs, *operands.values())(lambda given: list(self.reference(**given, **params)))
-        return compute(operands)
+        return with_results_as(specs, *operands.values())(compute)(operands)
 
     def _run_without_kernel(self, why: str, *values, names, implementation, **params):
         """The reference, unless the caller insists on a kernel."""

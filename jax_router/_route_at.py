@@ -10,7 +10,7 @@ from jax import Array
 
 from . import _check, reference
 from ._derivative import selecting_jvp
-from ._hash_router import share_table_again, table_operands
+from ._hash_router import hash_router, share_table_again, table_operands
 from ._ids import as_int32_ids
 from ._native import unsupported_selection
 from ._primitive import Op, Operand, Result
@@ -145,7 +145,8 @@ def _reference(logits: Array, expert_ids: Array, *, scoring: Scoring, return_cho
 
 
 def _scored_hash_reference(logits: Array, token_ids: Array, hash_lut: Array, **params: Any) -> list[Array]:
-    return _reference(logits, reference.hash_router(token_ids, hash_lut).expert_ids, **params)
+    expert_ids = hash_router(token_ids, hash_lut, implementation="reference").expert_ids
+    return _reference(logits, expert_ids, **params)
 
 
 def chosen_logits(logits: Array, expert_ids: Array) -> Array:

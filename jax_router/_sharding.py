@@ -44,6 +44,11 @@ def may_split(value: Array) -> bool:
     return not jax.sharding.get_abstract_mesh().are_all_axes_manual or any(jax.typeof(value).sharding.spec)
 
 
+def inside_shard_map() -> bool:
+    """Whether some axes of the mesh are those of a surrounding `shard_map`."""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def split_axis(value: Array, axis: int, parts: int) -> Array:
     """The array with an axis in so many parts, which are an axis of their own before it, sharded as it was."""
     shape = (*value.shape[:axis], parts, value.shape[axis] // parts, *value.shape[axis + 1 :])

@@ -400,6 +400,22 @@ def test_mixed_meshes(modes, check_vma, devices):
     assert counts <= count_collectives(least)
 
 
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+@pytest.mark.parametrize("op", ["activation_topk, bias", "scored_hash_router"])
+def test_gradient_of_shard_map_over_one_axis(op, implementation, devices):
+    """Beside an Explicit one, over which the tokens may be sharded too."""
+    mesh, case = make_mesh(devices, ("a", "b"), "Explicit"), OPS[op]
+    values = case.draw(8, 8)
+    want = jax.jit(case.derivative_of(native(op)))(*values)
+    in_specs = tuple(P("a") if operand.per_token else P() for operand in case.operands)
+    call = partial(case.call, implementation=implementation)
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=P("a"), axis_names={"a"})
+    for spec in ("a",), ("a", "b"):
+        placed = [put(mesh, value, spec if operand.per_token else ()) for value, operand in zip(values, case.operands)]
+        with jax.set_mesh(mesh):
+            assert_close(jax.jit(case.derivative_of(mapped))(*placed), want)
+
+
 def call_with_mask(logits, mask, **options):
     return jax_router.activation_topk(logits, top_k=3, token_mask=mask, **options)
 
