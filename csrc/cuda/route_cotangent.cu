@@ -37,6 +37,7 @@ template <class T>
 __device__ __forceinline__ void store_stretch(T* p, const float* values, int count, int thread, int threads) {
   constexpr int kWidth = 16 / sizeof(T);
   if (count % kWidth == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+#pragma unroll 4
     for (int i = thread * kWidth; i < count; i += threads * kWidth) store_vector(p + i, values + i);
   } else {
     for (int i = thread; i < count; i += threads) store_one(p + i, values[i]);
@@ -76,6 +77,12 @@ __global__ void __launch_bounds__(kThreads) route_cotangent_rows(const RouteCota
     }
   }
 
+  // While the choices are on their way.
+  float* const zeros = shared[warp];
+  for (int i = 4 * warp_lane; i < kCotangentStretch; i += 128) {
+    *reinterpret_cast<float4*>(zeros + i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+
   // values: what is added at the chosen experts; for a whole row they are still grad, to be combined when copied out.
   float values[kHeld];
   RowScore score{op.scoring.score_fn};
@@ -110,10 +117,6 @@ __global__ void __launch_bounds__(kThreads) route_cotangent_rows(const RouteCota
     for (int h = 0; h < kHeld; ++h) values[h] = bits_float(bf16_parts(values[h]));
   }
 
-  float* const zeros = shared[warp];
-  for (int i = 4 * warp_lane; i < kCotangentStretch; i += 128) {
-    *reinterpret_cast<float4*>(zeros + i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
   __syncwarp();
   T* const out = static_cast<T*>(op.grad_logits) + first_row * op.experts;
   for (int begin = 0; begin < op.experts; begin += kRowStretch) {

@@ -16,16 +16,26 @@ __device__ __forceinline__ float score_derivative(ScoreFn score_fn, float logit)
   return 1.0f;
 }
 
-// The sum of one number a choice over the tile's choices, in their order.
+// Calls body(h, j) for choice h * kLanes + j, in their order, and for up to seven behind the last: eight at a time, so
+// that what their lanes give the others is under way at once.
+template <int kLanes, int kHeld, class Body>
+__device__ __forceinline__ void for_each_choice(int k, Body body) {
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+#pragma unroll 1
+    for (int first = 0; first < min(k - h * kLanes, kLanes); first += 8) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) body(h, first + j);
+    }
+  }
+}
+
+// The sum of one number a choice over the tile's choices, in their order; lanes without a choice have 0.
 template <int kLanes, int kHeld>
 __device__ __forceinline__ float sum_over_choices(const float (&values)[kHeld], int k) {
   float sum = 0.0f;
-#pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
-    for (int j = 0; j < min(k - h * kLanes, kLanes); ++j) {
-      sum = __fadd_rn(sum, __shfl_sync(kFullWarp, values[h], j, kLanes));
-    }
-  }
+  for_each_choice<kLanes, kHeld>(
+      k, [&](int h, int j) { sum = __fadd_rn(sum, __shfl_sync(kFullWarp, values[h], j, kLanes)); });
   return sum;
 }
 
@@ -72,25 +82,36 @@ __device__ __forceinline__ void differentiate(const Scoring& scoring, int k, con
   }
 }
 
-// Gives the first of several choices of one expert the sum over them, and the others the id -1.
+// Gives the first of several choices of one expert the sum over them, and the others the id -1. Lanes without a choice
+// have the id -1 and the value 0. No sum is -0.
 template <int kLanes, int kHeld>
 __device__ __forceinline__ void merge_equal_ids(int k, int (&ids)[kHeld], float (&values)[kHeld]) {
   const int lane = tile_lane<kLanes>();
-  float sums[kHeld] = {};
   bool repeated[kHeld] = {};
+  for_each_choice<kLanes, kHeld>(k, [&](int other, int j) {
+    const int id = __shfl_sync(kFullWarp, ids[other], j, kLanes);
 #pragma unroll
-  for (int other = 0; other < kHeld; ++other) {
-    for (int j = 0; j < min(k - other * kLanes, kLanes); ++j) {
-      const int id = __shfl_sync(kFullWarp, ids[other], j, kLanes);
-      const float value = __shfl_sync(kFullWarp, values[other], j, kLanes);
-#pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-        if (id != ids[h]) continue;
-        sums[h] = __fadd_rn(sums[h], value);
-        repeated[h] = repeated[h] || other * kLanes + j < h * kLanes + lane;
-      }
+    for (int h = 0; h < kHeld; ++h) {
+      repeated[h] = repeated[h] || (id == ids[h] && other * kLanes + j < h * kLanes + lane);
     }
+  });
+  bool any = false;
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    any = any || (repeated[h] && ids[h] >= 0);
+    values[h] = __fadd_rn(0.0f, values[h]);
   }
+  if (!__any_sync(kFullWarp, any)) return;
+
+  float sums[kHeld] = {};
+  for_each_choice<kLanes, kHeld>(k, [&](int other, int j) {
+    const int id = __shfl_sync(kFullWarp, ids[other], j, kLanes);
+    const float value = __shfl_sync(kFullWarp, values[other], j, kLanes);
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if (id == ids[h]) sums[h] = __fadd_rn(sums[h], value);
+    }
+  });
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
     values[h] = sums[h];
