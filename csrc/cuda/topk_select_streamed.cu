@@ -199,7 +199,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint64_t* pairs = Select::pairs();
-  uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity);
+  // Whole lines of the row are copied faster to whole lines of shared memory.
+  const uint32_t pairs_end = static_cast<uint32_t>(__cvta_generic_to_shared(pairs + rows.capacity));
+  uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity) + (-pairs_end % kLineBytes) / sizeof(uint4);
   const Stream<T, kThreads, kInCluster> stream(row, length, block, block_bits, ring);
   const auto format = PairFormat<T>::of(op);
 
