@@ -63,6 +63,8 @@ struct Gathering {
                                        // largest key of that block's candidates
   uint64_t next_bound;                 // for reading the row again, or 0 if there is no need
   uint32_t count;                      // of candidates, those that found no room included
+  uint32_t bulk_key;                   // above it are few keys, unless it is the largest
+  int32_t left_out;                    // the last 16 bits of all keys, where the candidates do without them, or -1
 };
 constexpr uint64_t kNoRoom = ~uint64_t{0};  // as a doubt: the block did leave candidates out
 
@@ -188,6 +190,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     topk_select_streamed(TopkSelect op, Rows rows) {
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr int kElements = 16 / sizeof(T);
+  constexpr bool kShortens = kInCluster && sizeof(T) == 4;
   __shared__ Gathering gathering;
   __shared__ uint32_t unevenness, start;
   __shared__ bool has_trend;
@@ -199,7 +202,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const uint32_t length = length_of_row(op, row_index);
   const uint32_t k = min(static_cast<uint32_t>(op.k), length);
   uint64_t* pairs = Select::pairs();
-  uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity);
+  // Whole lines of the row are copied faster to whole lines of shared memory.
+  const uint32_t pairs_end = static_cast<uint32_t>(__cvta_generic_to_shared(pairs + rows.capacity));
+  uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity) + (-pairs_end % kLineBytes) / sizeof(uint4);
   const Stream<T, kThreads, kInCluster> stream(row, length, block, block_bits, ring);
   const auto format = PairFormat<T>::of(op);
 
@@ -278,8 +283,15 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       }
       Select::clear_bins();
       __syncthreads();
-      const uint32_t reached = Select::kth_key(keys, rank, most, Select::shared().key_min, Select::shared().key_max);
-      if (reached != kNoKey) return static_cast<uint64_t>(reached) << format.index_bits;
+      // Bins for 16 powers of two: most rows have their k best there, whatever the largest and the least may be.
+      constexpr int kWidest = 27 - PairFormat<T>::kKeyShift - Select::kBinBits;
+      const auto reached =
+          Select::kth_key(keys, rank, most, Select::shared().key_min, Select::shared().key_max, kWidest);
+      if (reached.key != kNoKey) {
+        const uint32_t above = min(reached.few - reached.key, ~reached.key / 4);
+        if (threadIdx.x == 0) gathering.bulk_key = reached.key + 4 * above;
+        return static_cast<uint64_t>(reached.key) << format.index_bits;
+      }
     }
     // Or one element of each vector. Of many that are equal, some reach the bound.
     const uint32_t rank = static_cast<uint32_t>(wanted_of(vectors, stream.kTurn)) + 2;
@@ -307,7 +319,13 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   uint32_t best_key = kNoKey;  // of this thread's candidates
   uint32_t count;              // of the row's candidates, in the first block
   typename Select::Kth kth;    // its pair is 0 if the candidates are divided into bins instead,
-  uint32_t key_min, top_key;   // of these keys
+  uint32_t key_min, top_key;   // of these keys, and it says whether all of them differ by less than 2^31
+  // A candidate with all bits of its key.
+  const auto whole = [&](uint64_t pair, int32_t left_out) {
+    if (!kShortens || left_out < 0) return pair;
+    const uint64_t key = static_cast<uint64_t>(format.key(pair)) << 16 | static_cast<uint32_t>(left_out);
+    return key << format.index_bits | (pair & format.last_index());
+  };
   uint32_t reading = 0;
   while (k != 0) {
 #pragma unroll 1
@@ -322,6 +340,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         unevenness = 0;
         has_trend = false;
         gathering.count = 0;
+        gathering.bulk_key = 0xFFFFFFFFu;
+        gathering.left_out = -1;
         if (kInCluster) init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
       }
       __syncthreads();
@@ -559,24 +579,39 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const uint64_t its_doubt = other == 0 ? doubt : other < blocks ? gathering.doubts[other] : 0;
         const uint32_t key = its_doubt == kNoRoom ? kNoKey : format.least_key(its_doubt);
         key_min = __reduce_min_sync(kFullWarp, other < blocks ? key : 0xFFFFFFFFu);
-        const uint32_t key_max = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(known >> 32));
+        const uint32_t its_best = static_cast<uint32_t>(known >> 32);
+        uint32_t key_max = __reduce_max_sync(kFullWarp, its_best);
+        uint64_t short_doubt = its_doubt;
+        uint32_t top = key_max;
+        if (kInCluster) top = min(top, gathering.bulk_key);
+        if (kShortens && op.sorted && k > Select::kBins && key_min != kNoKey) {
+          // A row of bf16 values: their equal bits would keep the bins of their indices empty.
+          const uint32_t last_bits = Select::shared().key_max & 0xFFFFu;
+          const bool same = other >= blocks || (its_best & 0xFFFFu) == last_bits;
+          if (__all_sync(kFullWarp, same) && Select::leave_out(count, format.index_bits, last_bits)) {
+            key_min >>= 16;
+            key_max >>= 16;
+            top >>= 16;
+            short_doubt = static_cast<uint64_t>((format.key(its_doubt) >> 16) + 1) << format.index_bits;
+            if (threadIdx.x == 0) gathering.left_out = last_bits;
+          }
+        }
         top_key = kNoKey;
         if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
-          const uint32_t doubt_key = __reduce_max_sync(kFullWarp, format.key(its_doubt));
-          if (doubt_key < key_max) {
-            top_key = spreads() ? Select::template divide<kInCluster, !kInCluster>(count, k, format.index_bits, key_min,
-                                                                                   key_max, doubt_key)
-                                : Select::template divide<kInCluster>(count, k, format.index_bits, key_min, key_max,
-                                                                      doubt_key);
-          }
+          top_key = spreads()
+                        ? Select::template divide<kInCluster, !kInCluster>(count, k, format.index_bits, key_min, top,
+                                                                           short_doubt)
+                        : Select::template divide<kInCluster>(count, k, format.index_bits, key_min, top, short_doubt);
         }
         if (top_key != kNoKey) {
           bound = 0;
+          kth.varying = static_cast<uint64_t>(key_max - key_min) + 1 < uint64_t{1} << 31 >> format.index_bits;
         } else {
           kth = spreads() ? Select::template kth_largest<!kInCluster>(count, k, format.index_bits, 0, key_min, key_max)
                           : Select::kth_largest(count, k, format.index_bits, 0, key_min, key_max);
-          const bool exact = kth.pair >= its_doubt;
-          bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth.pair;
+          const uint64_t kth_pair = op.sorted ? whole(kth.pair, gathering.left_out) : kth.pair;
+          const bool exact = kth_pair >= its_doubt;
+          bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth_pair;
         }
       }
       if (threadIdx.x != 0 && threadIdx.x < blocks) {
@@ -590,7 +625,10 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     if (bound == 0) break;
     ++reading;
     __syncthreads();
-    if (threadIdx.x == 0) gathering.count = 0;
+    if (threadIdx.x == 0) {
+      gathering.count = 0;
+      gathering.left_out = -1;
+    }
     __syncthreads();
     if (kInCluster) {
       cluster_arrive();
@@ -601,11 +639,15 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   if (block == 0 && k != 0) {
     uint64_t* spare = reinterpret_cast<uint64_t*>(ring);
     const auto write = [&](uint32_t place, uint64_t pair) { write_result(op, row_index, row, place, format, pair); };
+    const auto write_whole = [&, left_out = gathering.left_out](uint32_t place, uint64_t pair) {
+      write(place, whole(pair, left_out));
+    };
     if (op.sorted && kth.pair == 0) {
       Select::template order_by_bins<kInCluster>(count, k, {format.index_bits, key_min, top_key}, spare, spreads(),
-                                                 write);
+                                                 kth.varying != 0, write_whole);
     } else if (op.sorted) {
-      Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
+      Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare,
+                                   write_whole);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
       Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, op.length >= 64 * op.k,

@@ -151,6 +151,7 @@ inline void topk_select_cases(const Visit& visit) {
       for (auto [length, k] : {std::array{1001, 300}, {4001, 700}, {8000, 2500}})
         visit(topk_select(make, dtype, 2, length, k, true, false, content));
       visit(topk_select(make, dtype, 2, 20001, 512, make.pick({false, true}), false, content));
+      visit(topk_select(make, dtype, 1, 40001, 2000, true, false, content));
     }
   // Candidates of which a warp of the block has too few for its share of a bound.
   for (DType dtype : kDTypes) visit(topk_select(make, dtype, 1, 4000, 64, true, false, Content::kSpikes));

@@ -21,7 +21,7 @@ constexpr uint64_t kNoPair = 0;
 constexpr uint64_t kLowestPair = 1;  // no element's pair is smaller
 
 // How many of pairs[0..count) are larger than this one. `pairs` is shared memory, aligned to 16 bytes; if count is odd,
-// pairs[count] is 0.
+// pairs[count] is 0, or another that is no larger.
 __device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs, int count) {
   int larger = 0;
 #pragma unroll 4
@@ -31,6 +31,19 @@ __device__ __forceinline__ int count_larger(uint64_t pair, const uint64_t* pairs
     asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(larger) : "l"(others.y), "l"(pair));
   }
   return larger;
+}
+
+// The same, of pairs that differ by less than 2^31. If count is odd, pairs[count] is smaller.
+__device__ __forceinline__ int count_larger_of_close(uint64_t pair, const uint64_t* pairs, int count) {
+  const uint32_t own = static_cast<uint32_t>(pair);
+  int larger = 0, more = 0;
+#pragma unroll 4
+  for (int other = 0; other < count; other += 2) {
+    const uint4 others = *reinterpret_cast<const uint4*>(pairs + other);
+    larger += own - others.x >> 31;
+    more += own - others.z >> 31;
+  }
+  return larger + more;
 }
 
 // Of a power of two.
@@ -58,6 +71,7 @@ struct alignas(16) PairSelect {
   uint64_t kth;
   struct {
     uint32_t bin, before, count;
+    uint32_t bin_of_few;
   } found;
 
   static __device__ __forceinline__ PairSelect& shared() { return *reinterpret_cast<PairSelect*>(block_shared_memory); }
@@ -138,14 +152,17 @@ struct alignas(16) PairSelect {
 #pragma unroll
     for (uint32_t i = 0; i < kBinsOfThread; ++i) {
       if (before < k && k <= before + own.counts[i]) {
-        shared().found = {kBinsOfThread * threadIdx.x + i, before, own.counts[i]};
+        shared().found.bin = kBinsOfThread * threadIdx.x + i;
+        shared().found.before = before;
+        shared().found.count = own.counts[i];
       }
       before += own.counts[i];
     }
   }
 
-  // Which of the bins holds number k of what was counted into them, in `found`. Ends with a barrier.
-  static __device__ __forceinline__ void find_bin(uint32_t k) {
+  // Which of the bins holds number k of what was counted into them, in `found`, and number `few`, unless that is 0.
+  // Ends with a barrier.
+  static __device__ __forceinline__ void find_bin(uint32_t k, uint32_t few = 0) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // For the sum of a warp its lanes read side by side.
     uint32_t sum = 0;
@@ -160,9 +177,16 @@ struct alignas(16) PairSelect {
     if (lane == 0) shared().warp_sums[warp] = of_warp;
     __syncthreads();
     const uint32_t before = __reduce_add_sync(kFullWarp, lane < warp ? shared().warp_sums[lane] : 0);
-    if (before < k && k <= before + of_warp) {
+    const auto is_here = [&](uint32_t number) { return before < number && number <= before + of_warp; };
+    if (is_here(k) || is_here(few)) {
       const Bins own = own_bins();
-      find_among(own, before + inclusive_sum_of_lanes(own.sum) - own.sum, k);
+      uint32_t start = before + inclusive_sum_of_lanes(own.sum) - own.sum;
+      find_among(own, start, k);
+#pragma unroll
+      for (uint32_t i = 0; i < kBinsOfThread; ++i) {
+        if (start < few && few <= start + own.counts[i]) shared().found.bin_of_few = kBinsOfThread * threadIdx.x + i;
+        start += own.counts[i];
+      }
     }
     __syncthreads();
   }
@@ -297,33 +321,43 @@ struct alignas(16) PairSelect {
   }
 
   // The same, roughly and for a few keys of each thread: the least key of the bin that holds number k, or kNoKey if
-  // more than `most` reach that, or fewer than k are no smaller than key_min. Smaller ones are left out, and none is
-  // larger than key_max. The bins are clear. Where the range is wide, and so a bin holds too many, it is divided again.
+  // more than `most` reach that, or fewer than k are no smaller than key_min; and a key that about an eighth of the k
+  // are above. Smaller ones than key_min are left out, and none is larger than key_max. The bins are clear. Where the
+  // range is wide, and so a bin holds too many, it is divided again. The first bins are no wider than 1 << widest, and
+  // the last has the rest.
+  struct KeyBound {
+    uint32_t key, few;
+  };
   template <int kKeys>
-  static __device__ __forceinline__ uint32_t kth_key(const uint32_t (&keys)[kKeys], uint32_t k, uint32_t most,
-                                                     uint32_t key_min, uint32_t key_max) {
+  static __device__ __forceinline__ KeyBound kth_key(const uint32_t (&keys)[kKeys], uint32_t k, uint32_t most,
+                                                     uint32_t key_min, uint32_t key_max, int widest) {
+    uint32_t rank_of_few = k / 8 + 1, few = key_max;
 #pragma unroll 1
     while (true) {
-      const int shift = max(32 - __clz(key_max - key_min) - kBinBits, 0);
+      const int shift = min(max(32 - __clz(key_max - key_min) - kBinBits, 0), widest);
 #pragma unroll
       for (uint32_t key : keys) {
-        if (key >= key_min && key <= key_max) atomicAdd(&shared().bins[(key_max - key) >> shift], 1);
+        if (key >= key_min && key <= key_max)
+          atomicAdd(&shared().bins[min(key_max - key >> shift, uint32_t{kBins} - 1)], 1);
       }
-      if (threadIdx.x == 0) shared().found = {0, 0, ~0u};
+      if (threadIdx.x == 0) shared().found = {0, 0, ~0u, kBins};
       __syncthreads();
       if (threadIdx.x == 0) {
         shared().key_max = 0;
         shared().key_min = 0xFFFFFFFFu;
       }
-      find_bin(k);
+      find_bin(k, rank_of_few);
       const auto found = shared().found;
+      if (found.bin_of_few != kBins) few = key_max - (found.bin_of_few << shift);
+      rank_of_few = rank_of_few > found.before ? rank_of_few - found.before : 0;
       const uint32_t width = (1u << shift) - 1;
       key_max -= found.bin << shift;
-      if (key_max - key_min > width) key_min = key_max - width;
-      if (found.count <= most - found.before) return key_min;
-      if (found.count == ~0u || shift == 0) return kNoKey;
+      if (found.bin != kBins - 1 && key_max - key_min > width) key_min = key_max - width;
+      if (found.count <= most - found.before) return {key_min, few};
+      if (found.count == ~0u || shift == 0) return {kNoKey, 0};
       k -= found.before;
       most -= found.before;
+      widest = 32;
       clear_bins();
       __syncthreads();
     }
@@ -344,14 +378,14 @@ struct alignas(16) PairSelect {
   };
 
   // Divides pairs()[0..count) into bins, which are clear, and finds that of the k-th largest. None of the keys is below
-  // key_min or above key_max. Where few pairs are far above all others, these are divided again without them: the
-  // result is the key_max of the division. Or it is kNoKey, and the bins are clear again: if some bin has many pairs,
-  // or that of the k-th comes down to doubt_key. If kFindsStarts, each bin becomes the number of what lies in earlier
-  // ones, which is faster than by order_by_bins, but takes more registers than blocks have which share a
-  // multiprocessor. kSpreads: as above.
+  // key_min, and few are above key_max. Where few pairs are far above all others, these are divided again without them:
+  // the result is the key_max of the division. Or it is kNoKey, and the bins are clear again: if some bin has many
+  // pairs, or that of the k-th comes down below the doubt of any lane, a pair. If kFindsStarts, each bin becomes the
+  // number of what lies in earlier ones, which is faster than by order_by_bins, but takes more registers than blocks
+  // have which share a multiprocessor. kSpreads: as above.
   template <bool kFindsStarts, bool kSpreads = false>
   static __device__ __noinline__ uint32_t divide(uint32_t count, uint32_t k, int index_bits, uint32_t key_min,
-                                                 uint32_t key_max, uint32_t doubt_key) {
+                                                 uint32_t key_max, uint64_t doubt) {
     constexpr uint32_t kFew = 32;
     bool again = false;
 #pragma unroll 1
@@ -394,7 +428,7 @@ struct alignas(16) PairSelect {
         too_crowded = shared().members > 1;
       }
       const uint64_t depth = (static_cast<uint64_t>(shared().found.bin) + 1 << by.shift) - 1;
-      const bool is_certain = by.best > depth && (by.best - depth >> index_bits) > doubt_key;
+      const bool is_certain = by.best > depth && __all_sync(kFullWarp, by.best - depth >= doubt);
       uint32_t first_bin = 0;
       if (!again && (some_crowded || !is_certain)) {
         if constexpr (kFindsStarts) {
@@ -415,11 +449,35 @@ struct alignas(16) PairSelect {
     }
   }
 
+  // Puts the last 16 bits of every key of pairs()[0..count) in front of the others, less `last_bits`, so that nothing
+  // is left of them if they are the same; if not, all is as it was. Whether they were. Ends with a barrier.
+  static __device__ __noinline__ bool leave_out(uint32_t count, int index_bits, uint32_t last_bits) {
+    const uint64_t last_index = (uint64_t{1} << index_bits) - 1;
+    bool differ = false;
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      const uint64_t pair = pairs()[i];
+      const uint32_t key = static_cast<uint32_t>(pair >> index_bits), more = (key ^ last_bits) & 0xFFFF;
+      differ |= more != 0;
+      pairs()[i] = static_cast<uint64_t>(more << 16 | key >> 16) << index_bits | (pair & last_index);
+    }
+    if (!__syncthreads_or(differ)) return true;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      const uint64_t pair = pairs()[i];
+      const uint32_t key = static_cast<uint32_t>(pair >> index_bits);
+      pairs()[i] = static_cast<uint64_t>(key << 16 | (key >> 16 ^ last_bits)) << index_bits | (pair & last_index);
+    }
+    __syncthreads();
+    return false;
+  }
+
   // Calls write(place, pair) for the k largest of pairs()[0..count) in descending order, after a division in which few
-  // of them share a bin. `spare` has room for k pairs and kMostToCompare more.
+  // of them share a bin. `spare` has room for k pairs and kMostToCompare more. are_close: any two of the pairs differ
+  // by less than 2^31, which makes them faster to compare.
   template <bool kFindsStarts, class Write>
   static __device__ __forceinline__ void order_by_bins(uint32_t count, uint32_t k, const Division& by, uint64_t* spare,
-                                                       bool spread, Write write) {
+                                                       bool spread, bool are_close, Write write) {
     uint32_t* bins = shared().bins;
     const uint32_t last_bin = shared().found.bin, size = shared().found.before + shared().found.count;
     if (!kFindsStarts) scan(bins, kBins);
@@ -429,15 +487,17 @@ struct alignas(16) PairSelect {
           if (by.bin_of(pair) <= last_bin) spare[atomicAdd(&bins[by.bin_of(pair)], 1)] = pair;
         },
         spread);
+    if (threadIdx.x == 0) spare[size] = by.worst - 1;
     __syncthreads();
     // Now bins[b] is where bin b ends, and the next begins.
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
       const uint64_t pair = spare[i];
       const uint32_t bin = by.bin_of(pair);
-      uint32_t rank = bin == 0 ? 0 : bins[bin - 1];
-#pragma unroll 4
-      for (uint32_t other = rank, end = bins[bin]; other < end; ++other) rank += spare[other] > pair;
+      // Two at once: what else lies beside the first of the bin is larger, and beside the last smaller.
+      uint32_t rank = bin == 0 ? 0 : bins[bin - 1] & ~1u;
+      rank += are_close ? count_larger_of_close(pair, spare + rank, bins[bin] - rank)
+                        : count_larger(pair, spare + rank, bins[bin] - rank);
       if (rank < k) write(rank, pair);
     }
   }

@@ -147,6 +147,7 @@ constexpr int64_t pair_select_bytes(int threads, int bins_of_thread) {
 constexpr int64_t ordering_bytes(int64_t size) { return 8 * size + 4 * (size / 2 + 2); }
 
 constexpr int kStreamedBins = 2;
+constexpr int kLineBytes = 128;  // that the stream begins with a line of shared memory
 // Where the bins are those of a whole row, a thread has as many of them as elements, or as many as pay.
 constexpr int block_row_bins(int vectors, DType dtype) { return std::min(vectors * (16 / size_of(dtype)), 8); }
 // Of the stream through shared memory: vectors of a thread's step, and steps under way.
@@ -166,7 +167,7 @@ constexpr int64_t block_row_bytes(const TopkInstance& instance, const TopkSelect
 
 constexpr int64_t streamed_bytes(int threads, uint32_t capacity, int64_t k) {
   const int64_t ring = int64_t{16} * kStreamBatch * kStreamStages * threads;
-  return pair_select_bytes(threads, kStreamedBins) + 8 * static_cast<int64_t>(capacity) +
+  return pair_select_bytes(threads, kStreamedBins) + 8 * static_cast<int64_t>(capacity) + kLineBytes +
          std::max(ring, ordering_bytes(k));
 }
 
