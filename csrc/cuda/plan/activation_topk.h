@@ -74,6 +74,8 @@ constexpr int most_block_threads(KeyMode mode) {
 // The threads that a kernel has room for.
 constexpr int block_size(int experts) { return experts <= 256 ? 256 : 512; }
 constexpr int kBlockCandidates = 32;  // that a block has room for: a lane each of the warp that ranks them
+// Of what it declares as __shared__, for up to 1024 experts.
+constexpr int kBlockScratchBytes = 3072;
 
 struct ActivationTopkPlan {
   int tile;     // of kActivationTopkTiles, or one of these
