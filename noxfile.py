@@ -1,5 +1,6 @@
 """What takes more than a command to run: `nox -s NAME`."""
 
+import argparse
 import shutil
 import subprocess
 import tempfile
@@ -37,12 +38,19 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def emulate(session: nox.Session) -> None:
-    """Runs the CUDA kernels on the host: nox -s emulate -- [--seconds 60] [--seed 1] ["topk_select f32"]."""
+    """Runs the CUDA kernels on the host: nox -s emulate -- [--arch 90] [--seconds 60] [--seed 1] ["topk_select f32"].
+
+    The architecture is 90, an H100, or 80, an A100.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", default="90", choices=("80", "90"))
+    ours, options = parser.parse_known_args(session.posargs)
     session.install("cmake", "ninja")
-    build = "build/emulation"
-    session.run("cmake", "-S", "tests/emulation", "-B", build, "-G", "Ninja", silent=True)
+    build = f"build/emulation-{ours.arch}"
+    settings = ("-G", "Ninja", f"-DJAX_ROUTER_EMULATED_ARCH={ours.arch}")
+    session.run("cmake", "-S", "tests/emulation", "-B", build, *settings, silent=True)
     session.run("cmake", "--build", build, silent=True)
-    session.run(f"{build}/emulate", *session.posargs, external=True)
+    session.run(f"{build}/emulate", *options, external=True)
 
 
 @nox.session

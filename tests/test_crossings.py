@@ -185,9 +185,9 @@ NUMBERS = {
             "f32 streamed 512, 2 blocks a row",
         ),
     ),
-    "kOneTiles": (
+    "kOneExperts": (
         "dense_router/experts/bf16/D4096/N1/k8",
-        ("bf16 logits one of 256", "bf16 logits one of 384", "bf16 logits one of 512", UNFUSED),
+        ("bf16 logits one of 256", "bf16 logits one of 512", UNFUSED),
     ),
     "one token": (
         "dense_router/rows/bf16/D4096/E256/k8",

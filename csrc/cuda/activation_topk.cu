@@ -77,16 +77,18 @@ __global__ void __launch_bounds__(gate_threads(kMode), least_blocks(kMode, kLane
 
 template <class T, KeyMode kMode, int kThreads>
 __global__ void __launch_bounds__(kThreads) activation_topk_block(const ActivationTopk op) {
-  __shared__ BlockScratch scratch;
+  __shared__ BlockScratch<kThreads> scratch;
   const unsigned token = blockIdx.x;
   const unsigned expert = threadIdx.x;
   const bool exists = expert < static_cast<unsigned>(op.selection.experts);
   const bool has_bias = kMode == KeyMode::kScores || op.bias != nullptr;
   const uint64_t place = static_cast<uint64_t>(token) * static_cast<unsigned>(op.selection.experts) + expert;
-  const float logit = exists ? load_one(static_cast<const T*>(op.logits) + place) : -INFINITY;
-  const float bias = exists && has_bias ? __ldg(op.bias + token * op.bias_stride + expert) : 0.0f;
+  const float logits[] = {exists ? load_one(static_cast<const T*>(op.logits) + place) : -INFINITY};
+  const float biases[] = {exists && has_bias ? __ldg(op.bias + token * op.bias_stride + expert) : 0.0f};
   const TokenOutput output{op.weights, op.expert_ids, op.chosen_logits, 0, static_cast<int>(token) * op.selection.k};
-  select_token_of_block<kMode, kThreads>(op.selection, logit, has_bias, bias, !is_masked(op, token), output, scratch);
+  scratch.clear(op.selection);
+  select_token_of_block<kMode, kThreads>(op.selection, logits, has_bias, biases, !is_masked(op, token), output,
+                                         scratch);
 }
 
 template <class T>

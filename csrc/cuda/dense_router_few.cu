@@ -11,7 +11,7 @@
 // tensor cores take less time than one without them, and memory holds nothing but the weight.
 //
 // The sums of blocks are handed over by parts/packets.cuh. The readers are the blocks that start last, of which the
-// plan sees to it that they all run at once. The selection is that of parts/dense_token.cuh.
+// plan sees to it that they all run at once. The selection is that of parts/block_token.cuh.
 //
 // Floor: the weight is read once, experts * hidden elements; the tokens come from the L2, once for each tile of
 // experts.
@@ -19,7 +19,7 @@
 
 #include "dense_router.h"
 #include "parts/async_copy.cuh"
-#include "parts/dense_token.cuh"
+#include "parts/block_token.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
 #include "parts/packets.cuh"
@@ -203,9 +203,9 @@ struct WarpSums<float, float, kTokenTiles, kExpertTiles> {
   }
 };
 
-// kTokenTiles: of 16 tokens; kExpertTiles: of 8 experts; kSplits of the hidden axis; kChunks, of 128 experts, hold all,
-// and kFullChunks are full.
-template <class X, class W, int kTokenTiles, int kExpertTiles, int kSplits, KeyMode kMode, int kChunks, int kFullChunks>
+// kTokenTiles: of 16 tokens; kExpertTiles: of 8 experts; kSplits of the hidden axis; kOwn: experts of a thread that
+// selects.
+template <class X, class W, int kTokenTiles, int kExpertTiles, int kSplits, KeyMode kMode, int kOwn>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_router_few_tokens(const Product product, const __grid_constant__ DenseRouter op) {
   constexpr int kTokens = 16 * kTokenTiles;
@@ -215,9 +215,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kStageBytes = kTokens * kXBytes + kExperts * kFewStepBytes;
   constexpr int kStride = kExperts + (kExperts % 16 == 8 ? 0 : 8);  // of sums in shared memory
   static_assert(kTokens * kStride * 4 <= kFewStages * kStageBytes);
-  constexpr int kOwn = kExpertsOfThread<kChunks, kThreads>;
   extern __shared__ __align__(128) char shared[];
-  __shared__ DenseTokenScratch<kChunks, kThreads> scratch;
+  __shared__ BlockScratch<kThreads * kOwn> scratch;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -316,6 +315,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const ActivationTopk& select = op.select;
   const Selection& selection = select.selection;
+  const auto experts = static_cast<unsigned>(selection.experts);
+  const auto expert = [&](int j) { return j * kThreads + threadIdx.x; };
+  const bool has_bias = kMode == KeyMode::kScores || (kMode == KeyMode::kGroups && select.bias != nullptr);
 #pragma unroll 1
   for (int token = blocks - 1 - block; token < rows; token += blocks) {
     const float* bias = select.bias == nullptr ? nullptr : select.bias + token * select.bias_stride;
@@ -323,12 +325,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     float biases[kOwn];
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      const int e = j * kThreads + thread;
-      logit_offset[j] = op.logit_bias != nullptr && e < selection.experts ? __ldg(op.logit_bias + e) : 0.0f;
-      biases[j] = kMode == KeyMode::kScores && e < selection.experts ? __ldg(bias + e) : 0.0f;
+      const bool exists = expert(j) < experts;
+      logit_offset[j] = op.logit_bias != nullptr && exists ? __ldg(op.logit_bias + expert(j)) : 0.0f;
+      biases[j] = has_bias && exists ? __ldg(bias + expert(j)) : 0.0f;
     }
     const bool wanted = !is_masked(select, token);
-    scratch.clear();
+    scratch.clear(selection);
 
     // Expert e's two neighbouring threads receive half of the pair's packets each, and swap. All packets are asked for
     // at once, so threads without an expert read a packet of the last one's.
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint64_t tags[kOwn][kSplits / 2];
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
-        const int pair = min((j * kThreads + thread) / 2, pairs - 1);
+        const int pair = min(static_cast<int>(expert(j) / 2), pairs - 1);
 #pragma unroll
         for (int s = 0; s < kSplits / 2; ++s) tags[j][s] = receive(first + s * rows * pairs + pair, parts[j][s]);
       }
@@ -364,15 +366,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float other = __shfl_xor_sync(kFullWarp, thread % 2 == 0 ? sum.y : sum.x, 1);
       logits[j] = thread % 2 == 0 ? sum.x + other : other + sum.y;
       if (op.logit_bias != nullptr) logits[j] += logit_offset[j];
+      if (expert(j) >= experts) logits[j] = -INFINITY;
     }
     const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits,
                              static_cast<int64_t>(token) * selection.k};
-    select_dense_token<kMode, kThreads, kChunks, kFullChunks>(selection, logits, biases, wanted, bias, output, scratch);
+    select_token_of_block<kMode, kThreads>(selection, logits, has_bias, biases, wanted, output, scratch);
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
 #pragma unroll
       for (int s = 0; s < kSplits / 2; ++s) {
-        const int pair = (j * kThreads + thread) / 2;
+        const int pair = static_cast<int>(expert(j) / 2);
         if (pair < pairs) first[s * rows * pairs + pair].tag = kNoTag;
       }
     }
@@ -402,7 +405,7 @@ cudaError_t run_few(const DenseRouter& op, const DenseRouterPlan& plan, cudaStre
                               rows,
                               experts};
         return launch_kernel(dense_router_few_tokens<X, W, kTile.token_tiles, kTile.expert_tiles, kTile.splits,
-                                                     decltype(mode)::value, kTile.chunks, kTile.full_chunks>,
+                                                     decltype(mode)::value, kTile.experts_of_thread()>,
                              shape, stream, product, op);
       }
       return cudaErrorInvalidValue;

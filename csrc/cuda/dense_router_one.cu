@@ -2,7 +2,7 @@
 //
 // A thread block owns two experts: it multiplies their whole rows by the token, in f32, and hands the two logits over
 // as one packet (parts/packets.cuh). The last block of the grid also waits for all packets and selects
-// (parts/dense_token.cuh). A thread copies 16 bytes of each row and the same elements of the token to places in shared
+// (parts/block_token.cuh). A thread copies 16 bytes of each row and the same elements of the token to places in shared
 // memory that it alone reads, kOneStages times before it waits for the first: no thread waits for another before the
 // sums, and with up to 8192 hidden elements of 16 bits all that the kernel reads is under way at once.
 //
@@ -12,7 +12,7 @@
 
 #include "dense_router.h"
 #include "parts/async_copy.cuh"
-#include "parts/dense_token.cuh"
+#include "parts/block_token.cuh"
 #include "parts/dtype.cuh"
 #include "parts/launch.cuh"
 #include "parts/packets.cuh"
@@ -62,16 +62,15 @@ __device__ __forceinline__ float sum_of_lanes(float low, float high) {
   return sum;
 }
 
-// kChunks, of 128 experts, hold all, and kFullChunks are full.
-template <class X, class W, KeyMode kMode, int kChunks, int kFullChunks>
+// kOwn: experts of a thread of the block that selects.
+template <class X, class W, KeyMode kMode, int kOwn>
 __global__ void __launch_bounds__(kOneThreads)
     dense_router_one_token(const Product product, const __grid_constant__ DenseRouter op) {
   constexpr int kElements = 16 / sizeof(W);       // that a thread copies at once
   constexpr int kXBytes = kElements * sizeof(X);  // of them
-  constexpr int kOwn = kExpertsOfThread<kChunks, kOneThreads>;
   extern __shared__ __align__(128) char stages[];
   __shared__ __align__(16) float warp_sums[2][kWarps];
-  __shared__ DenseTokenScratch<kChunks, kOneThreads> scratch;
+  __shared__ BlockScratch<kOneThreads * kOwn> scratch;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int block = static_cast<int>(blockIdx.x);
@@ -140,19 +139,20 @@ __global__ void __launch_bounds__(kOneThreads)
   // The selection. All packets are asked for at once, so threads without an expert read the last one.
   const ActivationTopk& select = op.select;
   const Selection& selection = select.selection;
+  const auto experts = static_cast<unsigned>(selection.experts);
+  const auto expert = [&](int j) { return j * kOneThreads + threadIdx.x; };
+  const bool has_bias = kMode == KeyMode::kScores || (kMode == KeyMode::kGroups && select.bias != nullptr);
   float logit_offset[kOwn];
   float biases[kOwn];
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
-    const int e = j * kOneThreads + thread;
-    logit_offset[j] = op.logit_bias != nullptr && e < selection.experts ? __ldg(op.logit_bias + e) : 0.0f;
-    biases[j] = kMode == KeyMode::kScores && e < selection.experts ? __ldg(select.bias + e) : 0.0f;
+    const bool exists = expert(j) < experts;
+    logit_offset[j] = op.logit_bias != nullptr && exists ? __ldg(op.logit_bias + expert(j)) : 0.0f;
+    biases[j] = has_bias && exists ? __ldg(select.bias + expert(j)) : 0.0f;
   }
   const bool wanted = !is_masked(select, 0);
-  scratch.clear();
-  const auto packet = [&](int j) {
-    return product.packets + min((j * kOneThreads + thread) / 2, static_cast<int>(gridDim.x) - 1);
-  };
+  scratch.clear(selection);
+  const auto packet = [&](int j) { return product.packets + min(expert(j) / 2, gridDim.x - 1); };
   float2 logits_of_two[kOwn];
   bool complete;
   uint32_t looks = 0;
@@ -170,10 +170,10 @@ __global__ void __launch_bounds__(kOneThreads)
   for (int j = 0; j < kOwn; ++j) {
     logits[j] = thread % 2 == 0 ? logits_of_two[j].x : logits_of_two[j].y;
     if (op.logit_bias != nullptr) logits[j] += logit_offset[j];
+    if (expert(j) >= experts) logits[j] = -INFINITY;
   }
   const TokenOutput output{select.weights, select.expert_ids, select.chosen_logits, 0};
-  select_dense_token<kMode, kOneThreads, kChunks, kFullChunks>(selection, logits, biases, wanted, select.bias, output,
-                                                               scratch);
+  select_token_of_block<kMode, kOneThreads>(selection, logits, has_bias, biases, wanted, output, scratch);
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) packet(j)->tag = kNoTag;
 }
@@ -184,13 +184,13 @@ cudaError_t run_one(const DenseRouter& op, const DenseRouterPlan& plan, cudaStre
   return with_types(op, [&](auto x, auto weight, auto mode) {
     using X = decltype(x);
     using W = decltype(weight);
-    return with_index<kOneTileCount>(plan.one, [&](auto index) {
-      constexpr OneTile kTile = kOneTiles[decltype(index)::value];
+    return with_index<kOneSizes>(plan.one, [&](auto index) {
       const Product product{static_cast<const char*>(op.weight),          static_cast<const char*>(op.x),
                             op.hidden * static_cast<uint32_t>(sizeof(W)), op.select.selection.experts,
                             static_cast<Packet*>(op.workspace.data),      new_tag()};
-      return launch_kernel(dense_router_one_token<X, W, decltype(mode)::value, kTile.chunks, kTile.full_chunks>,
-                           {plan.blocks, kOneThreads, plan.shared_bytes}, stream, product, op);
+      return launch_kernel(
+          dense_router_one_token<X, W, decltype(mode)::value, kOneExperts[decltype(index)::value] / kOneThreads>,
+          {plan.blocks, kOneThreads, plan.shared_bytes}, stream, product, op);
     });
   });
 }

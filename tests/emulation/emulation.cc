@@ -38,10 +38,10 @@ size_t placed_bytes = 64;
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int bytes, width;
   void make() const {
     if (bytes != 0) std::memcpy(to, from, bytes);
-    std::memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);
+    std::memset(static_cast<char*>(to) + bytes, 0, width - bytes);
   }
 };
 
@@ -51,7 +51,7 @@ struct Fiber {
   Block* block;
   Place place;
   void* stack = nullptr;  // where it goes on
-  bool result = false;    // of the barrier it waited at
+  int result = 0;         // of the barrier it waited at
   const std::function<bool()>* condition = nullptr;
   uint64_t cluster_phase = 0;               // at which it arrived
   std::deque<std::vector<Copy>> groups{1};  // of asynchronous copies; the last one is open
@@ -68,8 +68,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Fiber*> at_barrier;
   Reason reason;
-  bool any = false;  // of the values brought to the barrier
-  size_t running;    // threads that have not ended
+  int count = 0;   // of the values brought to the barrier that are true
+  size_t running;  // threads that have not ended
 };
 
 struct Store {
@@ -83,7 +83,9 @@ struct Store {
 std::vector<Block> blocks;
 std::vector<Fiber> fibers;
 std::vector<Fiber*> ready, waiting;  // these for conditions
+std::vector<Fiber*> resting;         // until no other goes on
 bool may_hold = false;               // whether a condition may do that did not when it was last looked at
+bool looked_in_vain;                 // whether the cluster is to begin anew
 std::vector<Store> stores;           // under way
 uint64_t cluster_phase;
 size_t arrived_at_cluster;
@@ -119,11 +121,11 @@ void pause_fiber() { emulation_switch(&current->stack, scheduler); }
 void open_barrier(Block& block) {
   if (block.running == 0 || block.at_barrier.size() != block.running) return;
   for (Fiber* fiber : block.at_barrier) {
-    fiber->result = block.any;
+    fiber->result = block.count;
     ready.push_back(fiber);
   }
   block.at_barrier.clear();
-  block.any = false;
+  block.count = 0;
 }
 
 void run_fiber() {
@@ -180,7 +182,8 @@ size_t choose(int way, const Fiber* last) {
   return some;
 }
 
-void run_cluster() {
+// False where it is to begin anew.
+bool run_cluster() {
   const int way = static_cast<int>(below(4));
   current = nullptr;
   while (true) {
@@ -188,6 +191,8 @@ void run_cluster() {
     if (may_hold && (ready.empty() || chance(16))) look_at_conditions();
     if (ready.empty()) {
       if (!stores.empty()) continue;
+      ready.swap(resting);
+      if (!ready.empty()) continue;
       if (waiting.empty()) break;
       die("threads wait for what will never be");
     }
@@ -197,10 +202,12 @@ void run_cluster() {
     ready.pop_back();
     place = current->place;
     emulation_switch(&scheduler, current->stack);
+    if (looked_in_vain) return false;
   }
   for (const Block& block : blocks) {
     if (block.running != 0) die("threads wait for each other at different places");
   }
+  return true;
 }
 
 void start_cluster(int64_t number, int cluster, dim3 grid, dim3 threads, int64_t shared_bytes) {
@@ -208,6 +215,10 @@ void start_cluster(int64_t number, int cluster, dim3 grid, dim3 threads, int64_t
   if (of_block > kMostThreads || cluster > kMostBlocks) die("a launch of such a shape");
   blocks.assign(cluster, {});
   fibers.clear();
+  ready.clear();
+  waiting.clear();
+  resting.clear();
+  looked_in_vain = false;
   fibers.reserve(of_block * cluster);
   cluster_phase = arrived_at_cluster = 0;
   for (int b = 0; b < cluster; ++b) {
@@ -253,9 +264,14 @@ void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, int cluster, const 
   std::vector<int64_t> order(int64_t{grid.x} * grid.y * grid.z / cluster);
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
   std::shuffle(order.begin(), order.end(), random_numbers);
-  for (int64_t number : order) {
-    start_cluster(number, cluster, grid, threads, shared_bytes);
-    run_cluster();
+  for (size_t i = 0, in_vain = 0; i < order.size(); ++i) {
+    start_cluster(order[i], cluster, grid, threads, shared_bytes);
+    if (run_cluster()) {
+      in_vain = 0;
+    } else {
+      order.push_back(order[i]);
+      if (++in_vain == order.size() - i) die("blocks wait for what no block writes");
+    }
   }
 }
 
@@ -285,11 +301,11 @@ const uint64_t* meet_lanes(uint32_t mask, uint64_t value, Reason reason) {
   return warp.got;
 }
 
-bool meet_threads(bool value, Reason reason) {
+int meet_threads(bool value, Reason reason) {
   Block& block = *current->block;
   if (!block.at_barrier.empty() && block.reason != reason) die("threads that meet at different barriers");
   block.reason = reason;
-  block.any |= value;
+  block.count += value;
   block.at_barrier.push_back(current);
   open_barrier(block);
   pause_fiber();
@@ -307,6 +323,16 @@ void wait_until(const std::function<bool()>& condition) {
 void step_aside() {
   if (!chance(64)) return;
   ready.push_back(current);
+  pause_fiber();
+}
+
+void look(uint32_t times) {
+  if (times == 0) return;
+  if (times == 1) {
+    resting.push_back(current);
+  } else {
+    looked_in_vain = true;
+  }
   pause_fiber();
 }
 
@@ -353,10 +379,12 @@ void cluster_wait() {
   wait_until([phase] { return cluster_phase > phase; });
 }
 
-void copy_later(uint32_t to, const void* from, int bytes) {
-  const Copy copy = {at(to), from, bytes};
-  if (to % 16 != 0 || (bytes != 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0)) die("a copy that is not aligned");
-  std::memset(copy.to, static_cast<int>(below(256)), 16);
+void copy_later(uint32_t to, const void* from, int bytes, int width) {
+  const Copy copy = {at(to), from, bytes, width};
+  if (to % width != 0 || (bytes != 0 && reinterpret_cast<uintptr_t>(from) % width != 0)) {
+    die("a copy that is not aligned");
+  }
+  std::memset(copy.to, static_cast<int>(below(256)), width);
   if (chance(2)) {
     copy.make();
   } else {

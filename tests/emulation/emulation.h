@@ -85,12 +85,15 @@ void run_grid(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, cons
 
 // Where the threads of a block, or the lanes of a warp, wait for each other. Lanes get what each of them brought.
 // They must all have come for the same `reason`.
-enum class Reason { kWarp, kShuffle, kVote, kReduce, kBlock, kBlockOr };
+enum class Reason { kWarp, kShuffle, kVote, kReduce, kBlock, kBlockOr, kBlockCount };
 const uint64_t* meet_lanes(uint32_t mask, uint64_t value, Reason reason);
-bool meet_threads(bool value, Reason reason);
+int meet_threads(bool value, Reason reason);  // how many values are true
 void wait_until(const std::function<bool()>& condition);
 // Another thread may go on here.
 void step_aside();
+// Before a thread looks again, having looked so many times, for what another block writes. The first time it waits
+// until no other thread of its own block goes on; then the block begins anew, when others have ended.
+void look(uint32_t times);
 
 // Shared memory. A variable has the same place in each block; an address has the block above its place.
 constexpr size_t kDynamicBytes = 227 * 1024;
@@ -111,8 +114,8 @@ uint32_t block_of_cluster();
 void cluster_arrive();
 void cluster_wait();
 
-// Asynchronous copies to shared memory: so many of 16 bytes, the rest is zeros.
-void copy_later(uint32_t to, const void* from, int bytes);
+// Asynchronous copies to shared memory: so many of 8 or 16 bytes, the rest is zeros.
+void copy_later(uint32_t to, const void* from, int bytes, int width);
 void commit_copies();
 void wait_for_groups(int pending);
 void wait_for_copies();
@@ -186,13 +189,25 @@ inline void load_16_bytes(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, co
   const uint4 v = *static_cast<const uint4*>(p);
   x = v.x, y = v.y, z = v.z, w = v.w;
 }
+// Two words at once.
+inline void store_packet(void* p, uint64_t x, uint64_t y) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) die("a packet that is not aligned");
+  step_aside();
+  *static_cast<ulonglong2*>(p) = {x, y};
+}
+inline void load_packet(uint64_t& x, uint64_t& y, const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) die("a packet that is not aligned");
+  const ulonglong2 v = *static_cast<const ulonglong2*>(p);
+  x = v.x, y = v.y;
+}
 
 }  // namespace emulation
 
 // Warps and blocks
 
 inline void __syncthreads() { emulation::meet_threads(false, emulation::Reason::kBlock); }
-inline int __syncthreads_or(int x) { return emulation::meet_threads(x != 0, emulation::Reason::kBlockOr); }
+inline int __syncthreads_or(int x) { return emulation::meet_threads(x != 0, emulation::Reason::kBlockOr) != 0; }
+inline int __syncthreads_count(int x) { return emulation::meet_threads(x != 0, emulation::Reason::kBlockCount); }
 inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu) { emulation::meet_lanes(mask, 0, emulation::Reason::kWarp); }
 template <class T>
 T __shfl_sync(uint32_t mask, T x, int from, int width = 32) {
@@ -377,8 +392,11 @@ enum cudaDeviceAttr {
   cudaDevAttrClusterLaunch
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kH100[] = {9, 0, 132, static_cast<int>(emulation::kDynamicBytes), 1};
-  *value = kH100[attribute];
+  // An H100 or an A100.
+  constexpr bool kHopper = __CUDA_ARCH__ >= 900;
+  constexpr int kDevice[] = {__CUDA_ARCH__ / 100, __CUDA_ARCH__ / 10 % 10, kHopper ? 132 : 108,
+                             static_cast<int>(kHopper ? emulation::kDynamicBytes : 163 * 1024), kHopper};
+  *value = kDevice[attribute];
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {

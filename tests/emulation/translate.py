@@ -11,17 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "cuda_runtime_api.h")
-# Kernels with tensor cores, those that wait across blocks, and the copy engine's part.
-LEFT_OUT = (
-    "dense_router.cu",
-    "dense_router_few.cu",
-    "dense_router_many.cu",
-    "dense_router_one.cu",
-    "hopper.cuh",
-    "packets.cuh",
-    "routed_gradients.cu",
-    "tensor_map.cuh",
-)
+# Kernels with tensor cores, and the copy engine's part.
+LEFT_OUT = ("dense_router_few.cu", "dense_router_many.cu", "hopper.cuh", "routed_gradients.cu", "tensor_map.cuh")
 
 # What a statement's text has in it, and what that does to its operands.
 INSTRUCTIONS = {
@@ -48,6 +39,8 @@ INSTRUCTIONS = {
     "no_allocate.v4.s32": "{0} = ({4})->x, {1} = ({4})->y, {2} = ({4})->z, {3} = ({4})->w",
     "cache_hint.v2.u32": "std::memcpy(&{0}, {2}, 4), std::memcpy(&{1}, {2} + 2, 4)",
     "cache_hint.v4.f32": "{0} = ({4})[0], {1} = ({4})[1], {2} = ({4})[2], {3} = ({4})[3]",
+    "st.relaxed.gpu.global.b128": "emulation::store_packet({0}, {1}, {2})",
+    "ld.relaxed.gpu.global.b128": "emulation::load_packet({0}, {1}, {2})",
     ".v4.u32": "emulation::load_16_bytes({0}, {1}, {2}, {3}, {4})",
     "createpolicy": "{0} = 0",
     "griddepcontrol": "",
@@ -70,9 +63,9 @@ INSTRUCTIONS = {
     "mbarrier.try_wait": "emulation::wait_for_barrier({0}, {1})",
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64": "emulation::store_later({0}, {1}, 8, {2})",
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32": "emulation::store_later({0}, {1}, 4, {2})",
-    "cp.async.cg.shared.global [%0], [%1], 16;": "emulation::copy_later({0}, {1}, 16)",
-    "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulation::copy_later({0}, {1}, {2})",
-    "cp.async.ca.shared.global [%0], [%1], 8;": "emulation::copy_later({0}, {1}, 8)",
+    "cp.async.cg.shared.global [%0], [%1], 16;": "emulation::copy_later({0}, {1}, 16, 16)",
+    "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulation::copy_later({0}, {1}, {2}, 16)",
+    "cp.async.ca.shared.global [%0], [%1], 8;": "emulation::copy_later({0}, {1}, 8, 8)",
     "cp.async.commit_group": "emulation::commit_copies()",
     "cp.async.wait_group": "emulation::wait_for_groups({0})",
     "cp.async.wait_all": "emulation::wait_for_copies()",
@@ -146,6 +139,7 @@ def translated(code: str) -> str:
     code = re.sub(rf"\b__shared__ {ALIGNMENT}(\w+(?:<[^;>]*>)?) ([^;]*);", shared_variables, code)
     for name, place in ("threadIdx", "thread"), ("blockIdx", "block"), ("gridDim", "blocks"), ("blockDim", "threads"):
         code = re.sub(rf"(?<![\w.]){name}\b", f"emulation::place.{place}", code)
+    code = code.replace("if (++looks == kMostLooks) __trap();", "emulation::look(looks++);")
     code = re.sub(r"\b(fmaxf|fminf)\(", r"emulation::\1(", code)
     return code.replace("__noinline__", "__attribute__((noinline))").replace("__expf", "std::exp")
 

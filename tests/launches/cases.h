@@ -163,7 +163,7 @@ inline void dense_router_cases(const Visit& visit) {
     for (Keys keys : kKeys) {
       for (int64_t rows : {1, make.pick({2, 16}), make.pick({17, 64, 65, 128})}) {
         for (auto [experts, num_groups] :
-             {Experts{36, 9}, {256, 8}, {257, 0}, {384, 12}, {512, 8}, {1023, 0}, {1024, 32}}) {
+             {Experts{36, 9}, {256, 8}, {256, 2}, {257, 0}, {384, 12}, {512, 4}, {1023, 0}, {1024, 32}}) {
           if (keys == Keys::kGroups && num_groups == 0) continue;
           // One step for one warp, several warps, and several steps a warp.
           const int32_t hidden = make.pick({8, 1032, experts > 512 ? 264 : x == DType::kF32 ? 5128 : 10248});

@@ -46,9 +46,6 @@ __device__ __forceinline__ int count_larger_of_close(uint64_t pair, const uint64
   return larger + more;
 }
 
-// Of a power of two.
-constexpr int log2_of(int x) { return x == 1 ? 0 : 1 + log2_of(x / 2); }
-
 // A block's shared memory: this, then its pairs, then whatever the kernel wants.
 extern __shared__ uint4 block_shared_memory[];
 

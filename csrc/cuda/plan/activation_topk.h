@@ -67,6 +67,10 @@ constexpr int kRowInShared = -1;
 constexpr int kBlockOfToken = -2;
 
 constexpr int kLeastBlockExperts = 128;  // fewer were not measured
+// More of either were slower than tiles for the most rows of block_rows: of k = 16 choices, and of groups of 64
+// experts.
+constexpr int kMostBlockChoices = 12;
+constexpr int kMostBlockGroup = 32;
 // The most threads of a block, each of which has an expert; 0: no kernel has a block a token.
 constexpr int most_block_threads(KeyMode mode) {
   return mode == KeyMode::kLogits ? 0 : mode == KeyMode::kGroups ? 256 : 512;
@@ -74,6 +78,8 @@ constexpr int most_block_threads(KeyMode mode) {
 // The threads that a kernel has room for.
 constexpr int block_size(int experts) { return experts <= 256 ? 256 : 512; }
 constexpr int kBlockCandidates = 32;  // that a block has room for: a lane each of the warp that ranks them
+// Of what it declares as __shared__, for up to 1024 experts.
+constexpr int kBlockScratchBytes = 3072;
 
 struct ActivationTopkPlan {
   int tile;     // of kActivationTopkTiles, or one of these
@@ -117,23 +123,20 @@ inline std::optional<ActivationTopkPlan> long_plan(const ActivationTopk& op) {
   return plan.blocks <= kMostBlocks ? std::optional(plan) : std::nullopt;
 }
 
-// The kernel's maxima are over a 32nd of the most threads, all of one group, and a group is of one warp. From twice as
-// many maxima as choices on, few more keys than choices reach the bound.
 inline std::optional<ActivationTopkPlan> block_plan(const ActivationTopk& op) {
   const Selection& selection = op.selection;
   const KeyMode mode = key_mode(op);
-  const int of_maximum = block_size(selection.experts) / 32;
   if (selection.experts < kLeastBlockExperts || selection.experts > most_block_threads(mode)) return std::nullopt;
+  if (selection.k > kMostBlockChoices || op.rows > INT32_MAX / std::max(selection.k, 1)) return std::nullopt;
   int eligible = selection.experts;
   if (mode == KeyMode::kGroups) {
     const int size = selection.experts / selection.groups.num_groups;
     if (!tile_can_group(32, selection.experts, selection.groups.num_groups)) return std::nullopt;
-    if (size > 32 || size < of_maximum) return std::nullopt;
+    if (size > kMostBlockGroup) return std::nullopt;
     eligible = size * selection.groups.top_groups;
   }
-  if (3 * selection.k > kBlockCandidates) return std::nullopt;
-  if (eligible > kBlockCandidates && eligible < 2 * selection.k * of_maximum) return std::nullopt;
-  if (op.rows > INT32_MAX / std::max(selection.k, 1)) return std::nullopt;
+  // With fewer maxima than choices all that are eligible would reach the bound.
+  if (eligible > kBlockCandidates && eligible < selection.k * block_size(selection.experts) / 32) return std::nullopt;
   return ActivationTopkPlan{kBlockOfToken, static_cast<int>(round_up(selection.experts, 32)), op.rows, 0};
 }
 

@@ -17,16 +17,9 @@ namespace jax_router::cuda {
 constexpr int kOneThreads = 256;
 constexpr int kOneStages = 4;                     // steps of a thread that are under way at once, of 16 bytes of a row
 constexpr int kOneStageBytes = 48 * kOneThreads;  // of two rows of the weight, and at most as many of x
-// How the block that selects holds a row.
-struct OneTile {
-  int chunks;       // of 128 experts, which hold all
-  int full_chunks;  // of them, the first
-
-  // Of what the kernel declares as __shared__.
-  constexpr int static_bytes() const { return 4 * 256 * ((chunks + 1) / 2) + 1024; }
-};
-constexpr OneTile kOneTiles[] = {{2, 0}, {3, 2}, {4, 3}};
-constexpr int kOneTileCount = static_cast<int>(std::size(kOneTiles));
+constexpr int kOneExperts[] = {256, 512};         // at most, of each kernel
+constexpr int kOneSizes = static_cast<int>(std::size(kOneExperts));
+constexpr int kOneStaticBytes = kBlockScratchBytes + 256;
 
 // Few tokens (dense_router_few.cu): several blocks share the hidden axis of the same tokens and experts.
 constexpr int kFewTokens = 128;  // at most
@@ -37,32 +30,32 @@ constexpr int kPacketBytes = 16;    // of the workspace, for two partial logits
 // Offsets within a few rows are 32 bits wide.
 constexpr int64_t kMostRowBytes = int64_t{1} << 29;
 
-// What a block has, and how the warp that selects holds a row.
+// What a block has, and for how many experts in all.
 struct FewTile {
-  int token_tiles;   // of 16 tokens
-  int expert_tiles;  // of 8 experts
-  int chunks;        // of 128 experts, which hold all
-  int full_chunks;   // of them, the first
-  int splits;        // blocks that share the hidden axis
+  int token_tiles;    // of 16 tokens
+  int expert_tiles;   // of 8 experts
+  int least_experts;  // in all
+  int most_experts;
+  int splits;  // blocks that share the hidden axis
 
   constexpr int tokens() const { return 16 * token_tiles; }
   constexpr int experts() const { return 8 * expert_tiles; }
   constexpr int shared_bytes(DType x, DType weight) const {
     return kFewWarps * kFewStages * kFewStepBytes * (tokens() * size_of(x) / size_of(weight) + experts());
   }
-  // Of what the kernel declares as __shared__: a row of logits above all.
-  constexpr int static_bytes() const { return 4 * 256 * ((chunks + 1) / 2) + 1024; }
+  // Of the block's threads, how many experts each has when it selects.
+  constexpr int experts_of_thread() const { return ceil_div(most_experts, 32 * kFewWarps); }
   // Twice the experts, so that the blocks of two tiles of tokens all run at once.
-  constexpr bool is_for_two() const { return token_tiles == 4 && expert_tiles >= 4 && chunks < 8; }
+  constexpr bool is_for_two() const { return token_tiles == 4 && expert_tiles >= 4 && most_experts < 1024; }
 };
 // In the order of preference. The blocks of a launch should all run at once, one a multiprocessor, of which an H100 has
 // 132: a block has so many experts that 384 of them, or 512 with 64 tokens a block, make at most 128 blocks a tile of
 // tokens. A device with fewer multiprocessors, or less shared memory, takes them for fewer experts; see pays.
 // Four splits hand fewer sums over than eight, but more blocks read the same tokens: that is worth it for up to 16 of
 // them, if the weight is not in f32.
-constexpr FewTile kFewTiles[] = {{4, 4, 2, 0, 8}, {4, 6, 3, 2, 8}, {4, 2, 2, 0, 8}, {4, 3, 3, 2, 8},
-                                 {4, 4, 8, 3, 8}, {1, 1, 2, 0, 4}, {1, 1, 3, 2, 4}, {1, 2, 8, 3, 4},
-                                 {1, 2, 2, 0, 8}, {1, 3, 3, 2, 8}, {1, 3, 8, 3, 8}};
+constexpr FewTile kFewTiles[] = {{4, 4, 0, 256, 8},    {4, 6, 256, 384, 8}, {4, 2, 0, 256, 8},   {4, 3, 256, 384, 8},
+                                 {4, 4, 384, 1024, 8}, {1, 1, 0, 256, 4},   {1, 1, 256, 384, 4}, {1, 2, 384, 1024, 4},
+                                 {1, 2, 0, 256, 8},    {1, 3, 256, 384, 8}, {1, 3, 384, 1024, 8}};
 constexpr int kFewTileCount = static_cast<int>(std::size(kFewTiles));
 // Those of x and weight that there are kernels for.
 struct OperandDTypes {
@@ -75,7 +68,7 @@ constexpr OperandDTypes kOperandDTypes[] = {
 // than 16 tokens of them are worth it have one number of splits.
 constexpr bool takes(const FewTile& tile, DType x, DType weight) {
   if (tile.token_tiles > 1) return x != DType::kF32 && tile.splits == 8;
-  return weight == DType::kF32 ? tile.splits == 8 : tile.splits == 4 || tile.chunks < 8;
+  return weight == DType::kF32 ? tile.splits == 8 : tile.splits == 4 || tile.most_experts < 1024;
 }
 
 // Many tokens (dense_router_many.cu): a cluster of blocks has a tile of tokens, each block 128 experts and a part of
@@ -163,7 +156,7 @@ constexpr auto kDenseRouterNumbers = everywhere(
                        /*filled_eighths=*/6, /*filled_tenths=*/7, /*wide_filled_tenths=*/8});
 
 struct DenseRouterPlan {
-  int one;          // of kOneTiles, or -1:
+  int one;          // of kOneExperts, or -1:
   int few;          // of kFewTiles, or -1: the kernel for many tokens, with
   ManyTiling many;  // this
   int64_t blocks;
@@ -194,12 +187,11 @@ inline std::string why_not_fused(const DenseRouter& op) {
 }
 
 inline std::optional<DenseRouterPlan> one_plan(const DenseRouter& op, int index, const Device& device) {
-  const OneTile& tile = kOneTiles[index];
   const int experts = op.select.selection.experts;
   const int64_t blocks = ceil_div(experts, 2);
   constexpr int kSharedBytes = kOneStages * kOneStageBytes;
-  if (op.select.rows != 1 || experts < 128 * tile.full_chunks || experts > 128 * tile.chunks ||
-      kSharedBytes + tile.static_bytes() > device.shared_bytes || blocks * kPacketBytes > op.workspace.bytes) {
+  if (op.select.rows != 1 || experts > kOneExperts[index] || kSharedBytes + kOneStaticBytes > device.shared_bytes ||
+      blocks * kPacketBytes > op.workspace.bytes) {
     return std::nullopt;
   }
   return DenseRouterPlan{index, -1, {}, blocks, kSharedBytes, blocks * kPacketBytes};
@@ -213,9 +205,9 @@ inline bool can_use(const DenseRouter& op, const FewTile& tile, const Device& de
   const int experts = op.select.selection.experts;
   // The blocks that select wait for all others: each must be running.
   const int64_t waiting = std::min(op.select.rows, few_blocks(op, tile));
-  return op.select.rows <= kFewTokens && waiting <= device.multiprocessors && 128 * tile.full_chunks <= experts &&
-         experts <= 128 * tile.chunks && takes(tile, op.operand_dtype, op.weight_dtype) &&
-         tile.shared_bytes(op.operand_dtype, op.weight_dtype) + tile.static_bytes() <= device.shared_bytes &&
+  return op.select.rows <= kFewTokens && waiting <= device.multiprocessors && tile.least_experts <= experts &&
+         experts <= tile.most_experts && takes(tile, op.operand_dtype, op.weight_dtype) &&
+         tile.shared_bytes(op.operand_dtype, op.weight_dtype) + kBlockScratchBytes <= device.shared_bytes &&
          few_workspace_bytes(op, tile) <= op.workspace.bytes;
 }
 
@@ -276,7 +268,7 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
     }
     return found;
   }
-  for (int i = 0; i < kOneTileCount; ++i) {
+  for (int i = 0; i < kOneSizes; ++i) {
     if (const auto plan = one_plan(op, i, device)) return plan;
   }
   const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
@@ -296,7 +288,7 @@ inline std::optional<DenseRouterPlan> plan(const DenseRouter& op, const Device& 
 inline std::vector<DenseRouterPlan> plans(const DenseRouter& op, const Device& device) {
   std::vector<DenseRouterPlan> found;
   if (!why_not_fused(op).empty()) return found;
-  for (int i = 0; i < kOneTileCount; ++i) {
+  for (int i = 0; i < kOneSizes; ++i) {
     if (const auto plan = one_plan(op, i, device)) found.push_back(*plan);
   }
   for (int i = 0; i < kFewTileCount; ++i) {
@@ -309,8 +301,8 @@ inline std::vector<DenseRouterPlan> plans(const DenseRouter& op, const Device& d
 }
 
 constexpr Needs needs(const DenseRouterPlan& plan) {
-  if (plan.one >= 0) return {plan.shared_bytes + kOneTiles[plan.one].static_bytes(), 1, false};
-  if (plan.few >= 0) return {plan.shared_bytes + kFewTiles[plan.few].static_bytes(), 1, false};
+  if (plan.one >= 0) return {plan.shared_bytes + kOneStaticBytes, 1, false};
+  if (plan.few >= 0) return {plan.shared_bytes + kBlockScratchBytes, 1, false};
   return {plan.shared_bytes + many_static_bytes(plan.many.wide), 1 << plan.many.cluster_bits(), true};
 }
 
@@ -351,12 +343,12 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
 inline std::string operands_name(DType x, DType weight, KeyMode mode) {
   return name(x) + (x == weight ? "" : "x" + name(weight)) + " " + name(mode);
 }
-inline std::string instance_name(DType x, DType weight, KeyMode mode, const OneTile& tile) {
-  return operands_name(x, weight, mode) + " one of " + std::to_string(128 * tile.chunks);
+inline std::string instance_name(DType x, DType weight, KeyMode mode, int one_experts) {
+  return operands_name(x, weight, mode) + " one of " + std::to_string(one_experts);
 }
 inline std::string instance_name(DType x, DType weight, KeyMode mode, const FewTile& tile) {
   return operands_name(x, weight, mode) + " few " + std::to_string(tile.tokens()) + "x" +
-         std::to_string(tile.experts()) + " of " + std::to_string(128 * tile.chunks);
+         std::to_string(tile.experts()) + " of " + std::to_string(tile.most_experts);
 }
 inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int split_bits, bool wide) {
   return name(dtype) + " " + name(mode) + " many " + std::to_string(many_tokens) +
@@ -365,7 +357,7 @@ inline std::string instance_name(DType dtype, KeyMode mode, int many_tokens, int
 
 inline std::string name(const DenseRouter& op, const DenseRouterPlan& plan) {
   const KeyMode mode = key_mode(op.select);
-  if (plan.one >= 0) return instance_name(op.operand_dtype, op.weight_dtype, mode, kOneTiles[plan.one]);
+  if (plan.one >= 0) return instance_name(op.operand_dtype, op.weight_dtype, mode, kOneExperts[plan.one]);
   if (plan.few >= 0) return instance_name(op.operand_dtype, op.weight_dtype, mode, kFewTiles[plan.few]);
   return instance_name(op.operand_dtype, mode, plan.many.tokens, plan.many.split_bits, plan.many.wide);
 }
@@ -374,9 +366,9 @@ inline std::vector<std::string> instances(const DenseRouter&, const Device& devi
   std::vector<std::string> all;
   for (const auto& [x, weight] : kOperandDTypes) {
     for (KeyMode mode : kKeyModes) {
-      for (const OneTile& tile : kOneTiles) all.push_back(instance_name(x, weight, mode, tile));
+      for (int experts : kOneExperts) all.push_back(instance_name(x, weight, mode, experts));
       for (const FewTile& tile : kFewTiles) {
-        const bool fits = tile.shared_bytes(x, weight) + tile.static_bytes() <= device.shared_bytes;
+        const bool fits = tile.shared_bytes(x, weight) + kBlockScratchBytes <= device.shared_bytes;
         if (fits && takes(tile, x, weight)) all.push_back(instance_name(x, weight, mode, tile));
       }
       for (const ManyTile& tile : kManyTiles) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../../common/macros.h"
+
 namespace jax_router::cuda {
 
 struct Device {
@@ -66,5 +68,7 @@ constexpr int kUnaskedSharedBytes = 48 * 1024;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+// Of a power of two.
+JR_HOST_DEVICE constexpr int log2_of(int x) { return x == 1 ? 0 : 1 + log2_of(x / 2); }
 
 }  // namespace jax_router::cuda
