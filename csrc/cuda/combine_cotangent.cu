@@ -41,13 +41,19 @@ __global__ void __launch_bounds__(32 * kMoveWarps, P::kElements > 1 ? 3 : 4)
 
   Choices all[2];
   uint32_t here[2];  // which of them have slots
-  int owner[2];      // whose this lane's slot is: needed for stores, so that no load waits for it
+  bool is_mine[2];   // whether this lane's has it for itself
+  int owner[2];      // where choices are apart, whose it is: few stores wait for that, and loads do not
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     all[h] = token.choices(rows, op.weights, 32 * h);
     const int j = 32 * h + static_cast<int>(threadIdx.x % 32);
-    here[h] = __ballot_sync(kFullWarp, all[h].slot >= 0 && j >= first_choice && j < last_choice);
-    owner[h] = token.owner_of(rows, all[h].slot);
+    const bool is_here = all[h].slot >= 0 && j >= first_choice && j < last_choice;
+    here[h] = __ballot_sync(kFullWarp, is_here);
+    if constexpr (kApart) {
+      owner[h] = token.owner_of(rows, all[h].slot);
+    } else {
+      is_mine[h] = is_here && lies_in(rows, token.problem, token.number, all[h].slot);
+    }
   }
   ChoiceProducts sums;
   while (piece - lane < end) {
@@ -69,8 +75,8 @@ __global__ void __launch_bounds__(32 * kMoveWarps, P::kElements > 1 ? 3 : 4)
           if ((have_slots >> i & 1) != 0 && inside)
             held[i - half] = load_piece<Reuse::kNoBlock>(static_cast<const Bits*>(op.y) + at);
         }
-        const bool is_mine = (low ? owner[0] : owner[1]) == static_cast<int>(token.number);
-        uint32_t are_mine = __ballot_sync(kFullWarp, is_mine) >> j;
+        if constexpr (kApart) is_mine[0] = (low ? owner[0] : owner[1]) == static_cast<int>(token.number);
+        uint32_t are_mine = __ballot_sync(kFullWarp, kApart || low ? is_mine[0] : is_mine[1]) >> j;
         if constexpr (kApart) {  // the block of a later choice in the same slot stores there
           const int slot = choices.slot_of(first_choice), number = static_cast<int>(lane);
           const bool is_later =
