@@ -23,8 +23,8 @@ def permute(
     `x[token_index]` is a scatter-add. It has the same bits every time. That in `weights` is
     `<x[n], g[slot[n, j]]>`, 0 for a choice without a slot.
 
-    A slot is a choice's where `token_index` and `slot` say the same; any other slot has no choice. Two choices of a
-    token have slots of their own, as `expert_dispatch` gives them: were they one, which weight counts is left open.
+    A slot is a choice's where `token_index` and `slot` say the same; any other slot has no choice. Where several
+    choices of a token are in one slot, as a dispatch made by hand may have it, the weight of the last one counts.
 
     Args:
         x: f32, bf16 or f16 `[..., D]`, a row a token; without `weights` also a float dtype of 8 bits, whose bits are
@@ -68,7 +68,8 @@ def combine(
 
     `out[n] = sum over j of weights[n, j] * y[slot[n, j]]`, in f32 in the order of the choices, rounded once; without
     `weights` a plain sum. A choice without a slot adds nothing, and what y holds in a slot without a choice is read
-    into no result: it may be NaN.
+    into no result: it may be NaN. Which rows these are, `slot` says alone: to drop a choice by hand, set its `slot` to
+    -1.
 
     The gradient in y is `weights[n, j] * g[n]` in slot `slot[n, j]`, and zeros in slots without a choice; that in
     `weights` is `<y[slot[n, j]], g[n]>`, 0 for a choice without a slot. One kernel computes the two, without atomics:

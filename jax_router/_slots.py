@@ -17,7 +17,10 @@ cotangents, for which there is one kernel, since both read the same rows:
     combine_cotangent(g, y, w) = permute(g, w), products(g, y)
 
 A slot is a choice's if `token_index` and `slot` agree on it; all other slots are empty, and their rows zeros. `combine`
-and `products` go by `slot` alone. So nothing that an empty slot or a choice without a slot holds reaches a result.
+and `products` go by `slot` alone. So nothing that an empty slot or a choice without a slot holds reaches a result,
+unless a dispatch made by hand has a `slot` that `token_index` does not confirm. Where one has several choices of a
+token in a slot, `permute` takes the weight of the last, where T would add them up: kernels would have to look for
+others. For such dispatches the derivatives are these formulas still, and not exact.
 """
 
 from __future__ import annotations
@@ -75,12 +78,13 @@ def _whole(values: Array) -> Array:
 def _permute(x: Array, token_index: Array, slot: Array, weights: Array | None = None) -> Array:
     known = (token_index >= 0) & (token_index < x.shape[0])
     here = _rows_at(slot, token_index) == jnp.arange(token_index.shape[0], dtype=jnp.int32)[:, None]
-    here = here & known[:, None]
+    choice = jnp.arange(slot.shape[-1], dtype=jnp.int32)[None]
+    last = jnp.where(here & known[:, None], choice, -1).max(axis=-1, keepdims=True, initial=-1)
     rows = _rows_at(x, token_index)
     if weights is not None:
-        weight = jnp.where(here, _rows_at(weights, token_index), 0.0).sum(axis=-1, keepdims=True)
+        weight = jnp.where(choice == last, _rows_at(weights, token_index), 0.0).sum(axis=-1, keepdims=True)
         rows = (rows.astype(jnp.float32) * weight).astype(x.dtype)
-    return jnp.where(here.any(axis=-1, keepdims=True), rows, jnp.zeros((), x.dtype))
+    return jnp.where(last >= 0, rows, jnp.zeros((), x.dtype))
 
 
 def _combine(y: Array, token_index: Array, slot: Array, weights: Array | None = None) -> Array:

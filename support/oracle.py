@@ -95,20 +95,20 @@ def _flat(x):
 
 
 def _choices(dispatch):
-    """(n, j, s) of the choices that have slots, which the slots confirm."""
-    token_index, slot = dispatch.token_index.astype(np.int64), _flat(dispatch.slot).astype(np.int64)
-    n, j = np.nonzero((slot >= 0) & (slot < len(token_index)))
-    s = slot[n, j]
-    return [index[token_index[s] == n] for index in (n, j, s)]
+    """(n, j, s) of the choices that have slots."""
+    slot = _flat(dispatch.slot).astype(np.int64)
+    n, j = np.nonzero((slot >= 0) & (slot < len(dispatch.token_index)))
+    return n, j, slot[n, j]
 
 
 def permute(x, dispatch, weights=None):
     n, j, s = _choices(dispatch)
+    n, j, s = (index[dispatch.token_index[s] == n] for index in (n, j, s))
     rows = _flat(x)[n]
     if weights is not None:
         rows = _flat(weights)[n, j, None] * rows
     out = np.zeros((len(dispatch.token_index), rows.shape[-1]))
-    out[s] = rows
+    out[s] = rows  # the last one where several choices are in a slot
     return out
 
 

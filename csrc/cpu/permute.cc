@@ -1,5 +1,6 @@
 // permute, and combine's cotangents, which are a permute with products beside it: a token's row is read once from
-// memory, and goes to its slots. Who clears the slots without a choice is instruction_set.cc.
+// memory, and goes to its slots, one choice after another: of several in one slot the last stays. Who clears the slots
+// without a choice is instruction_set.cc.
 #include "dispatched.h"
 #include "result_rows.h"
 #include "rows.h"

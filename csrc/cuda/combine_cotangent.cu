@@ -3,8 +3,9 @@
 // Some warps of a block own a token, or where there are few tokens one choice of it. A lane has a piece of grad's row
 // at a time, loads those of four slots of y, multiplies the two, and stores the first one, weighted, to these slots;
 // the products are summed over the warp and then over the warps, in an order that depends on the length of a row alone.
-// Blocks behind those clear the rows of the slots that no choice is in, as in permute. Floor: tokens * hidden elements
-// read, a row read for each choice that has a slot, and slots * hidden written.
+// Where several choices of a token are in one slot, as a dispatch made by hand may have it, the row of the last one
+// stays. Blocks behind those clear the rows of the slots that no choice is in, as in permute. Floor: tokens * hidden
+// elements read, a row read for each choice that has a slot, and slots * hidden written.
 #include "kernels.h"
 #include "parts/launch.cuh"
 #include "parts/pieces.cuh"
@@ -12,9 +13,10 @@
 namespace jax_router::cuda {
 namespace {
 
-// blockDim: (the lanes of a token, tokens), or choices in the place of tokens.
-template <class P>
-__global__ void __launch_bounds__(32 * kMoveWarps)
+// blockDim: (the lanes of a token, tokens), or choices in the place of tokens where these are apart. A multiprocessor
+// has as many blocks as leave each lane registers for its pieces.
+template <class P, bool kApart>
+__global__ void __launch_bounds__(32 * kMoveWarps, P::kElements > 1 ? 3 : 4)
     combine_cotangent_rows(const CombineCotangent op, const CombineCotangentPlan plan) {
   using Bits = typename P::Bits;
   const DispatchedRows& rows = op.rows;
@@ -25,11 +27,11 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
     return clear_unused(rows, warp, plan.pieces, grad_y);
   }
   const int64_t number = static_cast<int64_t>(blockIdx.x) * plan.tokens + threadIdx.y;
-  const int parts = plan.apart ? rows.k : 1;  // of a token
+  const int parts = kApart ? rows.k : 1;  // of a token
   const bool is_there = number < rows.token_rows() * parts;
   const Token token(rows, is_there ? number / parts : 0);
-  const int first_choice = plan.apart ? static_cast<int>(number - token.row * parts) : 0;
-  const int last_choice = !is_there ? first_choice : plan.apart ? first_choice + 1 : rows.k;
+  const int first_choice = kApart ? static_cast<int>(number - token.row * parts) : 0;
+  const int last_choice = !is_there ? first_choice : kApart ? first_choice + 1 : rows.k;
 
   // All lanes of a warp come along to the end of the row. Unsigned: a row may have almost 2^31 pieces.
   const uint32_t lane = threadIdx.x % 32, end = is_there ? plan.pieces : 0;
@@ -39,14 +41,19 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
 
   Choices all[2];
   uint32_t here[2];  // which of them have slots
-  bool is_mine[2];   // whether this lane's has it for itself: needed for stores, so that loads do not wait for it
+  bool is_mine[2];   // whether this lane's has it for itself
+  int owner[2];      // where choices are apart, whose it is: few stores wait for that, and loads do not
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     all[h] = token.choices(rows, op.weights, 32 * h);
     const int j = 32 * h + static_cast<int>(threadIdx.x % 32);
     const bool is_here = all[h].slot >= 0 && j >= first_choice && j < last_choice;
     here[h] = __ballot_sync(kFullWarp, is_here);
-    is_mine[h] = is_here && lies_in(rows, token.problem, token.number, all[h].slot);
+    if constexpr (kApart) {
+      owner[h] = token.owner_of(rows, all[h].slot);
+    } else {
+      is_mine[h] = is_here && lies_in(rows, token.problem, token.number, all[h].slot);
+    }
   }
   ChoiceProducts sums;
   while (piece - lane < end) {
@@ -68,7 +75,14 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
           if ((have_slots >> i & 1) != 0 && inside)
             held[i - half] = load_piece<Reuse::kNoBlock>(static_cast<const Bits*>(op.y) + at);
         }
-        const uint32_t are_mine = __ballot_sync(kFullWarp, low ? is_mine[0] : is_mine[1]) >> j;
+        if constexpr (kApart) is_mine[0] = (low ? owner[0] : owner[1]) == static_cast<int>(token.number);
+        uint32_t are_mine = __ballot_sync(kFullWarp, kApart || low ? is_mine[0] : is_mine[1]) >> j;
+        if constexpr (kApart) {  // the block of a later choice in the same slot stores there
+          const int slot = choices.slot_of(first_choice), number = static_cast<int>(lane);
+          const bool is_later =
+              (all[0].slot == slot && number > first_choice) || (all[1].slot == slot && number + 32 > first_choice);
+          if (__any_sync(kFullWarp, is_later)) are_mine = 0;
+        }
 #pragma unroll
         for (int i = half; i < half + kHeldRows; ++i) {
           const int64_t at = token.slot_row(rows, choices.slot_of(j + i)) * plan.pieces + piece;
@@ -93,8 +107,10 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
 
 cudaError_t run(const CombineCotangent& op, const CombineCotangentPlan& plan, cudaStream_t stream) {
   return with_piece(op.dtype, plan.wide, [&](auto piece) {
+    using P = decltype(piece);
+    const auto kernel = plan.apart ? combine_cotangent_rows<P, true> : combine_cotangent_rows<P, false>;
     const dim3 threads(32 * plan.warps, plan.tokens);
-    return launch_kernel(combine_cotangent_rows<decltype(piece)>, {plan.blocks, threads}, stream, op, plan);
+    return launch_kernel(kernel, {plan.blocks, threads}, stream, op, plan);
   });
 }
 

@@ -3,7 +3,8 @@
 // A warp owns a segment of a token's row: it loads that once, 16 bytes a lane and up to four at a time, and stores it
 // to each slot of the token, so that every access of a warp is to 512 bytes in a row. Warps behind those look at a few
 // slots each, and clear the rows of those that no choice is in. A slot has one owner: the token that it names, if that
-// names the slot too, and else the warp that looks. Floor: tokens * hidden elements read, and slots * hidden written.
+// names the slot too, and else the warp that looks. If several of its choices do, the last one's row stays. Floor:
+// tokens * hidden elements read, and slots * hidden written.
 //
 // Where there are few slots, a block owns a part of a slot's row, or those of a few slots, and looks up whose it is:
 // then a store waits for two loads, and for no other store.
@@ -18,6 +19,7 @@ namespace {
 template <int kBytes>
 struct Copy {
   using Bits = BitsOf<kBytes>;
+  static constexpr bool kHasWeight = false;
   __device__ __forceinline__ explicit Copy(const Bits& bits) : bits(bits) {}
   __device__ __forceinline__ Bits weighed(float) const { return bits; }
   Bits bits;
@@ -27,6 +29,7 @@ struct Copy {
 template <class P>
 struct Weighted {
   using Bits = typename P::Bits;
+  static constexpr bool kHasWeight = true;
   __device__ __forceinline__ explicit Weighted(const Bits& bits) : bits(bits) {}
   __device__ __forceinline__ Bits weighed(float weight) const {
     typename P::Floats floats;
@@ -54,9 +57,10 @@ __global__ void __launch_bounds__(32 * kMoveWarps) permute_tokens(const Permute 
     if (first + 32 * i < plan.pieces) held[i] = load_piece(row + first + 32 * i);
   }
   for (int j = 0; j < rows.k; j += 32) {
-    Choices choices = token.choices(rows, op.weights, j);
-    if (!lies_in(rows, token.problem, token.number, choices.slot)) choices.slot = -1;
-    for (uint32_t left = __ballot_sync(kFullWarp, choices.slot >= 0); left != 0; left &= left - 1) {
+    const Choices choices = token.choices(rows, op.weights, j);
+    const int owner = token.owner_of(rows, choices.slot);
+    for (uint32_t left = __ballot_sync(kFullWarp, owner == static_cast<int>(token.number)); left != 0;
+         left &= left - 1) {
       const int choice = __ffs(static_cast<int>(left)) - 1;
       Bits* to = out + token.slot_row(rows, choices.slot_of(choice)) * plan.pieces;
       const float weight = choices.weight_of(choice);
@@ -91,7 +95,7 @@ __global__ void __launch_bounds__(32 * kMoveWarps) permute_slots(const Permute o
       const uint32_t here = __ballot_sync(kFullWarp, choices.slot == slot);
       if (here == 0) continue;
       is_in_use = true;
-      weight = choices.weight_of(31 - __clz(static_cast<int>(here)));
+      if constexpr (Content::kHasWeight) weight = choices.weight_of(31 - __clz(static_cast<int>(here)));
     }
     held = is_in_use ? Content(held).weighed(weight) : Bits{};
   }

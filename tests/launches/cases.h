@@ -212,12 +212,13 @@ inline void expert_counts_cases(const Visit& visit) {
 }
 
 // Rows of pieces and of single elements, shorter and longer than a warp's and a block's; one token, many, and several
-// problems; few choices, and more than a warp's lanes; no slots but those in use, and many.
+// problems; few choices, and more than a warp's lanes; no slots but those in use, and many, or several choices of a
+// token in one.
 inline void moved_cases(const std::function<void(DType, const MovedSizes&, Content)>& visit) {
-  constexpr MovedSizes kSizes[] = {{1, 1, 8, 2048, 0},   {1, 1, 1, 8, 0},     {1, 64, 6, 1032, 300},
-                                   {2, 33, 3, 72, 9},    {1, 17, 8, 7168, 5}, {3, 5, 33, 257, 1},
-                                   {1, 9, 64, 40, 1000}, {1, 700, 2, 1, 40},  {1, 3, 12, 4099, 3},
-                                   {1, 2500, 8, 520, 0}, {1, 0, 4, 64, 11},   {2, 60, 0, 96, 30}};
+  constexpr MovedSizes kSizes[] = {{1, 1, 8, 2048, 0},  {1, 1, 1, 8, 0},      {1, 64, 6, 1032, 300}, {2, 33, 3, 72, 9},
+                                   {1, 17, 8, 7168, 5}, {3, 5, 33, 257, 1},   {1, 9, 64, 40, 1000},  {1, 700, 2, 1, 40},
+                                   {1, 3, 12, 4099, 3}, {1, 2500, 8, 520, 0}, {1, 0, 4, 64, 11},     {2, 60, 0, 96, 30},
+                                   {2, 5, 6, 264, -27}, {1, 3, 40, 33, -110}};
   Maker make;
   for (DType dtype : kDTypes) {
     for (MovedSizes sizes : kSizes) {

@@ -148,6 +148,11 @@ struct Token {
     return choices;
   }
 
+  // The token that a lane's slot names, -1 where it has none: a load, for which nobody waits who does not compare it.
+  __device__ __forceinline__ int owner_of(const DispatchedRows& rows, int slot) const {
+    return slot >= 0 ? __ldg(rows.token_index + slot_row(rows, slot)) : -1;
+  }
+
   __device__ __forceinline__ int64_t slot_row(const DispatchedRows& rows, int slot) const {
     return problem * rows.slots + slot;
   }
