@@ -260,20 +260,6 @@ struct LinearBins {
   }
 };
 
-// For active threads, with no jump around it, for which the compiler would wait: the count at that address of shared
-// memory, which becomes one more.
-__device__ __forceinline__ void count_if(bool active, uint32_t address, uint32_t& place) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.shared.add.u32 %0, [%1], 1; }"
-               : "+r"(place)
-               : "r"(address), "r"(static_cast<uint32_t>(active))
-               : "memory");
-}
-__device__ __forceinline__ void store_if(bool active, uint32_t address, uint64_t pair) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b64 [%0], %1; }" ::"r"(address), "l"(pair),
-               "r"(static_cast<uint32_t>(active))
-               : "memory");
-}
-
 // Of the shortest rows, one block more fits a multiprocessor.
 template <typename T, int kThreads, int kVectors, bool kSorted>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads + (kThreads * kVectors * (16 / sizeof(T)) <= 1024 ? 1 : 0))

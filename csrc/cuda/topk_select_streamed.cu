@@ -7,10 +7,10 @@
 // in the shared memory of the cluster's first block, which selects exactly k of them, puts them in order and writes
 // them.
 //
-// The order of the index is found by a bit an index, set for those that are chosen, as long as shared memory has room
-// for a row's bits. For the order by value the candidates are divided into bins once, which is enough to choose them
-// too, unless many share a bin. Those, and longer rows in the order of the index, are put in order by
-// PairSelect::order.
+// The order of the index is found by a bit an index, as long as shared memory has room for a row's bits. It is set for
+// those that are chosen: at once where that is certain, while the k-th is still looked for. For the order by value the
+// candidates are divided into bins once, which is enough to choose them too, unless many share a bin. Those, and longer
+// rows in the order of the index, are put in order by PairSelect::order.
 //
 // Every thread reads back only what it fetched itself. The blocks of a cluster have few steps, and each step is spread
 // evenly over the block's part, 128 bytes here and there: the first, which is the sample, is right for sorted rows too.
@@ -314,6 +314,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
   static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint2)) <= kRing * sizeof(uint4));
   const bool uses_bits = !op.sorted && block == 0 && Select::has_bits(format.index_bits);
+  const uint32_t bits = ring - block_shared_memory;
+  const bool are_far = op.length >= 64 * op.k;  // neighbours among the candidates, in the order of the index
 
   uint64_t bound = kLowestPair;
   uint32_t best_key = kNoKey;  // of this thread's candidates
@@ -607,8 +609,14 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
           bound = 0;
           kth.varying = static_cast<uint64_t>(key_max - key_min) + 1 < uint64_t{1} << 31 >> format.index_bits;
         } else {
-          kth = spreads() ? Select::template kth_largest<!kInCluster>(count, k, format.index_bits, 0, key_min, key_max)
-                          : Select::kth_largest(count, k, format.index_bits, 0, key_min, key_max);
+          const auto find = [&](auto spread, auto mark) {
+            return Select::template kth_largest<decltype(spread)::value, decltype(mark)::value>(
+                count, k, format.index_bits, 0, key_min, key_max, bits, kInCluster ? are_far : has_trend);
+          };
+          using Spreads = std::bool_constant<!kInCluster>;
+          kth = uses_bits   ? find(Spreads{}, std::true_type{})
+                : spreads() ? find(Spreads{}, std::false_type{})
+                            : find(std::false_type{}, std::false_type{});
           const uint64_t kth_pair = op.sorted ? whole(kth.pair, gathering.left_out) : kth.pair;
           const bool exact = kth_pair >= its_doubt;
           bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth_pair;
@@ -650,7 +658,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
                                    write_whole);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
-      Select::in_order_of_index(count, kth.pair, k, format.index_bits, ring, kRingBytes, op.length >= 64 * op.k,
+      Select::in_order_of_index(count, kth.pair, k, {bits, format.index_bits}, kRingBytes, are_far,
                                 kInCluster || has_trend, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);

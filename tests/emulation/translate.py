@@ -45,6 +45,7 @@ INSTRUCTIONS = {
     "createpolicy": "{0} = 0",
     "griddepcontrol": "",
     "%%cluster_ctarank": "{0} = emulation::block_of_cluster()",
+    "%%tid.x": "{0} = threadIdx.x",
     "barrier.cluster.arrive": "emulation::cluster_arrive()",
     "barrier.cluster.wait": "emulation::cluster_wait()",
     "fence.acq_rel.cluster": "",
@@ -54,6 +55,8 @@ INSTRUCTIONS = {
     "setp.ne.u32 p, %2, 0; @p atom.shared.add.u32": "if ({2}) {0} = "
     "atomicAdd(static_cast<uint32_t*>(emulation::at({1})), 1)",
     "setp.ne.u32 p, %2, 0; @p st.shared.b64": "if ({2}) *static_cast<uint64_t*>(emulation::at({0})) = {1}",
+    "setp.ne.u32 p, %1, 0; @p red.shared.add.u32": "if ({1}) ++*static_cast<uint32_t*>(emulation::at({0}))",
+    "setp.ne.u32 p, %2, 0; @p red.shared.or.b32": "if ({2}) *static_cast<uint32_t*>(emulation::at({0})) |= {1}",
     "red.shared.add.u32": "++*static_cast<uint32_t*>(emulation::at({0}))",
     "atom.shared::cluster.add.u32": "{0} = atomicAdd(static_cast<uint32_t*>(emulation::at({1})), {2})",
     "atom.shared.add.u32": "{0} = atomicAdd(static_cast<uint32_t*>(emulation::at({1})), {2})",

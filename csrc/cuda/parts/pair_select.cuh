@@ -13,6 +13,7 @@
 
 #include "../../common/order.h"
 #include "../plan/topk_select.h"
+#include "cluster.cuh"
 #include "warp.cuh"
 
 namespace jax_router::cuda {
@@ -46,6 +47,30 @@ __device__ __forceinline__ int count_larger_of_close(uint64_t pair, const uint64
   return larger + more;
 }
 
+// For active threads, with no jump around it, for which the compiler would wait: the count at that address of shared
+// memory, which becomes one more.
+__device__ __forceinline__ void count_if(bool active, uint32_t address, uint32_t& place) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.shared.add.u32 %0, [%1], 1; }"
+               : "+r"(place)
+               : "r"(address), "r"(static_cast<uint32_t>(active))
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool active, uint32_t address, uint64_t pair) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b64 [%0], %1; }" ::"r"(address), "l"(pair),
+               "r"(static_cast<uint32_t>(active))
+               : "memory");
+}
+__device__ __forceinline__ void add_one_if(bool active, uint32_t address) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p red.shared.add.u32 [%0], 1; }" ::"r"(address),
+               "r"(static_cast<uint32_t>(active))
+               : "memory");
+}
+__device__ __forceinline__ void or_if(bool active, uint32_t address, uint32_t bits) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p red.shared.or.b32 [%0], %1; }" ::"r"(address), "r"(bits),
+               "r"(static_cast<uint32_t>(active))
+               : "memory");
+}
+
 // A block's shared memory: this, then its pairs, then whatever the kernel wants.
 extern __shared__ uint4 block_shared_memory[];
 
@@ -53,9 +78,10 @@ template <int kThreads, int kBinsOfThread>
 struct alignas(16) PairSelect {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = kBinsOfThread * kThreads;
-  static constexpr int kMostMembers = 64;          // of a bin, to be ranked by comparing each with all,
-  static constexpr uint32_t kFewRanked = 512;      // or twice as many where so few are ranked
-  static constexpr uint32_t kMostOfBin = 16;       // of a bin, to be put in order so
+  static constexpr int kMostMembers = 64;                        // of a bin, to be ranked by comparing each with all,
+  static constexpr int kMostListed = kThreads < 256 ? 64 : 128;  // of the k-th's bin, where nothing else is ranked
+  static constexpr uint32_t kFewRanked = 512;                    // or twice as many where so few are ranked
+  static constexpr uint32_t kMostOfBin = 16;                     // of a bin, to be put in order so
   static constexpr uint32_t kMostToCompare = 128;  // of a bin, before there is a faster way to put them in order
   static constexpr int kBinBits = log2_of(kBins);
   static_assert(kBins == 1 << kBinBits);
@@ -205,30 +231,59 @@ struct alignas(16) PairSelect {
     return __syncthreads_or(before < k && most > (k <= kFewRanked ? 2 * kMostMembers : kMostMembers)) != 0;
   }
 
-  // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`. Several are loaded at once. If `spread`, the
-  // lanes of a warp take pairs far apart.
-  template <class Body>
-  static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body,
-                                                  bool spread = false) {
-    constexpr int kAtOnce = 3;
+  // Calls body(some) for pairs()[0..count), several at once, with kNoPair for what is missing of the last. If `spread`,
+  // the lanes of a warp take pairs far apart.
+  static constexpr int kAtOnce = 2;
+  template <int kPairs, class Body>
+  static __device__ __forceinline__ void for_some(uint32_t count, bool spread, Body body) {
     const uint32_t of_lane = (count + 31) / 32 | 1;  // odd, so that lanes load from different banks
     const uint32_t start = spread ? threadIdx.x % 32 * of_lane + threadIdx.x / 32 : threadIdx.x;
     const uint32_t end = spread ? min(threadIdx.x % 32 * of_lane + of_lane, count) : count;
     const uint32_t stride = spread ? kWarps : kThreads;
 #pragma unroll 1
-    for (uint32_t first = start; first < end; first += kAtOnce * stride) {
-      uint64_t some[kAtOnce];
+    for (uint32_t first = start; first < end; first += kPairs * stride) {
+      uint64_t some[kPairs];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) some[i] = first + i * stride < end ? pairs()[first + i * stride] : kNoPair;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (some[i] >= worst && some[i] <= best) body(some[i]);
-      }
+      for (int i = 0; i < kPairs; ++i) some[i] = first + i * stride < end ? pairs()[first + i * stride] : kNoPair;
+      body(some);
     }
+  }
+
+  // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`.
+  template <class Body>
+  static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body,
+                                                  bool spread = false) {
+    for_some<3>(count, spread, [&](const uint64_t (&some)[3]) {
+#pragma unroll
+      for (uint64_t pair : some) {
+        if (pair >= worst && pair <= best) body(pair);
+      }
+    });
   }
 
   // The smallest shift that brings every distance up to `span` into `bits` bits.
   static __device__ __forceinline__ int shift_for(uint64_t span) { return max(64 - __clzll(span) - kBinBits, 0); }
+
+  // A bit an index, in vectors of 16 bytes of shared memory. A thread can see to few of them.
+  static constexpr int kMostVectors = 4;
+  static __device__ __forceinline__ uint32_t vectors_of_bits(int index_bits) { return 1u << max(index_bits - 7, 0); }
+  static __device__ __forceinline__ bool has_bits(int index_bits) {
+    return vectors_of_bits(index_bits) <= kMostVectors * kThreads;
+  }
+  struct IndexBits {
+    uint32_t start;  // in block_shared_memory
+    int index_bits;
+
+    __device__ __forceinline__ uint4* vectors() const { return block_shared_memory + start; }
+    __device__ __forceinline__ uint32_t* words() const { return reinterpret_cast<uint32_t*>(vectors()); }
+
+    __device__ __forceinline__ uint32_t index(uint64_t pair) const {
+      return ~static_cast<uint32_t>(pair) & static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
+    }
+    __device__ __forceinline__ void set_if(bool active, uint64_t pair) const {
+      or_if(active, address_of(words() + index(pair) / 32), 1u << index(pair) % 32);
+    }
+  };
 
   struct Kth {
     uint64_t pair;     // exactly k pairs, or up to `slack` more, are no smaller
@@ -246,10 +301,14 @@ struct alignas(16) PairSelect {
 
   // The k-th largest of pairs()[0..count), whose indices have so many bits; at least k of them are not kNoPair, and
   // k > 0. All threads get it. Who knows that the keys lie from key_min to key_max, and has cleared the bins, saves a
-  // look at all pairs. kSpreads: for pairs whose neighbours lie close together.
-  template <bool kSpreads = false>
+  // look at all pairs. kSpreads: for pairs whose neighbours lie close together, if these `spread`. If kMarks, the bits
+  // that begin there, which are clear, are set of the pairs that are no smaller, and `varying` is none.
+  template <bool kSpreads = false, bool kMarks = false>
   static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, int index_bits, uint32_t slack,
-                                                 uint32_t key_min = kNoKey, uint32_t key_max = kNoKey) {
+                                                 uint32_t key_min = kNoKey, uint32_t key_max = kNoKey,
+                                                 uint32_t start_of_bits = 0, bool spread = kSpreads) {
+    const IndexBits bits{start_of_bits, index_bits};
+    const uint32_t bins_address = address_of(shared().bins);
     uint64_t best = ~uint64_t{0}, worst = kLowestPair, overall_best = 0;
 #pragma unroll 1
     while (true) {
@@ -276,18 +335,26 @@ struct alignas(16) PairSelect {
       worst = max(worst, static_cast<uint64_t>(key_min) << index_bits);
       key_min = kNoKey;
       if (overall_best == 0) overall_best = best;
-      const int shift = shift_for(best - worst);
+      // Bins of one step, and where there are too few for that, of eight steps from the best on. An exact k-th, of few
+      // pairs that are too many, is near the worst, so there the steps are small.
+      const uint64_t span = best - worst;
+      const int shift = max(shift_for(span) - (slack == 0 ? 2 : 0), 0);
+      const int left_out = max(static_cast<int>(span >> shift) - (kBins - 1), 0);  // steps without a bin of their own
       const uint32_t some_key = static_cast<uint32_t>(overall_best >> index_bits);
       uint32_t key_varying = 0;
-      for_each(
-          count, worst, best,
-          [&](uint64_t pair) {
-            atomicAdd(&shared().bins[(best - pair) >> shift], 1);
-            key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
-          },
-          kSpreads);
-      key_varying = __reduce_or_sync(kFullWarp, key_varying);
-      if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
+      for_some<kAtOnce>(count, kSpreads && spread, [&](const uint64_t (&some)[kAtOnce]) {
+#pragma unroll
+        for (uint64_t pair : some) {
+          const bool is_inside = best - pair <= span;
+          const int step = static_cast<int>((best - pair) >> shift);
+          add_one_if(is_inside, bins_address + 4 * max(step >> 3, step - left_out));
+          if (!kMarks && is_inside) key_varying |= static_cast<uint32_t>(pair >> index_bits) ^ some_key;
+        }
+      });
+      if (!kMarks) {
+        key_varying = __reduce_or_sync(kFullWarp, key_varying);
+        if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
+      }
       __syncthreads();
       const uint32_t overall_varying = shared().key_varying;
       if (threadIdx.x == 0) {
@@ -297,20 +364,41 @@ struct alignas(16) PairSelect {
       }
       find_bin(k);
       k -= shared().found.before;
-      best -= static_cast<uint64_t>(shared().found.bin) << shift;
-      const uint64_t last = (uint64_t{1} << shift) - 1;
+      const uint32_t bin = shared().found.bin, first_step = min(8 * bin, bin + left_out);
+      const uint64_t last = (static_cast<uint64_t>(min(8 * bin + 7, bin + left_out) - first_step + 1) << shift) - 1;
+      best -= static_cast<uint64_t>(first_step) << shift;
       if (best - worst > last) worst = best - last;
-      if (shared().found.count <= k + slack) return {worst, overall_best, overall_varying};
       const uint32_t last_count = shared().found.count;
-      if (last_count > kMostMembers) continue;
+      const bool is_exact = last_count <= k + slack;
+      if (is_exact && !kMarks) return {worst, overall_best, overall_varying};
+      if (!is_exact && last_count > kMostListed) continue;
       // So few that comparing each with all ends it. Their list is where the bins were.
       uint64_t* members = reinterpret_cast<uint64_t*>(shared().bins);
-      for_each(count, worst, best, [&](uint64_t pair) { members[atomicAdd(&shared().members, 1)] = pair; });
-      if (threadIdx.x == 0) members[last_count] = kNoPair;
+      // As few are counted, the lanes need not add up first what is one address: so the compiler is not to know it.
+      uint32_t tid;
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+      const uint32_t counter = address_of(&shared().members) + (tid >> 10 << 2);
+      const uint64_t certain = is_exact ? worst : best + 1;  // no smaller one need be compared
+      for_some<kAtOnce>(count, kMarks && spread, [&](const uint64_t (&some)[kAtOnce]) {
+        bool is_member[kAtOnce];
+        uint32_t place[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          is_member[i] = some[i] >= worst && some[i] < certain;
+          count_if(is_member[i], counter, place[i]);
+          if (kMarks) bits.set_if(some[i] >= certain, some[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) store_if(is_member[i], bins_address + 8 * place[i], some[i]);
+      });
+      if (threadIdx.x == 0 && !is_exact) members[last_count] = kNoPair;
       __syncthreads();
+      if (is_exact) return {worst, overall_best, overall_varying};
       if (threadIdx.x < last_count) {
         const uint64_t pair = members[threadIdx.x];
-        if (count_larger(pair, members, last_count) == k - 1) shared().kth = pair;
+        const uint32_t larger = count_larger(pair, members, last_count);
+        if (kMarks) bits.set_if(larger < k, pair);
+        if (larger == k - 1) shared().kth = pair;
       }
       __syncthreads();
       return {shared().kth, overall_best, overall_varying};
@@ -499,51 +587,38 @@ struct alignas(16) PairSelect {
     }
   }
 
-  // For in_order_of_index: a bit an index, in vectors of 16 bytes, and behind these 16 bits a word of them, which count
-  // the chosen. A thread can see to few vectors.
-  static constexpr int kMostVectors = 4;
-  static_assert(kMaxSelectK < 1 << 16);
-  static __device__ __forceinline__ uint32_t vectors_of_bits(int index_bits) { return 1u << max(index_bits - 7, 0); }
-  static __device__ __forceinline__ bool has_bits(int index_bits) {
-    return vectors_of_bits(index_bits) <= kMostVectors * kThreads;
-  }
-
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, of which there are k, with
-  // its place in ascending order of the index. The bits are clear: then those of the chosen are set, and counted up to
-  // each word. Where neighbours in pairs() are far apart in that order, they are put in order in shared memory first,
-  // since whole lines are faster to write: behind the bits, if these `bytes` have room. Then, if `spreads`, no warp
-  // looks at neighbours at once: where these are of one block, their bits share few banks of shared memory.
+  // its place in ascending order of the index. The bits of these are set; they are counted up to each word. Where
+  // neighbours in pairs() are far apart in that order, they are put in order in shared memory first, since whole lines
+  // are faster to write: behind the bits, if these `bytes` have room.
+  static_assert(kMaxSelectK < 1 << 16);
   template <class Write>
-  static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, uint32_t k, int index_bits,
-                                                           uint4* bits, uint32_t bytes, bool are_far, bool spreads,
-                                                           Write write) {
-    const uint32_t last_index = static_cast<uint32_t>((uint64_t{1} << index_bits) - 1);
-    const uint32_t vectors = vectors_of_bits(index_bits);
-    uint32_t* words = reinterpret_cast<uint32_t*>(bits);
-    uint2* before = reinterpret_cast<uint2*>(bits + vectors);
+  static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, uint32_t k, IndexBits bits,
+                                                           uint32_t bytes, bool are_far, bool spreads, Write write) {
+    const uint32_t vectors = vectors_of_bits(bits.index_bits);
+    uint2* before = reinterpret_cast<uint2*>(bits.vectors() + vectors);  // 16 bits a word
     uint64_t* in_order = reinterpret_cast<uint64_t*>(before + vectors);
-    const bool gathers = are_far && reinterpret_cast<uint4*>(in_order + k) <= bits + bytes / sizeof(uint4);
-    for_each(
-        count, bound, ~uint64_t{0},
-        [&](uint64_t pair) {
-          const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
-          atomicOr(words + index / 32, 1u << index % 32);
-        },
-        gathers && spreads);
-    __syncthreads();
+    const bool gathers = are_far && reinterpret_cast<uint4*>(in_order + k) <= bits.vectors() + bytes / sizeof(uint4);
     // Each warp has some vectors, of which its lanes take turns.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t of_thread = (vectors + kThreads - 1) / kThreads;
     const uint32_t first = 32 * of_thread * warp + lane;
-    uint32_t own_before[kMostVectors], of_warp = 0;
+    uint32_t sums[kMostVectors] = {};  // of a vector's bits up to each word's end, a byte each
 #pragma unroll
     for (int i = 0; i < kMostVectors; ++i) {
       if (i >= of_thread) break;
-      const uint4 own = first + 32 * i < vectors ? bits[first + 32 * i] : make_uint4(0, 0, 0, 0);
-      const uint32_t size = __popc(own.x) + __popc(own.y) + __popc(own.z) + __popc(own.w);
-      const uint32_t sum = inclusive_sum_of_lanes(size);
-      own_before[i] = of_warp + sum - size;
-      of_warp += __shfl_sync(kFullWarp, sum, 31);
+      const uint4 own = first + 32 * i < vectors ? bits.vectors()[first + 32 * i] : make_uint4(0, 0, 0, 0);
+      sums[i] = (__popc(own.x) | __popc(own.y) << 8 | __popc(own.z) << 16 | __popc(own.w) << 24) * 0x01010101u;
+    }
+    uint32_t own_before[kMostVectors], of_warp = 0;
+#pragma unroll
+    for (int i = 0; i < kMostVectors; i += 2) {
+      if (i >= of_thread) break;
+      const uint32_t two = sums[i] >> 24 | sums[i + 1] >> 24 << 16, sum = inclusive_sum_of_lanes(two);
+      const uint32_t of_both = __shfl_sync(kFullWarp, sum, 31);
+      own_before[i] = of_warp + (sum - two & 0xFFFF);
+      own_before[i + 1] = of_warp + (of_both & 0xFFFF) + (sum - two >> 16);
+      of_warp += (of_both & 0xFFFF) + (of_both >> 16);
     }
     if (lane == 0) shared().warp_sums[warp] = of_warp;
     __syncthreads();
@@ -551,24 +626,28 @@ struct alignas(16) PairSelect {
 #pragma unroll
     for (int i = 0; i < kMostVectors; ++i) {
       if (i >= of_thread || first + 32 * i >= vectors) break;
-      const uint4 own = bits[first + 32 * i];
-      const uint32_t x = start + own_before[i], y = x + __popc(own.x), z = y + __popc(own.y), w = z + __popc(own.z);
-      before[first + 32 * i] = make_uint2(x | y << 16, z | w << 16);
+      const uint32_t twice = (start + own_before[i]) * 0x00010001u, earlier = sums[i] << 8;
+      before[first + 32 * i] =
+          make_uint2(twice + __byte_perm(earlier, 0, 0x4140), twice + __byte_perm(earlier, 0, 0x4342));
     }
     __syncthreads();
-    for_each(
-        count, bound, ~uint64_t{0},
-        [&](uint64_t pair) {
-          const uint32_t index = ~static_cast<uint32_t>(pair) & last_index;
-          const uint32_t earlier = words[index / 32] & ((1u << index % 32) - 1);
-          const uint32_t place = reinterpret_cast<const uint16_t*>(before)[index / 32] + __popc(earlier);
-          if (gathers) {
-            in_order[place] = pair;
-          } else {
-            write(place, pair);
-          }
-        },
-        gathers && spreads);
+    for_some<kAtOnce>(count, gathers && spreads, [&](const uint64_t (&some)[kAtOnce]) {
+      uint32_t place[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const uint32_t index = bits.index(some[i]);
+        const uint32_t earlier = bits.words()[index / 32] & ((1u << index % 32) - 1);
+        place[i] = reinterpret_cast<const uint16_t*>(before)[index / 32] + __popc(earlier);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (gathers) {
+          store_if(some[i] >= bound, address_of(in_order + place[i]), some[i]);
+        } else if (some[i] >= bound) {
+          write(place[i], some[i]);
+        }
+      }
+    });
     if (!gathers) return;
     __syncthreads();
 #pragma unroll 1
