@@ -544,12 +544,11 @@ def test_layouts_of_moved_rows(name, implementation, rng):
     x[~routed], y[~used] = np.nan, np.nan
 
     def run(x, y, weights):
-        permuted, pull_permuted = jax.vjp(lambda x, w: move("permute", x, dispatch, w), x, weights)
-        combined, pull_combined = jax.vjp(lambda y, w: move("combine", y, dispatch, w), y, weights)
+        permuted, pull_permuted = jax.vjp(lambda x, w: moved(x, dispatch, w), x, weights)
+        combined, pull_combined = jax.vjp(lambda y, w: added(y, dispatch, w), y, weights)
         return permuted, *pull_permuted(y), combined, *pull_combined(x)
 
-    def move(name, *operands):
-        return op(name, implementation=implementation)(*operands)
+    moved, added = op("permute", implementation=implementation), op("combine", implementation=implementation)
 
     got = jax.jit(run)(x, y, weights)
     by_weights = products(x, y, dispatch)
@@ -583,14 +582,13 @@ def test_dispatches_made_by_hand(name, implementation, rng):
     x, y = (rng.normal(0, 1, (rows, 20)).astype(np.float32) for rows in (40, 120))
     weights = rng.normal(0, 1, (40, 3)).astype(np.float32)
 
-    def move(name, *operands):
-        return op(name, implementation=implementation)(*operands)
+    moved, added = op("permute", implementation=implementation), op("combine", implementation=implementation)
 
     @jax.jit
     def run(x, y, weights):
-        permuted, pull_permuted = jax.vjp(lambda x, w: move("permute", x, dispatch, w), x, weights)
-        combined, pull_combined = jax.vjp(lambda y, w: move("combine", y, dispatch, w), y, weights)
-        plain = move("permute", x, dispatch), move("combine", y, dispatch)
+        permuted, pull_permuted = jax.vjp(lambda x, w: moved(x, dispatch, w), x, weights)
+        combined, pull_combined = jax.vjp(lambda y, w: added(y, dispatch, w), y, weights)
+        plain = moved(x, dispatch), added(y, dispatch)
         return permuted, *pull_permuted(y), combined, *pull_combined(x), *plain
 
     by_weights = products(x, y, dispatch)
