@@ -19,7 +19,6 @@ namespace {
 template <int kBytes>
 struct Copy {
   using Bits = BitsOf<kBytes>;
-  static constexpr bool kHasWeight = false;
   __device__ __forceinline__ explicit Copy(const Bits& bits) : bits(bits) {}
   __device__ __forceinline__ Bits weighed(float) const { return bits; }
   Bits bits;
@@ -29,7 +28,6 @@ struct Copy {
 template <class P>
 struct Weighted {
   using Bits = typename P::Bits;
-  static constexpr bool kHasWeight = true;
   __device__ __forceinline__ explicit Weighted(const Bits& bits) : bits(bits) {}
   __device__ __forceinline__ Bits weighed(float weight) const {
     typename P::Floats floats;
@@ -95,7 +93,7 @@ __global__ void __launch_bounds__(32 * kMoveWarps) permute_slots(const Permute o
       const uint32_t here = __ballot_sync(kFullWarp, choices.slot == slot);
       if (here == 0) continue;
       is_in_use = true;
-      if constexpr (Content::kHasWeight) weight = choices.weight_of(31 - __clz(static_cast<int>(here)));
+      weight = choices.weight_of(31 - __clz(static_cast<int>(here)));
     }
     held = is_in_use ? Content(held).weighed(weight) : Bits{};
   }
