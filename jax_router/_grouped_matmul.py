@@ -290,8 +290,9 @@ def _transpose(cotangent: Any, lhs: Any, rhs: Any, group_sizes: Array, *, form: 
 def _batch(values: Any, dims: Any, **params: Any):
     """A loop; over a sharded axis, that of each device over its own part."""
     mapped = [index for index, dim in enumerate(dims) if dim is not None]
-    alike = align([jnp.moveaxis(values[i], dims[i], 0) for i in mapped], [values[i].ndim - 1 for i in mapped])
-    values = [alike.pop(0) if index in mapped else value for index, value in enumerate(values)]
+    moved = align([jnp.moveaxis(values[i], dims[i], 0) for i in mapped], [values[i].ndim - 1 for i in mapped])
+    alike = dict(zip(mapped, moved))
+    values = [alike.get(index, value) for index, value in enumerate(values)]
     axis = PartitionSpec(*jax.typeof(values[mapped[0]]).sharding.spec[:1])
 
     def loop(*values: Array) -> Array:

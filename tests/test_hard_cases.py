@@ -531,6 +531,18 @@ LAYOUTS = {
 }
 
 
+def moved_and_pulled_back(implementation, dispatch):
+    """permute and combine with weights and, behind each, its gradients, those of rows and of weights."""
+    moved, added = op("permute", implementation=implementation), op("combine", implementation=implementation)
+
+    def run(x, y, weights):
+        permuted, pull_permuted = jax.vjp(lambda x, w: moved(x, dispatch, w), x, weights)
+        combined, pull_combined = jax.vjp(lambda y, w: added(y, dispatch, w), y, weights)
+        return permuted, *pull_permuted(y), combined, *pull_combined(x)
+
+    return run
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_of_moved_rows(name, implementation, rng):
     """With NaN in what is not used: slots of y and of a cotangent, and the rows of tokens that have no slot."""
@@ -543,14 +555,7 @@ def test_layouts_of_moved_rows(name, implementation, rng):
     weights[dispatch.slot < 0] = np.nan
     x[~routed], y[~used] = np.nan, np.nan
 
-    def run(x, y, weights):
-        permuted, pull_permuted = jax.vjp(lambda x, w: moved(x, dispatch, w), x, weights)
-        combined, pull_combined = jax.vjp(lambda y, w: added(y, dispatch, w), y, weights)
-        return permuted, *pull_permuted(y), combined, *pull_combined(x)
-
-    moved, added = op("permute", implementation=implementation), op("combine", implementation=implementation)
-
-    got = jax.jit(run)(x, y, weights)
+    got = jax.jit(moved_and_pulled_back(implementation, dispatch))(x, y, weights)
     by_weights = products(x, y, dispatch)
     rows, sums = permute(x, dispatch, weights), combine(y, dispatch, weights)
     for mine, want in zip(got, (rows, sums, by_weights, sums, rows, by_weights), strict=True):
@@ -582,14 +587,12 @@ def test_dispatches_made_by_hand(name, implementation, rng):
     x, y = (rng.normal(0, 1, (rows, 20)).astype(np.float32) for rows in (40, 120))
     weights = rng.normal(0, 1, (40, 3)).astype(np.float32)
 
-    moved, added = op("permute", implementation=implementation), op("combine", implementation=implementation)
+    moved = moved_and_pulled_back(implementation, dispatch)
 
     @jax.jit
     def run(x, y, weights):
-        permuted, pull_permuted = jax.vjp(lambda x, w: moved(x, dispatch, w), x, weights)
-        combined, pull_combined = jax.vjp(lambda y, w: added(y, dispatch, w), y, weights)
-        plain = moved(x, dispatch), added(y, dispatch)
-        return permuted, *pull_permuted(y), combined, *pull_combined(x), *plain
+        plain = [op(name, implementation=implementation)(of, dispatch) for name, of in (("permute", x), ("combine", y))]
+        return *moved(x, y, weights), *plain
 
     by_weights = products(x, y, dispatch)
     rows, sums = permute(x, dispatch, weights), combine(y, dispatch, weights)

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   uint32_t best_key = kNoKey;  // of this thread's candidates
   uint32_t count;              // of the row's candidates, in the first block
   typename Select::Kth kth;    // its pair is 0 if the candidates are divided into bins instead,
-  uint32_t key_min, top_key;   // of these keys, and it says whether all of them differ by less than 2^31
+  uint32_t key_min, top_key;   // of these keys, and kth.varying says whether all pairs differ by less than 2^31
   // A candidate with all bits of its key.
   const auto whole = [&](uint64_t pair, int32_t left_out) {
     if (!kShortens || left_out < 0) return pair;

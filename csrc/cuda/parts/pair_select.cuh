@@ -14,6 +14,7 @@
 #include "../../common/order.h"
 #include "../plan/topk_select.h"
 #include "cluster.cuh"
+#include "predicated.cuh"
 #include "warp.cuh"
 
 namespace jax_router::cuda {
@@ -45,30 +46,6 @@ __device__ __forceinline__ int count_larger_of_close(uint64_t pair, const uint64
     more += own - others.z >> 31;
   }
   return larger + more;
-}
-
-// For active threads, with no jump around it, for which the compiler would wait: the count at that address of shared
-// memory, which becomes one more.
-__device__ __forceinline__ void count_if(bool active, uint32_t address, uint32_t& place) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.shared.add.u32 %0, [%1], 1; }"
-               : "+r"(place)
-               : "r"(address), "r"(static_cast<uint32_t>(active))
-               : "memory");
-}
-__device__ __forceinline__ void store_if(bool active, uint32_t address, uint64_t pair) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b64 [%0], %1; }" ::"r"(address), "l"(pair),
-               "r"(static_cast<uint32_t>(active))
-               : "memory");
-}
-__device__ __forceinline__ void add_one_if(bool active, uint32_t address) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p red.shared.add.u32 [%0], 1; }" ::"r"(address),
-               "r"(static_cast<uint32_t>(active))
-               : "memory");
-}
-__device__ __forceinline__ void or_if(bool active, uint32_t address, uint32_t bits) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p red.shared.or.b32 [%0], %1; }" ::"r"(address), "r"(bits),
-               "r"(static_cast<uint32_t>(active))
-               : "memory");
 }
 
 // A block's shared memory: this, then its pairs, then whatever the kernel wants.
@@ -170,17 +147,24 @@ struct alignas(16) PairSelect {
     }
     return own;
   }
-  // Where the bins of one thread begin, and those that hold number k end: it says so in `found`.
-  static __device__ __forceinline__ void find_among(const Bins& own, uint32_t before, uint32_t k) {
+  // If one thread's bins, of which the first begins at `before`, hold that number: body(bin, where it begins, count).
+  template <class Body>
+  static __device__ __forceinline__ void at_number(const Bins& own, uint32_t before, uint32_t number, Body body) {
 #pragma unroll
     for (uint32_t i = 0; i < kBinsOfThread; ++i) {
-      if (before < k && k <= before + own.counts[i]) {
-        shared().found.bin = kBinsOfThread * threadIdx.x + i;
-        shared().found.before = before;
-        shared().found.count = own.counts[i];
+      if (before < number && number <= before + own.counts[i]) {
+        body(kBinsOfThread * threadIdx.x + i, before, own.counts[i]);
       }
       before += own.counts[i];
     }
+  }
+  // It says so in `found`.
+  static __device__ __forceinline__ void find_among(const Bins& own, uint32_t before, uint32_t k) {
+    at_number(own, before, k, [](uint32_t bin, uint32_t start, uint32_t count) {
+      shared().found.bin = bin;
+      shared().found.before = start;
+      shared().found.count = count;
+    });
   }
 
   // Which of the bins holds number k of what was counted into them, in `found`, and number `few`, unless that is 0.
@@ -203,13 +187,9 @@ struct alignas(16) PairSelect {
     const auto is_here = [&](uint32_t number) { return before < number && number <= before + of_warp; };
     if (is_here(k) || is_here(few)) {
       const Bins own = own_bins();
-      uint32_t start = before + inclusive_sum_of_lanes(own.sum) - own.sum;
+      const uint32_t start = before + inclusive_sum_of_lanes(own.sum) - own.sum;
       find_among(own, start, k);
-#pragma unroll
-      for (uint32_t i = 0; i < kBinsOfThread; ++i) {
-        if (start < few && few <= start + own.counts[i]) shared().found.bin_of_few = kBinsOfThread * threadIdx.x + i;
-        start += own.counts[i];
-      }
+      at_number(own, start, few, [](uint32_t bin, uint32_t, uint32_t) { shared().found.bin_of_few = bin; });
     }
     __syncthreads();
   }
@@ -231,9 +211,10 @@ struct alignas(16) PairSelect {
     return __syncthreads_or(before < k && most > (k <= kFewRanked ? 2 * kMostMembers : kMostMembers)) != 0;
   }
 
+  static constexpr int kAtOnce = 2;           // pairs of a thread where all accesses are predicated,
+  static constexpr int kAtOnceWithJumps = 3;  // and where they are not
   // Calls body(some) for pairs()[0..count), several at once, with kNoPair for what is missing of the last. If `spread`,
   // the lanes of a warp take pairs far apart.
-  static constexpr int kAtOnce = 2;
   template <int kPairs, class Body>
   static __device__ __forceinline__ void for_some(uint32_t count, bool spread, Body body) {
     const uint32_t of_lane = (count + 31) / 32 | 1;  // odd, so that lanes load from different banks
@@ -253,7 +234,7 @@ struct alignas(16) PairSelect {
   template <class Body>
   static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body,
                                                   bool spread = false) {
-    for_some<3>(count, spread, [&](const uint64_t (&some)[3]) {
+    for_some<kAtOnceWithJumps>(count, spread, [&](const uint64_t (&some)[kAtOnceWithJumps]) {
 #pragma unroll
       for (uint64_t pair : some) {
         if (pair >= worst && pair <= best) body(pair);

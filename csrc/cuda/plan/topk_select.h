@@ -147,7 +147,7 @@ constexpr int64_t pair_select_bytes(int threads, int bins_of_thread) {
 constexpr int64_t ordering_bytes(int64_t size) { return 8 * size + 4 * (size / 2 + 2); }
 
 constexpr int kStreamedBins = 2;
-constexpr int kLineBytes = 128;  // that the stream begins with a line of shared memory
+constexpr int kLineBytes = 128;  // so that the stream begins with a line of shared memory
 // Where the bins are those of a whole row, a thread has as many of them as elements, or as many as pay.
 constexpr int block_row_bins(int vectors, DType dtype) { return std::min(vectors * (16 / size_of(dtype)), 8); }
 // Of the stream through shared memory: vectors of a thread's step, and steps under way.
