@@ -53,7 +53,7 @@ NUMBERS = {
         ("f32 scores tile 32x4", "f32 scores tile 16x8"),
     ),
     "ActivationTopkNumbers.half_warps, groups": (
-        "activation_topk/rows/f32/groups8/E256/k8",
+        "activation_topk/rows/f32/bias/groups8/E256/k8",
         ("f32 groups tile 32x2", "f32 groups tile 16x4"),
     ),
     "ActivationTopkNumbers.half_warps, 16-bit scores, 4 quads": (
@@ -69,7 +69,7 @@ NUMBERS = {
         ("bf16 scores tile 32x4", "bf16 scores tile 16x8"),
     ),
     "ActivationTopkNumbers.half_warps, 16-bit groups": (
-        "activation_topk/rows/bf16/groups8/E256/k8",
+        "activation_topk/rows/bf16/bias/groups8/E256/k8",
         ("bf16 groups tile 32x2", "bf16 groups tile 16x4"),
     ),
     "ActivationTopkNumbers.block_rows, scores": (
@@ -77,7 +77,7 @@ NUMBERS = {
         ("f32 scores block of 256", "f32 scores tile 32x2"),
     ),
     "ActivationTopkNumbers.block_rows, groups": (
-        "activation_topk/rows/f32/groups8/E256/k8",
+        "activation_topk/rows/f32/bias/groups8/E256/k8",
         ("f32 groups block of 256", "f32 groups tile 32x2"),
     ),
     "kLeastBlockExperts": (
@@ -93,11 +93,11 @@ NUMBERS = {
         ("bf16 scores tile 16x4", "bf16 scores tile 8x8"),
     ),
     "ActivationTopkNumbers.quarter_warps, groups": (
-        "activation_topk/rows/bf16/groups8/E256/k8",
+        "activation_topk/rows/bf16/bias/groups8/E256/k8",
         ("bf16 groups tile 16x4", "bf16 groups tile 8x8"),
     ),
     "ActivationTopkNumbers.long_quarter_warps": (
-        "activation_topk/rows/f32/groups8/E256/k8",
+        "activation_topk/rows/f32/bias/groups8/E256/k8",
         ("f32 groups tile 16x4", "f32 groups tile 8x8"),
     ),
     "TopkSelectNumbers.half_warps": ("topk_select/rows/f32/L512/k6/sorted", ("f32 tile 32x4", "f32 tile 16x8")),

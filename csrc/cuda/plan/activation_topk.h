@@ -21,14 +21,14 @@ struct ActivationTopkNumbers {
   // Up to how many rows a block a token is the fastest, by KeyMode. Not for logits: there is little to compute.
   int64_t block_rows[3];
 };
-// Measured on an H100 alone: blocks for 128 to 512 experts, half warps for up to 512 experts,
-// quarters for 128 and 256, and up to 65536 rows.
+// Measured on an H100 and, those of groups with a bias, as models have them, on an H200, which has its multiprocessors:
+// blocks for 128 to 512 experts, half warps for up to 512 experts, quarters for 128 and 256, and up to 65536 rows.
 constexpr auto kActivationTopkNumbers =
-    everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 1920, 2560, 9216}}, {{6144, 6144, 6144, 6144}}},
-                                      {{{1, 1, 512, 2048}}, {{1, 2304, 6144, 27648}}, {{3840, 3840, 3840, 3840}}}},
-                                     {16384, 12288, 26624},
+    everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 1920, 2560, 4608}}, {{2560, 2560, 2560, 2560}}},
+                                      {{{1, 1, 512, 2048}}, {{1, 2304, 3840, 8192}}, {{2560, 2560, 2560, 2560}}}},
+                                     {12288, 12288, 16384},
                                      67584,
-                                     {0, 132, 264}});
+                                     {0, 132, 198}});
 
 // The widths that have kernels of their own are a choice between speed and the time to compile them.
 constexpr RowTile kActivationTopkTiles[] = {{16, 1, 0}, {16, 2, 1}, {16, 3, 2}, {16, 4, 3}, {16, 6, 4},

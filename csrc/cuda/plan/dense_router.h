@@ -306,17 +306,17 @@ constexpr Needs needs(const DenseRouterPlan& plan) {
   return {plan.shared_bytes + many_static_bytes(plan.many.wide), 1 << plan.many.cluster_bits(), true};
 }
 
-// Whether the blocks of a plan for few tokens all run at once. A multiprocessor has registers for two of 16 tokens, and
+// In how many turns the blocks of a plan for few tokens run. A multiprocessor has registers for two of 16 tokens, and
 // for one of more.
-inline bool all_run_at_once(const DenseRouterPlan& plan, const Device& device) {
+inline int64_t turns(const DenseRouterPlan& plan, const Device& device) {
   const int64_t most = kFewTiles[plan.few].token_tiles == 1 ? 2 : 1;
   const int64_t of_multiprocessor = std::min<int64_t>(device.blocks_with(needs(plan).shared_bytes), most);
-  return plan.blocks <= of_multiprocessor * device.multiprocessors;
+  return ceil_div(plan.blocks, of_multiprocessor * device.multiprocessors);
 }
 
 // Whether the plan is faster than XLA's product and the kernel of activation_topk. Blocks that multiply on tensor cores
-// were faster in one wave, and slower in two: on an H100, beyond few_experts and most_experts. Where one wave ends is a
-// matter of the device.
+// were faster in one turn, and slower in two: on an H100, beyond few_experts and most_experts. Those of an x in f32
+// were faster in two, and slower in three. Where a turn ends is a matter of the device.
 inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Device& device) {
   const DenseRouterNumbers& numbers = kDenseRouterNumbers.of(device);
   const int64_t rows = op.select.rows;
@@ -325,7 +325,7 @@ inline bool pays(const DenseRouter& op, const DenseRouterPlan& plan, const Devic
   // A token of more experts XLA multiplies as fast, without a hand-over.
   if (rows == 1) return plan.one >= 0;
   if (plan.few >= 0) {
-    if (rows > numbers.few_tokens && is_short && !all_run_at_once(plan, device)) return false;
+    if (rows > numbers.few_tokens && turns(plan, device) > (is_short ? 1 : 2)) return false;
     if (rows > numbers.tile_tokens) {
       return experts > numbers.least_experts && experts <= numbers.most_experts && is_short;
     }
