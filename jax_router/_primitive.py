@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from . import _native
 from ._check import as_array
-from ._sharding import align, inside_shard_map, is_split, merge_specs, with_results_as
+from ._sharding import align, inside_shard_map, is_split, merge_specs, shape_of_part, with_results_as
 
 
 class Operand(NamedTuple):
@@ -247,7 +247,7 @@ class Op:
 
     def lower(self, platform, ctx, *values, **params):
         """The lowering rule for a platform whose native module is registered."""
-        avals = dict(zip(params["names"], ctx.avals_in))
+        avals = _of_a_device(dict(zip(params["names"], ctx.avals_in)))
         options = {name: value for name, value in params.items() if name != "names"}
         partitioned = self.composed and may_be_partitioned(ctx)
         reason = self.reason_against_kernels(platform, avals, partitioned=partitioned, **options)
@@ -262,7 +262,7 @@ class Op:
 
         Args:
             platform: one that the op has kernels for, and whose module is loaded.
-            avals: of the operands, by name.
+            avals: of the operands of one device, by name.
             partitioned: whether XLA may partition the program.
             implementation: what the caller asked for.
             params: the parameters.
@@ -283,7 +283,7 @@ class Op:
 
     def _lower_to_kernels(self, platform, ctx, *values, names, implementation, **params):
         avals_out = list(ctx.avals_out)
-        nbytes = self.workspace(platform, dict(zip(names, ctx.avals_in)), **params)
+        nbytes = self.workspace(platform, _of_a_device(dict(zip(names, ctx.avals_in))), **params)
         if nbytes is not None:
             place = [name.rstrip("?") for name in self.results].index("workspace")
             batch_shape = ctx.avals_in[0].shape[: self.batch_ndim(names, ctx.avals_in)]
@@ -396,6 +396,11 @@ class _Call:
             "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": str(self.batch_ndim)}),
             "sdy.sharding_rule": mlir.ir.Attribute.parse(f"#sdy.op_sharding_rule{rule}"),
         }
+
+
+def _of_a_device(avals: Mapping[str, Any]) -> dict[str, Any]:
+    """What one device has of each operand, where types say how they are split: in meshes with Explicit axes."""
+    return {name: jax.core.ShapedArray(shape_of_part(aval), aval.dtype) for name, aval in avals.items()}
 
 
 def may_be_partitioned(ctx: Any) -> bool:
