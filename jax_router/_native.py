@@ -27,7 +27,7 @@ _MODULES = {"cpu": ("_cpu", "cpu"), "cuda": ("_cuda", "CUDA")}
 
 PLATFORMS = tuple(_MODULES)
 
-_REINSTALL = "pip install --force-reinstall --no-deps jax-router"
+_BUILD_AGAIN = "pip install --force-reinstall --no-deps . (in the folder of its source)"
 
 HOW_TO_BUILD_CUDA = (
     "To get the CUDA kernels, install jax-router from source with the environment variable JAX_ROUTER_CUDA=ON and nvcc "
@@ -106,8 +106,8 @@ def _check_ffi_api(module: ModuleType) -> None:
     if built[0] != runtime[0] or built > runtime:
         raise ImportError(
             f"{module.__name__} was built for XLA FFI API {built[0]}.{built[1]}, but jaxlib {jaxlib.__version__} has "
-            f"{runtime[0]}.{runtime[1]}. Upgrade jax and jaxlib, or rebuild jax-router against this jaxlib: "
-            f"{_REINSTALL}."
+            f"{runtime[0]}.{runtime[1]}. Upgrade jax and jaxlib, or build jax-router again, for the oldest jaxlib that "
+            f"it supports: {_BUILD_AGAIN}"
         )
 
 
@@ -171,7 +171,7 @@ def register(platform: str, declared: Mapping[str, Declaration]) -> None:
     if differences:
         raise ImportError(
             f"{module.__name__} is not the native module of jax_router {__version__} in {Path(__file__).parent}: "
-            f"{'; '.join(differences)}. Build it again: {_REINSTALL}."
+            f"{'; '.join(differences)}. Build it again: {_BUILD_AGAIN}"
         )
     for name, handler in module.targets().items():
         jax.ffi.register_ffi_target(target_name(name), handler, platform=_MODULES[platform][1])
