@@ -331,6 +331,32 @@ def zero_tangent(primal: Array) -> ad.Zero:
     return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
+def those_that_move(tangents: Mapping[str, Any]) -> dict[str, Array]:
+    """The tangents by operand name, without those of operands that do not move."""
+    return {name: tangent for name, tangent in tangents.items() if not isinstance(tangent, ad.Zero)}
+
+
+def multilinear_jvp(
+    op: Op, primals: Mapping[str, Any], tangents: Mapping[str, Any], **params: Any
+) -> tuple[list[Array], list[Any]]:
+    """The derivative rule of an op of one result that is linear in each float operand: a term for each that moves."""
+    (result,) = op(primals, **params)
+    terms = [op({**primals, name: tangent}, **params)[0] for name, tangent in those_that_move(tangents).items()]
+    return [result], [sum(terms[1:], terms[0]) if terms else zero_tangent(result)]
+
+
+def jvp_in_parts(
+    op: Op, parts: Callable[..., list[Array]], primals: Mapping[str, Any], tangents: Mapping[str, Any], **params: Any
+) -> tuple[list[Array], list[Any]]:
+    """The derivative rule of an op by that of `parts`, the ops that it is made of."""
+    results = op(primals, **params)
+    moving = those_that_move(tangents)
+    if not moving:
+        return results, [zero_tangent(result) for result in results]
+    at = {name: primals[name] for name in moving}
+    return results, jax.jvp(lambda moved: parts(**{**primals, **moved}, **params), (at,), (moving,))[1]
+
+
 def use_kernels() -> None:
     """Once all ops exist: lowers them to the kernels of the native modules that are there.
 
