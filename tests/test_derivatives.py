@@ -340,20 +340,20 @@ def test_gradient_of_rows_of_8_bits(implementation, rng):
     np.testing.assert_array_equal(np.asarray(grad(x)).astype(np.float32), 3.0)
 
 
-SCORINGS = {
+MANY_CHOICES = {
     "renormalized": {},
     "apart": {"score_fn": "sigmoid", "renormalize": False},
     "softmax of all": {"score_fn": "softmax", "renormalize": False},
 }
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", MANY_CHOICES)
 def test_more_choices_than_kernels_take(scoring, rng):
     """A gradient has a kernel where there is one for so many choices, whether or not the selection had one."""
     logits, cotangent = (rng.normal(0, 1, (6, n)).astype(np.float32) for n in (128, 100))
 
     def gradient(logits, implementation="auto"):
-        route = partial(jax_router.activation_topk, top_k=100, implementation=implementation, **SCORINGS[scoring])
+        route = partial(jax_router.activation_topk, top_k=100, implementation=implementation, **MANY_CHOICES[scoring])
         return jax.vjp(lambda logits: route(logits).weights, logits)[1](cotangent)[0]
 
     np.testing.assert_allclose(jax.jit(gradient)(logits), gradient(logits, "reference"), rtol=1e-4, atol=1e-6)
