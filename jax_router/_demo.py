@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -24,9 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from . import activation_topk, expert_dispatch, reference
-from ._timing import device_name
+from ._timing import device_name, wall_timings
 from ._types import Dispatch, Routing
-from .router import Router, RouterConfig
+from .config import RouterConfig
+from .router import Router
 
 _VOCABULARY = 129280  # of DeepSeek-V4
 _DENSE = RouterConfig(hidden_size=4096, num_experts=256, top_k=6, scale=1.5, param_dtype=jnp.bfloat16)
@@ -213,12 +212,7 @@ def _timing_table(layers: dict[str, Router], token_ids: list[int]) -> Table:
 def _add_times(
     table: Table, name: str, ours: Callable[..., Any], theirs: Callable[..., Any], *operands: jax.Array
 ) -> None:
-    times_us: list[list[float]] = [[], []]
-    programs = [jax.jit(ours), jax.jit(theirs)]
-    for _ in range(12):
-        for program, times in zip(programs, times_us):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*operands))
-            times.append(1e6 * (time.perf_counter() - start))
-    mine, its = (statistics.median(times[2:]) for times in times_us)
+    programs = {"ours": jax.jit(ours), "theirs": jax.jit(theirs)}
+    timings = wall_timings(programs, {key: [operands] for key in programs}, seconds=0.0, turns=12)
+    mine, its = timings["ours"].us, timings["theirs"].us
     table.add_row(name, f"{mine:,.0f} us", f"{its:,.0f} us", f"{its / mine:.1f}")
