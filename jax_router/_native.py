@@ -224,6 +224,15 @@ def custom_call_targets() -> tuple[str, ...]:
 # What the native modules call the dtypes that kernels compute with.
 NATIVE_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
+# GPUs, as the plans of the CUDA module want them described.
+GPUS = {
+    "A100": {"compute_capability": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
+    "L40S": {"compute_capability": 89, "multiprocessors": 142, "shared_bytes": 99 * 1024},
+    "H100": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    "H200": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    "B200": {"compute_capability": 100, "multiprocessors": 148, "shared_bytes": 227 * 1024},
+}
+
 
 def native_module(platform: str) -> ModuleType:
     """The native module of a platform that has one. Its attributes are the limits of its kernels."""
@@ -260,12 +269,21 @@ def choice_sizes(expert_ids: Any, num_experts: int) -> dict[str, int]:
     return {"batch": problems, "tokens": tokens, "k": k, "experts": num_experts}
 
 
-def workspace_of_choices(op: str, platform: str, expert_ids: Any, num_experts: int) -> int | None:
-    """Bytes a problem of an op on ids, where one of its kernels counts for another."""
+def workspace_of_choices(op: str, platform: str, expert_ids: Any, num_experts: int, *, exported: bool) -> int | None:
+    """Bytes a problem of an op on ids, where one of its kernels counts for another.
+
+    An exported program may run on other GPUs, which share the choices out otherwise. It has what those of `GPUS` need,
+    and an H100 for the longest problems: with that, every GPU finds a kernel.
+    """
     if platform != "cuda":
         return None
+    needed_on = functools.partial(native_module(platform).workspace_bytes, op)
     sizes = choice_sizes(expert_ids, num_experts)
-    return -(-native_module(platform).workspace_bytes(op, **sizes) // max(sizes["batch"], 1))
+    nbytes = needed_on(**sizes)
+    if exported:
+        longest = sizes | {"tokens": (2**31 - 1) // sizes["k"]}
+        nbytes = max(nbytes, needed_on(GPUS["H100"], **longest), *(needed_on(gpu, **sizes) for gpu in GPUS.values()))
+    return -(-nbytes // max(sizes["batch"], 1))
 
 
 def unsupported_selection(platform: str, num_experts: int, top_k: int) -> str | None:

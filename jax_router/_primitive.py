@@ -57,7 +57,7 @@ def _always_pays(platform: str, avals: Mapping[str, Any], **params: Any) -> bool
     return True
 
 
-def _no_workspace(platform: str, avals: Mapping[str, Any], **params: Any) -> int | None:
+def _no_workspace(platform: str, avals: Mapping[str, Any], *, exported: bool, **params: Any) -> int | None:
     return None
 
 
@@ -84,9 +84,10 @@ class Op:
         composed: whether `reference` is made of other ops; it then takes `implementation` for them. XLA sees these
             instead of a kernel where axes are split over devices or XLA may split them, because it can split further
             than over batch axes, and in exported programs, which may run anywhere.
-        workspace: from a platform, the operands' avals and the parameters to the bytes of memory that the kernels need
-            for each problem besides operands and results, or None if those of that platform take none. It is one more
-            result of the custom call, named "workspace" in `results`, so that XLA plans it.
+        workspace: from a platform, the operands' avals, the parameters and whether the program is `exported` to the
+            bytes of memory that the kernels need for each problem besides operands and results, or None if those of
+            that platform take none. It is one more result of the custom call, named "workspace" in `results`, so that
+            XLA plans it.
         gathers: whether it reads but a few entries of a row of the first operand. Where vmap maps other operands and
             not that one, "auto" takes the reference, which reads them where they are: the kernels would need a copy of
             it for every problem. (A composed op computes what does not depend on the mapped operands once.)
@@ -283,7 +284,8 @@ class Op:
 
     def _lower_to_kernels(self, platform, ctx, *values, names, implementation, **params):
         avals_out = list(ctx.avals_out)
-        nbytes = self.workspace(platform, _of_a_device(dict(zip(names, ctx.avals_in))), **params)
+        avals = _of_a_device(dict(zip(names, ctx.avals_in)))
+        nbytes = self.workspace(platform, avals, exported=_is_exported(ctx), **params)
         if nbytes is not None:
             place = [name.rstrip("?") for name in self.results].index("workspace")
             batch_shape = ctx.avals_in[0].shape[: self.batch_ndim(names, ctx.avals_in)]
@@ -429,10 +431,14 @@ def _of_a_device(avals: Mapping[str, Any]) -> dict[str, Any]:
     return {name: jax.core.ShapedArray(shape_of_part(aval), aval.dtype) for name, aval in avals.items()}
 
 
+def _is_exported(ctx: Any) -> bool:
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def may_be_partitioned(ctx: Any) -> bool:
     """Whether XLA may split what is lowered here over devices as it sees fit, or the program is exported."""
     module = ctx.module_context
-    if module.lowering_parameters.for_export:
+    if _is_exported(ctx):
         return True
     mesh = ctx.avals_in[0].sharding.mesh
     if mesh.axis_types and all(axis_type == jax.sharding.AxisType.Explicit for axis_type in mesh.axis_types):
