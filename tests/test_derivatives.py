@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 import jax_router
 from cases import draw
+from jax_router import _native
 from moves import lay_out
 from oracle import activation_topk as oracle_activation_topk
 from oracle import f64
@@ -358,4 +359,5 @@ def test_more_choices_than_kernels_take(scoring, rng):
 
     np.testing.assert_allclose(jax.jit(gradient)(logits), gradient(logits, "reference"), rtol=1e-4, atol=1e-6)
     on_cuda = jax.jit(gradient).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
-    assert scoring == "apart" or "jax_router.route_cotangent" not in on_cuda
+    has_kernel = scoring == "apart" and not isinstance(_native.load("cuda"), ImportError)
+    assert ("jax_router.route_cotangent" in on_cuda) == has_kernel
