@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import activation_topk, expert_dispatch, reference
+from ._load_bars import rows_of_blocks
 from ._timing import device_name, wall_timings
 from ._types import Dispatch, Routing
 from .config import RouterConfig
@@ -41,8 +42,6 @@ _HASH = RouterConfig(
 )
 _MAX_CHARACTERS = 20_000
 _TOLERANCE = 1e-4
-_BLOCKS = " ▁▂▃▄▅▆▇█"
-_ASCII_BLOCKS = " .:-=+*#@"
 
 
 class DemoError(Exception):
@@ -75,7 +74,7 @@ def run(file: Path | None, rows: int) -> int:
             agrees, report = _check_against_reference(router, x, ids, routing)
         all_agree &= agrees
         console.print(_token_table(name, token_ids[:rows], routing))
-        console.print(_load_panel(routing.expert_ids, _ASCII_BLOCKS if console.options.ascii_only else _BLOCKS))
+        console.print(_load_panel(routing.expert_ids, console.options.ascii_only))
         console.print(report, "\n")
     with console.status("timing"):
         console.print(_timing_table(layers, token_ids))
@@ -163,14 +162,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _load_panel(expert_ids: jax.Array, levels: str, width: int = 64) -> Panel:
-    """How many choices every expert got: a block for each, full for the busiest."""
+def _load_panel(expert_ids: jax.Array, ascii_only: bool) -> Panel:
+    """How many choices every expert got."""
     load = np.bincount(np.asarray(expert_ids).ravel(), minlength=_DENSE.num_experts)
-    heights = np.ceil(load / load.max() * (len(levels) - 1)).astype(int)
     lines: list[Any] = []
-    for first in range(0, load.size, width):
-        blocks = "".join(levels[height] for height in heights[first : first + width])
-        lines += [Text.assemble((f"{first:3}-{first + width - 1:3} ", "dim"), (blocks, "cyan")), ""]
+    for first, blocks in rows_of_blocks(load, ascii_only):
+        lines += [Text.assemble((f"{first:3}-{first + len(blocks) - 1:3} ", "dim"), (blocks, "cyan")), ""]
     order = np.argsort(-load, kind="stable")
     busiest = ", ".join(f"{expert} ({load[expert]})" for expert in order[:3])
     idlest = ", ".join(f"{expert} ({load[expert]})" for expert in order[:-4:-1])
