@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _case.add_options(doctor)
     doctor.add_argument(
-        "--gpu", choices=tuple(_explain.GPUS), help="answer for this GPU, which need not be here (default: this device)"
+        "--gpu", choices=tuple(_native.GPUS), help="answer for this GPU, which need not be here (default: this device)"
     )
     arguments = parser.parse_args(argv)
     if arguments.command is None:

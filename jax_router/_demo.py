@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -24,9 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from . import activation_topk, expert_dispatch, reference
-from ._timing import device_name
+from ._load_bars import rows_of_blocks
+from ._timing import device_name, wall_timings
 from ._types import Dispatch, Routing
-from .router import Router, RouterConfig
+from .config import RouterConfig
+from .router import Router
 
 _VOCABULARY = 129280  # of DeepSeek-V4
 _DENSE = RouterConfig(hidden_size=4096, num_experts=256, top_k=6, scale=1.5, param_dtype=jnp.bfloat16)
@@ -42,8 +42,6 @@ _HASH = RouterConfig(
 )
 _MAX_CHARACTERS = 20_000
 _TOLERANCE = 1e-4
-_BLOCKS = " ▁▂▃▄▅▆▇█"
-_ASCII_BLOCKS = " .:-=+*#@"
 
 
 class DemoError(Exception):
@@ -76,7 +74,7 @@ def run(file: Path | None, rows: int) -> int:
             agrees, report = _check_against_reference(router, x, ids, routing)
         all_agree &= agrees
         console.print(_token_table(name, token_ids[:rows], routing))
-        console.print(_load_panel(routing.expert_ids, _ASCII_BLOCKS if console.options.ascii_only else _BLOCKS))
+        console.print(_load_panel(routing.expert_ids, console.options.ascii_only))
         console.print(report, "\n")
     with console.status("timing"):
         console.print(_timing_table(layers, token_ids))
@@ -164,14 +162,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _load_panel(expert_ids: jax.Array, levels: str, width: int = 64) -> Panel:
-    """How many choices every expert got: a block for each, full for the busiest."""
+def _load_panel(expert_ids: jax.Array, ascii_only: bool) -> Panel:
+    """How many choices every expert got."""
     load = np.bincount(np.asarray(expert_ids).ravel(), minlength=_DENSE.num_experts)
-    heights = np.ceil(load / load.max() * (len(levels) - 1)).astype(int)
     lines: list[Any] = []
-    for first in range(0, load.size, width):
-        blocks = "".join(levels[height] for height in heights[first : first + width])
-        lines += [Text.assemble((f"{first:3}-{first + width - 1:3} ", "dim"), (blocks, "cyan")), ""]
+    for first, blocks in rows_of_blocks(load, ascii_only):
+        lines += [Text.assemble((f"{first:3}-{first + len(blocks) - 1:3} ", "dim"), (blocks, "cyan")), ""]
     order = np.argsort(-load, kind="stable")
     busiest = ", ".join(f"{expert} ({load[expert]})" for expert in order[:3])
     idlest = ", ".join(f"{expert} ({load[expert]})" for expert in order[:-4:-1])
@@ -213,12 +209,7 @@ def _timing_table(layers: dict[str, Router], token_ids: list[int]) -> Table:
 def _add_times(
     table: Table, name: str, ours: Callable[..., Any], theirs: Callable[..., Any], *operands: jax.Array
 ) -> None:
-    times_us: list[list[float]] = [[], []]
-    programs = [jax.jit(ours), jax.jit(theirs)]
-    for _ in range(12):
-        for program, times in zip(programs, times_us):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*operands))
-            times.append(1e6 * (time.perf_counter() - start))
-    mine, its = (statistics.median(times[2:]) for times in times_us)
+    programs = {"ours": jax.jit(ours), "theirs": jax.jit(theirs)}
+    timings = wall_timings(programs, {key: [operands] for key in programs}, seconds=0.0, turns=12)
+    mine, its = timings["ours"].us, timings["theirs"].us
     table.add_row(name, f"{mine:,.0f} us", f"{its:,.0f} us", f"{its / mine:.1f}")

@@ -26,7 +26,7 @@ from jax.interpreters import ad
 
 from . import reference
 from ._native import unsupported_selection
-from ._primitive import Op, Operand, Result, zero_tangent
+from ._primitive import Op, Operand, Result, those_that_move, zero_tangent
 from ._shapes import numbers
 from ._types import Scoring
 
@@ -74,7 +74,7 @@ def selecting_jvp(
     )
     results = [weights, expert_ids, *(chosen if return_chosen else [])]
     given = {name: primals[name] for name in factors if name in primals}
-    moving = {name: tangents[name] for name in given if not isinstance(tangents[name], ad.Zero)}
+    moving = those_that_move({name: tangents[name] for name in given})
     if not moving:
         return results, [zero_tangent(result) for result in results]
     if together is not None and not whole_row and not return_chosen:

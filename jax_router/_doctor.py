@@ -25,8 +25,9 @@ from ._activation_topk import activation_topk
 from ._case import Case
 from ._dense_router import dense_router
 from ._expert_dispatch import expert_dispatch
-from ._explain import GPUS, Answer, devices, explain, kernel_platform
+from ._explain import Answer, devices, explain, kernel_platform
 from ._grouped_matmul import grouped_matmul
+from ._native import GPUS
 from ._permute import combine, permute
 from ._types import Dispatch
 from ._version import __version__

@@ -105,8 +105,8 @@ def _unsupported(platform: str, avals: dict[str, Any], *, num_experts: int) -> s
     return unsupported_selection(platform, num_experts, 1)
 
 
-def _workspace(platform: str, avals: dict[str, Any], *, num_experts: int) -> int | None:
-    return workspace_of_choices("expert_counts", platform, avals["expert_ids"], num_experts)
+def _workspace(platform: str, avals: dict[str, Any], *, exported: bool, num_experts: int) -> int | None:
+    return workspace_of_choices("expert_counts", platform, avals["expert_ids"], num_experts, exported=exported)
 
 
 _EXPERT_COUNTS = Op(

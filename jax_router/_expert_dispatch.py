@@ -172,8 +172,8 @@ def _unsupported(platform: str, avals: dict[str, Any], *, num_experts: int, **la
     return unsupported_selection(platform, num_experts, 1)
 
 
-def _workspace(platform: str, avals: dict[str, Any], *, num_experts: int, **layout: int) -> int | None:
-    return workspace_of_choices("expert_dispatch", platform, avals["expert_ids"], num_experts)
+def _workspace(platform: str, avals: dict[str, Any], *, exported: bool, num_experts: int, **layout: int) -> int | None:
+    return workspace_of_choices("expert_dispatch", platform, avals["expert_ids"], num_experts, exported=exported)
 
 
 _EXPERT_DISPATCH = Op(

@@ -13,15 +13,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from . import _dense_router, _native, _routed_gradient
 from ._primitive import OPS, Op
 
-# GPUs, as the plans of the CUDA module want them described.
-GPUS = {
-    "A100": {"compute_capability": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
-    "L40S": {"compute_capability": 89, "multiprocessors": 142, "shared_bytes": 99 * 1024},
-    "H100": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
-    "H200": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
-    "B200": {"compute_capability": 100, "multiprocessors": 148, "shared_bytes": 227 * 1024},
-}
-
 
 def devices() -> tuple[list[jax.Device], str]:
     """JAX's devices, or none and why there are none."""
@@ -70,7 +61,7 @@ def explain(
         call: a function of the operands.
         operands: arrays, or their shapes and dtypes.
         platform: `"cpu"`, `"cuda"`, or another one that JAX has.
-        device: a GPU that is described, as in `GPUS`; default the one of this process.
+        device: a GPU that is described, as in `_native.GPUS`; default the one of this process.
     """
     answers = (
         _answer(op, avals, platform, device, **params)

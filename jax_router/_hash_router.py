@@ -77,7 +77,7 @@ def share_table_again(operands: dict[str, Array]) -> dict[str, Array]:
     problems, vocab_size, k = tables.shape
     if problems * vocab_size > jnp.iinfo(jnp.int32).max:
         raise NotImplementedError(
-            f"hash_router(implementation='native') under vmap: {problems} tables of {vocab_size} rows have more rows "
+            f"implementation='native' under vmap over hash_lut: {problems} tables of {vocab_size} rows have more rows "
             "than int32 can number"
         )
     first_rows = jnp.arange(problems, dtype=jnp.int32).reshape(problems, *[1] * (token_ids.ndim - 1)) * vocab_size

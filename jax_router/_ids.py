@@ -13,7 +13,7 @@ from ._check import as_array
 def as_int32_ids(ids: Any, bound: Any) -> Array:
     """ids as int32. One outside `[0, bound)` may become -1, and does where int32 cannot hold it.
 
-    To compare them in their own dtype would be wrong: -1 is 255 in uint8, and so is no number of int8.
+    Narrow ids are cast first: int8 has no bound of 256 to compare with, and uint8 no -1.
     """
     ids = as_array(ids)
     if _fits_int32(ids):

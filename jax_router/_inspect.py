@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from . import models
+from ._load_bars import rows_of_blocks
 from .checkpoints import (
     FLOAT_NAMES,
     INTEGER_NAMES,
@@ -20,9 +21,6 @@ from .checkpoints import (
     open_checkpoint,
 )
 from .config import RouterConfig
-
-_BLOCKS = " ▁▂▃▄▅▆▇█"
-_ASCII_BLOCKS = " .:-=+*#@"
 
 
 def run(path: Path) -> int:
@@ -127,12 +125,9 @@ def _describe(checkpoint: Checkpoint, layer: int, found: Found, ascii_only: bool
 
 
 def _load(table: np.ndarray, num_experts: int, ascii_only: bool) -> str:
-    levels = _ASCII_BLOCKS if ascii_only else _BLOCKS
     inside = table[(table >= 0) & (table < num_experts)]
     load = np.bincount(inside, minlength=num_experts)
-    heights = np.ceil(load / np.maximum(load.max(), 1) * (len(levels) - 1)).astype(int)
-    blocks = "".join(levels[height] for height in heights)
-    rows = [f"{first:>6} {blocks[first : first + 64]}" for first in range(0, num_experts, 64)]
+    rows = [f"{first:>6} {blocks}" for first, blocks in rows_of_blocks(load, ascii_only)]
     wrong = f"\n       {table.size - inside.size} entries are no experts" if inside.size < table.size else ""
     rows.append(
         f"       table {table.shape[0]}x{table.shape[1]}: an expert has {load.min()} to {load.max()} token ids, "

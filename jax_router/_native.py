@@ -27,7 +27,7 @@ _MODULES = {"cpu": ("_cpu", "cpu"), "cuda": ("_cuda", "CUDA")}
 
 PLATFORMS = tuple(_MODULES)
 
-_REINSTALL = "pip install --force-reinstall --no-deps jax-router"
+_BUILD_AGAIN = "pip install --force-reinstall --no-deps . (in the folder of its source)"
 
 HOW_TO_BUILD_CUDA = (
     "To get the CUDA kernels, install jax-router from source with the environment variable JAX_ROUTER_CUDA=ON and nvcc "
@@ -106,8 +106,8 @@ def _check_ffi_api(module: ModuleType) -> None:
     if built[0] != runtime[0] or built > runtime:
         raise ImportError(
             f"{module.__name__} was built for XLA FFI API {built[0]}.{built[1]}, but jaxlib {jaxlib.__version__} has "
-            f"{runtime[0]}.{runtime[1]}. Upgrade jax and jaxlib, or rebuild jax-router against this jaxlib: "
-            f"{_REINSTALL}."
+            f"{runtime[0]}.{runtime[1]}. Upgrade jax and jaxlib, or build jax-router again, for the oldest jaxlib that "
+            f"it supports: {_BUILD_AGAIN}"
         )
 
 
@@ -171,7 +171,7 @@ def register(platform: str, declared: Mapping[str, Declaration]) -> None:
     if differences:
         raise ImportError(
             f"{module.__name__} is not the native module of jax_router {__version__} in {Path(__file__).parent}: "
-            f"{'; '.join(differences)}. Build it again: {_REINSTALL}."
+            f"{'; '.join(differences)}. Build it again: {_BUILD_AGAIN}"
         )
     for name, handler in module.targets().items():
         jax.ffi.register_ffi_target(target_name(name), handler, platform=_MODULES[platform][1])
@@ -224,6 +224,15 @@ def custom_call_targets() -> tuple[str, ...]:
 # What the native modules call the dtypes that kernels compute with.
 NATIVE_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
+# GPUs, as the plans of the CUDA module want them described.
+GPUS = {
+    "A100": {"compute_capability": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
+    "L40S": {"compute_capability": 89, "multiprocessors": 142, "shared_bytes": 99 * 1024},
+    "H100": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    "H200": {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    "B200": {"compute_capability": 100, "multiprocessors": 148, "shared_bytes": 227 * 1024},
+}
+
 
 def native_module(platform: str) -> ModuleType:
     """The native module of a platform that has one. Its attributes are the limits of its kernels."""
@@ -260,12 +269,21 @@ def choice_sizes(expert_ids: Any, num_experts: int) -> dict[str, int]:
     return {"batch": problems, "tokens": tokens, "k": k, "experts": num_experts}
 
 
-def workspace_of_choices(op: str, platform: str, expert_ids: Any, num_experts: int) -> int | None:
-    """Bytes a problem of an op on ids, where one of its kernels counts for another."""
+def workspace_of_choices(op: str, platform: str, expert_ids: Any, num_experts: int, *, exported: bool) -> int | None:
+    """Bytes a problem of an op on ids, where one of its kernels counts for another.
+
+    An exported program may run on other GPUs, which share the choices out otherwise. It has what those of `GPUS` need,
+    and an H100 for the longest problems: with that, every GPU finds a kernel.
+    """
     if platform != "cuda":
         return None
+    needed_on = functools.partial(native_module(platform).workspace_bytes, op)
     sizes = choice_sizes(expert_ids, num_experts)
-    return -(-native_module(platform).workspace_bytes(op, **sizes) // max(sizes["batch"], 1))
+    nbytes = needed_on(**sizes)
+    if exported:
+        longest = sizes | {"tokens": (2**31 - 1) // sizes["k"]}
+        nbytes = max(nbytes, needed_on(GPUS["H100"], **longest), *(needed_on(gpu, **sizes) for gpu in GPUS.values()))
+    return -(-nbytes // max(sizes["batch"], 1))
 
 
 def unsupported_selection(platform: str, num_experts: int, top_k: int) -> str | None:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from . import _native
 from ._check import as_array
-from ._sharding import align, inside_shard_map, is_split, merge_specs, with_results_as
+from ._sharding import align, inside_shard_map, is_split, merge_specs, shape_of_part, with_results_as
 
 
 class Operand(NamedTuple):
@@ -57,7 +57,7 @@ def _always_pays(platform: str, avals: Mapping[str, Any], **params: Any) -> bool
     return True
 
 
-def _no_workspace(platform: str, avals: Mapping[str, Any], **params: Any) -> int | None:
+def _no_workspace(platform: str, avals: Mapping[str, Any], *, exported: bool, **params: Any) -> int | None:
     return None
 
 
@@ -84,9 +84,10 @@ class Op:
         composed: whether `reference` is made of other ops; it then takes `implementation` for them. XLA sees these
             instead of a kernel where axes are split over devices or XLA may split them, because it can split further
             than over batch axes, and in exported programs, which may run anywhere.
-        workspace: from a platform, the operands' avals and the parameters to the bytes of memory that the kernels need
-            for each problem besides operands and results, or None if those of that platform take none. It is one more
-            result of the custom call, named "workspace" in `results`, so that XLA plans it.
+        workspace: from a platform, the operands' avals, the parameters and whether the program is `exported` to the
+            bytes of memory that the kernels need for each problem besides operands and results, or None if those of
+            that platform take none. It is one more result of the custom call, named "workspace" in `results`, so that
+            XLA plans it.
         gathers: whether it reads but a few entries of a row of the first operand. Where vmap maps other operands and
             not that one, "auto" takes the reference, which reads them where they are: the kernels would need a copy of
             it for every problem. (A composed op computes what does not depend on the mapped operands once.)
@@ -247,7 +248,7 @@ class Op:
 
     def lower(self, platform, ctx, *values, **params):
         """The lowering rule for a platform whose native module is registered."""
-        avals = dict(zip(params["names"], ctx.avals_in))
+        avals = _of_a_device(dict(zip(params["names"], ctx.avals_in)))
         options = {name: value for name, value in params.items() if name != "names"}
         partitioned = self.composed and may_be_partitioned(ctx)
         reason = self.reason_against_kernels(platform, avals, partitioned=partitioned, **options)
@@ -262,7 +263,7 @@ class Op:
 
         Args:
             platform: one that the op has kernels for, and whose module is loaded.
-            avals: of the operands, by name.
+            avals: of the operands of one device, by name.
             partitioned: whether XLA may partition the program.
             implementation: what the caller asked for.
             params: the parameters.
@@ -283,7 +284,8 @@ class Op:
 
     def _lower_to_kernels(self, platform, ctx, *values, names, implementation, **params):
         avals_out = list(ctx.avals_out)
-        nbytes = self.workspace(platform, dict(zip(names, ctx.avals_in)), **params)
+        avals = _of_a_device(dict(zip(names, ctx.avals_in)))
+        nbytes = self.workspace(platform, avals, exported=_is_exported(ctx), **params)
         if nbytes is not None:
             place = [name.rstrip("?") for name in self.results].index("workspace")
             batch_shape = ctx.avals_in[0].shape[: self.batch_ndim(names, ctx.avals_in)]
@@ -329,6 +331,32 @@ class Op:
 def zero_tangent(primal: Array) -> ad.Zero:
     """The tangent of a result that does not move."""
     return ad.Zero(jax.typeof(primal).to_tangent_aval())
+
+
+def those_that_move(tangents: Mapping[str, Any]) -> dict[str, Array]:
+    """The tangents by operand name, without those of operands that do not move."""
+    return {name: tangent for name, tangent in tangents.items() if not isinstance(tangent, ad.Zero)}
+
+
+def multilinear_jvp(
+    op: Op, primals: Mapping[str, Any], tangents: Mapping[str, Any], **params: Any
+) -> tuple[list[Array], list[Any]]:
+    """The derivative rule of an op of one result that is linear in each float operand: a term for each that moves."""
+    (result,) = op(primals, **params)
+    terms = [op({**primals, name: tangent}, **params)[0] for name, tangent in those_that_move(tangents).items()]
+    return [result], [sum(terms[1:], terms[0]) if terms else zero_tangent(result)]
+
+
+def jvp_in_parts(
+    op: Op, parts: Callable[..., list[Array]], primals: Mapping[str, Any], tangents: Mapping[str, Any], **params: Any
+) -> tuple[list[Array], list[Any]]:
+    """The derivative rule of an op by that of `parts`, the ops that it is made of."""
+    results = op(primals, **params)
+    moving = those_that_move(tangents)
+    if not moving:
+        return results, [zero_tangent(result) for result in results]
+    at = {name: primals[name] for name in moving}
+    return results, jax.jvp(lambda moved: parts(**{**primals, **moved}, **params), (at,), (moving,))[1]
 
 
 def use_kernels() -> None:
@@ -398,10 +426,19 @@ class _Call:
         }
 
 
+def _of_a_device(avals: Mapping[str, Any]) -> dict[str, Any]:
+    """What one device has of each operand, where types say how they are split: in meshes with Explicit axes."""
+    return {name: jax.core.ShapedArray(shape_of_part(aval), aval.dtype) for name, aval in avals.items()}
+
+
+def _is_exported(ctx: Any) -> bool:
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def may_be_partitioned(ctx: Any) -> bool:
     """Whether XLA may split what is lowered here over devices as it sees fit, or the program is exported."""
     module = ctx.module_context
-    if module.lowering_parameters.for_export:
+    if _is_exported(ctx):
         return True
     mesh = ctx.avals_in[0].sharding.mesh
     if mesh.axis_types and all(axis_type == jax.sharding.AxisType.Explicit for axis_type in mesh.axis_types):

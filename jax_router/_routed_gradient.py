@@ -23,10 +23,9 @@ from . import _native
 from ._derivative import chosen_cotangent, dense_cotangent, weights_tangent
 from ._logits import router_logits
 from ._native import native_module, unsupported_selection
-from ._primitive import Op, Operand, Result, may_be_partitioned, vary_over_the_same_axes
+from ._primitive import Op, Operand, Result, jvp_in_parts, may_be_partitioned, vary_over_the_same_axes
 from ._product import Axes, bf16_halves, few_of_parts, product_of_parts
 from ._routed_product import routed_rows
-from ._slots import jvp_in_parts
 from ._types import Implementation, Scoring
 
 

@@ -18,7 +18,7 @@ from jax.export import is_symbolic_dim
 from jax.interpreters import ad, mlir
 
 from . import _native
-from ._primitive import Op, Operand, Result, may_be_partitioned, zero_tangent
+from ._primitive import Op, Operand, Result, may_be_partitioned, multilinear_jvp
 from ._product import Axes, product, product_of_parts
 from ._slots import COMBINE
 
@@ -168,13 +168,7 @@ for _op in (_ROWS, _ROWS_OF_PARTS):
 
 def _define_derivatives(op: Op, name: str, transposed: Op, transposed_name: str) -> None:
     """Of an op that is linear in the operand `name` and in the weight."""
-
-    @op.def_jvp
-    def jvp(primals: dict[str, Any], tangents: dict[str, Any], **params: Any):
-        (result,) = op(primals, **params)
-        moving = {key: tangent for key, tangent in tangents.items() if not isinstance(tangent, ad.Zero)}
-        terms = [op({**primals, key: tangent}, **params)[0] for key, tangent in moving.items()]
-        return [result], [sum(terms[1:], terms[0]) if terms else zero_tangent(result)]
+    op.def_jvp(partial(multilinear_jvp, op))
 
     @op.def_transpose
     def transpose(cotangents: Sequence[Array], operands: dict[str, Any], *, precision: Any, implementation: str):

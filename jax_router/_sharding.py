@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -35,6 +36,12 @@ def align(values: Sequence[Array], core_ranks: Sequence[int]) -> list[Array]:
 def is_split(value: Array, core_rank: int) -> bool:
     """Whether one of the last axes is split over devices."""
     return any(axis is not None for axis in jax.typeof(value).sharding.spec[value.ndim - core_rank :])
+
+
+def shape_of_part(aval: Any) -> tuple[Any, ...]:
+    """The shape of what one device has of an array, as its type says; a symbolic size is that of all devices."""
+    devices = (prod(aval.sharding.mesh.shape[name] for name in mesh_axes(entry)) for entry in aval.sharding.spec)
+    return tuple(size // parts if isinstance(size, int) else size for size, parts in zip(aval.shape, devices))
 
 
 def may_split(value: Array) -> bool:

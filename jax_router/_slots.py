@@ -38,7 +38,7 @@ from jax.interpreters import ad
 from ._check import FLOATS
 from ._ids import as_int32_ids
 from ._native import native_module
-from ._primitive import Op, Operand, Result, zero_tangent
+from ._primitive import Op, Operand, Result, jvp_in_parts, multilinear_jvp, those_that_move
 from ._sharding import align
 from ._types import Dispatch
 
@@ -248,35 +248,14 @@ def _tangent_op(op: Op, name: str) -> Op:
     )
 
 
-def _moving(tangents: dict[str, Any]) -> dict[str, Array]:
-    return {name: tangent for name, tangent in tangents.items() if not isinstance(tangent, ad.Zero)}
-
-
-def jvp_in_parts(op: Op, parts: Callable[..., list[Array]], primals, tangents, **params):
-    """By the ops that an op is made of."""
-    results = op(primals, **params)
-    moving = _moving(tangents)
-    if not moving:
-        return results, [zero_tangent(result) for result in results]
-    at = {name: primals[name] for name in moving}
-    return results, jax.jvp(lambda moved: parts(**{**primals, **moved}, **params), (at,), (moving,))[1]
-
-
-def _multilinear_jvp(op: Op, primals, tangents, **params):
-    """A term for each operand that moves."""
-    (result,) = op(primals, **params)
-    terms = [op({**primals, name: tangent}, **params)[0] for name, tangent in _moving(tangents).items()]
-    return [result], [sum(terms[1:], terms[0]) if terms else zero_tangent(result)]
-
-
 def _define_derivatives(op: Op, name: str, cotangent_op: Op) -> None:
     """Of permute or combine, which is linear in the operand `name` and in its weights, and of its cotangents."""
     tangent_op = _tangent_op(op, name)
 
     def jvp(primals, tangents, **params):
-        moving = _moving(tangents)
+        moving = those_that_move(tangents)
         if len(moving) < 2:
-            return _multilinear_jvp(op, primals, tangents, **params)
+            return multilinear_jvp(op, primals, tangents, **params)
         both = {"tangent": moving[name], "weights_tangent": moving["weights"]}
         return op(primals, **params), tangent_op({**primals, **both}, **params)
 
@@ -305,7 +284,7 @@ def _define_derivatives(op: Op, name: str, cotangent_op: Op) -> None:
 
 _define_derivatives(PERMUTE, "x", _PERMUTE_COTANGENT)
 _define_derivatives(COMBINE, "y", _COMBINE_COTANGENT)
-_PRODUCTS.def_jvp(partial(_multilinear_jvp, _PRODUCTS))
+_PRODUCTS.def_jvp(partial(multilinear_jvp, _PRODUCTS))
 
 
 @PERMUTE.def_transpose

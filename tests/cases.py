@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jax_router._explain import GPUS
+from jax_router._native import GPUS
 
 EXPERT_COUNTS = (36, 72, 108, 132, 144, 160, 192, 288, 320, 384, 448, 512, 576, 896, 1024)
 ODD_EXPERT_COUNTS = (1, 3, 7, 17, 33, 65, 129, 255, 257, 1023)

@@ -35,10 +35,14 @@ def bf16(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
+def program(function, *operands, **shardings):
+    """For CUDA, as text."""
+    return jax.jit(function, **shardings).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def calls(function, *operands, **shardings):
     """The custom calls of this project in the program for CUDA."""
-    text = jax.jit(function, **shardings).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    return re.findall(r"custom_call @(jax_router\.\w+)", text)
+    return re.findall(r"custom_call @(jax_router\.\w+)", program(function, *operands, **shardings))
 
 
 @pytest.mark.parametrize("name", ["deepseek-v4-flash", "deepseek-v4-pro", "gpt-oss-120b"])
@@ -83,6 +87,20 @@ def test_xla_sees_the_product_where_it_may_partition_it(cuda, devices):
     assert calls(route, *operands, in_shardings=shardings) == [UNFUSED]
     specs = {"in_specs": (P("d"), P()), "out_specs": P("d")}
     assert calls(jax.shard_map(route, mesh=mesh, **specs), bf16(8 * len(devices), 4096), operands[1]) == [FUSED]
+
+
+def test_a_device_of_an_explicit_mesh_has_a_kernel_for_its_own_tokens(cuda, devices):
+    """Which kernel runs, and with what scratch memory, follows from what a device has, and not from all tokens."""
+    mesh = jax.make_mesh((len(devices),), ("d",), (jax.sharding.AxisType.Explicit,), devices=devices)
+    tokens, size = 128, {"hidden": 4096, "experts": 256, "k": 6, "num_groups": 1, "dtype": "bf16"}
+    assert fuses(cuda, rows=tokens, **size)
+    x = jax.ShapeDtypeStruct((tokens * len(devices), 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
+    weight = jax.ShapeDtypeStruct((256, 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        text = program(partial(jax_router.dense_router, top_k=6), x, weight)
+    assert f"@{FUSED}" in text
+    (scratch,) = re.findall(rf"@{FUSED}.*-> .*tensor<1x{tokens * len(devices)}x(\d+)xui8>\)", text)
+    assert int(scratch) * tokens == cuda.workspace_bytes("dense_router", rows=tokens, **size) > 0
 
 
 def test_exported_programs_run_anywhere(cuda):

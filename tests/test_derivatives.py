@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 import jax_router
 from cases import draw
+from jax_router import _native
 from moves import lay_out
 from oracle import activation_topk as oracle_activation_topk
 from oracle import f64
@@ -340,22 +341,23 @@ def test_gradient_of_rows_of_8_bits(implementation, rng):
     np.testing.assert_array_equal(np.asarray(grad(x)).astype(np.float32), 3.0)
 
 
-SCORINGS = {
+MANY_CHOICES = {
     "renormalized": {},
     "apart": {"score_fn": "sigmoid", "renormalize": False},
     "softmax of all": {"score_fn": "softmax", "renormalize": False},
 }
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", MANY_CHOICES)
 def test_more_choices_than_kernels_take(scoring, rng):
     """A gradient has a kernel where there is one for so many choices, whether or not the selection had one."""
     logits, cotangent = (rng.normal(0, 1, (6, n)).astype(np.float32) for n in (128, 100))
 
     def gradient(logits, implementation="auto"):
-        route = partial(jax_router.activation_topk, top_k=100, implementation=implementation, **SCORINGS[scoring])
+        route = partial(jax_router.activation_topk, top_k=100, implementation=implementation, **MANY_CHOICES[scoring])
         return jax.vjp(lambda logits: route(logits).weights, logits)[1](cotangent)[0]
 
     np.testing.assert_allclose(jax.jit(gradient)(logits), gradient(logits, "reference"), rtol=1e-4, atol=1e-6)
     on_cuda = jax.jit(gradient).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
-    assert scoring == "apart" or "jax_router.route_cotangent" not in on_cuda
+    has_kernel = scoring == "apart" and not isinstance(_native.load("cuda"), ImportError)
+    assert ("jax_router.route_cotangent" in on_cuda) == has_kernel

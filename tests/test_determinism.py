@@ -13,7 +13,7 @@ import jax_router
 from matrix import OF_ALL_TOKENS, OPS, Case
 from models import DTYPES, MODELS
 
-# Tokens of a batch. On a GPU there are kernels for up to 1024, for fewer than 4096 and for more.
+# Tokens of a batch. On a GPU with scores to compute, a token has a block, a warp or half of one, by how many there are.
 BATCHES = (1, 2, 31, 64, 65, 130, 1100, 4200)
 
 

@@ -11,7 +11,8 @@ from jax_router import RouterConfig, _doctor, _native
 from jax_router.__main__ import main
 from jax_router._case import Case
 from jax_router._doctor import Driver
-from jax_router._explain import GPUS, explain
+from jax_router._explain import explain
+from jax_router._native import GPUS
 
 PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 CUDA = _native.load("cuda")

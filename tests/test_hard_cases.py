@@ -504,7 +504,7 @@ def test_long_rows_after_other_rows(rng):
 
 
 def test_half_precision_operands_choose_as_float32_would(implementation, rng):
-    """A product rounded to bf16 chooses other experts for one token in twenty."""
+    """A product rounded to bf16 chooses other experts, or the same in another order, for some tokens in a hundred."""
     x = rng.normal(0, 1, (256, 512)).astype(DTYPES["bf16"])
     weight = rng.normal(0, 1, (64, 512)).astype(DTYPES["bf16"])
     exact = f64(x) @ f64(weight).T

@@ -2,6 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
+
+from jax_router import _native
 
 PROGRAM = """
 import sys
@@ -23,3 +28,21 @@ assert jax.grad(lambda x: jax_router.activation_topk(x, top_k=2).weights[0, 0])(
 def test_again_after_it_was_deleted():
     """As notebooks and test runners do it: JAX has registered its types and targets by then."""
     subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM], check=True)
+
+
+def built_for(*ffi_api):
+    return SimpleNamespace(__name__="jax_router._cpu", ffi_api_version=ffi_api)
+
+
+def test_modules_for_this_jaxlib_and_older_ones_load():
+    major, minor = _native.runtime_ffi_api()
+    for older in range(minor + 1):
+        _native._check_ffi_api(built_for(major, older))
+
+
+@pytest.mark.parametrize(("majors", "minors"), [(0, 1), (1, 0), (-1, 0)])
+def test_a_module_for_another_jaxlib_does_not_load(majors, minors):
+    """XLA would refuse its handlers when they are called, and not say why."""
+    major, minor = _native.runtime_ffi_api()
+    with pytest.raises(ImportError, match=rf"{major + majors}\.{minor + minors}, but jaxlib .* has {major}\.{minor}"):
+        _native._check_ffi_api(built_for(major + majors, minor + minors))

@@ -14,7 +14,7 @@ import pytest
 import jax_router
 from cases import DEVICES as SOME_DEVICES
 from jax_router import _native
-from jax_router._explain import GPUS
+from jax_router._native import GPUS
 
 CUDA = _native.load("cuda")
 if isinstance(CUDA, ImportError):
@@ -474,6 +474,22 @@ def test_no_plan_has_more_blocks_than_a_grid(op):
         many = sizes | dict.fromkeys({"rows", "batch"} & {*sizes}, 2**36)
         for plan, (*_, blocks) in CUDA.needs(op, H100, **many).items():
             assert 0 <= blocks < 2**31, (plan, many)
+
+
+@pytest.mark.parametrize("tokens", [64, 4096, 2**20])
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("op", [jax_router.expert_dispatch, jax_router.expert_counts])
+def test_an_exported_program_has_memory_for_every_gpu(op, batch, tokens):
+    """Which the devices of the exporting process may not need: one cluster of theirs may hold the whole sort."""
+    ids = jax.ShapeDtypeStruct((batch, tokens, 8), jnp.int32)
+    safe = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jax_router.custom_call_targets()]
+    program = jax.jit(jax.vmap(functools.partial(op, num_experts=256)))
+    text = jax.export.export(program, platforms=("cuda",), disabled_checks=safe)(ids).mlir_module()
+    (shape,) = re.findall(r"-> .*tensor<([0-9x]+)xui8>", text)
+    nbytes = math.prod(map(int, shape.split("x")))
+    for name, device in DEVICES.items():
+        sizes = {"batch": batch, "tokens": tokens, "k": 8, "experts": 256}
+        assert nbytes >= CUDA.workspace_bytes(op.__name__, device, **sizes), name
 
 
 def test_sizes_are_checked():

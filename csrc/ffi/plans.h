@@ -228,6 +228,17 @@ inline bool pays_on(const std::string& name, const std::optional<nb::dict>& devi
   });
 }
 
+// What a launch needs on a described device, or at most on those that are lowered for.
+inline int64_t workspace_bytes_of(const std::string& name, const std::optional<nb::dict>& device,
+                                  const nb::kwargs& values) {
+  return with_op(name, [&](auto op) {
+    fill(op, values);
+    if (!device) return cuda::most_workspace_bytes(op);
+    const auto plan = cuda::planned(op, device_of(device));
+    return plan ? cuda::workspace_bytes(*plan) : 0;
+  });
+}
+
 inline void define_plans(nb::module_& module) {
   module.def("max_select_k", [] { return cuda::max_select_k(); });
   // Why dense_router cannot be one kernel, or "".
@@ -250,16 +261,8 @@ inline void define_plans(nb::module_& module) {
       },
       nb::arg("op"), nb::arg("sizes"));
   module.def("plans", plans_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
-  // What a launch needs at most, on the devices that are lowered for.
-  module.def(
-      "workspace_bytes",
-      [](const std::string& name, const nb::kwargs& values) {
-        return with_op(name, [&](auto op) {
-          fill(op, values);
-          return cuda::most_workspace_bytes(op);
-        });
-      },
-      nb::arg("op"), nb::arg("sizes"));
+  module.def("workspace_bytes", workspace_bytes_of, nb::arg("op"), nb::arg("device").none() = nb::none(),
+             nb::arg("sizes"));
   module.def("needs", needs_of, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
   module.def("pays", pays_on, nb::arg("op"), nb::arg("device").none() = nb::none(), nb::arg("sizes"));
   // Every kernel of an op, as plans name it before their comma.

@@ -168,7 +168,7 @@ constexpr int64_t few_blocks(const DenseRouter& op, const FewTile& tile) {
   return ceil_div(op.select.selection.experts, tile.experts()) * tile.splits * ceil_div(op.select.rows, tile.tokens());
 }
 
-// Why no kernel for few or many tokens can compute the op on the device; empty where one can.
+// Why no kernel can compute the op on any device, whatever its number of tokens; empty where some kernel may.
 inline std::string why_not_fused(const DenseRouter& op) {
   const Selection& selection = op.select.selection;
   const auto text = [](const char* wanted, int64_t got) { return wanted + (", got " + std::to_string(got)); };
