@@ -282,7 +282,7 @@ class Router(nnx.Module):
         """
         kept: dict[str, Any] = {}
         if (weight := checkpoints.variables_of(self).get("weight")) is not None:
-            kept = {"dtype": weight.dtype, "sharding": _split(weight)}
+            kept = {"dtype": weight.dtype, "sharding": _placement(weight)}
         values = checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept)
         if self.config.count_experts and isinstance(counts := self.counts.get_value(), jax.ShapeDtypeStruct):
             values["counts"] = jnp.zeros(counts.shape, counts.dtype)
@@ -319,7 +319,7 @@ class Router(nnx.Module):
         for role, value in values.items():
             variable = getattr(self, role)
             was = variable.get_value()
-            variable.set_value(jax.device_put(value.astype(was.dtype), _split(was)))
+            variable.set_value(jax.device_put(value.astype(was.dtype), _placement(was)))
 
     @overload
     def __call__(
@@ -642,10 +642,12 @@ def update_selection_biases(
     return counts
 
 
-def _split(value: Any) -> jax.sharding.Sharding | None:
-    """The sharding of what lies on several devices."""
-    sharding = value.sharding
-    return sharding if sharding is not None and len(sharding.device_set) > 1 else None
+def _placement(value: Any) -> jax.sharding.Sharding | None:
+    """Where a value was put, on a device or a mesh; None where nobody said where.
+
+    A ShapeDtypeStruct has no sharding but one that it was given.
+    """
+    return value.sharding if getattr(value, "committed", True) else None
 
 
 def _masked(values: Array, token_mask: Array | None, instead: Any = 0) -> Array:

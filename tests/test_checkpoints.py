@@ -180,6 +180,20 @@ def test_state_onto_shardings(mode, devices):
         nnx.jit(Router.__call__)(router, jnp.ones((3, HIDDEN)))
 
 
+def test_state_onto_one_device(devices):
+    """Which need not be the default one; where nobody said which, it stays open."""
+    values = values_of(arrays(SIGMOID), "weight", "bias")
+    graph, state = nnx.split(Router(SIGMOID, rngs=nnx.Rngs(0)))
+    router = nnx.merge(graph, jax.device_put(state, devices[1]))
+    router.load_state(values)
+    assert all(value.devices() == {devices[1]} for value in variables(router).values())
+    assert_holds(router, values)
+    router(jax.device_put(jnp.ones((3, HIDDEN)), devices[1]))
+    router = Router(SIGMOID, rngs=nnx.Rngs(0))
+    router.load_state(values)
+    assert not any(value.committed for value in variables(router).values())
+
+
 @pytest.mark.parametrize("config", [SIGMOID, HASHED])
 def test_state_of_a_router_without_values(config):
     router = nnx.eval_shape(lambda: Router(config, rngs=nnx.Rngs(0)))
