@@ -437,6 +437,7 @@ def test_only_the_files_of_a_router_are_needed(tmp_path):
         ({GATE: "/outside.safetensors"}, "outside of its own folder"),
         ({GATE: 3}, "it is no index"),
         ({GATE: ["a.safetensors"]}, "it is no index"),
+        ({GATE: "\ud800.safetensors"}, "it is no index"),
         (["a.safetensors"], "it is no index"),
         ("{", "it is no index"),
         ("[]", "it is no index"),
