@@ -428,7 +428,7 @@ class Router(nnx.Module):
             routing = routing._replace(weights=routing.weights * self._scale_of(routing.expert_ids))
         if config.count_experts and not self.deterministic:
             counts = expert_counts(
-                routing.expert_ids,
+                routing.expert_ids if x.ndim > 1 else routing.expert_ids[None],  # it wants an axis of tokens
                 config.num_experts,
                 axis_name=config.count_axis_name,
                 implementation=config.implementation,
