@@ -372,7 +372,8 @@ class MoE(nnx.Module):
             TypeError, ValueError: as of `Router`.
         """
         routing = self.router(x, token_ids=token_ids, token_mask=token_mask, expert_ids=expert_ids, unset=unset)
-        return self.apply_experts(x, routing, token_mask=token_mask)
+        # By its name, because nnx.tabulate fails at a NamedTuple among positional arguments.
+        return self.apply_experts(x, routing=routing, token_mask=token_mask)
 
     @overload
     def apply_experts(

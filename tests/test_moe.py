@@ -253,6 +253,12 @@ def test_copies(copied):
     jax.tree.map(np.testing.assert_array_equal, moe, other)
 
 
+def test_tabulate():
+    """The table of Flax, in which each part has a row."""
+    table = nnx.tabulate(make(*SECOND), jnp.ones((3, D)), console_kwargs={"width": 300})
+    assert all(part in table for part in ("router", "apply_experts", "shared_expert/weights"))
+
+
 def test_presets():
     """A layer around a router of each kind of model, with true E and k."""
     of_programs = {models.preset(name).program: (name,) for name in presets()}.values()
