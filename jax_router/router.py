@@ -88,7 +88,7 @@ def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> A
         int32 `[V, k]`.
 
     Raises:
-        TypeError: shape is no pair of ints, or num_experts no int.
+        TypeError: key is no key, shape no pair of ints, or num_experts no int.
         ValueError: more experts a token id than there are.
 
     Example:
@@ -102,7 +102,8 @@ def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> A
     num_experts = _check.static_int("num_experts", num_experts, 1, None)
     vocab_size = _check.static_int("shape[0] (vocab_size)", shape[0], 1, None)
     k = _check.static_int("shape[1] (k)", shape[1], 1, num_experts, " (num_experts)")
-    _, table = topk_select(jax.random.uniform(key, (vocab_size, num_experts), jnp.float32), k)
+    scores = jax.random.uniform(_check.key("key", key), (vocab_size, num_experts), jnp.float32)
+    _, table = topk_select(scores, k)
     return table
 
 
