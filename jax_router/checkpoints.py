@@ -187,7 +187,7 @@ def _patterns(tensors: Mapping[str, str]) -> dict[str, re.Pattern[str]]:
 
     def pattern(name: str) -> re.Pattern[str]:
         stem = re.sub(f"^{_PREFIX}", "", name)
-        return re.compile(_PREFIX + re.escape(stem).replace(r"\{i\}", r"(?P<layer>[0-9]+)"))
+        return re.compile(_PREFIX + re.escape(stem).replace(r"\{i\}", r"(?P<layer>[0-9]{1,9})"))
 
     return {role: pattern(name) for role, name in tensors.items()}
 

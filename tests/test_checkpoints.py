@@ -404,6 +404,12 @@ def test_what_is_no_safetensors_file(content, tmp_path):
         Router.from_checkpoint(tmp_path, SIGMOID)
 
 
+def test_a_layer_of_many_digits():
+    """More than Python makes a number of: no layer that a model has."""
+    with pytest.raises(CheckpointError, match="no tensor has a name that a router"):
+        Router.from_checkpoint({GATE.replace("3", "9" * 5000): RIGHT[GATE]}, SIGMOID)
+
+
 def write_index(folder, content):
     path = folder / "model.safetensors.index.json"
     path.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
