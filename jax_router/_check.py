@@ -259,6 +259,15 @@ def function(name: str, value: Any, example: str) -> None:
         raise TypeError(f"{name} must be a function, {example} for example, got {shown(value)}")
 
 
+def key(name: str, value: Any) -> Any:
+    """A key of `jax.random`, traced or not."""
+    try:
+        jax.eval_shape(jax.random.bits, value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a key, jax.random.key(0) for example, got {shown(value)}") from error
+    return value
+
+
 def axis_names(name: str, value: Any) -> str | tuple[str, ...]:
     """One mesh axis or several, hashable."""
     if isinstance(value, str):

@@ -134,6 +134,7 @@ def block_experts(dispatch: Dispatch, align: int) -> Array:
     align = _check.concrete_int("align", align, 1)
     token_index = _check.int_array("dispatch.token_index", dispatch.token_index, min_rank=1)
     group_sizes = _check.int_array("dispatch.group_sizes", dispatch.group_sizes, min_rank=1)
+    group_sizes = group_sizes.astype(jnp.int32)  # a narrow dtype does not hold their sums
     slots, num_experts = token_index.shape[-1], group_sizes.shape[-1]
     if isinstance(slots, int) and slots % align:
         raise ValueError(f"align must divide the {slots} slots of the dispatch, got {align}")

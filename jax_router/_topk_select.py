@@ -75,7 +75,7 @@ def topk_select(
             lengths = as_int32_lengths(lengths, length)
     how = _check.implementation(implementation)
     if not is_symbolic_dim(k) and k == 0:
-        none = scores[..., :0]
+        none = scores[..., :0].astype(scores.dtype)  # its own dtype, where scores has none: see the reference
         return none, jnp.zeros_like(none, jnp.int32)
     operands = {"scores": scores, "lengths": lengths}
     values, indices = _TOPK_SELECT(operands, k=k, sorted=sorted, implementation=how)

@@ -374,7 +374,8 @@ def _probabilities(logits: Array, token_mask: Array | None, score_fn: str) -> Ar
 
 def _number_of_tokens(logits: Array, token_mask: Array | None, axis_name: AxisName, axis: int | None = None) -> Array:
     """int32, of valid tokens on all devices; along one of their axes, or of all."""
-    valid = jnp.ones_like(logits[..., 0], jnp.bool_) if token_mask is None else token_mask
+    # Not of a column of the logits, which an Explicit mesh may have split over the experts.
+    valid = shard_as(logits, jnp.ones(logits.shape[:-1], jnp.bool_)) if token_mask is None else token_mask
     number = valid.sum(axis=axis, dtype=jnp.int32)
     return number if axis_name is None else lax.psum(number, _check.axis_names("axis_name", axis_name))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -159,6 +160,8 @@ def _places(index: Path) -> dict[str, Path]:
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = sorted({name for name in places.values() if Path(name).is_absolute() or ".." in Path(name).parts})
+        for name in places.values():
+            os.fsencode(name)  # half of a surrogate pair, which JSON can write, is in no file's name
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             str(index), [f"it is no index, a JSON object whose weight_map has a file for each name: {error!r}"]
@@ -184,7 +187,7 @@ def _patterns(tensors: Mapping[str, str]) -> dict[str, re.Pattern[str]]:
 
     def pattern(name: str) -> re.Pattern[str]:
         stem = re.sub(f"^{_PREFIX}", "", name)
-        return re.compile(_PREFIX + re.escape(stem).replace(r"\{i\}", r"(?P<layer>[0-9]+)"))
+        return re.compile(_PREFIX + re.escape(stem).replace(r"\{i\}", r"(?P<layer>[0-9]{1,9})"))
 
     return {role: pattern(name) for role, name in tensors.items()}
 

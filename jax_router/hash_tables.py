@@ -43,7 +43,8 @@ def make_hash_table(
         int32 `[V, k]`. Seconds, also for a million rows.
 
     Raises:
-        TypeError: a size is no int, the counts are no numbers, or the key is traced: the table is made on the host.
+        TypeError: a size is no int, the counts are no numbers, or the key is none, or traced: the table is made on the
+            host.
         ValueError: more experts a row than there are, or counts that are negative, not finite, or not V.
 
     Example:
@@ -59,7 +60,7 @@ def make_hash_table(
     top_k = _check.static_int("top_k", top_k, 1, num_experts, " (num_experts)")
     if isinstance(key, jax.core.Tracer):
         raise TypeError(f"key must be known, since the table is made on the host: not under jax.jit; got {key}")
-    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
+    rng = np.random.default_rng(np.asarray(jax.random.bits(_check.key("key", key), (4,), jnp.uint32)))
     done = (lambda rows, of: None) if progress is None else progress
     _check.function("progress", done, "print")
     table = np.empty((vocab_size, top_k), np.int32)

@@ -202,15 +202,21 @@ class SwiGLU(nnx.Module):
         rngs: nnx.Rngs,
     ):
         into, out = (*stack, hidden_size, intermediate_size), (*stack, intermediate_size, hidden_size)
-        self.gate_proj = nnx.Param(kernel_init(rngs.params(), into, param_dtype))
-        self.up_proj = nnx.Param(kernel_init(rngs.params(), into, param_dtype))
-        self.down_proj = nnx.Param(kernel_init(rngs.params(), out, param_dtype))
+        self.gate_proj = _param(kernel_init, into, param_dtype, rngs)
+        self.up_proj = _param(kernel_init, into, param_dtype, rngs)
+        self.down_proj = _param(kernel_init, out, param_dtype, rngs)
 
     def weights(self, dtype: DTypeLike) -> ExpertWeights:
         """The parameters, cast."""
         return ExpertWeights(
             self.gate_proj[...].astype(dtype), self.up_proj[...].astype(dtype), self.down_proj[...].astype(dtype)
         )
+
+
+def _param(kernel_init: Initializer, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param[Array]:
+    param = nnx.Param(kernel_init(rngs.params(), shape, dtype))
+    _check.same_shape("the result of kernel_init", param.get_value(), shape)
+    return param
 
 
 def _lecun_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -337,12 +343,10 @@ class MoE(nnx.Module):
             sizes = (stack, config.hidden_size, inner)
             return SwiGLU(*sizes, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
 
-        def gate() -> nnx.Param[Array]:
-            return nnx.Param(kernel_init(rngs.params(), (config.hidden_size, 1), param_dtype))
-
         self.experts = swiglu((config.num_real_experts,), intermediate_size)
         self.shared_expert = None if shared_intermediate_size is None else swiglu((), shared_intermediate_size)
-        self.shared_expert_gate = gate() if has_gate else None
+        gate_shape = (config.hidden_size, 1)
+        self.shared_expert_gate = _param(kernel_init, gate_shape, param_dtype, rngs) if has_gate else None
 
     def __call__(
         self,
@@ -372,7 +376,8 @@ class MoE(nnx.Module):
             TypeError, ValueError: as of `Router`.
         """
         routing = self.router(x, token_ids=token_ids, token_mask=token_mask, expert_ids=expert_ids, unset=unset)
-        return self.apply_experts(x, routing, token_mask=token_mask)
+        # By its name, because nnx.tabulate fails at a NamedTuple among positional arguments.
+        return self.apply_experts(x, routing=routing, token_mask=token_mask)
 
     @overload
     def apply_experts(
@@ -410,8 +415,10 @@ class MoE(nnx.Module):
             (3, 8)
         """
         x = _check.float_array("x", x)
-        x = x if self.dtype is None else x.astype(self.dtype)
         config = self.router.config
+        if x.shape[-1] != config.hidden_size:
+            raise ValueError(f"x must have shape (..., {config.hidden_size}) (hidden_size), got {x.shape}")
+        x = x if self.dtype is None else x.astype(self.dtype)
         weights = self.experts.weights(x.dtype)
         options: dict[str, Any] = {"align": self.align, "weigh": self.weigh, "implementation": config.implementation}
         if self.expert_axis is None:

@@ -254,7 +254,9 @@ def _divide_jvp(primals, tangents):
 def topk_select(scores: Array, k: int, *, lengths: Array | None = None, sorted: bool = True) -> tuple[Array, Array]:
     """See `jax_router.topk_select`."""
     length = scores.shape[-1]
-    scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)  # a NaN with the sign bit would sort below -inf
+    # A NaN with the sign bit would sort below -inf. It has a dtype, lest scores without one of their own, as jnp.full
+    # makes them, give indices without one.
+    scores = jnp.where(jnp.isnan(scores), jnp.asarray(jnp.nan, scores.dtype), scores)
     ordered = lax.stop_gradient(scores)
     if lengths is not None:
         lengths = as_int32_lengths(lengths, length)[..., None]

@@ -88,7 +88,7 @@ def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> A
         int32 `[V, k]`.
 
     Raises:
-        TypeError: shape is no pair of ints, or num_experts no int.
+        TypeError: key is no key, shape no pair of ints, or num_experts no int.
         ValueError: more experts a token id than there are.
 
     Example:
@@ -102,7 +102,8 @@ def random_hash_table(key: Array, shape: tuple[int, int], num_experts: int) -> A
     num_experts = _check.static_int("num_experts", num_experts, 1, None)
     vocab_size = _check.static_int("shape[0] (vocab_size)", shape[0], 1, None)
     k = _check.static_int("shape[1] (k)", shape[1], 1, num_experts, " (num_experts)")
-    _, table = topk_select(jax.random.uniform(key, (vocab_size, num_experts), jnp.float32), k)
+    scores = jax.random.uniform(_check.key("key", key), (vocab_size, num_experts), jnp.float32)
+    _, table = topk_select(scores, k)
     return table
 
 
@@ -282,7 +283,7 @@ class Router(nnx.Module):
         """
         kept: dict[str, Any] = {}
         if (weight := checkpoints.variables_of(self).get("weight")) is not None:
-            kept = {"dtype": weight.dtype, "sharding": _split(weight)}
+            kept = {"dtype": weight.dtype, "sharding": _placement(weight)}
         values = checkpoints.read_router(path, self.config, preset=preset, layer=layer, **kept)
         if self.config.count_experts and isinstance(counts := self.counts.get_value(), jax.ShapeDtypeStruct):
             values["counts"] = jnp.zeros(counts.shape, counts.dtype)
@@ -319,7 +320,7 @@ class Router(nnx.Module):
         for role, value in values.items():
             variable = getattr(self, role)
             was = variable.get_value()
-            variable.set_value(jax.device_put(value.astype(was.dtype), _split(was)))
+            variable.set_value(jax.device_put(value.astype(was.dtype), _placement(was)))
 
     @overload
     def __call__(
@@ -428,7 +429,7 @@ class Router(nnx.Module):
             routing = routing._replace(weights=routing.weights * self._scale_of(routing.expert_ids))
         if config.count_experts and not self.deterministic:
             counts = expert_counts(
-                routing.expert_ids,
+                routing.expert_ids if x.ndim > 1 else routing.expert_ids[None],  # it wants an axis of tokens
                 config.num_experts,
                 axis_name=config.count_axis_name,
                 implementation=config.implementation,
@@ -642,10 +643,12 @@ def update_selection_biases(
     return counts
 
 
-def _split(value: Any) -> jax.sharding.Sharding | None:
-    """The sharding of what lies on several devices."""
-    sharding = value.sharding
-    return sharding if sharding is not None and len(sharding.device_set) > 1 else None
+def _placement(value: Any) -> jax.sharding.Sharding | None:
+    """Where a value was put, on a device or a mesh; None where nobody said where.
+
+    A ShapeDtypeStruct has no sharding but one that it was given.
+    """
+    return value.sharding if getattr(value, "committed", True) else None
 
 
 def _masked(values: Array, token_mask: Array | None, instead: Any = 0) -> Array:

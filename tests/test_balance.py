@@ -138,14 +138,31 @@ def test_losses_of_sharded_tokens(name, mode, rng, devices):
         np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+@over_losses
+def test_losses_of_sharded_experts(name, mode, masked, rng, devices):
+    """The logits of a router whose weight is sharded over its experts."""
+    logits, ids, mask = draw(rng, (4, 8))
+    mesh = jax.make_mesh((2,), ("d",), (mode,), devices=devices[:2])
+    loss = jax.jit(jax.value_and_grad(partial(loss_of, name, ids=ids, mask=mask if masked else None)))
+    want = loss(logits)
+    with jax.set_mesh(mesh):
+        got = loss(*place(mesh, (logits,), P(None, None, "d")))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("check_vma", [True, False])
 @over_losses
-def test_global_batch_in_shard_map(name, check_vma, rng, devices):
+def test_global_batch_in_shard_map(name, check_vma, masked, rng, devices):
     """The mean over devices, which have different numbers of valid tokens, is the loss of the whole batch."""
     logits, ids, mask = draw(rng, (16, 32))
     mask[:, :4] = False
     mesh = jax.make_mesh((len(devices),), ("d",), (AxisType.Auto,), devices=devices)
     spec = P(None, "d")  # every device has a part of each sequence
+    mask = mask if masked else None
 
     def own(*values):
         return jax.lax.pmean(loss_of(name, *values, axis_name="d"), "d")

@@ -180,6 +180,20 @@ def test_state_onto_shardings(mode, devices):
         nnx.jit(Router.__call__)(router, jnp.ones((3, HIDDEN)))
 
 
+def test_state_onto_one_device(devices):
+    """Which need not be the default one; where nobody said which, it stays open."""
+    values = values_of(arrays(SIGMOID), "weight", "bias")
+    graph, state = nnx.split(Router(SIGMOID, rngs=nnx.Rngs(0)))
+    router = nnx.merge(graph, jax.device_put(state, devices[1]))
+    router.load_state(values)
+    assert all(value.devices() == {devices[1]} for value in variables(router).values())
+    assert_holds(router, values)
+    router(jax.device_put(jnp.ones((3, HIDDEN)), devices[1]))
+    router = Router(SIGMOID, rngs=nnx.Rngs(0))
+    router.load_state(values)
+    assert not any(value.committed for value in variables(router).values())
+
+
 @pytest.mark.parametrize("config", [SIGMOID, HASHED])
 def test_state_of_a_router_without_values(config):
     router = nnx.eval_shape(lambda: Router(config, rngs=nnx.Rngs(0)))
@@ -390,6 +404,12 @@ def test_what_is_no_safetensors_file(content, tmp_path):
         Router.from_checkpoint(tmp_path, SIGMOID)
 
 
+def test_a_layer_of_many_digits():
+    """More than Python makes a number of: no layer that a model has."""
+    with pytest.raises(CheckpointError, match="no tensor has a name that a router"):
+        Router.from_checkpoint({GATE.replace("3", "9" * 5000): RIGHT[GATE]}, SIGMOID)
+
+
 def write_index(folder, content):
     path = folder / "model.safetensors.index.json"
     path.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
@@ -423,6 +443,7 @@ def test_only_the_files_of_a_router_are_needed(tmp_path):
         ({GATE: "/outside.safetensors"}, "outside of its own folder"),
         ({GATE: 3}, "it is no index"),
         ({GATE: ["a.safetensors"]}, "it is no index"),
+        ({GATE: "\ud800.safetensors"}, "it is no index"),
         (["a.safetensors"], "it is no index"),
         ("{", "it is no index"),
         ("[]", "it is no index"),

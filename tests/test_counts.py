@@ -63,6 +63,13 @@ def test_counts_of_calls(router, rng):
     assert not hasattr(Router(RouterConfig(D, E, K), rngs=nnx.Rngs(0)), "counts")
 
 
+def test_one_token(router, rng):
+    x = draw(rng)
+    one, of_a_batch = router(x), router(x[None])
+    np.testing.assert_array_equal(one.expert_ids, of_a_batch.expert_ids[0])
+    np.testing.assert_array_equal(router.counts[...], 2 * counts_of(one.expert_ids))
+
+
 def test_update(router, rng):
     """The sign rule on what was counted, then zeros; nothing where `when` is False."""
     bias = rng.normal(0, 1, E).astype(np.float32)

@@ -455,6 +455,12 @@ def test_random_hash_table(shape, num_experts, error, words):
         random_hash_table(jax.random.key(0), shape, num_experts)
 
 
+@pytest.mark.parametrize("key", [0, None, np.zeros(2), np.zeros((2, 2), np.uint32)], ids=str)
+def test_random_hash_table_without_a_key(key):
+    with pytest.raises(TypeError, match=r"key must be a key, jax.random.key\(0\) for example, got "):
+        random_hash_table(key, (5, 2), 3)
+
+
 X4, IDS4, MASK4 = np.ones((4, 8), np.float32), np.zeros(4, np.int32), np.ones(4, bool)
 
 

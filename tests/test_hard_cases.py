@@ -269,6 +269,16 @@ def test_no_choice_and_no_expert(score_fn, renormalize, implementation):
         np.testing.assert_array_equal(gradient, np.zeros((3, experts)))
 
 
+@pytest.mark.parametrize("k", [0, 2])
+def test_scores_without_a_dtype_of_their_own(k, implementation):
+    """As jnp.full makes them; indices without one would become int8 beside an int8."""
+    scores = jnp.full((3, 8), 1.0)
+    assert scores.weak_type
+    results = op("topk_select", k=k, implementation=implementation)(scores)
+    assert [result.dtype for result in results] == [jnp.float32, jnp.int32]
+    assert not any(result.weak_type for result in results)
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (3, 0), (0,), (2, 0, 5)])
 def test_the_none_best(shape, implementation):
     """k = 0, of rows of any length, as of `jax.lax.top_k`: values and indices, and their gradient."""

@@ -121,6 +121,12 @@ def test_wrong_arguments(sizes, counts, error, words):
         make_hash_table(*sizes, key=KEY, token_counts=counts)
 
 
+@pytest.mark.parametrize("key", [0, None, np.zeros((2, 2), np.uint32)], ids=str)
+def test_what_is_no_key(key):
+    with pytest.raises(TypeError, match=r"key must be a key, jax.random.key\(0\) for example, got "):
+        make_hash_table(10, 4, 2, key=key)
+
+
 def test_progress_is_no_function():
     with pytest.raises(TypeError, match="progress must be a function, print for example, got 1"):
         make_hash_table(10, 4, 2, key=KEY, progress=1)

@@ -131,6 +131,13 @@ def test_dispatch_and_counts(dtype, op):
             np.testing.assert_array_equal(mine, other)
 
 
+def test_group_sizes(dtype):
+    """Whose sums a narrow dtype does not hold."""
+    sizes = np.array([120, 0, 60, 120], dtype)
+    dispatch = jax_router.Dispatch(np.zeros(360, np.int32), np.zeros((180, 2), np.int32), sizes)
+    np.testing.assert_array_equal(jax_router.block_experts(dispatch, 60), [0, 0, 2, 3, 3, -1])
+
+
 def test_lengths(dtype, op, rng):
     lengths = numbers(dtype, 128, 256, 300)
     scores = rng.normal(0, 1, (lengths.size, 300)).astype(np.float32)

@@ -253,6 +253,12 @@ def test_copies(copied):
     jax.tree.map(np.testing.assert_array_equal, moe, other)
 
 
+def test_tabulate():
+    """The table of Flax, in which each part has a row."""
+    table = nnx.tabulate(make(*SECOND), jnp.ones((3, D)), console_kwargs={"width": 300})
+    assert all(part in table for part in ("router", "apply_experts", "shared_expert/weights"))
+
+
 def test_presets():
     """A layer around a router of each kind of model, with true E and k."""
     of_programs = {models.preset(name).program: (name,) for name in presets()}.values()
@@ -355,12 +361,24 @@ def test_in_shard_map(devices):
         ),
         (lambda: make_and_call(jnp.zeros(D)), ValueError, r"x must have at least 2 axes, got shape \(16,\)"),
         (
+            lambda: make_and_call(
+                jnp.zeros((3, D + 1)), routing=Routing(jnp.ones((3, 1)), jnp.zeros((3, 1), jnp.int32))
+            ),
+            ValueError,
+            r"x must have shape \(\.\.\., 16\) \(hidden_size\), got \(3, 17\)",
+        ),
+        (
             lambda: MoE(config(), F, activation="silu", rngs=nnx.Rngs(0)),
             TypeError,
             "activation must be a function, jax.nn.silu for example, got 'silu'",
         ),
         (lambda: MoE(config(), F, matmul=None, rngs=nnx.Rngs(0)), TypeError, "matmul must be a function"),
         (lambda: MoE(config(), F, kernel_init=1, rngs=nnx.Rngs(0)), TypeError, "kernel_init must be a function"),
+        (
+            lambda: MoE(config(), F, kernel_init=lambda key, shape, dtype: jnp.zeros(shape[::-1]), rngs=nnx.Rngs(0)),
+            ValueError,
+            r"the result of kernel_init must have shape \(\d+, 16, 8\), got \(8, 16, \d+\)",
+        ),
         (
             lambda: MoE(config(), F, expert_axis="expert", expert_options=["way"], rngs=nnx.Rngs(0)),
             TypeError,
