@@ -8,6 +8,7 @@
 #include "../common/order.h"
 #include "kernels.h"
 #include "parts/dtype.cuh"
+#include "parts/tile.cuh"
 #include "parts/warp.cuh"
 
 namespace jax_router::cuda {
@@ -50,6 +51,33 @@ __device__ __forceinline__ float largest_element(const uint4 (&vectors)[kVectors
   return sizeof(T) == 4 ? element : max_nan(element, element_of(largest, 1, T{}));
 }
 
+// Bit v * kElements + e for each element of some vectors that is not below `bound`, an element or infinite. A NaN is
+// not below anything.
+template <typename T, int kVectors>
+__device__ __forceinline__ uint32_t elements_reaching(const uint4 (&vectors)[kVectors], float bound) {
+  constexpr int kElements = kVectors * 16 / sizeof(T);
+  static_assert(kElements <= 32);
+  if constexpr (sizeof(T) == 4) {
+    SumOfTrue halves[2];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      halves[i / 16].add_unless_below(bits_float(word_of(vectors[i / 4], i % 4)), bound, 1u << i % 16);
+    }
+    return halves[0].value() | halves[1].value() << 16;
+  } else {
+    const uint32_t bounds = two_no_less(bound, T{});
+    uint32_t below[2] = {};  // 16 elements each, the odd ones in the upper half of the word
+#pragma unroll
+    for (int i = 0; i < kElements / 2; ++i) {
+      const uint32_t word = word_of(vectors[i / 4], i % 4);
+      below[i / 8] |= below_of_two(word, bounds, T{}) & (0x00020001u << (2 * (i % 8)));
+    }
+    const auto joined = [](uint32_t halves) { return (halves | halves >> 16) & 0xFFFF; };
+    const uint32_t mask = ~(joined(below[0]) | joined(below[1]) << 16);
+    return kElements < 32 ? mask & (1u << kElements % 32) - 1 : mask;
+  }
+}
+
 // The pairs of a row in as few bits as they need: order_key without the bits that a T does not have, and below it the
 // index, inverted. Larger is better, equal keys go to the lower index, and no pair is 0.
 template <typename T>
@@ -77,6 +105,10 @@ struct PairFormat {
   // NaN, which nothing is smaller than, where nothing is.
   __device__ __forceinline__ float bound(uint64_t pair) const {
     return key(pair) > kInfinity ? INFINITY : element(pair);
+  }
+  // The same for what must be larger than the pair's element.
+  __device__ __forceinline__ float larger(uint64_t pair) const {
+    return element(static_cast<uint64_t>(min(key(pair) + 1, kInfinity)) << index_bits);
   }
   // The least key of an element that is not smaller than that: -0 is not smaller than 0. kNoKey if it may be any.
   __device__ __forceinline__ uint32_t least_key(uint64_t pair) const {

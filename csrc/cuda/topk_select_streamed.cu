@@ -3,9 +3,9 @@
 // A row belongs to one thread block, or to a cluster of blocks that each take part of it. A block streams its part
 // through shared memory, a few vectors of 16 bytes a thread and step, and keeps what can still be among the k best: the
 // pairs (key, index) no smaller than a bound that comes from a sample, the largest of the first vectors of every
-// thread. Few vectors hold such an element, and only those are looked at one by one. The candidates of all blocks meet
-// in the shared memory of the cluster's first block, which selects exactly k of them, puts them in order and writes
-// them.
+// thread. A step's elements are compared with the bound together, and the few that reach it are looked at one by one.
+// The candidates of all blocks meet in the shared memory of the cluster's first block, which selects exactly k of them,
+// puts them in order and writes them.
 //
 // The order of the index is found by a bit an index, as long as shared memory has room for a row's bits. It is set for
 // those that are chosen: at once where that is certain, while the k-th is still looked for. For the order by value the
@@ -123,7 +123,7 @@ struct Stream {
   // How many of the block's vectors are among the first so many of a thread.
   __device__ __forceinline__ uint32_t vectors_of_first(uint32_t of_thread) const {
     const uint32_t all = all_own_vectors();
-    const uint32_t of_warp = 32 * kBatch * steps;
+    const uint32_t of_warp = 32 * kBatch * max(steps, 1u);
     return all / of_warp * 32 * of_thread + min(all % of_warp, 32 * of_thread);
   }
 
@@ -138,12 +138,20 @@ struct Stream {
     return ring + (step % kStages * kBatch + vector) * kThreads;
   }
 
+  // From a vector of a step to the next.
+  __device__ __forceinline__ uint32_t of_vector() const {
+    return kInCluster ? (kThreads * kElements << block_bits) * steps : 32 * kElements;
+  }
+
   __device__ __forceinline__ void fetch(uint32_t step) const {
     if (step < steps) {
+      const uint32_t first_index = index(step, 0), rest = first_index < end ? end - first_index : 0;
+      const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(slot(step, 0)));
+      const T* from = row + first_index;
 #pragma unroll
       for (uint32_t vector = 0; vector < kBatch; ++vector) {
-        if (index(step, vector) < end) {
-          copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(slot(step, vector))), row + index(step, vector));
+        if (vector * of_vector() < rest) {
+          copy_async(to + vector * kThreads * sizeof(uint4), from + vector * of_vector());
         }
       }
     }
@@ -152,11 +160,11 @@ struct Stream {
 };
 
 // A bound that about the k best of a row reach, from elements that lie evenly over the block's part and are fetched for
-// this alone. The part has at least 2 * kThreads of them. A function of its own, as it is seldom called and the others
-// need the registers.
+// this alone. The part has at least 2 * kThreads of them. Of a steep row, where larger elements lie together, little is
+// left to chance. A function of its own, as it is seldom called and the others need the registers.
 template <typename T, int kThreads>
 __device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads, false> stream, PairFormat<T> format,
-                                                      uint32_t k, uint32_t length) {
+                                                      uint32_t k, uint32_t length, bool is_steep) {
   using Select = PairSelect<kThreads, kStreamedBins>;
   constexpr uint32_t kElements = Stream<T, kThreads, false>::kElements;
   // Some that lie side by side come in one piece from memory.
@@ -164,7 +172,8 @@ __device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads, false>
   const uint32_t elements = stream.own_vectors() * kElements;
   const uint32_t runs = min(elements / 2, kOfThread * kThreads) / kRun, size = runs * kRun;
   const float expected = __fdividef(static_cast<float>(k) * static_cast<float>(size), static_cast<float>(length));
-  const uint32_t rank = static_cast<uint32_t>(expected + max(4 * fast_sqrt(expected), static_cast<float>(kRun))) + 2;
+  const uint32_t rank =
+      static_cast<uint32_t>(expected + max((is_steep ? 2 : 4) * fast_sqrt(expected), static_cast<float>(kRun))) + 2;
   const float spacing = __fdividef(static_cast<float>(elements), static_cast<float>(runs));
   const auto index_of = [&](uint32_t i) {
     const uint32_t start = static_cast<uint32_t>((static_cast<float>(i / kRun) + 0.5f) * spacing);
@@ -176,13 +185,22 @@ __device__ __noinline__ uint64_t bound_of_even_sample(Stream<T, kThreads, false>
     const uint32_t i = j * kThreads + threadIdx.x;
     if (i < size) sampled[j] = load_one(stream.row + index_of(i));
   }
+  uint32_t most = 0, least = 0xFFFFFFFFu;
 #pragma unroll
   for (uint32_t j = 0; j < kOfThread; ++j) {
     const uint32_t i = j * kThreads + threadIdx.x;
-    if (i < size) Select::pairs()[i] = format.pair(sampled[j], index_of(i));
+    if (i < size) {
+      const uint64_t pair = format.pair(sampled[j], index_of(i));
+      most = max(most, format.key(pair));
+      least = min(least, format.key(pair));
+      Select::pairs()[i] = pair;
+    }
   }
+  Select::prepare(most, least);
   __syncthreads();
-  return Select::kth_largest(size, rank, format.index_bits, rank / 8).pair;
+  return Select::kth_largest(size, rank, format.index_bits, rank / 8, Select::shared().key_min,
+                             Select::shared().key_max)
+      .pair;
 }
 
 template <typename T, int kThreads, bool kInCluster>
@@ -193,7 +211,11 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   constexpr bool kShortens = kInCluster && sizeof(T) == 4;
   __shared__ Gathering gathering;
   __shared__ uint32_t unevenness, start;
-  __shared__ bool has_trend;
+  constexpr int kParts = 4;
+  __shared__ uint32_t largest_of[kParts];  // the largest key of each fourth of the sample, or kNoKey
+  __shared__ uint32_t highest_least;       // the largest of the least keys of the warps' samples
+  __shared__ uint32_t sample_rank;
+  __shared__ float sample_groups;
 
   const uint32_t block_bits = kInCluster ? rows.block_bits : 0, blocks = 1u << block_bits;
   const int64_t row_index = blockIdx.x >> block_bits;
@@ -307,10 +329,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     return Select::kth_largest(kSampled * kThreads, rank, format.index_bits, rank / 8).pair;
   };
 
-  // Where neighbours among the candidates are neighbours in the row, no warp looks at neighbours at once, as what they
-  // share would be asked for by all lanes.
-  const auto spreads = [&] { return !kInCluster && has_trend; };
-
   // The order of the index is found by bits that lie where the ring was, if the row is not too long for them.
   static_assert(Select::kMostVectors * (sizeof(uint4) + sizeof(uint2)) <= kRing * sizeof(uint4));
   const bool uses_bits = !op.sorted && block == 0 && Select::has_bits(format.index_bits);
@@ -337,14 +355,35 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     if (first_reading) {
       // The fence takes long: not by the first warp, which has more to do than the others, and while elements arrive.
       const bool sets_up = threadIdx.x == kThreads - 32;
+      // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
+      uint32_t group = 0;  // of so many
+      if (!kInCluster) {
+#pragma unroll
+        for (uint32_t more = 1; more <= kSampled; ++more) group += length >= more * 2 * kElements * k;
+      }
       Select::init();
       if (sets_up) {
         unevenness = 0;
-        has_trend = false;
+        highest_least = kNoKey;
+#pragma unroll
+        for (uint32_t& largest : largest_of) largest = kNoKey;
         gathering.count = 0;
         gathering.bulk_key = 0xFFFFFFFFu;
         gathering.left_out = -1;
         if (kInCluster) init_transfers(&gathering.sent, block == 0 ? blocks - 1 : 1);
+        if (!kInCluster) {
+          // The rank of the bound in the sample, by one thread while the elements arrive.
+          const uint32_t sample_size = stream.vectors_of_first(group == 0 ? kSampled : group);
+          const float groups = __fdividef(static_cast<float>(sample_size), static_cast<float>(max(group, 1u)));
+          const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
+          const float expected = __fdividef(static_cast<float>(k) * elements, static_cast<float>(length));
+          // Six standard deviations are left for chance: where a bound is too high, the row is read again without one,
+          // which takes three times as long. A group may hold several of those that are wanted.
+          const float wanted = expected + 6 * fast_sqrt(expected);
+          const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
+          sample_rank = static_cast<uint32_t>(reached) + 2;
+          sample_groups = groups;
+        }
       }
       __syncthreads();
       if (kInCluster && block == 0 && sets_up) cluster_fence();
@@ -352,20 +391,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       if constexpr (kInCluster) {
         if (has_sample) bound = bound_of_sample();
       } else if (has_sample) {
-        // Where few elements are among the k best, the largest of some of a thread's vectors stands for them all.
-        uint32_t group = 0;  // of so many
-#pragma unroll
-        for (uint32_t more = 1; more <= kSampled; ++more) group += length >= more * 2 * kElements * k;
-        const uint32_t sample_size = stream.vectors_of_first(group == 0 ? kSampled : group);
-        const float groups = __fdividef(static_cast<float>(sample_size), static_cast<float>(max(group, 1u)));
-        const float elements = static_cast<float>(sample_size * (group == 0 ? 1 : kElements));
-        const float expected = __fdividef(static_cast<float>(k) * elements, static_cast<float>(length));
-        // Six standard deviations are left for chance: where a bound is too high, the row is read again without one,
-        // which takes three times as long. A group may hold several of those that are wanted.
-        const float wanted = expected + 6 * fast_sqrt(expected);
-        const float reached = group == 0 ? wanted : groups * (1 - __expf(-__fdividef(wanted, groups)));
-        const uint32_t rank = static_cast<uint32_t>(reached) + 2;
-
         wait_for_groups<kStages - 1>();
         const auto exists = [&](uint32_t vector) { return stream.steps != 0 && stream.index(0, vector) < stream.end; };
         uint64_t largest = kNoPair;
@@ -397,23 +422,44 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
             pairs[vector * kThreads + threadIdx.x] = pair;
           }
         }
-        const uint32_t key = format.key(largest);
-        const uint32_t most = __reduce_max_sync(kFullWarp, key);
+        const uint32_t most = __reduce_max_sync(kFullWarp, format.key(largest));
         least_key = __reduce_min_sync(kFullWarp, least_key);
-        if (threadIdx.x % 32 == 0) {
-          atomicMax(&Select::shared().key_max, most);
-          atomicMin(&Select::shared().key_min, least_key);
+        atomicMax(&Select::shared().key_max, most);
+        atomicMin(&Select::shared().key_min, least_key);
+        // A few lanes' worth would differ by chance.
+        const bool is_whole = __all_sync(kFullWarp, exists(0));
+        if (threadIdx.x % 32 == 0 && is_whole) {
+          atomicMax(&highest_least, least_key);
+          atomicMax(&largest_of[threadIdx.x / (kThreads / kParts)], most);
         }
         Select::clear_bins();
         __syncthreads();
+        const uint32_t rank = sample_rank;
+        const float groups = sample_groups;
         if (rank < static_cast<uint32_t>(groups)) {
-          bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8,
-                                      Select::shared().key_min, Select::shared().key_max)
-                      .pair;
-          if (stream.own_vectors() * kElements >= 2 * kThreads &&
-              is_uneven(bound, group == 0 ? kSampled : 1, rank, groups)) {
-            if (threadIdx.x == 0) has_trend = true;
-            bound = bound_of_even_sample(stream, format, k, length);
+          const auto least_largest = [&] {
+            uint32_t least = 0xFFFFFFFFu;
+#pragma unroll
+            for (uint32_t largest : largest_of) {
+              if (largest != kNoKey) least = min(least, largest);
+            }
+            return least;
+          };
+          // All that a warp has is larger than all of a fourth: that is no chance, and the sample of no use.
+          const bool is_steep = highest_least > least_largest();
+          bool has_trend = is_steep;
+          if (!is_steep) {
+            bound = Select::kth_largest(group == 0 ? kSampled * kThreads : kThreads, rank, format.index_bits, rank / 8,
+                                        Select::shared().key_min, Select::shared().key_max)
+                        .pair;
+            has_trend = is_uneven(bound, group == 0 ? kSampled : 1, rank, groups);
+          }
+          if (has_trend) {
+            bound = bound_of_even_sample(stream, format, k, length, is_steep);
+          } else if (threadIdx.x == 0) {
+            // Seldom an outlier's key, as these are not in all parts of the sample.
+            const uint32_t key = least_largest(), bound_key = format.key(bound);
+            if (key > bound_key) gathering.bulk_key = bound_key + 4 * min(key - bound_key, ~bound_key / 4);
           }
         }
       }
@@ -443,6 +489,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       const float bound_element = format.bound(bound);
       // Behind the bound's index an element must be larger. The order of -0 and 0 is not that of a comparison.
       const uint32_t bound_index = float_bits(bound_element) == 0x80000000u ? 0xFFFFFFFFu : format.index(bound);
+      const float larger_element = format.larger(bound);
       bool has_room = true;
 #pragma unroll 1
       for (; step < stream.steps && has_room; ++step) {
@@ -452,25 +499,23 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         uint4 vectors[kBatch];
 #pragma unroll
         for (int v = 0; v < kBatch; ++v) vectors[v] = *stream.slot(step, v);
-        // Of vectors that do not exist, the slots hold old elements: their bits of the mask stay 0.
-        const float largest = largest_element<T>(vectors);
-        const bool reaches = stream.index(step, 0) < stream.end && !(largest < bound_element) &&
-                             !(largest == bound_element && stream.index(step, 0) > bound_index);
-        if (__any_sync(kFullWarp, reaches || is_full)) {
-          const auto pair_of = [&](uint32_t bit) {
-            const uint32_t e = bit % kElements;
-            const T element = reinterpret_cast<const T*>(stream.slot(step, bit / kElements))[e];
-            return format.pair(as_float(element), stream.index(step, bit / kElements) + e);
-          };
-          uint32_t mask = 0;
-          if (reaches) {
+        const uint32_t first_index = stream.index(step, 0);
+        uint32_t mask = elements_reaching<T>(vectors, first_index > bound_index ? larger_element : bound_element);
+        // Of vectors that do not exist, the slots hold old elements.
+        if (stream.index(step, kBatch - 1) >= stream.end) {
 #pragma unroll
-            for (int i = 0; i < kBatch * kElements; ++i) {
-              const bool inside = i < kElements || stream.index(step, i / kElements) < stream.end;
-              if (inside && !(element_of(vectors[i / kElements], i % kElements, T{}) < bound_element)) mask |= 1u << i;
-            }
-            mask &= ~placed;
+          for (int v = 0; v < kBatch; ++v) {
+            if (stream.index(step, v) >= stream.end) mask &= ~(((1u << kElements) - 1) << v * kElements);
           }
+        }
+        mask &= ~placed;
+        if (__any_sync(kFullWarp, mask != 0 || is_full)) {
+          const T* const own_vectors = reinterpret_cast<const T*>(stream.slot(step, 0));
+          const auto pair_of = [&](uint32_t bit) {
+            const uint32_t v = bit / kElements, e = bit % kElements;
+            return format.pair(as_float(own_vectors[v * (kThreads * kElements) + e]),
+                               first_index + v * stream.of_vector() + e);
+          };
           if (is_exact) {
 #pragma unroll 1
             for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
@@ -478,32 +523,43 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
               if (pair_of(bit) < bound) mask ^= 1u << bit;
             }
           }
-          const int own = __popc(mask);
-          uint32_t place = own != 0 ? atomicAdd(&gathering.count, own) : 0;
-          const auto keep = [&](uint32_t bit, uint64_t pair) {
-            mask ^= 1u << bit;
-            placed |= 1u << bit;
-            pairs[place++] = pair;
-            best_key = max(best_key, format.key(pair));
-          };
-          if (__any_sync(kFullWarp, own > kElements)) {
-            // Many, as of a sorted row: without waiting for one before the next.
+          const uint32_t own = __popc(mask), all = mask;
+          if (__any_sync(kFullWarp, own > kBatch * kElements * 3 / 8)) {
+            // Many, as of a sorted row: without waiting for one before the next, and neighbouring lanes side by side.
+            uint32_t place = 0;
+            const uint32_t of_warp = __reduce_add_sync(kFullWarp, own);
+            if (threadIdx.x % 32 == 0) place = atomicAdd(&gathering.count, of_warp);
+            place = __shfl_sync(kFullWarp, place, 0);
+            const uint32_t lower_lanes = (1u << threadIdx.x % 32) - 1;
 #pragma unroll 1
             for (uint32_t v = 0; v < kBatch; ++v) {
               const uint4 vector = *stream.slot(step, v);
-              const uint32_t index = stream.index(step, v);
+              const uint32_t index = first_index + v * stream.of_vector();
 #pragma unroll
               for (uint32_t e = 0; e < kElements; ++e) {
-                const uint32_t bit = v * kElements + e;
-                if ((mask >> bit & 1) != 0 && place < rows.capacity) {
-                  keep(bit, format.pair(element_of(vector, e, T{}), index + e));
+                const uint32_t bit = 1u << v * kElements << e;
+                const uint32_t lanes = __ballot_sync(kFullWarp, (all & bit) != 0);
+                const uint32_t own_place = place + __popc(lanes & lower_lanes);
+                if ((all & bit) != 0 && own_place < rows.capacity) {
+                  const uint64_t pair = format.pair(element_of(vector, e, T{}), index + e);
+                  pairs[own_place] = pair;
+                  best_key = max(best_key, format.key(pair));
+                  mask ^= bit;
                 }
+                place += __popc(lanes);
               }
             }
           } else {
+            uint32_t place = own != 0 ? atomicAdd(&gathering.count, own) : 0;
+            const uint32_t places_end = min(place + own, rows.capacity);
 #pragma unroll 1
-            while (mask != 0 && place < rows.capacity) keep(__ffs(mask) - 1, pair_of(__ffs(mask) - 1));
+            for (; place < places_end; ++place, mask &= mask - 1) {
+              const uint64_t pair = pair_of(__ffs(mask) - 1);
+              pairs[place] = pair;
+              best_key = max(best_key, format.key(pair));
+            }
           }
+          placed |= all ^ mask;
           if (!kInCluster && __any_sync(kFullWarp, mask != 0)) break;
           has_room = kInCluster || __any_sync(kFullWarp, is_full) == 0;
         }
@@ -585,7 +641,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         uint32_t key_max = __reduce_max_sync(kFullWarp, its_best);
         uint64_t short_doubt = its_doubt;
         uint32_t top = key_max;
-        if (kInCluster) top = min(top, gathering.bulk_key);
+        top = min(top, gathering.bulk_key);
         if (kShortens && op.sorted && k > Select::kBins && key_min != kNoKey) {
           // A row of bf16 values: their equal bits would keep the bins of their indices empty.
           const uint32_t last_bits = Select::shared().key_max & 0xFFFFu;
@@ -600,23 +656,17 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         }
         top_key = kNoKey;
         if (op.sorted && all <= rows.capacity && key_min != kNoKey) {
-          top_key = spreads()
-                        ? Select::template divide<kInCluster, !kInCluster>(count, k, format.index_bits, key_min, top,
-                                                                           short_doubt)
-                        : Select::template divide<kInCluster>(count, k, format.index_bits, key_min, top, short_doubt);
+          top_key = Select::template divide<kInCluster>(count, k, format.index_bits, key_min, top, short_doubt);
         }
         if (top_key != kNoKey) {
           bound = 0;
           kth.varying = static_cast<uint64_t>(key_max - key_min) + 1 < uint64_t{1} << 31 >> format.index_bits;
         } else {
-          const auto find = [&](auto spread, auto mark) {
-            return Select::template kth_largest<decltype(spread)::value, decltype(mark)::value>(
-                count, k, format.index_bits, 0, key_min, key_max, bits, kInCluster ? are_far : has_trend);
+          const auto find = [&](auto marks) {
+            return Select::template kth_largest<decltype(marks)::value>(count, k, format.index_bits, 0, key_min,
+                                                                        key_max, bits, kInCluster && are_far);
           };
-          using Spreads = std::bool_constant<!kInCluster>;
-          kth = uses_bits   ? find(Spreads{}, std::true_type{})
-                : spreads() ? find(Spreads{}, std::false_type{})
-                            : find(std::false_type{}, std::false_type{});
+          kth = uses_bits ? find(std::true_type{}) : find(std::false_type{});
           const uint64_t kth_pair = op.sorted ? whole(kth.pair, gathering.left_out) : kth.pair;
           const bool exact = kth_pair >= its_doubt;
           bound = __all_sync(kFullWarp, exact) && all <= rows.capacity ? 0 : kth_pair;
@@ -651,15 +701,14 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       write(place, whole(pair, left_out));
     };
     if (op.sorted && kth.pair == 0) {
-      Select::template order_by_bins<kInCluster>(count, k, {format.index_bits, key_min, top_key}, spare, spreads(),
+      Select::template order_by_bins<kInCluster>(count, k, {format.index_bits, key_min, top_key}, spare,
                                                  kth.varying != 0, write_whole);
     } else if (op.sorted) {
       Select::template order<true>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare,
                                    write_whole);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
-      Select::in_order_of_index(count, kth.pair, k, {bits, format.index_bits}, kRingBytes, are_far,
-                                kInCluster || has_trend, write);
+      Select::in_order_of_index(count, kth.pair, k, {bits, format.index_bits}, kRingBytes, are_far, kInCluster, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }

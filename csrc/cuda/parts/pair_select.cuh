@@ -232,9 +232,8 @@ struct alignas(16) PairSelect {
 
   // Calls body(pair) for each of pairs()[0..count) from `worst` to `best`.
   template <class Body>
-  static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body,
-                                                  bool spread = false) {
-    for_some<kAtOnceWithJumps>(count, spread, [&](const uint64_t (&some)[kAtOnceWithJumps]) {
+  static __device__ __forceinline__ void for_each(uint32_t count, uint64_t worst, uint64_t best, Body body) {
+    for_some<kAtOnceWithJumps>(count, false, [&](const uint64_t (&some)[kAtOnceWithJumps]) {
 #pragma unroll
       for (uint64_t pair : some) {
         if (pair >= worst && pair <= best) body(pair);
@@ -275,19 +274,23 @@ struct alignas(16) PairSelect {
   // What kth_largest can be spared: the largest of the threads' keys is made known in shared().key_max, and the bins
   // are cleared. For all threads together; a barrier must follow.
   static __device__ __forceinline__ void prepare(uint32_t key) {
-    key = __reduce_max_sync(kFullWarp, key);
-    if (threadIdx.x % 32 == 0) atomicMax(&shared().key_max, key);
+    atomicMax(&shared().key_max, key);  // of a warp at once
     clear_bins();
+  }
+  // And their least, in shared().key_min.
+  static __device__ __forceinline__ void prepare(uint32_t most, uint32_t least) {
+    atomicMin(&shared().key_min, least);
+    prepare(most);
   }
 
   // The k-th largest of pairs()[0..count), whose indices have so many bits; at least k of them are not kNoPair, and
   // k > 0. All threads get it. Who knows that the keys lie from key_min to key_max, and has cleared the bins, saves a
-  // look at all pairs. kSpreads: for pairs whose neighbours lie close together, if these `spread`. If kMarks, the bits
-  // that begin there, which are clear, are set of the pairs that are no smaller, and `varying` is none.
-  template <bool kSpreads = false, bool kMarks = false>
+  // look at all pairs. If kMarks, the bits that begin there, which are clear, are set of the pairs that are no smaller,
+  // and `varying` is none; if these `spread`, neighbours lie close together.
+  template <bool kMarks = false>
   static __device__ __noinline__ Kth kth_largest(uint32_t count, uint32_t k, int index_bits, uint32_t slack,
                                                  uint32_t key_min = kNoKey, uint32_t key_max = kNoKey,
-                                                 uint32_t start_of_bits = 0, bool spread = kSpreads) {
+                                                 uint32_t start_of_bits = 0, bool spread = false) {
     const IndexBits bits{start_of_bits, index_bits};
     const uint32_t bins_address = address_of(shared().bins);
     uint64_t best = ~uint64_t{0}, worst = kLowestPair, overall_best = 0;
@@ -302,12 +305,8 @@ struct alignas(16) PairSelect {
           key_min = min(key_min, key);
         });
         clear_bins();
-        key_max = __reduce_max_sync(kFullWarp, key_max);
-        key_min = __reduce_min_sync(kFullWarp, key_min);
-        if (threadIdx.x % 32 == 0) {
-          atomicMax(&shared().key_max, key_max);
-          atomicMin(&shared().key_min, key_min);
-        }
+        atomicMax(&shared().key_max, key_max);
+        atomicMin(&shared().key_min, key_min);
         __syncthreads();
         key_max = shared().key_max;
         key_min = shared().key_min;
@@ -323,7 +322,7 @@ struct alignas(16) PairSelect {
       const int left_out = max(static_cast<int>(span >> shift) - (kBins - 1), 0);  // steps without a bin of their own
       const uint32_t some_key = static_cast<uint32_t>(overall_best >> index_bits);
       uint32_t key_varying = 0;
-      for_some<kAtOnce>(count, kSpreads && spread, [&](const uint64_t (&some)[kAtOnce]) {
+      for_some<kAtOnce>(count, false, [&](const uint64_t (&some)[kAtOnce]) {
 #pragma unroll
         for (uint64_t pair : some) {
           const bool is_inside = best - pair <= span;
@@ -333,8 +332,7 @@ struct alignas(16) PairSelect {
         }
       });
       if (!kMarks) {
-        key_varying = __reduce_or_sync(kFullWarp, key_varying);
-        if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
+        atomicOr(&shared().key_varying, key_varying);
       }
       __syncthreads();
       const uint32_t overall_varying = shared().key_varying;
@@ -448,8 +446,8 @@ struct alignas(16) PairSelect {
   // the result is the key_max of the division. Or it is kNoKey, and the bins are clear again: if some bin has many
   // pairs, or that of the k-th comes down below the doubt of any lane, a pair. If kFindsStarts, each bin becomes the
   // number of what lies in earlier ones, which is faster than by order_by_bins, but takes more registers than blocks
-  // have which share a multiprocessor. kSpreads: as above.
-  template <bool kFindsStarts, bool kSpreads = false>
+  // have which share a multiprocessor.
+  template <bool kFindsStarts>
   static __device__ __noinline__ uint32_t divide(uint32_t count, uint32_t k, int index_bits, uint32_t key_min,
                                                  uint32_t key_max, uint64_t doubt) {
     constexpr uint32_t kFew = 32;
@@ -457,10 +455,11 @@ struct alignas(16) PairSelect {
 #pragma unroll 1
     while (true) {
       const Division by(index_bits, key_min, key_max);
-      if (threadIdx.x == 0) shared().members = 0;
-      for_each(
-          count, by.worst, ~uint64_t{0}, [&](uint64_t pair) { atomicAdd(&shared().bins[by.bin_of(pair)], 1); },
-          kSpreads);
+      if (threadIdx.x == 0) {
+        shared().members = 0;
+        shared().kth = 0;
+      }
+      for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) { atomicAdd(&shared().bins[by.bin_of(pair)], 1); });
       __syncthreads();
       bool some_crowded, too_crowded;
       const Bins own = own_bins();
@@ -492,6 +491,16 @@ struct alignas(16) PairSelect {
         find_bin(k);
         some_crowded = shared().members != 0;
         too_crowded = shared().members > 1;
+        if (too_crowded) {
+          most = 0;
+#pragma unroll
+          for (uint32_t i = 0; i < kBinsOfThread; ++i) {
+            if (kBinsOfThread * threadIdx.x + i <= shared().found.bin) most = max(most, own.counts[i]);
+          }
+          if (most > kMostToCompare) shared().kth = 1;
+          __syncthreads();
+          too_crowded = shared().kth != 0;
+        }
       }
       const uint64_t depth = (static_cast<uint64_t>(shared().found.bin) + 1 << by.shift) - 1;
       const bool is_certain = by.best > depth && __all_sync(kFullWarp, by.best - depth >= doubt);
@@ -543,16 +552,13 @@ struct alignas(16) PairSelect {
   // by less than 2^31, which makes them faster to compare.
   template <bool kFindsStarts, class Write>
   static __device__ __forceinline__ void order_by_bins(uint32_t count, uint32_t k, const Division& by, uint64_t* spare,
-                                                       bool spread, bool are_close, Write write) {
+                                                       bool are_close, Write write) {
     uint32_t* bins = shared().bins;
     const uint32_t last_bin = shared().found.bin, size = shared().found.before + shared().found.count;
     if (!kFindsStarts) scan(bins, kBins);
-    for_each(
-        count, by.worst, ~uint64_t{0},
-        [&](uint64_t pair) {
-          if (by.bin_of(pair) <= last_bin) spare[atomicAdd(&bins[by.bin_of(pair)], 1)] = pair;
-        },
-        spread);
+    for_each(count, by.worst, ~uint64_t{0}, [&](uint64_t pair) {
+      if (by.bin_of(pair) <= last_bin) spare[atomicAdd(&bins[by.bin_of(pair)], 1)] = pair;
+    });
     if (threadIdx.x == 0) spare[size] = by.worst - 1;
     __syncthreads();
     // Now bins[b] is where bin b ends, and the next begins.

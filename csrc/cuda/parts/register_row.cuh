@@ -81,27 +81,10 @@ struct RegisterRow {
   // A NaN is not below anything.
   template <int kCount = kVectors>
   __device__ __forceinline__ uint32_t reaching(float bound, int from = 0) const {
-    static_assert(kCount * kElements <= 32);
-    uint32_t mask = 0;
-    if constexpr (sizeof(T) == 4) {
-      SumOfTrue halves[2];
+    uint4 some[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount * 4; ++i) {
-        halves[i / 16].add_unless_below(bits_float(word_of(vectors[from + i / 4], i % 4)), bound, 1u << i % 16);
-      }
-      mask = halves[0].value() | halves[1].value() << 16;
-    } else {
-      const uint32_t bounds = two_no_less(bound, T{});
-      uint32_t below[2] = {};  // 16 elements each, the odd ones in the upper half of the word
-#pragma unroll
-      for (int i = 0; i < kCount * 4; ++i) {
-        const uint32_t word = word_of(vectors[from + i / 4], i % 4);
-        below[i / 8] |= below_of_two(word, bounds, T{}) & (0x00020001u << (2 * (i % 8)));
-      }
-      const auto joined = [](uint32_t halves) { return (halves | halves >> 16) & 0xFFFF; };
-      mask = ~(joined(below[0]) | joined(below[1]) << 16);
-      if constexpr (kCount * kElements < 32) mask &= (1u << kCount * kElements) - 1;
-    }
+    for (int i = 0; i < kCount; ++i) some[i] = vectors[from + i];
+    uint32_t mask = elements_reaching<T>(some, bound);
     // Vectors that do not exist are not above -inf either.
     if (bound == -INFINITY) {
       const int present = first < end ? static_cast<int>((end - first - 1) / kStep) + 1 : 0;
