@@ -30,6 +30,7 @@ struct PermutePlan {
 
   // Where blocks have slots.
   RowBlocks slots;
+  uint32_t row_bytes;
   Quotient problem_of;  // of the number of a slot, by those of a problem
 };
 
@@ -41,8 +42,10 @@ inline std::optional<PermutePlan> plan_with(const Permute& op, const Device& dev
   plan.pieces = count_pieces(rows, plan.wide, op.element_bytes);
   if (depth == kOfOneSlot) {
     const auto slots = RowBlocks::of(rows.slot_rows(), ceil_div(plan.pieces, 32), kMoveWarps);
-    if (!slots) return std::nullopt;
+    const int64_t row_bytes = rows.hidden * op.element_bytes;
+    if (!slots || row_bytes > UINT32_MAX) return std::nullopt;
     plan.slots = *slots;
+    plan.row_bytes = static_cast<uint32_t>(row_bytes);
     plan.problem_of = Quotient::by(rows.slots);
     plan.blocks = slots->blocks;
     return plan;
