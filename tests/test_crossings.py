@@ -292,9 +292,9 @@ NUMBERS = {
         "combine/tokens/bf16/slots256/D2048/k8",
         ("bf16 wide", "bf16 table", "bf16 wide", "bf16 table"),
     ),
-    "CombineCotangentNumbers.multiprocessors_a_block": (
+    "multiprocessors, combine_cotangent": (
         "combine_cotangent/tokens/bf16/D2048/k8",
-        ("bf16 wide, choices apart", "bf16 wide, choices together"),
+        ("bf16 wide of a choice", "bf16 wide of a token"),
     ),
     "ExpertCountsNumbers.lone_block_choices": (
         "expert_counts/tokens/E256/k8",

@@ -116,15 +116,15 @@ TAKEN_BY_AN_H100 = {
     "permute/bf16/D2048/k8/N8192": "copy 16 bytes x4",
     "permute_grad/bf16/D2048/k8/N8192": "bf16 wide",
     "combine/bf16/D2048/k8/N8192": "bf16 wide",
-    "combine_grad/bf16/D2048/k8/N8192": "bf16 wide, choices together",
+    "combine_grad/bf16/D2048/k8/N8192": "bf16 wide of a token",
     "permute/bf16/D4096/k6/N8192": "copy 16 bytes x4",
     "permute_grad/bf16/D4096/k6/N8192": "bf16 wide",
     "combine/bf16/D4096/k6/N8192": "bf16 wide",
-    "combine_grad/bf16/D4096/k6/N8192": "bf16 wide, choices together",
+    "combine_grad/bf16/D4096/k6/N8192": "bf16 wide of a token",
     "permute/bf16/D7168/k8/N8192": "copy 16 bytes x4",
     "permute_grad/bf16/D7168/k8/N8192": "bf16 wide",
     "combine/bf16/D7168/k8/N8192": "bf16 wide",
-    "combine_grad/bf16/D7168/k8/N8192": "bf16 wide, choices together",
+    "combine_grad/bf16/D7168/k8/N8192": "bf16 wide of a token",
 }
 
 _KERNELS = {
@@ -412,7 +412,7 @@ FINENESS = {
     "activation_topk": lanes_of_row,
     "topk_select": blocks_of_row,
     "permute": lambda plan: 0 if plan.endswith("of a slot") else -int(plan.rpartition("x")[2]),
-    "combine_cotangent": lambda plan: "apart" in plan,
+    "combine_cotangent": lambda plan: plan.endswith("of a choice"),
 }
 
 

@@ -19,6 +19,7 @@ namespace {
 template <int kBytes>
 struct Copy {
   using Bits = BitsOf<kBytes>;
+  static constexpr bool kHasWeight = false;
   __device__ __forceinline__ explicit Copy(const Bits& bits) : bits(bits) {}
   __device__ __forceinline__ Bits weighed(float) const { return bits; }
   Bits bits;
@@ -28,6 +29,7 @@ struct Copy {
 template <class P>
 struct Weighted {
   using Bits = typename P::Bits;
+  static constexpr bool kHasWeight = true;
   __device__ __forceinline__ explicit Weighted(const Bits& bits) : bits(bits) {}
   __device__ __forceinline__ Bits weighed(float weight) const {
     typename P::Floats floats;
@@ -70,33 +72,43 @@ __global__ void __launch_bounds__(32 * kMoveWarps) permute_tokens(const Permute 
   }
 }
 
-// Or slots.
+// Or slots. No jump stands before the loads: what the kernel reads of its arguments then comes all at once.
 template <class Content>
 __global__ void __launch_bounds__(32 * kMoveWarps) permute_slots(const Permute op, const PermutePlan plan) {
   using Bits = typename Content::Bits;
   const DispatchedRows& rows = op.rows;
-  const auto [slot_row, piece, is_there] = LaneOfRow(plan.slots);
-  if (!is_there) return;
-  const bool inside = piece < plan.pieces;
+  const auto [any_row, piece, is_there] = LaneOfRow(plan.slots);
+  const uint32_t slot_row = is_there ? any_row : 0;
+  const bool inside = is_there && piece < plan.pieces;
   const int64_t problem = plan.problem_of(slot_row);
-  const int slot = static_cast<int>(slot_row - problem * rows.slots);
+  const int slot = static_cast<int>(slot_row - problem * rows.slots), lane = threadIdx.x % 32;
+  // The lane's piece and choice of the problem's first token, from where it is one instruction to any other token's.
+  const int64_t first_token = problem * rows.tokens;
+  const char* from = static_cast<const char*>(op.x) + first_token * plan.row_bytes + int64_t{piece} * sizeof(Bits);
+  const int32_t* choice = rows.slot + first_token * rows.k + lane;
+  asm volatile("" : "+l"(from), "+l"(choice));
+
   const int number = __ldg(rows.token_index + slot_row);
+  const bool has_token = number >= 0 && number < rows.tokens;
+  const uint64_t token = static_cast<uint32_t>(number);
   Bits held = {};
-  if (number >= 0 && number < rows.tokens) {
-    const Token token(rows, problem * rows.tokens + number, problem);
-    if (inside) held = load_piece(static_cast<const Bits*>(op.x) + token.row * plan.pieces + piece);
-    bool is_in_use = false;
-    float weight = 1.0f;
+  if (inside && has_token) held = load_piece(reinterpret_cast<const Bits*>(from + token * plan.row_bytes));
+  choice += token * static_cast<uint32_t>(rows.k);
+  bool is_in_use = false;
+  float weight = 1.0f;
 #pragma unroll 1
-    for (int j = 0; j < rows.k; j += 32) {
-      const Choices choices = token.choices(rows, op.weights, j);
-      const uint32_t here = __ballot_sync(kFullWarp, choices.slot == slot);
-      if (here == 0) continue;
-      is_in_use = true;
-      weight = choices.weight_of(31 - __clz(static_cast<int>(here)));
+  for (int j = 0; j < rows.k; j += 32) {
+    const bool is_choice = has_token && j + lane < rows.k;
+    float of_choice = 1.0f;
+    if (Content::kHasWeight && is_choice) of_choice = __ldg(op.weights + (first_token + number) * rows.k + j + lane);
+    const uint32_t here = __ballot_sync(kFullWarp, is_choice && __ldg(choice + j) == slot);
+    if (here == 0) continue;
+    is_in_use = true;
+    if constexpr (Content::kHasWeight) {
+      weight = __shfl_sync(kFullWarp, of_choice, 31 - __clz(static_cast<int>(here)));
     }
-    held = is_in_use ? Content(held).weighed(weight) : Bits{};
   }
+  held = is_in_use ? Content(held).weighed(weight) : Bits{};
   if (inside) store_piece(static_cast<Bits*>(op.out) + int64_t{slot_row} * plan.pieces + piece, held);
 }
 

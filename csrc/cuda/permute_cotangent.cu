@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * kMoveWarps)
     }
     if (inside) store_piece(static_cast<Bits*>(op.grad_x) + first + piece, P::pack(grad_x));
   }
-  sums.store(threadIdx.y * plan.warps, plan.warps, 0, is_there ? rows.k : 0, op.grad_weights + token.row * rows.k);
+  sums.store(threadIdx.y * plan.warps, plan.warps, is_there ? rows.k : 0, op.grad_weights + token.row * rows.k);
 }
 
 }  // namespace

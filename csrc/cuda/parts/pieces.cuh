@@ -196,6 +196,13 @@ __device__ __forceinline__ float sum_eight_over_warp(float (&numbers)[8]) {
   return __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 16));
 }
 
+// The same of one number: in every lane, with the same bits.
+__device__ __forceinline__ float sum_over_warp(float number) {
+#pragma unroll
+  for (int step : {4, 2, 1, 8, 16}) number = __fadd_rn(number, __shfl_xor_sync(kFullWarp, number, step));
+  return number;
+}
+
 // The products of a token's row with those of its slots. A lane has those of choices `lane` and `lane + 32`.
 class ChoiceProducts {
  public:
@@ -207,15 +214,15 @@ class ChoiceProducts {
     if (mine && eight >= 4) sums_[1] = __fadd_rn(sums_[1], sum);
   }
 
-  // Adds up over the warps of a token, which are the block's from `first_warp` on, and stores choices first .. last
-  // - 1. All threads of the block come here.
-  __device__ __forceinline__ void store(int first_warp, int warps, int first, int last, float* results) const {
+  // Adds up over the warps of a token, which are the block's from `first_warp` on, and stores the first `count`. All
+  // threads of the block come here.
+  __device__ __forceinline__ void store(int first_warp, int warps, int count, float* results) const {
     __shared__ float shared[kMoveWarps][kMaxTopK];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     shared[first_warp + warp][lane] = sums_[0];
     shared[first_warp + warp][lane + 32] = sums_[1];
     __syncthreads();
-    for (int j = first + static_cast<int>(threadIdx.x); j < last; j += 32 * warps) {
+    for (int j = static_cast<int>(threadIdx.x); j < count; j += 32 * warps) {
       float sum = shared[first_warp][j];
       for (int i = 1; i < warps; ++i) sum = __fadd_rn(sum, shared[first_warp + i][j]);
       results[j] = sum;

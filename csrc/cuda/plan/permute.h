@@ -14,7 +14,6 @@ namespace jax_router::cuda {
 // Pieces of a token's row that a lane holds at a time, to store them to each slot of the token. kOfOneSlot: a lane has
 // a piece of one slot's row instead.
 constexpr int kOfOneSlot = 0;
-constexpr int kFewSlots = 4;  // of a token, less than this
 constexpr int kPermuteDepths[] = {kOfOneSlot, 4, 2, 1};
 
 struct PermutePlan {
@@ -30,6 +29,7 @@ struct PermutePlan {
 
   // Where blocks have slots.
   RowBlocks slots;
+  uint32_t row_bytes;
   Quotient problem_of;  // of the number of a slot, by those of a problem
 };
 
@@ -41,8 +41,10 @@ inline std::optional<PermutePlan> plan_with(const Permute& op, const Device& dev
   plan.pieces = count_pieces(rows, plan.wide, op.element_bytes);
   if (depth == kOfOneSlot) {
     const auto slots = RowBlocks::of(rows.slot_rows(), ceil_div(plan.pieces, 32), kMoveWarps);
-    if (!slots) return std::nullopt;
+    const int64_t row_bytes = rows.hidden * op.element_bytes;
+    if (!slots || row_bytes > UINT32_MAX) return std::nullopt;
     plan.slots = *slots;
+    plan.row_bytes = static_cast<uint32_t>(row_bytes);
     plan.problem_of = Quotient::by(rows.slots);
     plan.blocks = slots->blocks;
     return plan;
@@ -63,16 +65,15 @@ inline std::vector<PermutePlan> plans(const Permute& op, const Device& device) {
   return found;
 }
 
-// Slots each on their own where their blocks all have room on the device, or in half of it where tokens have few: a
-// token's row is read again for each of its slots, but nothing waits for anything else. Else the deepest whose lanes
-// have all of their pieces and whose warps fill the device; else the flattest that there is.
+// Slots each on their own where their blocks have room in half of the device: a token's row is read again for each of
+// its slots, but nothing waits for anything else. Else the deepest whose lanes have all of their pieces and whose warps
+// fill the device; else the flattest that there is.
 inline std::optional<PermutePlan> plan(const Permute& op, const Device& device) {
   const int64_t room = int64_t{device.warps()} * device.multiprocessors;
   std::optional<PermutePlan> flattest;
   for (const PermutePlan& plan : plans(op, device)) {
     if (plan.depth == kOfOneSlot) {
-      const int64_t most = op.rows.k < kFewSlots ? room / 2 : room;
-      if (kMoveWarps * plan.blocks <= most) return plan;
+      if (kMoveWarps * plan.blocks <= room / 2) return plan;
       continue;
     }
     if (plan.pieces >= 32 * plan.depth && plan.token_warps >= room) return plan;
