@@ -206,6 +206,9 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const uint32_t pairs_end = static_cast<uint32_t>(__cvta_generic_to_shared(pairs + rows.capacity));
   uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity) + (-pairs_end % kLineBytes) / sizeof(uint4);
   const Stream<T, kThreads, kInCluster> stream(row, length, block, block_bits, ring);
+  // Before anything else is found out; for another reading, where the loop ends.
+#pragma unroll
+  for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
   const auto format = PairFormat<T>::of(op);
 
   // Room for `own` more candidates of each lane: the first one's place. Called by whole warps.
@@ -257,17 +260,17 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       const uint32_t most =
           max(rank + rank / 8, static_cast<uint32_t>(__fdividef(room * elements, static_cast<float>(length))));
       wait_for_groups<kStages - 1>();
-      uint4 largest = make_uint4(0, 0, 0, 0);
-      bool any = false;
+      // Where one does not exist, neither does a later one, and its slot may hold anything.
+      const bool any = exists(0);
+      uint4 vectors_of_step[kSampled];
 #pragma unroll
-      for (uint32_t vector = 0; vector < kSampled; ++vector) {
-        if (exists(vector)) {
-          const uint4 next = *stream.slot(0, vector);
-          largest = !any ? next
-                         : make_uint4(max_of_words(largest.x, next.x, T{}), max_of_words(largest.y, next.y, T{}),
-                                      max_of_words(largest.z, next.z, T{}), max_of_words(largest.w, next.w, T{}));
-          any = true;
-        }
+      for (uint32_t vector = 0; vector < kSampled; ++vector) vectors_of_step[vector] = *stream.slot(0, vector);
+      uint4 largest = vectors_of_step[0];
+#pragma unroll
+      for (uint32_t vector = 1; vector < kSampled; ++vector) {
+        const uint4 next = exists(vector) ? vectors_of_step[vector] : vectors_of_step[0];
+        largest = make_uint4(max_of_words(largest.x, next.x, T{}), max_of_words(largest.y, next.y, T{}),
+                             max_of_words(largest.z, next.z, T{}), max_of_words(largest.w, next.w, T{}));
       }
       uint32_t keys[kElements], best = kNoKey;
 #pragma unroll
@@ -275,12 +278,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         keys[e] = any ? format.key_of(element_of(largest, e, T{})) : kNoKey;
         best = max(best, keys[e]);
       }
-      const uint32_t highest_of_warp = __reduce_max_sync(kFullWarp, best);
-      const uint32_t lowest_of_warp = __reduce_min_sync(kFullWarp, any ? best : 0xFFFFFFFFu);
-      if (threadIdx.x % 32 == 0) {
-        atomicMax(&Select::shared().key_max, highest_of_warp);
-        atomicMin(&Select::shared().key_min, lowest_of_warp);
-      }
+      atomicMax(&Select::shared().key_max, best);
+      atomicMin(&Select::shared().key_min, any ? best : 0xFFFFFFFFu);
       Select::clear_bins();
       __syncthreads();
       // Bins for 16 powers of two: most rows have their k best there, whatever the largest and the least may be.
@@ -330,9 +329,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   };
   uint32_t reading = 0;
   while (k != 0) {
-#pragma unroll 1
-    for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
-
     const bool first_reading = reading == 0;
     if (first_reading) {
       // The fence takes long: not by the first warp, which has more to do than the others, and while elements arrive.
@@ -642,6 +638,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       cluster_arrive();
       cluster_wait();
     }
+#pragma unroll 1
+    for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
   }
   if (kInCluster) cluster_arrive_relaxed();
   if (block == 0 && k != 0) {
