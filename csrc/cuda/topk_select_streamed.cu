@@ -13,7 +13,8 @@
 // rows in the order of the index, are put in order by PairSelect::order.
 //
 // Every thread reads back only what it fetched itself. The blocks of a cluster have few steps, and each step is spread
-// evenly over the block's part, 128 bytes here and there: the first, which is the sample, is right for sorted rows too.
+// evenly over the block's part, 32 elements here and there: the first, which is the sample, is right for sorted rows
+// too.
 // The part of a block that is alone has a stretch for each warp, and a warp takes its steps from one stretch after the
 // other, which memory likes better: the first steps lie far apart, and the candidates of a sorted row, which are
 // neighbours, are spread over the warps. Where that sample differs from warp to warp by more than chance, the row has a
@@ -69,12 +70,12 @@ struct Gathering {
 constexpr uint64_t kNoRoom = ~uint64_t{0};  // as a doubt: the block did leave candidates out
 
 // A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end), and the blocks of a
-// cluster take 128 bytes of them in turns, so that each has the same part of every trend; what lies outside them is one
-// more step of the first block.
+// cluster take 32 elements of them in turns, so that each has the same part of every trend; what lies outside them is
+// one more step of the first block.
 template <typename T, int kThreads, bool kInCluster>
 struct Stream {
   static constexpr uint32_t kElements = 16 / sizeof(T);
-  static constexpr uint32_t kTurn = 8;  // vectors
+  static constexpr uint32_t kTurn = kInCluster ? 32 / kElements : 8;  // vectors
 
   const T* row;
   uint32_t head, end;
@@ -241,11 +242,11 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const auto bound_of_sample = [&]() -> uint64_t {
     const float vectors =
         __fdividef(static_cast<float>(stream.all_own_vectors()), static_cast<float>(max(stream.steps, 1u)));
-    // Six standard deviations are left for chance, or what is sampled of a turn: of a sorted row, a block may have one
+    // Five standard deviations are left for chance, or what is sampled of a turn: of a sorted row, a block may have one
     // more of those that are wanted. Where a bound is too high, the row is read again without one, which takes long.
     const auto wanted_of = [&](float size, uint32_t of_turn) {
       const float expected = __fdividef(static_cast<float>(k) * size, static_cast<float>(length));
-      return expected + max(6 * fast_sqrt(expected), static_cast<float>(of_turn));
+      return expected + max(5 * fast_sqrt(expected), static_cast<float>(of_turn));
     };
     const auto exists = [&](uint32_t vector) { return stream.steps != 0 && stream.index(0, vector) < stream.end; };
     if (length >= 8 * k) {
@@ -656,8 +657,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
                                    write_whole);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
-      Select::in_order_of_index(count, kth.pair, k, {bits, format.index_bits}, kRingBytes, are_far,
-                                kInCluster || has_trend, write);
+      Select::in_order_of_index(count, kth.pair, k, {bits, format.index_bits}, kRingBytes, kInCluster || are_far,
+                                kInCluster ? are_far : has_trend, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }
