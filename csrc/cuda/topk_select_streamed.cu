@@ -207,9 +207,10 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const uint32_t pairs_end = static_cast<uint32_t>(__cvta_generic_to_shared(pairs + rows.capacity));
   uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity) + (-pairs_end % kLineBytes) / sizeof(uint4);
   const Stream<T, kThreads, kInCluster> stream(row, length, block, block_bits, ring);
-  // Before anything else is found out; for another reading, where the loop ends.
+  if (kInCluster) {  // before anything else is found out
 #pragma unroll
-  for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
+    for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
+  }
   const auto format = PairFormat<T>::of(op);
 
   // Room for `own` more candidates of each lane: the first one's place. Called by whole warps.
@@ -279,8 +280,12 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         keys[e] = any ? format.key_of(element_of(largest, e, T{})) : kNoKey;
         best = max(best, keys[e]);
       }
-      atomicMax(&Select::shared().key_max, best);
-      atomicMin(&Select::shared().key_min, any ? best : 0xFFFFFFFFu);
+      const uint32_t highest_of_warp = __reduce_max_sync(kFullWarp, best);
+      const uint32_t lowest_of_warp = __reduce_min_sync(kFullWarp, any ? best : 0xFFFFFFFFu);
+      if (threadIdx.x % 32 == 0) {
+        atomicMax(&Select::shared().key_max, highest_of_warp);
+        atomicMin(&Select::shared().key_min, lowest_of_warp);
+      }
       Select::clear_bins();
       __syncthreads();
       // Bins for 16 powers of two: most rows have their k best there, whatever the largest and the least may be.
@@ -331,6 +336,11 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   uint32_t reading = 0;
   while (k != 0) {
     const bool first_reading = reading == 0;
+    if (!kInCluster || !first_reading) {
+#pragma unroll 1
+      for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
+    }
+
     if (first_reading) {
       // The fence takes long: not by the first warp, which has more to do than the others, and while elements arrive.
       const bool sets_up = threadIdx.x == kThreads - 32;
@@ -639,8 +649,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       cluster_arrive();
       cluster_wait();
     }
-#pragma unroll 1
-    for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
   }
   if (kInCluster) cluster_arrive_relaxed();
   if (block == 0 && k != 0) {

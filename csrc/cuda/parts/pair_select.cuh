@@ -275,7 +275,8 @@ struct alignas(16) PairSelect {
   // What kth_largest can be spared: the largest of the threads' keys is made known in shared().key_max, and the bins
   // are cleared. For all threads together; a barrier must follow.
   static __device__ __forceinline__ void prepare(uint32_t key) {
-    atomicMax(&shared().key_max, key);
+    key = __reduce_max_sync(kFullWarp, key);
+    if (threadIdx.x % 32 == 0) atomicMax(&shared().key_max, key);
     clear_bins();
   }
 
