@@ -13,7 +13,8 @@
 // rows in the order of the index, are put in order by PairSelect::order.
 //
 // Every thread reads back only what it fetched itself. The blocks of a cluster have few steps, and each step is spread
-// evenly over the block's part, 128 bytes here and there: the first, which is the sample, is right for sorted rows too.
+// evenly over the block's part, 32 elements here and there: the first, which is the sample, is right for sorted rows
+// too.
 // The part of a block that is alone has a stretch for each warp, and a warp takes its steps from one stretch after the
 // other, which memory likes better: the first steps lie far apart, and the candidates of a sorted row, which are
 // neighbours, are spread over the warps. Where that sample differs from warp to warp by more than chance, the row has a
@@ -69,12 +70,12 @@ struct Gathering {
 constexpr uint64_t kNoRoom = ~uint64_t{0};  // as a doubt: the block did leave candidates out
 
 // A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end), and the blocks of a
-// cluster take 128 bytes of them in turns, so that each has the same part of every trend; what lies outside them is one
-// more step of the first block.
+// cluster take 32 elements of them in turns, so that each has the same part of every trend; what lies outside them is
+// one more step of the first block.
 template <typename T, int kThreads, bool kInCluster>
 struct Stream {
   static constexpr uint32_t kElements = 16 / sizeof(T);
-  static constexpr uint32_t kTurn = 8;  // vectors
+  static constexpr uint32_t kTurn = kInCluster ? 32 / kElements : 8;  // vectors
 
   const T* row;
   uint32_t head, end;
@@ -228,6 +229,10 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const uint32_t pairs_end = static_cast<uint32_t>(__cvta_generic_to_shared(pairs + rows.capacity));
   uint4* ring = reinterpret_cast<uint4*>(pairs + rows.capacity) + (-pairs_end % kLineBytes) / sizeof(uint4);
   const Stream<T, kThreads, kInCluster> stream(row, length, block, block_bits, ring);
+  if (kInCluster) {  // before anything else is found out
+#pragma unroll
+    for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
+  }
   const auto format = PairFormat<T>::of(op);
 
   // Room for `own` more candidates of each lane: the first one's place. Called by whole warps.
@@ -260,11 +265,11 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   const auto bound_of_sample = [&]() -> uint64_t {
     const float vectors =
         __fdividef(static_cast<float>(stream.all_own_vectors()), static_cast<float>(max(stream.steps, 1u)));
-    // Six standard deviations are left for chance, or what is sampled of a turn: of a sorted row, a block may have one
+    // Five standard deviations are left for chance, or what is sampled of a turn: of a sorted row, a block may have one
     // more of those that are wanted. Where a bound is too high, the row is read again without one, which takes long.
     const auto wanted_of = [&](float size, uint32_t of_turn) {
       const float expected = __fdividef(static_cast<float>(k) * size, static_cast<float>(length));
-      return expected + max(6 * fast_sqrt(expected), static_cast<float>(of_turn));
+      return expected + max(5 * fast_sqrt(expected), static_cast<float>(of_turn));
     };
     const auto exists = [&](uint32_t vector) { return stream.steps != 0 && stream.index(0, vector) < stream.end; };
     if (length >= 8 * k) {
@@ -279,17 +284,17 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       const uint32_t most =
           max(rank + rank / 8, static_cast<uint32_t>(__fdividef(room * elements, static_cast<float>(length))));
       wait_for_groups<kStages - 1>();
-      uint4 largest = make_uint4(0, 0, 0, 0);
-      bool any = false;
+      // Where one does not exist, neither does a later one, and its slot may hold anything.
+      const bool any = exists(0);
+      uint4 vectors_of_step[kSampled];
 #pragma unroll
-      for (uint32_t vector = 0; vector < kSampled; ++vector) {
-        if (exists(vector)) {
-          const uint4 next = *stream.slot(0, vector);
-          largest = !any ? next
-                         : make_uint4(max_of_words(largest.x, next.x, T{}), max_of_words(largest.y, next.y, T{}),
-                                      max_of_words(largest.z, next.z, T{}), max_of_words(largest.w, next.w, T{}));
-          any = true;
-        }
+      for (uint32_t vector = 0; vector < kSampled; ++vector) vectors_of_step[vector] = *stream.slot(0, vector);
+      uint4 largest = vectors_of_step[0];
+#pragma unroll
+      for (uint32_t vector = 1; vector < kSampled; ++vector) {
+        const uint4 next = exists(vector) ? vectors_of_step[vector] : vectors_of_step[0];
+        largest = make_uint4(max_of_words(largest.x, next.x, T{}), max_of_words(largest.y, next.y, T{}),
+                             max_of_words(largest.z, next.z, T{}), max_of_words(largest.w, next.w, T{}));
       }
       uint32_t keys[kElements], best = kNoKey;
 #pragma unroll
@@ -348,10 +353,12 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
   };
   uint32_t reading = 0;
   while (k != 0) {
-#pragma unroll 1
-    for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
-
     const bool first_reading = reading == 0;
+    if (!kInCluster || !first_reading) {
+#pragma unroll 1
+      for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
+    }
+
     if (first_reading) {
       // The fence takes long: not by the first warp, which has more to do than the others, and while elements arrive.
       const bool sets_up = threadIdx.x == kThreads - 32;
@@ -708,7 +715,8 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
                                    write_whole);
     } else if (uses_bits) {
       constexpr uint32_t kRingBytes = kRing * kThreads * sizeof(uint4);
-      Select::in_order_of_index(count, kth.pair, k, {bits, format.index_bits}, kRingBytes, are_far, kInCluster, write);
+      Select::in_order_of_index(count, kth.pair, k, {bits, format.index_bits}, kRingBytes, kInCluster || are_far,
+                                kInCluster && are_far, write);
     } else {
       Select::template order<false>(count, kth.pair, kth.best, kth.varying, k, format.index_bits, length, spare, write);
     }

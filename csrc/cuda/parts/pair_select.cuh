@@ -401,8 +401,8 @@ struct alignas(16) PairSelect {
       const int shift = min(max(32 - __clz(key_max - key_min) - kBinBits, 0), widest);
 #pragma unroll
       for (uint32_t key : keys) {
-        if (key >= key_min && key <= key_max)
-          atomicAdd(&shared().bins[min(key_max - key >> shift, uint32_t{kBins} - 1)], 1);
+        add_one_if(key >= key_min && key <= key_max,
+                   address_of(shared().bins) + 4 * min(key_max - key >> shift, uint32_t{kBins} - 1));
       }
       if (threadIdx.x == 0) shared().found = {0, 0, ~0u, kBins};
       __syncthreads();
