@@ -431,13 +431,15 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         }
         const uint32_t most = __reduce_max_sync(kFullWarp, format.key(largest));
         least_key = __reduce_min_sync(kFullWarp, least_key);
-        atomicMax(&Select::shared().key_max, most);
-        atomicMin(&Select::shared().key_min, least_key);
         // A few lanes' worth would differ by chance.
         const bool is_whole = __all_sync(kFullWarp, exists(0));
-        if (threadIdx.x % 32 == 0 && is_whole) {
-          atomicMax(&highest_least, least_key);
-          atomicMax(&largest_of[threadIdx.x / (kThreads / kParts)], most);
+        if (threadIdx.x % 32 == 0) {
+          atomicMax(&Select::shared().key_max, most);
+          atomicMin(&Select::shared().key_min, least_key);
+          if (is_whole) {
+            atomicMax(&highest_least, least_key);
+            atomicMax(&largest_of[threadIdx.x / (kThreads / kParts)], most);
+          }
         }
         Select::clear_bins();
         __syncthreads();

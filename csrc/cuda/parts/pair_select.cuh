@@ -274,12 +274,14 @@ struct alignas(16) PairSelect {
   // What kth_largest can be spared: the largest of the threads' keys is made known in shared().key_max, and the bins
   // are cleared. For all threads together; a barrier must follow.
   static __device__ __forceinline__ void prepare(uint32_t key) {
-    atomicMax(&shared().key_max, key);  // of a warp at once
+    key = __reduce_max_sync(kFullWarp, key);
+    if (threadIdx.x % 32 == 0) atomicMax(&shared().key_max, key);
     clear_bins();
   }
   // And their least, in shared().key_min.
   static __device__ __forceinline__ void prepare(uint32_t most, uint32_t least) {
-    atomicMin(&shared().key_min, least);
+    least = __reduce_min_sync(kFullWarp, least);
+    if (threadIdx.x % 32 == 0) atomicMin(&shared().key_min, least);
     prepare(most);
   }
 
@@ -305,8 +307,12 @@ struct alignas(16) PairSelect {
           key_min = min(key_min, key);
         });
         clear_bins();
-        atomicMax(&shared().key_max, key_max);
-        atomicMin(&shared().key_min, key_min);
+        key_max = __reduce_max_sync(kFullWarp, key_max);
+        key_min = __reduce_min_sync(kFullWarp, key_min);
+        if (threadIdx.x % 32 == 0) {
+          atomicMax(&shared().key_max, key_max);
+          atomicMin(&shared().key_min, key_min);
+        }
         __syncthreads();
         key_max = shared().key_max;
         key_min = shared().key_min;
@@ -332,7 +338,8 @@ struct alignas(16) PairSelect {
         }
       });
       if (!kMarks) {
-        atomicOr(&shared().key_varying, key_varying);
+        key_varying = __reduce_or_sync(kFullWarp, key_varying);
+        if (threadIdx.x % 32 == 0) atomicOr(&shared().key_varying, key_varying);
       }
       __syncthreads();
       const uint32_t overall_varying = shared().key_varying;
