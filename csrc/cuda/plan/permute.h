@@ -65,15 +65,15 @@ inline std::vector<PermutePlan> plans(const Permute& op, const Device& device) {
   return found;
 }
 
-// Slots each on their own where their blocks have room in half of the device: a token's row is read again for each of
-// its slots, but nothing waits for anything else. Else the deepest whose lanes have all of their pieces and whose warps
-// fill the device; else the flattest that there is.
+// Slots each on their own where their blocks have room in five eighths of the device: a token's row is read again for
+// each of its slots, but nothing waits for anything else. Else the deepest whose lanes have all of their pieces and
+// whose warps fill the device; else the flattest that there is.
 inline std::optional<PermutePlan> plan(const Permute& op, const Device& device) {
   const int64_t room = int64_t{device.warps()} * device.multiprocessors;
   std::optional<PermutePlan> flattest;
   for (const PermutePlan& plan : plans(op, device)) {
     if (plan.depth == kOfOneSlot) {
-      if (kMoveWarps * plan.blocks <= room / 2) return plan;
+      if (kMoveWarps * plan.blocks <= room * 5 / 8) return plan;
       continue;
     }
     if (plan.pieces >= 32 * plan.depth && plan.token_warps >= room) return plan;

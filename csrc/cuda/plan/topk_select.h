@@ -47,9 +47,9 @@ struct TopkSelectNumbers {
   int64_t short_few_k;      // of rows up to kMaxShortLength, up to so many choices count as few
   int64_t ordered_k;        // from so many sorted choices on there is much to put in order: more threads a row
   int64_t crowded_k;        // from so many on, sorted rows have the most threads where they are few
-  int64_t long_block_k;     // from so many on, the longest rows stay in registers also where rows are many
-  int64_t long_ordered_k;   // and from so many on where they are sorted
-  int64_t narrow_length;    // a streamed row has 256 threads instead of 512 up to so long
+  int64_t long_block_k;     // from so many on, the longest rows stay in registers where streamed ones have 128 threads
+  int64_t long_ordered_k;   // and from so many sorted choices on where these have more
+  int64_t narrow_length;    // up to so long, a streamed row has 256 threads instead of 512 also where rows are not many
   int64_t narrow_few_k;     // and so many choices, where rows are few
   int64_t narrowest_rows;   // and 128 from so many rows of an H100 on,
   int64_t narrowest_k;      // up to so many choices
@@ -61,7 +61,8 @@ struct TopkSelectNumbers {
   int64_t lone_candidates;  // that a block which is alone has room for at least, beside k
   int64_t most_candidates;  // and at most, where shared memory is free
 };
-// Measured on an H100 alone. Rows count as few where each has a multiprocessor of its own.
+// Measured on an H100, and what concerns streamed rows on an H200, which has its multiprocessors. Rows count as few
+// where each has a multiprocessor of its own, and as many where each has less than half of one.
 constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/{{1, 1, 2048, 2048}},
                                                                  /*warp_rows=*/768,
                                                                  /*many_warp_rows=*/2640,
@@ -75,13 +76,13 @@ constexpr auto kTopkSelectNumbers = everywhere(TopkSelectNumbers{/*half_warps=*/
                                                                  /*short_few_k=*/32,
                                                                  /*ordered_k=*/2048,
                                                                  /*crowded_k=*/800,
-                                                                 /*long_block_k=*/200,
+                                                                 /*long_block_k=*/250,
                                                                  /*long_ordered_k=*/300,
                                                                  /*narrow_length=*/32768,
                                                                  /*narrow_few_k=*/560,
                                                                  /*narrowest_rows=*/528,
                                                                  /*narrowest_k=*/512,
-                                                                 /*narrowest_bytes=*/50000,
+                                                                 /*narrowest_bytes=*/72000,
                                                                  /*small_cluster=*/4,
                                                                  /*small_part=*/2048,
                                                                  /*part_length=*/4352,
@@ -309,11 +310,13 @@ constexpr TopkSelectPlan make_plan(const TopkSelect& op, const Device& device, i
   return plan;
 }
 
-// Whether many streamed rows are to have 256 threads each: where shared memory then has room for more of them at a time
-// than with 512, or for all.
+// Whether shared memory has room for more streamed rows at a time with 256 threads each than with 512.
+constexpr bool has_room_for_more(const TopkSelect& op, const Device& device) {
+  return lone_blocks(op.k, 256, device) > lone_blocks(op.k, 512, device);
+}
+// Whether many of them, that are not long, are to have 256: there, or where it has room for all.
 constexpr bool narrow_pays(const TopkSelect& op, const Device& device) {
-  const int64_t blocks = lone_blocks(op.k, 256, device);
-  return blocks > lone_blocks(op.k, 512, device) || op.rows <= blocks * device.multiprocessors;
+  return has_room_for_more(op, device) || op.rows <= lone_blocks(op.k, 256, device) * device.multiprocessors;
 }
 
 constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
@@ -348,17 +351,21 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
   if (op.length <= kMaxBlockLength && op.k <= (is_short ? numbers.short_few_k : kMaxFewK) && !bins_pay) {
     return find_instance(op, device, TopkKernel::kFew);
   }
-  // The longest of these rows fill so many registers that few of them are under way at once.
-  const bool holds_longest = some_rows || op.k >= (op.sorted ? numbers.long_ordered_k : numbers.long_block_k);
+  // Of many rows that are not too long for it, more are under way where each has the fewest threads.
+  const bool narrowest = op.rows >= device.scaled(numbers.narrowest_rows) && op.k <= numbers.narrowest_k &&
+                         op.length * size_of(op.dtype) <= numbers.narrowest_bytes;
+  // The longest of these rows fill so many registers that few of them are under way at once. They stay there where rows
+  // are not many, where choices are, and in the order of the index unless, streamed, they had the fewest threads.
+  const bool holds_longest = some_rows || (op.sorted ? !narrowest && op.k >= numbers.long_ordered_k
+                                                     : !narrowest || op.k >= numbers.long_block_k);
   if (op.length <= (holds_longest ? kMaxBlockLength : kMaxBlockLength / 2)) {
     const int held = find_instance_for_many(op, device);
     if (held >= 0) return held;
   }
-  const bool narrow =
-      op.length <= numbers.narrow_length && (few_rows ? op.k <= numbers.narrow_few_k : narrow_pays(op, device));
-  // Of many rows that are not too long for it, more are under way where each has fewer threads.
-  const bool narrowest = op.rows >= device.scaled(numbers.narrowest_rows) && op.k <= numbers.narrowest_k &&
-                         op.length * size_of(op.dtype) <= numbers.narrowest_bytes;
+  const bool is_long = op.length > numbers.narrow_length;
+  const bool narrow = few_rows  ? !is_long && op.k <= numbers.narrow_few_k
+                      : is_long ? !some_rows && has_room_for_more(op, device)
+                                : narrow_pays(op, device);
   const int wanted = find_instance(op, device, TopkKernel::kStreamed,
                                    narrow && narrowest ? kFewestStreamedThreads
                                    : narrow            ? 256
