@@ -138,6 +138,7 @@ def _topk_select() -> Iterator[Line]:
     yield from line("k", 1, 4096, "bf16", rows=1024, length=4096, sorted=True)
     yield from line("k", 1, 4096, "f32", rows=1024, length=8192, sorted=False)
     yield from line("k", 1, 4096, "bf16", rows=1024, length=8192, sorted=True)
+    yield from line("k", 1, 4096, "bf16", rows=400, length=8192, sorted=True)
     # Streamed, by one block or by several.
     yield from line("length", 512, 400000, "f32", rows=1, k=512, sorted=False)
     yield from line("length", 512, 100000, "f32", rows=1024, k=512, sorted=True)

@@ -150,7 +150,7 @@ def test_losses_of_sharded_experts(name, mode, masked, rng, devices):
     with jax.set_mesh(mesh):
         got = loss(*place(mesh, (logits,), P(None, None, "d")))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
-    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-8)  # sums over experts in another order
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -130,8 +130,8 @@ NUMBERS = {
         ("f32 streamed 128, 1 blocks a row", "f32 many 512x4"),
     ),
     "TopkSelectNumbers.long_ordered_k": (
-        "topk_select/k/bf16/N1024/L8192/sorted",
-        ("bf16 streamed 128, 1 blocks a row", "bf16 many 512x2"),
+        "topk_select/k/bf16/N400/L8192/sorted",
+        ("bf16 streamed 256, 1 blocks a row", "bf16 many 512x2"),
     ),
     "TopkSelectNumbers.narrow_length": (
         "topk_select/length/f32/N256/k64",

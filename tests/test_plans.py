@@ -64,7 +64,9 @@ TAKEN_BY_AN_H100 = {
     "topk_select/B64/L8192/k2048": "f32 many 512x4",
     "topk_select/B64/L65536/k2048": "f32 streamed 512, 2 blocks a row",
     "topk_select/B256/L65536/k2048": "f32 streamed 512, 1 blocks a row",
-    "topk_select/B1024/L16384/k512": "f32 streamed 256, 1 blocks a row",
+    "topk_select/B1024/L16384/k512": "f32 streamed 128, 1 blocks a row",
+    "topk_select/B300/L65536/k512": "f32 streamed 256, 1 blocks a row",
+    "topk_select/B256/L65536/k512": "f32 streamed 512, 1 blocks a row",  # two on a multiprocessor
     "topk_select/B128/L262144/k1024": "f32 streamed 512, 1 blocks a row",
     # With 256 threads a row three are under way for two, as many, two for one, and as many.
     "topk_select/B1024/L16384/k2000": "f32 streamed 256, 1 blocks a row",

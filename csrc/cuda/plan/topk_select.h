@@ -362,9 +362,10 @@ constexpr int find_chosen_instance(const TopkSelect& op, const Device& device) {
     const int held = find_instance_for_many(op, device);
     if (held >= 0) return held;
   }
+  // Many long rows were compared only where a multiprocessor has room for two of 512 threads.
   const bool is_long = op.length > numbers.narrow_length;
   const bool narrow = few_rows  ? !is_long && op.k <= numbers.narrow_few_k
-                      : is_long ? !some_rows && has_room_for_more(op, device)
+                      : is_long ? !some_rows && has_room_for_more(op, device) && lone_blocks(op.k, 512, device) > 1
                                 : narrow_pays(op, device);
   const int wanted = find_instance(op, device, TopkKernel::kStreamed,
                                    narrow && narrowest ? kFewestStreamedThreads
