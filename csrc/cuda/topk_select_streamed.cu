@@ -14,9 +14,8 @@
 //
 // Every thread reads back only what it fetched itself. The blocks of a cluster have few steps, and each step is spread
 // evenly over the block's part, 32 elements here and there: the first, which is the sample, is right for sorted rows
-// too.
-// The part of a block that is alone has a stretch for each warp, and a warp takes its steps from one stretch after the
-// other, which memory likes better: the first steps lie far apart, and the candidates of a sorted row, which are
+// too. The part of a block that is alone has a stretch for each warp, and a warp takes its steps from one stretch after
+// the other, which memory likes better: the first steps lie far apart, and the candidates of a sorted row, which are
 // neighbours, are spread over the warps. Where that sample differs from warp to warp by more than chance, the row has a
 // trend, and another sample is taken, evenly from all of the block's part. Where a block that is alone finds more
 // candidates than it has room for, it keeps the k best so far, whose worst is its bound from then on, and goes on: rows
@@ -358,7 +357,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 #pragma unroll 1
       for (uint32_t step = 0; step < kStages; ++step) stream.fetch(step);
     }
-
     if (first_reading) {
       // The fence takes long: not by the first warp, which has more to do than the others, and while elements arrive.
       const bool sets_up = threadIdx.x == kThreads - 32;
