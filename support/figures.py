@@ -93,13 +93,13 @@ def where_of_both() -> str:
 
 
 def chosen() -> str:
-    found = records(KERNEL_TIMES)
-    rows = [
-        [label, ours(found[case]["us"]), number(found[case]["xla_us"]), instead, number(found[case]["floor_us"])]
-        for label, case, instead in CHOSEN
-    ]
-    head = ["microseconds", "jax_router", "XLA", "XLA is given", "floor"]
-    return f"{table(head, rows, words=(0, 3))}\n\n{where(KERNEL_TIMES)}"
+    found, newer = records(KERNEL_TIMES), records(NEWER_TIMES)
+    rows = []
+    for label, case, instead in CHOSEN:
+        us, xla_us, floor_us = (found[case][key] for key in ("us", "xla_us", "floor_us"))
+        rows.append([label, ours(us), number(xla_us), instead, number(floor_us), number(newer[case]["us"])])
+    head = ["microseconds", "jax_router", "XLA", "XLA is given", "floor", "H200"]
+    return f"{table(head, rows, words=(0, 3))}\n\n{where_of_both()}"
 
 
 def in_words() -> str:
