@@ -249,9 +249,10 @@ def precision(value: Any) -> Any:
     return value
 
 
-def instance(name: str, value: Any, kind: type, example: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be of type {kind.__name__}, {example} for example, got {shown(value)}")
+def instance(name: str, value: Any, kinds: type | tuple[type, ...], example: str) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise TypeError(f"{name} must be of type {wanted}, {example} for example, got {shown(value)}")
 
 
 def function(name: str, value: Any, example: str) -> None:

@@ -83,6 +83,10 @@ class Links:
         memory: bytes a second that a device reads or writes when it moves rows in its own memory.
         latency: seconds that a collective takes however little it moves.
 
+    Raises:
+        TypeError: one of them is no number.
+        ValueError: a speed is not above 0, or the latency is below it or not finite.
+
     Example:
         >>> from jax_router.expert_parallel import Links
         >>> Links(all_to_all=50e9).latency
@@ -94,6 +98,13 @@ class Links:
     reduce_scatter: float = 250e9
     memory: float = 2.3e12
     latency: float = 28e-6
+
+    def __post_init__(self) -> None:
+        for name in ("all_to_all", "all_gather", "reduce_scatter", "memory"):
+            speed = getattr(self, name)
+            if speed != float("inf") and _check.not_negative(name, speed) == 0:
+                raise ValueError(f"{name} must be above 0 bytes a second, got {speed}")
+        _check.not_negative("latency", self.latency)
 
     def seconds(
         self, way: Way, *, devices: int, tokens: int, hidden: int, itemsize: int = 2, slots: int | None = None

@@ -333,8 +333,8 @@ class MoE(nnx.Module):
         self.dtype = None if dtype is None else _check.float_dtype("dtype", dtype)
         param_dtype = _check.float_dtype("param_dtype", param_dtype)
         _check.function("kernel_init", kernel_init, "nnx.initializers.lecun_normal()")
-        if not isinstance(router, Router):
-            _check.instance("router", router, RouterConfig, "RouterConfig(**options)")
+        _check.instance("router", router, (RouterConfig, Router), "RouterConfig(**options)")
+        if isinstance(router, RouterConfig):
             router = Router(router, rngs=rngs)
         self.router = router
         config = router.config

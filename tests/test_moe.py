@@ -334,7 +334,7 @@ def test_in_shard_map(devices):
     [
         (lambda: MoE(config(), 0, rngs=nnx.Rngs(0)), ValueError, "intermediate_size must be at least 1, got 0"),
         (lambda: MoE(config(), F, rngs=0), TypeError, "rngs must be of type Rngs"),
-        (lambda: MoE(None, F, rngs=nnx.Rngs(0)), TypeError, "router must be of type RouterConfig"),
+        (lambda: MoE(None, F, rngs=nnx.Rngs(0)), TypeError, "router must be of type RouterConfig or Router"),
         (
             lambda: MoE(config(), F, shared_expert_gate=True, rngs=nnx.Rngs(0)),
             ValueError,
