@@ -32,18 +32,15 @@
 #include <cstdint>
 
 #include "../common/score.h"
-#include "parts/async_copy.cuh"
 #include "parts/cluster.cuh"
 #include "parts/launch.cuh"
 #include "parts/pair_select.cuh"
+#include "parts/streamed_row.cuh"
 #include "topk_select.cuh"
 
 namespace jax_router::cuda {
 namespace {
 
-constexpr int kBatch = kStreamBatch;
-constexpr int kStages = kStreamStages;
-constexpr int kRing = kBatch * kStages;
 constexpr int kSampled = kSampledVectors;
 static_assert(kSampled <= kBatch, "the sample is of the first step");
 constexpr int kMaxClusterBlocks = 16;
@@ -67,97 +64,6 @@ struct Gathering {
   int32_t left_out;                    // the last 16 bits of all keys, where the candidates do without them, or -1
 };
 constexpr uint64_t kNoRoom = ~uint64_t{0};  // as a doubt: the block did leave candidates out
-
-// A block's part of a row, step by step. The row's whole vectors of 16 bytes are [head, end), and the blocks of a
-// cluster take 32 elements of them in turns, so that each has the same part of every trend; what lies outside them is
-// one more step of the first block.
-template <typename T, int kThreads, bool kInCluster>
-struct Stream {
-  static constexpr uint32_t kElements = 16 / sizeof(T);
-  static constexpr uint32_t kTurn = kInCluster ? 32 / kElements : 8;  // vectors
-
-  const T* row;
-  uint32_t head, end;
-  uint32_t block, block_bits;
-  uint32_t steps;    // of whole vectors
-  uint32_t first;    // index in the row of this thread's first vector in a cluster, else of its lane's of the block
-  uint32_t of_step;  // in a cluster, from a vector of one step to that of the next
-  uint32_t edge;     // index of this thread's element outside whole vectors, or length
-  bool has_edges;
-  uint4* ring;  // kRing vectors, kThreads apart
-
-  __device__ __forceinline__ Stream(const T* row, uint32_t length, uint32_t block, uint32_t block_bits, uint4* ring)
-      : row(row), block(block), block_bits(block_bits), ring(ring + threadIdx.x) {
-    const uint32_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
-    head = min(misaligned == 0 ? 0 : kElements - misaligned, length);
-    end = length - (length - head) % kElements;
-    constexpr uint32_t kOfStep = kThreads * kElements * kBatch;
-    steps = head == end ? 0 : ((end - head - 1) / kOfStep >> block_bits) + 1;
-    first = index_of_own(kInCluster ? threadIdx.x / kTurn * kTurn * steps + threadIdx.x % kTurn : threadIdx.x % 32);
-    of_step = kTurn * kElements << block_bits;
-    // Every other warp takes its steps backwards: those of the same step differ in their bits of the index, which
-    // choose a bank of shared memory where these are put in order.
-    if (kInCluster && threadIdx.x / 32 % 2 != 0) {
-      first += (steps - 1) * of_step;
-      of_step = -of_step;
-    }
-    edge = min(threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head, length);
-    has_edges = block == 0 && head + length - end != 0;
-  }
-
-  // The index in the row of the block's own vector of this number, and how many there are in whole turns.
-  __device__ __forceinline__ uint32_t index_of_own(uint32_t number) const {
-    return head + (((number / kTurn << block_bits) + block) * kTurn + number % kTurn) * kElements;
-  }
-  __device__ __forceinline__ uint32_t own_vectors() const {
-    return ((end - head) / (kElements * kTurn) >> block_bits) * kTurn;
-  }
-
-  // How many it has, those of an incomplete turn too.
-  __device__ __forceinline__ uint32_t all_own_vectors() const {
-    const uint32_t whole_turns = own_vectors();
-    const int32_t rest = (end - head) / kElements - (whole_turns << block_bits) - block * kTurn;
-    return whole_turns + min(max(rest, 0), static_cast<int32_t>(kTurn));
-  }
-
-  // How many of the block's vectors are among the first so many of a thread.
-  __device__ __forceinline__ uint32_t vectors_of_first(uint32_t of_thread) const {
-    const uint32_t all = all_own_vectors();
-    const uint32_t of_warp = 32 * kBatch * max(steps, 1u);
-    return all / of_warp * 32 * of_thread + min(all % of_warp, 32 * of_thread);
-  }
-
-  // In the row, of a vector of this thread's step.
-  __device__ __forceinline__ uint32_t index(uint32_t step, uint32_t vector) const {
-    if (kInCluster) return first + vector * (kThreads * kElements << block_bits) * steps + step * of_step;
-    const uint32_t stretch = (threadIdx.x / 32 + step) % (kThreads / 32);
-    return first + ((stretch * steps + step) * (kBatch * 32 * kElements) << block_bits) +
-           (vector * (32 * kElements) << block_bits);
-  }
-  __device__ __forceinline__ uint4* slot(uint32_t step, uint32_t vector) const {
-    return ring + (step % kStages * kBatch + vector) * kThreads;
-  }
-
-  // From a vector of a step to the next.
-  __device__ __forceinline__ uint32_t of_vector() const {
-    return kInCluster ? (kThreads * kElements << block_bits) * steps : 32 * kElements;
-  }
-
-  __device__ __forceinline__ void fetch(uint32_t step) const {
-    if (step < steps) {
-      const uint32_t first_index = index(step, 0), rest = first_index < end ? end - first_index : 0;
-      const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(slot(step, 0)));
-      const T* from = row + first_index;
-#pragma unroll
-      for (uint32_t vector = 0; vector < kBatch; ++vector) {
-        if (vector * of_vector() < rest) {
-          copy_async(to + vector * kThreads * sizeof(uint4), from + vector * of_vector());
-        }
-      }
-    }
-    commit_copies();
-  }
-};
 
 // A bound that about the k best of a row reach, from elements that lie evenly over the block's part and are fetched for
 // this alone. The part has at least 2 * kThreads of them. Of a steep row, where larger elements lie together, little is
@@ -270,7 +176,6 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
       const float expected = __fdividef(static_cast<float>(k) * size, static_cast<float>(length));
       return expected + max(5 * fast_sqrt(expected), static_cast<float>(of_turn));
     };
-    const auto exists = [&](uint32_t vector) { return stream.steps != 0 && stream.index(0, vector) < stream.end; };
     if (length >= 8 * k) {
       // Few elements are among the k best: of a thread's elements at the same place of its vectors, which lie far
       // apart, the largest stands for all.
@@ -284,14 +189,14 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
           max(rank + rank / 8, static_cast<uint32_t>(__fdividef(room * elements, static_cast<float>(length))));
       wait_for_groups<kStages - 1>();
       // Where one does not exist, neither does a later one, and its slot may hold anything.
-      const bool any = exists(0);
+      const bool any = stream.samples(0);
       uint4 vectors_of_step[kSampled];
 #pragma unroll
       for (uint32_t vector = 0; vector < kSampled; ++vector) vectors_of_step[vector] = *stream.slot(0, vector);
       uint4 largest = vectors_of_step[0];
 #pragma unroll
       for (uint32_t vector = 1; vector < kSampled; ++vector) {
-        const uint4 next = exists(vector) ? vectors_of_step[vector] : vectors_of_step[0];
+        const uint4 next = stream.samples(vector) ? vectors_of_step[vector] : vectors_of_step[0];
         largest = make_uint4(max_of_words(largest.x, next.x, T{}), max_of_words(largest.y, next.y, T{}),
                              max_of_words(largest.z, next.z, T{}), max_of_words(largest.w, next.w, T{}));
       }
@@ -327,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
     for (uint32_t vector = 0; vector < kSampled; ++vector) {
       const uint32_t e = threadIdx.x % kElements, index = stream.index(0, vector);
       pairs[vector * kThreads + threadIdx.x] =
-          exists(vector) ? format.pair(element_of(*stream.slot(0, vector), e, T{}), index + e) : kNoPair;
+          stream.samples(vector) ? format.pair(element_of(*stream.slot(0, vector), e, T{}), index + e) : kNoPair;
     }
     __syncthreads();
     return Select::kth_largest(kSampled * kThreads, rank, format.index_bits, rank / 8).pair;
@@ -397,19 +302,18 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         if (has_sample) bound = bound_of_sample();
       } else if (has_sample) {
         wait_for_groups<kStages - 1>();
-        const auto exists = [&](uint32_t vector) { return stream.steps != 0 && stream.index(0, vector) < stream.end; };
         uint64_t largest = kNoPair;
         uint32_t least_key = 0xFFFFFFFFu;
         if (group != 0) {
           float x = -INFINITY;
 #pragma unroll
           for (uint32_t vector = 0; vector < kSampled; ++vector) {
-            if (vector < group && exists(vector)) {
+            if (vector < group && stream.samples(vector)) {
               const uint4 elements[1] = {*stream.slot(0, vector)};
               x = max_nan(x, largest_element<T>(elements));
             }
           }
-          if (exists(0)) {
+          if (stream.samples(0)) {
             largest = format.pair(x, stream.index(0, 0));
             least_key = format.key(largest);
           }
@@ -418,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
 #pragma unroll 1
           for (uint32_t vector = 0; vector < kSampled; ++vector) {
             uint64_t pair = kNoPair;
-            if (exists(vector)) {
+            if (stream.samples(vector)) {
               pair = format.pair(element_of(*stream.slot(0, vector), threadIdx.x % kElements, T{}),
                                  stream.index(0, vector));
               least_key = min(least_key, format.key(pair));
@@ -430,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, kInCluster ? 2 : kStreamedThreads / 
         const uint32_t most = __reduce_max_sync(kFullWarp, format.key(largest));
         least_key = __reduce_min_sync(kFullWarp, least_key);
         // A few lanes' worth would differ by chance.
-        const bool is_whole = __all_sync(kFullWarp, exists(0));
+        const bool is_whole = __all_sync(kFullWarp, stream.samples(0));
         if (threadIdx.x % 32 == 0) {
           atomicMax(&Select::shared().key_max, most);
           atomicMin(&Select::shared().key_min, least_key);

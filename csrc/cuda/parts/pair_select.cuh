@@ -582,17 +582,19 @@ struct alignas(16) PairSelect {
   }
 
   // Calls write(place, pair) for each of pairs()[0..count) that is no smaller than `bound`, of which there are k, with
-  // its place in ascending order of the index. The bits of these are set; they are counted up to each word. Where
-  // neighbours in pairs() are far apart in that order, they are put in order in shared memory first, since whole lines
-  // are faster to write: behind the bits, if these `bytes` have room.
+  // its place in ascending order of the index. The bits of these are set; they are counted up to each word. If
+  // `gathers_first`, they are put in order in shared memory first, behind the bits, where these `bytes` have room:
+  // whole lines are faster to write, if neighbours in pairs() are far apart in that order or choices are many.
   static_assert(kMaxSelectK < 1 << 16);
   template <class Write>
   static __device__ __forceinline__ void in_order_of_index(uint32_t count, uint64_t bound, uint32_t k, IndexBits bits,
-                                                           uint32_t bytes, bool are_far, bool spreads, Write write) {
+                                                           uint32_t bytes, bool gathers_first, bool spread,
+                                                           Write write) {
     const uint32_t vectors = vectors_of_bits(bits.index_bits);
     uint2* before = reinterpret_cast<uint2*>(bits.vectors() + vectors);  // 16 bits a word
     uint64_t* in_order = reinterpret_cast<uint64_t*>(before + vectors);
-    const bool gathers = are_far && reinterpret_cast<uint4*>(in_order + k) <= bits.vectors() + bytes / sizeof(uint4);
+    const bool gathers =
+        gathers_first && reinterpret_cast<uint4*>(in_order + k) <= bits.vectors() + bytes / sizeof(uint4);
     // Each warp has some vectors, of which its lanes take turns.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t of_thread = (vectors + kThreads - 1) / kThreads;
@@ -625,7 +627,7 @@ struct alignas(16) PairSelect {
           make_uint2(twice + __byte_perm(earlier, 0, 0x4140), twice + __byte_perm(earlier, 0, 0x4342));
     }
     __syncthreads();
-    for_some<kAtOnce>(count, gathers && spreads, [&](const uint64_t (&some)[kAtOnce]) {
+    for_some<kAtOnce>(count, gathers && spread, [&](const uint64_t (&some)[kAtOnce]) {
       uint32_t place[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {

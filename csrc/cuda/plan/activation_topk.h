@@ -21,8 +21,9 @@ struct ActivationTopkNumbers {
   // Up to how many rows a block a token is the fastest, by KeyMode. Not for logits: there is little to compute.
   int64_t block_rows[3];
 };
-// Measured on an H100 and, those of groups with a bias, as models have them, on an H200, which has its multiprocessors:
-// blocks for 128 to 512 experts, half warps for up to 512 experts, quarters for 128 and 256, and up to 65536 rows.
+// Measured on an H100 and some anew on an H200, which has its multiprocessors: those of groups, with a bias, as models
+// have them, of 384 and 512 experts with a bias, and of 16-bit logits. Blocks for 128 to 512 experts, half warps for up
+// to 512 experts, quarters for 128 and 256, and up to 65536 rows.
 constexpr auto kActivationTopkNumbers =
     everywhere(ActivationTopkNumbers{{{{{1, 1, 512, 2048}}, {{1, 1920, 2560, 4608}}, {{2560, 2560, 2560, 2560}}},
                                       {{{1, 1, 512, 2048}}, {{1, 2304, 3840, 8192}}, {{2560, 2560, 2560, 2560}}}},
