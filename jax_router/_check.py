@@ -54,6 +54,14 @@ def float_array(name: str, value: Any, *, min_rank: int = 1) -> Array:
     return values
 
 
+def hidden_states(value: Any, hidden_size: int) -> Array:
+    """The x of a router or a layer."""
+    x = float_array("x", value)
+    if x.shape[-1] != hidden_size:
+        raise ValueError(f"x must have shape (..., {hidden_size}) (hidden_size), got {x.shape}")
+    return x
+
+
 def rows_to_copy(name: str, value: Any) -> Array:
     """Rows of any float dtype of at most 32 bits."""
     values = array(name, value, min_rank=1)

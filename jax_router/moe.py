@@ -414,10 +414,8 @@ class MoE(nnx.Module):
             >>> moe.apply_experts(x, routing).shape
             (3, 8)
         """
-        x = _check.float_array("x", x)
         config = self.router.config
-        if x.shape[-1] != config.hidden_size:
-            raise ValueError(f"x must have shape (..., {config.hidden_size}) (hidden_size), got {x.shape}")
+        x = _check.hidden_states(x, config.hidden_size)
         x = x if self.dtype is None else x.astype(self.dtype)
         weights = self.experts.weights(x.dtype)
         options: dict[str, Any] = {"align": self.align, "weigh": self.weigh, "implementation": config.implementation}

@@ -392,9 +392,7 @@ class Router(nnx.Module):
             NotImplementedError: `implementation="native"` where no kernel can run.
         """
         config = self.config
-        x = _check.float_array("x", x)
-        if x.shape[-1] != config.hidden_size:
-            raise ValueError(f"x must have shape (..., {config.hidden_size}) (hidden_size), got {x.shape}")
+        x = _check.hidden_states(x, config.hidden_size)
         if token_ids is not None:
             token_ids = _check.int_array("token_ids", token_ids)
             _check.same_shape("token_ids", token_ids, x.shape[:-1])
